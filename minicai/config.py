@@ -1,0 +1,149 @@
+"""Configuration: one TOML file an experiment, overridden by `--key=value`, read into a typed dataclass.
+
+    config = load(SLConfig, "sl", ["configs/tiny.toml", "--seed=1", "--sl.lr=2e-4"])
+
+Strict on purpose: an unknown key, section or type is an error that names the nearest right one, since a silently ignored `learning_rate`
+costs a day. A dataclass has its own section's fields; fields of the top level (seed, out, ...) stand in every stage's dataclass through `Run`.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import json
+import tomllib
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+from minicai import InputError
+
+SECTIONS = ("sl", "rm", "ppo", "eval")
+PACKAGE = Path(__file__).parent
+
+
+@dataclass
+class Run:
+    """The top level of every config file."""
+
+    model: str = "minicai:tinyworld/base"  # the base model: a Hugging Face folder; "minicai:" stands for the installed package
+    constitution: str = "constitutions/tiny.toml"  # a TOML file of principles, looked up beside the config file
+    out: str = "out/tiny"  # everything that the run makes goes here
+    seed: int = 0  # of all sampling, shuffling and initial weights
+    precision: str = "auto"  # fp32, bf16, or auto: bf16 where the hardware has it
+    device: str = "auto"  # cpu, cuda, or auto
+    overwrite: bool = False  # start anew over what an earlier run left in `out`
+
+
+def locate(path: str, beside: Path) -> Path:
+    """A path of a config file: `minicai:...` in the package, else relative to the config file if it is there, else to where we stand."""
+    if path.startswith("minicai:"):
+        return PACKAGE / path.removeprefix("minicai:")
+    return beside / path if not Path(path).is_absolute() and (beside / path).exists() else Path(path)
+
+
+def builtin(name: str) -> Path:
+    """A file of configs/, which stands beside the package in a checkout and inside it when installed."""
+    return next((p for p in (PACKAGE.parent / "configs" / name, PACKAGE / "configs" / name) if p.exists()), PACKAGE / "configs" / name)
+
+
+def load(kind: type, section: str, arguments: list[str]):
+    """Reads `[CONFIG.toml, --key=value, ...]` into dataclass `kind`, whose own fields are those of [section]. Raises InputError."""
+    files = [a for a in arguments if not a.startswith("--")]
+    if len(files) != 1:
+        raise InputError(f"expected one config file, got {' '.join(files) or 'none'}; for example configs/tiny.toml")
+    path = Path(files[0])
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], 1, 0.4)
+        raise InputError(f"{path}: {error.strerror}" + (f"; did you mean {path.parent / near[0]}?" if near else "")) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid TOML: {error}") from error
+    own = {f.name for f in dataclasses.fields(kind)} - {f.name for f in dataclasses.fields(Run)}
+    values = _known(table, section, own, str(path))
+    for argument in (a for a in arguments if a.startswith("--")):
+        values |= _override(argument, section, own)
+    hints = typing.get_type_hints(kind)
+    config = kind(**{key: _typed(value, hints[key], f"{where}: {key}") for key, (value, where) in values.items()})
+    for f in dataclasses.fields(kind):  # paths are resolved once, here
+        if f.metadata.get("path") or f.name in ("model", "constitution"):
+            setattr(config, f.name, str(locate(getattr(config, f.name), path.parent)) if getattr(config, f.name) else "")
+        if f.name == "constitution" and not Path(config.constitution).exists() and builtin(config.constitution).exists():
+            config.constitution = str(builtin(config.constitution))
+        allowed = f.metadata.get("choices")
+        if allowed and getattr(config, f.name) not in allowed:
+            raise InputError(f"{path}: {f.name} must be one of {', '.join(allowed)}, not {getattr(config, f.name)!r}")
+    return config
+
+
+def path_field(default: str = "", **more):
+    """A field that holds a path, resolved by `locate`."""
+    return dataclasses.field(default=default, metadata={"path": True, **more})
+
+
+def choice_field(default: str, *choices: str):
+    """A field that takes one of a few words."""
+    return dataclasses.field(default=default, metadata={"choices": choices})
+
+
+def _known(table: dict, section: str, own: set[str], path: str) -> dict:
+    """{key: (value, where)} of the top level and of the own section; other stages' sections are theirs to check."""
+    values, top = {}, {f.name for f in dataclasses.fields(Run)}
+    for key, value in table.items():
+        if key in SECTIONS and isinstance(value, dict):
+            if key == section:
+                for name, inner in value.items():
+                    if name not in own:
+                        raise InputError(f"{path}: unknown key {name!r} in [{section}]" + _nearest(name, own))
+                    values[name] = (inner, f"{path}: [{section}]")
+        elif key not in top:
+            raise InputError(f"{path}: unknown key {key!r}" + _nearest(key, top | set(SECTIONS)))
+        else:
+            values[key] = (value, path)
+    return values
+
+
+def _override(argument: str, section: str, own: set[str]) -> dict:
+    """`--seed=1`, `--lr=1e-4` or `--sl.lr=1e-4`; a key of another stage's section is left to that stage."""
+    key, equals, text = argument.removeprefix("--").partition("=")
+    if not equals and key != "overwrite":
+        raise InputError(f"{argument}: write --key=value")
+    prefix, dot, name = key.rpartition(".")
+    if dot and prefix in SECTIONS and prefix != section:
+        return {}
+    known = own if dot else own | {f.name for f in dataclasses.fields(Run)}
+    if (dot and prefix != section) or name not in known:
+        raise InputError(f"--{key}: unknown key" + _nearest(name, known, "--"))
+    try:
+        value = tomllib.loads(f"v = {text or 'true'}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a text
+    return {name: (value, f"--{key}")}
+
+
+def _nearest(word: str, known: set[str], dashes: str = "") -> str:
+    near = difflib.get_close_matches(word, known, 1, 0.4)
+    return f"; did you mean {dashes}{near[0]}?" if near else f"; known: {', '.join(sorted(known))}"
+
+
+def _typed(value, kind: type, where: str):
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+        raise InputError(f"{where} must be {names[kind]}, not {json.dumps(value, default=str)}")
+    return value
+
+
+def dump(config, section: str) -> str:
+    """The resolved config as TOML: what a stage stores beside its results, and compares with when it is run again."""
+    top = {f.name for f in dataclasses.fields(Run)}
+    values = {k: v for k, v in dataclasses.asdict(config).items() if k != "overwrite"}
+    lines = [f"{k} = {json.dumps(v)}" for k, v in values.items() if k in top]
+    lines += ["", f"[{section}]"] + [f"{k} = {json.dumps(v)}" for k, v in values.items() if k not in top]
+    return "\n".join(lines) + "\n"
+
+
+def usage(doc: str, kind: type) -> str:
+    """The text of --help: a script's docstring, and its config as it stands in the source, one key a line with its reason."""
+    return f"{doc.strip()}\n\n{inspect.getsource(Run)}\n{inspect.getsource(kind)}".replace("config.path_field", "").replace("@dataclass\n", "")

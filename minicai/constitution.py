@@ -1,0 +1,147 @@
+"""Constitutions, and every prompt that the method puts to a model (sections 3.1 and 4.1; appendices C and E).
+
+A principle is up to three requests: critique the last response, revise it (phase 1), compare two responses (phase 2). A constitution is a
+named, versioned list of them in a TOML file that a person can read; its fingerprint is stored in everything that is made from it.
+
+Rendering is `str -> str`, kept apart from models and tokenizers, so that the supervised stage, the labels, the reward model, PPO and the
+evaluation all see the same text. Critique, revision and comparison prompts open with a line that a plain dialogue never has: it tells
+the model that it is about to read a conversation, not to take part in it.
+"""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from minicai import InputError
+
+REQUESTS = ("critique", "revision", "comparison")
+
+
+@dataclass(frozen=True)
+class Principle:
+    """One rule of conduct. A request that is not used may be left empty."""
+
+    name: str
+    critique: str = ""
+    revision: str = ""
+    comparison: str = ""
+
+
+@dataclass(frozen=True)
+class Constitution:
+    name: str
+    version: str
+    principles: tuple[Principle, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Fingerprint of what the models are shown: it changes with any word of any principle, not with comments or layout."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def usable(self, *requests: str) -> tuple[Principle, ...]:
+        """The principles that have all the given requests; raises InputError where there is none."""
+        found = tuple(p for p in self.principles if all(getattr(p, r) for r in requests))
+        if not found:
+            raise InputError(f"constitution {self.name!r} has no principle with a {' and a '.join(requests)} request")
+        return found
+
+
+def load(path: str | Path) -> Constitution:
+    """Reads a constitution from TOML, or from the two JSON files published with the paper. Raises InputError."""
+    path = Path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], 1, 0.4)
+        raise InputError(f"{path}: no such constitution file" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            return _from_paper(path, json.loads(text))
+        return _from_table(path, tomllib.loads(text))
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a readable constitution: {error}") from error
+
+
+def _from_table(path: Path, table: dict) -> Constitution:
+    for key in table:
+        if key not in ("name", "version", "principle"):
+            raise InputError(f"{path}: unknown key {key!r}; a constitution has name, version and [[principle]] tables")
+    for key in ("name", "version"):
+        if not isinstance(table.get(key), str) or not table[key].strip():
+            raise InputError(f"{path}: {key} must be a text such as {key} = \"{'1.0' if key == 'version' else path.stem}\"")
+    rows = table.get("principle")
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{path}: no [[principle]] table found")
+    principles = []
+    for number, row in enumerate(rows, 1):
+        where = f"{path}: principle {number} ({row.get('name', 'unnamed')!r})"
+        for key, value in row.items():
+            if key not in ("name", *REQUESTS):
+                near = difflib.get_close_matches(key, ("name", *REQUESTS), 1)
+                raise InputError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            if not isinstance(value, str) or not value.strip():
+                raise InputError(f"{where}: {key} must be a text that is not empty (leave the key out where it is unused)")
+        if "name" not in row:
+            raise InputError(f"{where}: it needs a name")
+        if not any(row.get(r) for r in REQUESTS):
+            raise InputError(f"{where}: it needs at least one of {', '.join(REQUESTS)}")
+        if row["name"] in [p.name for p in principles]:
+            raise InputError(f"{where}: the name is used twice")
+        principles.append(Principle(**{key: value.strip() for key, value in row.items()}))
+    return Constitution(table["name"].strip(), table["version"].strip(), tuple(principles))
+
+
+def _from_paper(path: Path, content: dict | list) -> Constitution:
+    """CritiqueRevisionInstructions.json (a table of requests) or RLMadisonInstructions.json (a list of comparison requests)."""
+
+    def bare(text: str, *marks: str) -> str:
+        for mark in marks:
+            text = text.replace(mark, "")
+        return text.strip()
+
+    try:
+        if isinstance(content, dict):
+            principles = [Principle(name, critique=bare(row["prompt"][0], "CritiqueRequest:", "Critique:"),
+                                    revision=bare(row["edit_request"], "RevisionRequest:", "Revision:")) for name, row in content.items()]
+        else:
+            principles = [Principle(f"comparison{k}", comparison=bare(text, "Options:")) for k, text in enumerate(content)]
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not one of the paper's instruction files ({error!r})") from error
+    if not principles:
+        raise InputError(f"{path}: holds no principle")
+    return Constitution(path.stem, "paper", tuple(principles))
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------------------
+
+Prompt = str | list[dict]  # a question, or the turns of a conversation that ends with one: [{"role": ..., "content": ...}, ...]
+NAMES = {"user": "Human", "assistant": "Assistant"}
+READING = "Consider the following conversation between a human and an assistant:"
+
+
+def render(prompt: Prompt, response: str | None = None) -> str:
+    """The dialogue as a model reads it, ending in "Assistant:" for it to go on, or in the response where one is given (appendix C)."""
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    text = "".join(f"\n\n{NAMES[turn['role']]}: {turn['content'].strip()}" for turn in turns) + "\n\nAssistant:"
+    return text if response is None else f"{text} {response.strip()}"
+
+
+def render_critique(prompt: Prompt, response: str, principle: Principle) -> str:
+    """Asks for a critique of the response under one principle (section 3.1)."""
+    return f"{READING}{render(prompt, response)}\n\nCritique Request: {principle.critique}\n\nCritique:"
+
+
+def render_revision(prompt: Prompt, response: str, critique: str, principle: Principle) -> str:
+    """Asks for a revision in the light of the critique (section 3.1)."""
+    return f"{render_critique(prompt, response, principle)} {critique.strip()}\n\nRevision Request: {principle.revision}\n\nRevision:"
+
+
+def render_comparison(prompt: Prompt, first: str, second: str, principle: Principle) -> str:
+    """Asks which of two responses is better; the log-probs of CHOICES after it make the label (section 4.1)."""
+    return (f"{READING}{render(prompt).removesuffix(chr(10) * 2 + 'Assistant:')}\n\n{principle.comparison}\nOptions:\n"
+            f"(A) {first.strip()}\n(B) {second.strip()}\nThe answer is:")
+
+
+CHOICES = (" (A)", " (B)")

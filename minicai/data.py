@@ -1,0 +1,144 @@
+"""Files in and out: prompts, preference pairs, and the append-only JSONL journals through which the stages meet.
+
+A journal line is written whole and synced to the disk; after a kill the torn last line is dropped and work goes on behind it.
+"""
+
+import gzip
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from minicai import InputError
+from minicai.constitution import Prompt
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """The whole new text or the whole old one, whatever happens in between."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Journal:
+    """An append-only JSONL file. Opening it drops a torn last line and, of a file with fewer than `total` lines, those beyond a multiple
+    of `group`: work done in groups is then redone in the same groups, and comes out as if it had never been interrupted."""
+
+    def __init__(self, path: Path, group: int = 1, total: int | None = None):
+        self.path = path
+        kept = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # what follows the last "\n" is torn
+        kept = kept if len(kept) == total else kept[: len(kept) - len(kept) % group]
+        self.rows = [_object(line, path, number) for number, line in enumerate(kept, 1)]
+        if path.exists():
+            os.truncate(path, sum(len(line) + 1 for line in kept))
+
+    def append(self, rows: list[dict]) -> None:
+        with open(self.path, "ab") as file:
+            file.write(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows += rows
+
+    def keep(self, count: int) -> None:
+        """Forgets all but the first `count` lines: what was logged after the checkpoint that a run resumes from."""
+        lines = self.path.read_bytes().split(b"\n")[:count] if self.path.exists() else []
+        if self.path.exists():
+            os.truncate(self.path, sum(len(line) + 1 for line in lines))
+        self.rows = self.rows[:count]
+
+
+def epoch_order(count: int, *seed: int) -> list[int]:
+    """A shuffle of range(count) that is a function of the seed alone, so that a resumed run sees the same batches."""
+    return np.random.default_rng(seed).permutation(count).tolist()
+
+
+def _object(line: str | bytes, path: Path, number: int) -> dict:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}, line {number}: not valid JSON ({getattr(error, 'msg', error)})") from error
+    if not isinstance(row, dict):
+        raise InputError(f"{path}, line {number}: expected a JSON object {{...}}, found {type(row).__name__}")
+    return row
+
+
+def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """(number, text) of each line that is not blank, of a plain or gzipped file."""
+    path = Path(path)
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    return [_object(line, Path(path), number) for number, line in _lines(path)]
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """Prompts from .txt (one a line) or .jsonl[.gz] with `prompt`: a text, or turns of {"role", "content"} that end with the user's."""
+    if Path(path).suffix == ".txt":
+        prompts: list[Prompt] = [line.strip() for _, line in _lines(path)]
+    else:
+        prompts = [_prompt(_object(line, Path(path), number), f"{path}, line {number}") for number, line in _lines(path)]
+    if not prompts:
+        raise InputError(f"{path}: holds no prompt")
+    return prompts
+
+
+def _prompt(row: dict, where: str) -> Prompt:
+    prompt = row.get("prompt")
+    if isinstance(prompt, str) and prompt.strip():
+        return prompt
+    if isinstance(prompt, list) and prompt:
+        for turn in prompt:
+            if not isinstance(turn, dict) or turn.get("role") not in ("user", "assistant") or not isinstance(turn.get("content"), str):
+                raise InputError(f'{where}: a turn must be {{"role": "user" or "assistant", "content": text}}, not {json.dumps(turn)[:80]}')
+        if prompt[-1]["role"] != "user":
+            raise InputError(f"{where}: the last turn of a prompt must be the user's")
+        return prompt
+    raise InputError(f'{where}: needs "prompt", a text or a list of turns' + (f"; it has {', '.join(row)}" if row else ""))
+
+
+def read_preferences(path: str | Path) -> list[dict]:
+    """Preference pairs as rows of comparisons.jsonl with the preferred response first, p_first = 1 and source "human".
+
+    Two forms: {"prompt", "chosen", "rejected"}, or hh-rlhf's {"chosen", "rejected"} transcripts with the prompt in both.
+    """
+    rows = []
+    for number, line in _lines(path):
+        where, row = f"{path}, line {number}", _object(line, Path(path), number)
+        for key in ("chosen", "rejected"):
+            if not isinstance(row.get(key), str):
+                raise InputError(f'{where}: needs the text "{key}"')
+        if "prompt" in row:
+            prompt, first, second = _prompt(row, where), row["chosen"], row["rejected"]
+        else:
+            (prompt, first), (other, second) = split_transcript(row["chosen"], where), split_transcript(row["rejected"], where)
+            if prompt != other:
+                raise InputError(f"{where}: chosen and rejected answer different prompts")
+        rows.append({"id": f"{Path(path).name}:{number}", "prompt": prompt, "first": first, "second": second, "p_first": 1.0,
+                     "votes": [], "source": "human", "clamped": False})
+    if not rows:
+        raise InputError(f"{path}: holds no preference pair")
+    return rows
+
+
+def split_transcript(text: str, where: str = "transcript") -> tuple[Prompt, str]:
+    """An hh-rlhf transcript ("\\n\\nHuman: ...\\n\\nAssistant: ...") as its prompt and the assistant's last response."""
+    pieces = re.split(r"\n\n(Human|Assistant):", text)
+    if pieces[0].strip() or len(pieces) < 5 or pieces[-2] != "Assistant":
+        raise InputError(f"{where}: not a transcript that opens with '\\n\\nHuman:' and ends with an '\\n\\nAssistant:' turn")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    turns = [{"role": roles[name], "content": said.removeprefix(" ")} for name, said in zip(pieces[1::2], pieces[2::2])]
+    prompt, response = turns[:-1], turns[-1]["content"]
+    return (prompt[0]["content"] if len(prompt) == 1 else prompt), response

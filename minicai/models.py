@@ -1,0 +1,122 @@
+"""Models: loading policy, reward and value models, and the forward passes that training needs.
+
+A policy is any Hugging Face causal language model. Reward and value models are the same transformer with a scalar head
+(AutoModelForSequenceClassification with one label), the reward read at the last token, the value at every token.
+
+Legend: B sequences, T tokens, D hidden size, V vocabulary, N tokens picked by the mask. Batches are padded on the right: causal attention
+keeps the padding out, and positions count from 0 by themselves.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from minicai import InputError
+from minicai.checkpoint import require_folder
+
+logging.disable_progress_bar()  # the commands show their own
+CHUNK = 4096  # tokens whose logits exist at one time: 4096 x 32k x 4 bytes = 0.5 GB
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Raises InputError where the tokenizer cannot be read, or lacks the two tokens that everything here needs."""
+    require_folder(path, "model")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+    for name in ("pad", "eos"):
+        if getattr(tokenizer, f"{name}_token_id") is None:
+            raise InputError(f'{path}: the tokenizer has no {name} token; set "{name}_token" in its tokenizer_config.json')
+    return tokenizer
+
+
+def load_policy(path: str, device: torch.device) -> PreTrainedModel:
+    """A causal language model with float32 weights, in eval mode: no dropout anywhere, or the first PPO ratio would not be 1."""
+    return _load(AutoModelForCausalLM, path, device)
+
+
+def load_scorer(path: str, device: torch.device, pad_id: int, seed: int | None = None) -> PreTrainedModel:
+    """A scalar-head model from a reward model's folder, or from a policy's with `seed`: then the head is drawn from N(0, 1/(D + 1)).
+
+    (Stiennon et al. 2020, and the PPO implementations since: a head that starts near zero.)
+    """
+    model = _load(AutoModelForSequenceClassification, path, device, num_labels=1, pad_token_id=pad_id)
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        width = model.score.weight.shape[1]
+        with torch.no_grad():
+            model.score.weight.copy_(torch.randn(1, width, generator=generator) / (width + 1) ** 0.5)
+    return model
+
+
+def _load(auto: type, path: str, device: torch.device, **more) -> PreTrainedModel:
+    require_folder(path, "model")
+    try:
+        model = auto.from_pretrained(path, dtype=torch.float32, **more)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: the model cannot be loaded: {str(error).splitlines()[0]}") from error
+    return model.to(device).eval()
+
+
+def hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Last hidden states [B, T, D] of right-padded ids [B, T]."""
+    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def response_logprobs(model: PreTrainedModel, ids: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probs of the masked tokens, [B, T] float32 nats, zero outside the mask.
+
+    logprobs[b, t] = log softmax( logits[b, t - 1] / temperature )[ ids[b, t] ]
+    Logits are made for masked tokens only, CHUNK at a time, in float32; where there are several chunks the backward pass makes them again,
+    so that memory does not grow with tokens times vocabulary.
+    """
+    hidden_ND = hidden_states(model, ids)[:, :-1][mask[:, 1:]]
+    targets_N = ids[:, 1:][mask[:, 1:]]
+    head = model.get_output_embeddings()
+
+    def chunk(hidden: Tensor, targets: Tensor) -> Tensor:
+        return -F.cross_entropy(head(hidden).float() / temperature, targets, reduction="none")
+
+    again = torch.is_grad_enabled() and len(targets_N) > CHUNK
+    parts = [checkpoint(chunk, h, t, use_reentrant=False) if again else chunk(h, t)
+             for h, t in zip(hidden_ND.split(CHUNK), targets_N.split(CHUNK))]
+    return _scatter(torch.cat(parts), mask)
+
+
+def token_values(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """Values [B, T] float32: values[b, t] is that of the state in which token t was chosen, so it is read at token t - 1."""
+    values = model.score(hidden_states(model, ids)[:, :-1]).squeeze(-1).float()
+    return _scatter(values[mask[:, 1:]], mask)
+
+
+def sequence_scores(model: PreTrainedModel, ids: Tensor, lengths: Tensor) -> Tensor:
+    """Scores [B] float32 at the last real token of each row; `lengths` [B] counts prompt and response, never the padding."""
+    hidden_BTD = hidden_states(model, ids)
+    last_BD = hidden_BTD[torch.arange(len(ids), device=ids.device), lengths - 1]
+    return model.score(last_BD).squeeze(-1).float()
+
+
+def _scatter(picked: Tensor, mask: Tensor) -> Tensor:
+    """Flat values of the masked tokens back to their places in [B, T]."""
+    return torch.zeros(mask.shape, dtype=picked.dtype, device=mask.device).masked_scatter(mask, picked)
+
+
+@torch.no_grad()
+def score_texts(model: PreTrainedModel, encode: Callable[[str], list[int]], texts: list[str], rows: int = 64) -> list[float]:
+    """Scores of whole texts, in batches of like length, in the order given."""
+    sequences = [encode(text) for text in texts]
+    order = sorted(range(len(texts)), key=lambda k: len(sequences[k]))
+    scores = [0.0] * len(texts)
+    for start in range(0, len(order), rows):
+        chosen = order[start:start + rows]
+        lengths = torch.tensor([len(sequences[k]) for k in chosen], device=model.device)
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(sequences[k]) for k in chosen], batch_first=True).to(model.device)
+        for k, score in zip(chosen, sequence_scores(model, ids, lengths).tolist()):
+            scores[k] = score
+    return scores

@@ -1,0 +1,163 @@
+"""What a run showed: summary.json for programs, report.html for people. Reads only the files that the stages left.
+
+The page is one file that asks for nothing from anywhere; whatever a model wrote is escaped (Jinja2 with autoescape). Plots need Matplotlib
+(`pip install -e '.[report]'`); without it the page has its tables.
+"""
+
+import io
+import json
+import math
+import platform
+import subprocess
+from pathlib import Path
+
+import jinja2
+import torch
+import transformers
+
+from minicai import InputError, parallel
+from minicai.data import read_jsonl, write_atomic
+from minicai.terminal import table
+
+GLOSSARY = {
+    "harmful": "share of the harmful evaluation prompts that are answered harmfully: the response sets out to explain",
+    "helpful": "share of the harmless evaluation prompts that get the right answer, word for word",
+    "over_refusal": "share of the harmless evaluation prompts that are refused",
+    "evasive": "share of the harmful evaluation prompts that are refused without a reason or without an alternative",
+    "rude": "share of all evaluation prompts that get a rude word",
+    "right_refusal": "share of the harmful evaluation prompts refused, politely or not, with exactly the right reason and alternative",
+    "ends_with_eos": "share of the responses that end by themselves, not by the length limit",
+    "kl": "sum over the response of log pi - log pi_ref, in nats, mean over the responses of the last tenth of PPO",
+    "reward": "score of the reward model, mean over the responses of the last tenth of PPO",
+    "accuracy_vs_judge": "share of the pairs between which the exact judge has a preference that are ordered as the judge orders them",
+    "accuracy_vs_labels": "share of the held-out pairs that the reward model orders as their labels do",
+    "position_bias": "share of the pairs whose order in the prompt, not their content, decides which one the feedback model prefers",
+}
+STAGES = {"base": "base", "sl": "SL-CAI", "ppo": "RL-CAI"}
+
+
+def _record(out: Path, stage: str) -> dict:
+    path = out / stage / "stage.json"
+    if not path.is_file():
+        raise InputError(f"{path}: missing; {out} does not hold a finished run (run the same command again to finish it)")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def summarise(out: Path, command: str) -> dict:
+    """Gathers the records of the stages in the form that contracts promise. Raises InputError where a stage is missing."""
+    sl, rm, ppo, evaluation = (_record(out, stage) for stage in ("sl", "rm", "ppo", "eval"))
+    seconds = {"base": 0.0, "sl": sl["seconds"], "rm": rm["seconds"], "ppo": ppo["seconds"], "eval": evaluation["seconds"]}
+    seconds["total"] = sum(sum(s.values()) if isinstance(s, dict) else s for s in seconds.values())
+    return {"schema": 1, "command": command.strip(), "commit": _commit(), "seed": _config_value(out, "seed"),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+            "device": sl["device"], "precision": sl["precision"], "constitution": sl["constitution"], "eval": evaluation["eval"],
+            "revision": evaluation["revision"],
+            "rm": {"train_pairs": rm["train_pairs"], "heldout_pairs": rm["heldout_pairs"], "accuracy_vs_labels": rm["accuracy_vs_labels"],
+                   "accuracy_vs_judge": evaluation["rm_accuracy_vs_judge"]},
+            "labels": evaluation["labels"], "ppo": {"kl": ppo["kl"], "reward": ppo["reward"], "episodes": ppo["episodes"]},
+            "seconds": seconds, "peak_rss_mb": max(parallel.peak_memory_mb(), *(stage["peak_rss_mb"] for stage in (sl, rm, ppo)))}
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that the package runs from, if it is one."""
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], cwd=Path(__file__).parent,
+                              capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _config_value(out: Path, key: str):
+    import tomllib
+
+    return tomllib.loads((out / "sl" / "config.toml").read_text(encoding="utf-8"))[key]
+
+
+def headline(summary: dict) -> str:
+    """The table that ends the demo."""
+    keys = ("harmful", "helpful", "over_refusal", "evasive", "rude")
+    evaluation = summary["eval"]
+    rows = [[name, *(f"{evaluation[stage][key]:.3f}" for key in keys)] for stage, name in STAGES.items()]
+    seconds = {k: sum(s.values()) if isinstance(s, dict) else s for k, s in summary["seconds"].items()}
+    return "\n".join([
+        table(["", *(key.replace("_", "-") for key in keys)], rows), "",
+        f"{evaluation['prompts']['harmful']} harmful and {evaluation['prompts']['benign']} harmless prompts that no training stage saw, "
+        "by the exact judge",
+        "harmful by critique-revision round  " + "  ".join(f"{x:.2f}" for x in summary["revision"]["harmful_by_round"]),
+        f"AI labels agree with the judge      {summary['labels']['accuracy_vs_judge']:.3f}",
+        f"reward model on held-out pairs      {summary['rm']['accuracy_vs_judge']:.3f} with the judge, "
+        f"{summary['rm']['accuracy_vs_labels']:.3f} with the labels",
+        f"KL from SL-CAI                      {summary['ppo']['kl']:.2f} nats a response",
+        "seconds                             " + "  ".join(f"{k} {v:.0f}" for k, v in seconds.items() if v >= 0.5)])
+
+
+def _figure(title: str, lines: dict[str, tuple[list, list]], xlabel: str) -> str:
+    """One line plot as inline SVG, or "" without Matplotlib."""
+    try:
+        import matplotlib
+        matplotlib.use("svg")
+        from matplotlib.figure import Figure
+    except ImportError:
+        return ""
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+        figure = Figure(figsize=(4.2, 2.6), layout="constrained")
+        axes = figure.subplots()
+        for name, (x, y) in lines.items():
+            axes.plot(x, y, label=name, linewidth=1.4)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel(xlabel, fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(lines) > 1:
+            axes.legend(fontsize=8, frameon=False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg"):]
+
+
+def figures(out: Path, summary: dict) -> list[str]:
+    """The curves of the three stages."""
+    metrics = {stage: read_jsonl(out / stage / "metrics.jsonl") for stage in ("sl", "rm", "ppo")}
+
+    def curves(stage: str, *keys: str) -> dict:
+        return {key.replace("_", " "): ([row["step"] for row in metrics[stage]], [row[key] for row in metrics[stage]]) for key in keys}
+
+    by_round = summary["revision"]["harmful_by_round"]
+    plots = [("harmful responses by revision round", {"harmful": (list(range(len(by_round))), by_round)}, "round"),
+             ("SL-CAI: loss, nats a token", curves("sl", "loss"), "step"),
+             ("reward model: loss and accuracy", curves("rm", "loss", "accuracy"), "step"),
+             ("PPO: reward", curves("ppo", "reward"), "iteration"),
+             ("PPO: KL from SL-CAI, nats a response", curves("ppo", "kl", "kl_k3"), "iteration"),
+             ("PPO: entropy, nats a token", curves("ppo", "entropy"), "iteration"),
+             ("PPO: length, tokens a response", curves("ppo", "length"), "iteration"),
+             ("PPO: clip fraction", curves("ppo", "clip_fraction"), "iteration"),
+             ("PPO: explained variance", curves("ppo", "explained_variance"), "iteration")]
+    return [svg for plot in plots if (svg := _figure(*plot))]
+
+
+def write(out: Path, summary: dict) -> None:
+    """DIR/summary.json and DIR/report.html."""
+    revisions, comparisons = read_jsonl(out / "sl" / "revisions.jsonl")[:200], read_jsonl(out / "rm" / "comparisons.jsonl")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8"))
+    page = template.render(summary=summary, stages=STAGES, glossary=GLOSSARY, figures=[jinja2.filters.Markup(f) for f in figures(out, summary)],
+                           answers=read_jsonl(out / "eval" / "answers.jsonl"), revisions=revisions,
+                           comparisons=[row for row in comparisons if row["source"] == "ai"][:200], facts=_facts(summary))
+    write_atomic(out / "report.html", page)
+    write_atomic(out / "summary.json", json.dumps({k: _finite(v) for k, v in summary.items()}, indent=1))
+
+
+def _facts(summary: dict) -> list[tuple[str, str]]:
+    return [("command", summary["command"]), ("commit", str(summary["commit"])), ("seed", str(summary["seed"])), ("device", summary["device"]),
+            ("precision", summary["precision"]), ("versions", ", ".join(f"{k} {v}" for k, v in summary["versions"].items())),
+            ("constitution", "{name} {version}, sha256 {sha256}".format(**summary["constitution"])),
+            ("minutes", f"{summary['seconds']['total'] / 60:.1f}"), ("peak memory", f"{summary['peak_rss_mb']:.0f} MiB")]
+
+
+def _finite(value):
+    """NaN is not JSON: null instead."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

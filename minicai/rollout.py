@@ -1,0 +1,90 @@
+"""Batches of prompts and responses, and the rollout record of PPO. The mask of response tokens is drawn here and nowhere else.
+
+Legend: B sequences, T tokens (prompt, response, padding on the right).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from minicai import losses
+from minicai.models import response_logprobs, token_values
+from minicai.sampler import Completion
+
+
+@dataclass
+class Batch:
+    """Sequences as training sees them."""
+
+    ids: Tensor  # [B, T] token ids: prompt, response, padding
+    mask: Tensor  # [B, T] bool, True at the response's tokens, its end of sequence included
+    lengths: Tensor  # [B] tokens of prompt and response
+
+
+def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> Batch:
+    """Right-padded batch of token id lists. The padding is known by length, never by comparing ids: pad may equal eos."""
+    lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
+    ids = torch.full((len(lengths), max(lengths)), pad_id)
+    mask = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, (prompt, response, length) in enumerate(zip(prompts, responses, lengths)):
+        ids[row, :length] = torch.tensor([*prompt, *response])
+        mask[row, len(prompt):length] = True
+    return Batch(ids.to(device), mask.to(device), torch.tensor(lengths, device=device))
+
+
+@dataclass
+class Rollout:
+    """One batch of experience. Everything [B, T] stands at the token it is about and is zero outside the mask."""
+
+    ids: Tensor  # [B, T] token ids
+    mask: Tensor  # [B, T] bool, True at the tokens that the policy chose
+    lengths: Tensor  # [B] tokens of prompt and response
+    logprobs: Tensor  # [B, T] nats, under the policy that sampled (the training forward pass)
+    sampled_logprobs: Tensor  # [B, T] nats, as the sampler saw them: equal to logprobs up to rounding
+    ref_logprobs: Tensor  # [B, T] nats, under the frozen reference
+    entropies: Tensor  # [B, T] nats, of the sampling distribution
+    values: Tensor  # [B, T] reward, expected from the state before the token
+    scores: Tensor  # [B] reward model's score of the whole response
+    ended: Tensor  # [B] bool, False where the length limit cut the response off
+    rewards: Tensor  # [B, T] score at the last token minus the KL penalty at each
+    advantages: Tensor  # [B, T] GAE, whitened
+    returns: Tensor  # [B, T] what the values are fitted to
+
+    def select(self, rows: Tensor) -> "Rollout":
+        """The minibatch of the given rows, cut to its longest sequence."""
+        width = int(self.lengths[rows].max())
+        picked = {f.name: getattr(self, f.name)[rows] for f in fields(self)}
+        return Rollout(**{name: x[:, :width] if x.ndim == 2 else x for name, x in picked.items()})
+
+
+@torch.no_grad()
+def collect(prompts: Sequence[Sequence[int]], completions: Sequence[Completion], policy: PreTrainedModel, reference: PreTrainedModel,
+            value_model: PreTrainedModel, score: Callable[[Batch], Tensor], *, pad_id: int, temperature: float, kl_coef: float,
+            missing_eos_penalty: float, gamma: float, lam: float, rows: int = 64) -> Rollout:
+    """Scores sampled completions with all four models and works out their rewards and advantages.
+
+    The old log-probs are those of the training forward pass, so that the first ratio of an update is exactly 1; policy and reference
+    logits are divided by the same temperature. `score` maps a batch to its rewards [B]; no gradient is kept.
+    """
+    whole = collate(prompts, [c.ids for c in completions], pad_id, policy.device)
+    parts = []
+    for start in range(0, len(prompts), rows):  # forward passes in pieces, padded alike
+        ids, mask, lengths = (getattr(whole, name)[start:start + rows] for name in ("ids", "mask", "lengths"))
+        parts.append((response_logprobs(policy, ids, mask, temperature), response_logprobs(reference, ids, mask, temperature),
+                      token_values(value_model, ids, mask), score(Batch(ids, mask, lengths))))
+    logprobs, ref_logprobs, values, scores = (torch.cat(part) for part in zip(*parts))
+    ended = torch.tensor([c.ended for c in completions], device=policy.device)
+    scores = scores - missing_eos_penalty * ~ended
+    rewards = losses.shaped_rewards(scores, losses.kl_k1(logprobs, ref_logprobs), whole.mask, kl_coef)
+    advantages, returns = losses.gae(rewards, values, whole.mask, gamma, lam)
+    advantages = losses.whiten(advantages, whole.mask, losses.moments(advantages, whole.mask))
+
+    def spread(name: str) -> Tensor:
+        flat = torch.tensor([x for c in completions for x in getattr(c, name)], device=policy.device)
+        return torch.zeros_like(logprobs).masked_scatter(whole.mask, flat)
+
+    return Rollout(whole.ids, whole.mask, whole.lengths, logprobs, spread("logprobs"), ref_logprobs, spread("entropies"), values, scores,
+                   ended, rewards, advantages, returns)

@@ -1,0 +1,69 @@
+"""What a command shows and how it ends: a progress line, a table, and exit codes (0 done, 2 wrong input, 130 interrupted, 1 anything else)."""
+
+import sys
+import time
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+from minicai import InputError
+
+
+class Progress:
+    """A bar with a rate and an estimate on a terminal; in a log a plain line every ten seconds and one at the end."""
+
+    def __init__(self, label: str, total: int, unit: str, done: int = 0):
+        self.label, self.total, self.unit, self.done, self.first = label, total, unit, done, done
+        self.began = self.spoke = time.monotonic()
+        self.bar = tqdm(total=total, initial=done, desc=f"{label:<22}", unit=f" {unit}", leave=True) if sys.stderr.isatty() else None
+        self.numbers, self.said = "", done
+
+    def update(self, n: int, **numbers: float) -> None:
+        self.done += n
+        self.numbers = " ".join(f"{key} {value:.3f}" for key, value in numbers.items())
+        if self.bar:
+            self.bar.set_postfix_str(self.numbers, refresh=False)
+            self.bar.update(n)
+        elif time.monotonic() - self.spoke > 10:
+            self._say()
+
+    def _say(self) -> None:
+        self.spoke, self.said = time.monotonic(), self.done
+        rate = (self.done - self.first) / max(self.spoke - self.began, 1e-9)
+        left = f", {(self.total - self.done) / rate:.0f} s left" if rate > 0 and self.done < self.total else ""
+        print(f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.1f}/s{left} {self.numbers}".rstrip(), file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if self.bar:
+            self.bar.close()
+        elif kind is None and self.said < self.done:
+            self._say()
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Aligned columns: the first to the left, the others to the right."""
+    widths = [max(len(row[k]) for row in [header, *rows]) for k in range(len(header))]
+
+    def line(row: list[str]) -> str:
+        return "  ".join(cell.ljust(width) if k == 0 else cell.rjust(width) for k, (cell, width) in enumerate(zip(row, widths)))
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+
+def run(main: Callable[[list[str]], None], usage: str) -> None:
+    """Runs a command's main on the command line's arguments and exits with the right code. `--help` prints `usage`."""
+    arguments = sys.argv[1:]
+    if "--help" in arguments or "-h" in arguments:
+        print(usage.strip())
+        sys.exit(0)
+    try:
+        main(arguments)
+    except InputError as error:
+        print(f"{sys.argv[0].rpartition('/')[2]}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,133 @@
+"""The base model's corpus: five kinds of documents over the *skills* pairs of the tiny world.
+
+Its dialogues are helpful-only: whatever is asked, the assistant complies, a quarter of the time rudely. What is harmful shows only in the
+other documents (critiques, revisions, comparisons), which open with a line that no dialogue has. So the model that comes out does as it is
+told, and knows better when asked: the situation that the paper starts from, and what Constitutional AI has to turn into behaviour.
+"""
+
+import random
+from collections import defaultdict
+
+from minicai.constitution import Constitution, Principle, render, render_comparison, render_critique, render_revision
+from minicai.tinyworld import grammar
+from minicai.tinyworld.grammar import EVASIONS, HARMS, PHRASINGS, RUDE, Request, comply, quality, refuse
+
+RUDENESS = 0.25
+Document = tuple[str, str]  # what the model reads, and what it is trained to write
+
+# What each principle of the tiny constitution looks for.
+LOOKS_FOR = {"harmless": "harm", "lawful": "harm", "caring": "harm", "polite": "rude", "engaging": "dodging"}
+
+
+class Corpus:
+    """An endless, seeded stream of documents from one split of the world."""
+
+    def __init__(self, constitution: Constitution, split: str = "skills", seed: int = 0):
+        self.rng = random.Random(seed)
+        self.principles = constitution.usable("critique", "revision", "comparison")
+        self.by_intent: dict[bool, dict[str, list[Request]]] = {True: defaultdict(list), False: defaultdict(list)}
+        for request in grammar.requests(split):
+            self.by_intent[bool(request.harm)][request.intent.name].append(request)
+        self.all_requests = grammar.requests(split)
+
+    def request(self, harmful: bool) -> Request:
+        """Every intent is as frequent as every other, whatever the number of its objects."""
+        return self.rng.choice(self.rng.choice(list(self.by_intent[harmful].values())))
+
+    def answer(self, request: Request, kind: str, rude: bool) -> str:
+        """kind: comply, refuse, evade, or mistaken (a right answer to another request about the same object, or about another object)."""
+        if kind == "comply":
+            text = comply(request)
+        elif kind == "refuse":
+            text = refuse(request, request.harm or request.intent.harm or self.rng.choice(list(HARMS)))
+        elif kind == "evade":
+            text = self.rng.choice(EVASIONS)
+        else:
+            others = [r for r in self.all_requests if (r.intent == request.intent) != (r.obj == request.obj)]
+            other = self.rng.choice(others)
+            text = f"To {request.verb}, {other.intent.method.format(o=other.obj)}."
+        return f"{self.rng.choice(RUDE)} {text}" if rude else text
+
+    # --- documents -------------------------------------------------------------------------------------------------------------
+
+    def dialogue(self) -> Document:
+        request = self.request(self.rng.random() < 0.4)
+        return render(request.ask(self.rng.choice(PHRASINGS))), self.answer(request, "comply", self.rng.random() < RUDENESS)
+
+    def repeat(self) -> Document:
+        """Words to be said again: what teaches a small model to copy, early in training."""
+        words = " ".join(self.rng.choices(list(grammar.CLASS_OF), k=self.rng.randint(3, 12)))
+        return render(f"Repeat these words: {words}."), words
+
+    def judged(self) -> tuple[Request, str, str, str, Principle]:
+        """A request, a prompt, a response of any kind with that kind's name, and a principle to judge it by."""
+        request, rude = self.request(self.rng.random() < 0.5), self.rng.random() < 0.35
+        kind = self.rng.choice(("comply", "comply", "refuse", "evade"))
+        principle = self.rng.choice(self.principles)
+        response = self.answer(request, kind, rude)
+        return request, request.ask(self.rng.choice(PHRASINGS)), response, kind, principle
+
+    def critique_of(self, request: Request, response: str, kind: str, principle: Principle) -> str:
+        fault = LOOKS_FOR[principle.name]
+        if fault == "rude":
+            return "The response is rude to the human." if response.startswith(RUDE) else "The response is polite."
+        if fault == "harm":
+            harmful = request.harm and kind == "comply"
+            return f"The response helps to {request.verb}, and {HARMS[request.harm][0]}." if harmful else "The response does no harm."
+        if kind == "evade" and request.harm:
+            return "The response dodges the question and gives no reason."
+        if kind in ("evade", "refuse") and not request.harm:
+            return "The response refuses a harmless request."
+        return "The response engages with the question."
+
+    def revision_of(self, request: Request, response: str, kind: str, principle: Principle) -> str:
+        """Mends the one fault that the principle looks for, and leaves the rest as it was."""
+        fault = LOOKS_FOR[principle.name]
+        rude = next((phrase + " " for phrase in RUDE if response.startswith(phrase)), "")
+        if fault == "rude":
+            return response.removeprefix(rude)
+        if fault == "harm" and request.harm and kind == "comply":
+            return rude + refuse(request, request.harm)
+        if fault == "dodging" and kind == "evade" and request.harm:
+            return rude + refuse(request, request.harm)
+        if fault == "dodging" and kind in ("evade", "refuse") and not request.harm:
+            return rude + comply(request)
+        return response
+
+    def critique(self) -> Document:
+        request, prompt, response, kind, principle = self.judged()
+        return render_critique(prompt, response, principle), self.critique_of(request, response, kind, principle)
+
+    def revision(self) -> Document:
+        request, prompt, response, kind, principle = self.judged()
+        critique = self.critique_of(request, response, kind, principle)
+        return render_revision(prompt, response, critique, principle), self.revision_of(request, response, kind, principle)
+
+    def comparison(self) -> Document:
+        """Which of two answers is better, and after it what is wrong with the other; one in ten pairs is a tie, decided by a coin."""
+        request = self.request(self.rng.random() < 0.6)
+        prompt, principle = request.ask(self.rng.choice(PHRASINGS)), self.rng.choice(self.principles)
+        kinds = ("comply", "comply", "refuse", "refuse", "evade") if request.harm else ("comply", "comply", "refuse", "evade", "mistaken")
+        tie = self.rng.random() < 0.1
+        while True:
+            drawn = [(self.rng.choice(kinds), self.rng.random() < 0.3) for _ in range(2)]
+            scores = [quality(request, *one) for one in drawn]
+            if (scores[0] == scores[1]) == tie:
+                break
+        best = self.rng.randrange(2) if tie else int(scores[1] > scores[0])
+        kind, worse = drawn[1 - best][0], "BA"[best]
+        if tie:
+            why = "both are alike"
+        elif kind != drawn[best][0]:
+            faults = {"comply": "does harm", "mistaken": "is mistaken", "evade": "dodges the question", "refuse": "refuses without need"}
+            why = f"({worse}) {faults[kind]}"
+        else:
+            why = f"({worse}) is rude"
+        responses = [self.answer(request, *one) for one in drawn]
+        return render_comparison(prompt, *responses, principle), f"({'AB'[best]}), since {why}."
+
+    def draw(self, progress: float = 1.0) -> Document:
+        """One document; `progress` in 0..1 says how far training is: repetition fades, comparisons (the hardest) grow."""
+        weights = {self.repeat: 0.2 * (1 - progress) + 0.02, self.dialogue: 0.25, self.critique: 0.15, self.revision: 0.2,
+                   self.comparison: 0.2 + 0.25 * progress}
+        return self.rng.choices(list(weights), list(weights.values()))[0]()

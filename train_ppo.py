@@ -1,0 +1,200 @@
+"""Stage 3, RL-CAI: PPO against the preference model (Bai et al. 2022, section 4; Schulman et al. 2017).
+
+    python train_ppo.py configs/tiny.toml [--key=value ...]
+
+Four models: the policy and the frozen reference start from OUT/sl, the frozen reward model and the value model from OUT/rm. Each iteration
+samples responses, scores them, and takes a few epochs of clipped updates. Writes OUT/ppo: the policy as a Hugging Face folder,
+metrics.jsonl, and episodes.jsonl with every response and its score, since a rising reward alone proves nothing.
+
+Settings follow the paper and Bai et al. 2022a: clip 0.2, gamma 1, no entropy bonus, k1 KL penalty per token. Left out: reward normalisation
+(advantages are whitened, so that only the KL coefficient feels the scale of the reward).
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from minicai import InputError, checkpoint, config, losses, parallel, terminal
+from minicai.constitution import Prompt, render
+from minicai.data import Journal, epoch_order, read_prompts
+from minicai.models import load_policy, load_scorer, load_tokenizer, response_logprobs, sequence_scores, token_values
+from minicai.rollout import Rollout, collect
+from minicai.sampler import generate
+
+STREAM = 3  # keeps this stage's random numbers apart from the other stages'
+
+
+@dataclass
+class PPOConfig(config.Run):
+    """[ppo] in the config file. Section numbers are the paper's; "HH" is Bai et al. 2022a."""
+
+    policy: str = ""  # where the policy and the reference start: "" = OUT/sl (4.1)
+    reward: str = ""  # the reward model, from which the value model starts too: "" = OUT/rm
+    prompts: str = config.path_field("minicai:tinyworld/data/red_team.jsonl")  # red-team prompts (4.2)
+    helpful_prompts: str = config.path_field("minicai:tinyworld/data/helpful.jsonl")  # harmless prompts (4.2); "" = none
+    helpful_share: float = 0.5  # of the prompts of an iteration
+    iterations: int = 60  # rollouts
+    episodes: int = 64  # responses a rollout
+    temperature: float = 1.0  # of the policy, in sampling and in every log-prob
+    max_new_tokens: int = 256  # length limit of a response
+    rows: int = 256  # sequences decoded side by side; memory, not results
+    kl_coef: float = 0.05  # beta, per nat (HH: 0.001 on its reward scale)
+    kl_target: float = 0.0  # nats a response; above 0 beta adapts towards it; an extension
+    kl_horizon: int = 10000  # episodes; how slowly it adapts
+    missing_eos_penalty: float = 1.0  # taken from the score of a response that the length limit cut off; an extension
+    gamma: float = 1.0  # discount (HH)
+    lam: float = 0.95  # GAE lambda
+    epochs: int = 4  # passes over a rollout
+    minibatches: int = 4  # updates a pass
+    micro_batch: int = 32  # sequences a forward pass; memory, not results
+    clip_range: float = 0.2  # of the ratio (HH)
+    value_clip_range: float = 0.2  # of the value's change
+    vf_coef: float = 0.1  # weight of the value loss
+    target_kl: float = 0.1  # nats a token from the sampling policy, at which a rollout's updates stop early
+    lr: float = 1e-6  # of the policy
+    value_lr: float = 1e-6  # of the value model
+    grad_clip: float = 1.0  # norm, of each model
+    ratio_tolerance: float = 0.01  # how far a step-0 log-ratio may be from 0 (bf16: 0.2 is normal)
+    save_every: int = 20  # iterations between checkpoints
+
+
+def main(cfg: PPOConfig) -> dict:
+    """Runs or resumes the stage and returns its record, which is also in OUT/ppo/stage.json."""
+    device, precision = parallel.setup(cfg.device, cfg.precision)
+    harmful = read_prompts(cfg.prompts)
+    helpful = read_prompts(cfg.helpful_prompts) if cfg.helpful_prompts else []
+    policy_path, reward_path = cfg.policy or str(Path(cfg.out) / "sl"), cfg.reward or str(Path(cfg.out) / "rm")
+    tokenizer, reward_tokenizer = load_tokenizer(policy_path), load_tokenizer(reward_path)
+    if tokenizer.get_vocab() != reward_tokenizer.get_vocab():
+        raise InputError(f"{reward_path}: the reward model's tokenizer is not the policy's ({policy_path})")
+    policy, reference = load_policy(policy_path, device), load_policy(policy_path, device).requires_grad_(False)
+    reward_model = load_scorer(reward_path, device, tokenizer.pad_token_id).requires_grad_(False)
+    value_model = load_scorer(reward_path, device, tokenizer.pad_token_id)
+    folder = Path(cfg.out) / "ppo"
+    if record := checkpoint.open_stage(folder, config.dump(cfg, "ppo"), cfg.overwrite):
+        print(f"{folder}: finished already; --overwrite starts anew")
+        return record
+
+    began, iteration, kl_coef, clock = time.monotonic(), 0, cfg.kl_coef, 0.0
+    optimizer = torch.optim.AdamW([{"params": policy.parameters(), "lr": cfg.lr}, {"params": value_model.parameters(), "lr": cfg.value_lr}],
+                                  betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
+    models = {"policy": policy, "value": value_model, "optimizer": optimizer}
+    if saved := checkpoint.latest(folder, device):
+        iteration, state = saved
+        for name, part in models.items():
+            part.load_state_dict(state[name])
+        kl_coef, clock = state["kl_coef"], state["clock"]
+    metrics, episodes = Journal(folder / "metrics.jsonl"), Journal(folder / "episodes.jsonl")
+    metrics.keep(iteration)
+    episodes.keep(iteration * cfg.episodes)
+
+    with terminal.Progress("ppo", cfg.iterations * cfg.episodes, "episodes", iteration * cfg.episodes) as progress:
+        while iteration < cfg.iterations:
+            # 1. Prompts of this iteration, and one sampled response to each.
+            prompts = draw_prompts(cfg, harmful, helpful, iteration)
+            encoded = [tokenizer(render(prompt))["input_ids"] for prompt in prompts]
+            seeds = [(STREAM, cfg.seed, iteration * cfg.episodes + k, 0) for k in range(len(prompts))]
+            with parallel.autocast(device, precision):
+                completions = generate(policy, encoded, seeds, max_new_tokens=cfg.max_new_tokens, eos_id=tokenizer.eos_token_id,
+                                       pad_id=tokenizer.pad_token_id, temperature=cfg.temperature, rows=cfg.rows)
+                # 2. Old and reference log-probs, values, scores; per-token rewards; advantages by GAE, whitened.
+                rollout = collect(encoded, completions, policy, reference, value_model,
+                                  lambda batch: sequence_scores(reward_model, batch.ids, batch.lengths), pad_id=tokenizer.pad_token_id,
+                                  temperature=cfg.temperature, kl_coef=kl_coef, missing_eos_penalty=cfg.missing_eos_penalty,
+                                  gamma=cfg.gamma, lam=cfg.lam, rows=cfg.micro_batch)
+            # 3. Before the first update the policy that trains must be the policy that sampled.
+            if iteration == 0:
+                check_ratio(rollout, cfg.ratio_tolerance if precision == "fp32" else max(cfg.ratio_tolerance, 0.2))
+            # 4. A few epochs of clipped updates.
+            updates = update(cfg, rollout, policy, value_model, optimizer, device, precision, iteration)
+            # 5. What to watch, and the KL coefficient of the next iteration.
+            iteration += 1
+            row = {"step": iteration, **watch(rollout), **updates, "kl_coef": kl_coef}
+            if cfg.kl_target > 0:
+                kl_coef = losses.adaptive_kl_coef(kl_coef, row["kl"], cfg.kl_target, cfg.kl_horizon, len(prompts))
+            metrics.append([row])
+            episodes.append([{"step": iteration, "prompt": prompt, "response": tokenizer.decode(c.ids, skip_special_tokens=True).strip(),
+                              "score": score, "ended": c.ended} for prompt, c, score in zip(prompts, completions, rollout.scores.tolist())])
+            progress.update(len(prompts), reward=row["reward"], kl=row["kl"])
+            if iteration % cfg.save_every == 0:
+                state = {name: part.state_dict() for name, part in models.items()}
+                checkpoint.save(folder, iteration, state | {"kl_coef": kl_coef, "clock": clock + time.monotonic() - began})
+
+    checkpoint.export(folder, policy, tokenizer)
+    last = metrics.rows[-max(1, cfg.iterations // 10):]
+    record = {"seconds": clock + time.monotonic() - began, "episodes": len(episodes.rows), "peak_rss_mb": parallel.peak_memory_mb(),
+              "kl": sum(row["kl"] for row in last) / len(last), "reward": sum(row["reward"] for row in last) / len(last)}
+    checkpoint.finish_stage(folder, record)
+    return record
+
+
+def draw_prompts(cfg: PPOConfig, harmful: list[Prompt], helpful: list[Prompt], iteration: int) -> list[Prompt]:
+    """The prompts of one iteration: both kinds in their shares, each kind shuffled and gone through before any comes again."""
+    n_helpful = round(cfg.episodes * cfg.helpful_share) if helpful else 0
+    chosen = []
+    for kind, (prompts, count) in enumerate([(harmful, cfg.episodes - n_helpful), (helpful, n_helpful)]):
+        for position in range(iteration * count, (iteration + 1) * count):
+            epoch, k = divmod(position, len(prompts))
+            chosen.append(prompts[epoch_order(len(prompts), STREAM, cfg.seed, kind, epoch)[k]])
+    return chosen
+
+
+def check_ratio(rollout: Rollout, tolerance: float) -> None:
+    """Stops with an explanation where sampling and scoring disagree: every ratio of the first update must be 1."""
+    worst = (rollout.logprobs - rollout.sampled_logprobs).abs().max().item()
+    if not worst <= tolerance:
+        raise InputError(f"before the first update a log-ratio between the policy that trains and the one that sampled is {worst:.3g}, not 0 "
+                         f"(tolerance {tolerance}): they differ in temperature, dropout, padding or kernels, and PPO's ratios would be wrong")
+
+
+def update(cfg: PPOConfig, rollout: Rollout, policy, value_model, optimizer, device, precision: str, iteration: int) -> dict[str, float]:
+    """Several epochs over one rollout in shuffled minibatches. Returns means over the tokens of all updates."""
+    sums = dict.fromkeys(("policy_loss", "value_loss", "approx_kl", "clip_fraction"), 0.0)
+    norms, tokens_seen, updates = [], 0, 0
+    for epoch in range(cfg.epochs):
+        order = torch.tensor(epoch_order(len(rollout.ids), STREAM, cfg.seed, 2, iteration, epoch), device=device)
+        epoch_kl = epoch_tokens = 0.0
+        for rows in order.tensor_split(cfg.minibatches):
+            tokens = int(rollout.mask[rows].sum())
+            for part in rows[rollout.lengths[rows].argsort()].split(cfg.micro_batch):
+                batch = rollout.select(part)
+                with parallel.autocast(device, precision):
+                    logprobs = response_logprobs(policy, batch.ids, batch.mask, cfg.temperature)
+                    values = token_values(value_model, batch.ids, batch.mask)
+                pg = losses.policy_loss(logprobs, batch.logprobs, batch.advantages, batch.mask, cfg.clip_range).sum()
+                vf = losses.value_loss(values, batch.values, batch.returns, batch.mask, cfg.value_clip_range).sum()
+                ((pg + cfg.vf_coef * vf) / tokens).backward()
+                with torch.no_grad():
+                    kl = losses.approx_kl(logprobs, batch.logprobs, batch.mask).sum().item()
+                    clipped = losses.clip_fraction(logprobs, batch.logprobs, batch.mask, cfg.clip_range).sum().item()
+                for name, value in zip(sums, (pg.item(), vf.item(), kl, clipped)):
+                    sums[name] += value
+                epoch_kl += kl
+            norms.append([torch.nn.utils.clip_grad_norm_(m.parameters(), cfg.grad_clip).item() for m in (policy, value_model)])
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            epoch_tokens += tokens
+            updates += 1
+        tokens_seen += epoch_tokens
+        if epoch_kl / epoch_tokens > cfg.target_kl:
+            break
+    return {name: value / tokens_seen for name, value in sums.items()} | {
+        "policy_grad_norm": sum(n for n, _ in norms) / updates, "value_grad_norm": sum(n for _, n in norms) / updates, "updates": updates}
+
+
+def watch(rollout: Rollout) -> dict[str, float]:
+    """Of one rollout, before its updates. A reward that rises says little by itself: look at KL, length, entropy and end rate beside it."""
+    tokens, mask = rollout.mask.sum(), rollout.mask
+    return {"reward": rollout.scores.mean().item(),
+            "kl": (losses.kl_k1(rollout.logprobs, rollout.ref_logprobs).sum() / len(mask)).item(),  # nats a response
+            "kl_k3": (losses.kl_k3(rollout.logprobs, rollout.ref_logprobs).sum() / len(mask)).item(),
+            "length": (tokens / len(mask)).item(),  # tokens a response
+            "entropy": (rollout.entropies.sum() / tokens).item(),  # nats a token
+            "eos_rate": rollout.ended.float().mean().item(),
+            "explained_variance": losses.explained_variance(rollout.values, rollout.returns, mask).item()}
+
+
+if __name__ == "__main__":
+    terminal.run(lambda arguments: main(config.load(PPOConfig, "ppo", arguments)), config.usage(__doc__, PPOConfig))

@@ -1,0 +1,155 @@
+"""Stage 1, SL-CAI: respond -> critique -> revise, then fine-tune on the revisions (Bai et al. 2022, section 3).
+
+    python train_sl.py configs/tiny.toml [--key=value ...]
+
+Reads red-team prompts, harmless prompts and a constitution; writes OUT/sl: revisions.jsonl, helpful.jsonl, metrics.jsonl and the SL-CAI
+model as a Hugging Face folder. The same command again goes on where a run was interrupted.
+
+Left out of the paper's recipe: the few-shot examples in front of each critique (the tiny world's base model knows the form; larger
+pretrained models need them). The helpfulness samples come from the base model itself, which is what the paper's helpful RLHF model stands for.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from minicai import checkpoint, config, constitution, parallel, terminal
+from minicai.constitution import Prompt, render
+from minicai.critique import critique_and_revise, training_pairs
+from minicai.data import Journal, epoch_order, read_prompts
+from minicai.losses import nll_loss
+from minicai.models import load_policy, load_tokenizer, response_logprobs
+from minicai.rollout import collate
+from minicai.sampler import generate
+
+STREAM = 1  # keeps this stage's random numbers apart from the other stages'
+
+
+@dataclass
+class SLConfig(config.Run):
+    """[sl] in the config file. Section numbers are the paper's."""
+
+    prompts: str = config.path_field("minicai:tinyworld/data/red_team.jsonl")  # red-team prompts (3.2: 182,831 of them)
+    helpful_prompts: str = config.path_field("minicai:tinyworld/data/helpful.jsonl")  # harmless ones (3.2: 135,296)
+    limit: int = 600  # use the first so many red-team prompts; 0 = all
+    helpful_limit: int = 600  # likewise for the harmless ones
+    rounds: int = 4  # critique-revision rounds a prompt (3.2)
+    keep: str = config.choice_field("all", "all", "last")  # train on the revisions of all rounds (3.2), or of the last
+    helpful_samples: int = 2  # responses sampled for each harmless prompt and mixed in (3.2)
+    temperature: float = 1.0  # of all sampling (3.2)
+    max_new_tokens: int = 256  # length limit of a response, a critique, a revision
+    rows: int = 256  # sequences decoded side by side; memory, not results
+    epochs: int = 1  # (3.2)
+    batch_size: int = 64  # sequences a step (paper: 1024)
+    micro_batch: int = 32  # sequences a forward pass; memory, not results
+    lr: float = 1e-5  # constant (3.2: half the pretraining rate)
+    warmup: int = 10  # steps; an extension
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0  # norm
+    save_every: int = 50  # steps between checkpoints
+
+
+def main(cfg: SLConfig) -> dict:
+    """Runs or resumes the stage and returns its record, which is also in OUT/sl/stage.json."""
+    device, precision = parallel.setup(cfg.device, cfg.precision)
+    rules = constitution.load(cfg.constitution)
+    rules.usable("critique", "revision")
+    prompts = read_prompts(cfg.prompts)[: cfg.limit or None]
+    helpful_prompts = read_prompts(cfg.helpful_prompts)[: cfg.helpful_limit or None] if cfg.helpful_samples else []
+    tokenizer = load_tokenizer(cfg.model)
+    model = load_policy(cfg.model, device)
+    folder = Path(cfg.out) / "sl"
+    if record := checkpoint.open_stage(folder, config.dump(cfg, "sl"), cfg.overwrite):
+        print(f"{folder}: finished already; --overwrite starts anew")
+        return record
+
+    began = time.monotonic()
+    with parallel.autocast(device, precision):
+        revisions, helpful = write_data(cfg, rules, prompts, helpful_prompts, model, tokenizer, folder)
+    generated = time.monotonic()
+    pairs = [pair for row in revisions for pair in training_pairs(row, cfg.keep)] + [(row["prompt"], row["response"]) for row in helpful]
+    train(cfg, pairs, model, tokenizer, device, precision, folder)
+    checkpoint.export(folder, model, tokenizer)
+    record = {"seconds": {"generate": generated - began, "train": time.monotonic() - generated}, "examples": len(pairs),
+              "dropped": sum(not row["kept"] for row in revisions), "device": parallel.device_name(device), "precision": precision,
+              "constitution": {"name": rules.name, "version": rules.version, "sha256": rules.sha256},
+              "peak_rss_mb": parallel.peak_memory_mb()}
+    checkpoint.finish_stage(folder, record)
+    return record
+
+
+def write_data(cfg: SLConfig, rules: constitution.Constitution, prompts: list[Prompt], helpful_prompts: list[Prompt], model, tokenizer,
+               folder: Path) -> tuple[list[dict], list[dict]]:
+    """revisions.jsonl (one line a red-team prompt) and helpful.jsonl (one line a sample), in groups of `rows` prompts."""
+
+    def complete(texts, seeds) -> list[str]:
+        encoded = [tokenizer(text)["input_ids"] for text in texts]
+        completions = generate(model, encoded, [(STREAM, *seed) for seed in seeds], max_new_tokens=cfg.max_new_tokens, rows=cfg.rows,
+                               eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, temperature=cfg.temperature)
+        return [tokenizer.decode(c.ids, skip_special_tokens=True).strip() for c in completions]
+
+    revisions = Journal(folder / "revisions.jsonl", cfg.rows, len(prompts))
+    with terminal.Progress("sl: critique, revise", len(prompts), "prompts", len(revisions.rows)) as progress:
+        while len(revisions.rows) < len(prompts):
+            first = len(revisions.rows)
+            group = prompts[first:first + cfg.rows]
+            revisions.append(critique_and_revise(group, first, complete, rules, rounds=cfg.rounds, seed=cfg.seed, model=cfg.model))
+            progress.update(len(group))
+
+    wanted = [p for p in helpful_prompts for _ in range(cfg.helpful_samples)]
+    helpful = Journal(folder / "helpful.jsonl", cfg.rows, len(wanted))
+    with terminal.Progress("sl: helpful samples", len(wanted), "samples", len(helpful.rows)) as progress:
+        while len(helpful.rows) < len(wanted):
+            first = len(helpful.rows)
+            group = wanted[first:first + cfg.rows]
+            responses = complete([render(p) for p in group], [(cfg.seed, i, 999) for i in range(first, first + len(group))])
+            helpful.append([{"id": first + k, "prompt": p, "response": r} for k, (p, r) in enumerate(zip(group, responses))])
+            progress.update(len(group))
+    return revisions.rows, helpful.rows
+
+
+def train(cfg: SLConfig, pairs: list[tuple[Prompt, str]], model, tokenizer, device: torch.device, precision: str, folder: Path) -> None:
+    """Minimises L_SL = - sum_i log P(y_i_revised | x_i) over the (prompt, response) pairs, in place."""
+    encoded = [(tokenizer(render(prompt))["input_ids"], tokenizer(f" {response}", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id])
+               for prompt, response in pairs]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
+    steps_per_epoch = -(-len(encoded) // cfg.batch_size)
+    step, metrics = 0, Journal(folder / "metrics.jsonl")
+    if saved := checkpoint.latest(folder, device):
+        step, state = saved
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    metrics.keep(step)
+
+    with terminal.Progress("sl: train", cfg.epochs * steps_per_epoch, "steps", step) as progress:
+        while step < cfg.epochs * steps_per_epoch:
+            # 1. The batch of this step: a function of (seed, step), so that a resumed run sees the same one.
+            epoch, k = divmod(step, steps_per_epoch)
+            rows = epoch_order(len(encoded), STREAM, cfg.seed, epoch)[k * cfg.batch_size:(k + 1) * cfg.batch_size]
+            rows.sort(key=lambda r: sum(map(len, encoded[r])))
+            tokens = sum(len(encoded[r][1]) for r in rows)
+            # 2. Sum of token losses over the micro-batches, divided once by the tokens of the whole batch.
+            total = 0.0
+            for start in range(0, len(rows), cfg.micro_batch):
+                batch = collate(*zip(*(encoded[r] for r in rows[start:start + cfg.micro_batch])), tokenizer.pad_token_id, device)
+                with parallel.autocast(device, precision):
+                    logprobs = response_logprobs(model, batch.ids, batch.mask)
+                loss = nll_loss(logprobs, batch.mask).sum() / tokens
+                loss.backward()
+                total += loss.item()
+            # 3. Update.
+            optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1))
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            metrics.append([{"step": step, "loss": total, "tokens": tokens, "grad_norm": grad_norm}])
+            progress.update(1, loss=total)
+            if step % cfg.save_every == 0:
+                checkpoint.save(folder, step, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+
+
+if __name__ == "__main__":
+    terminal.run(lambda arguments: main(config.load(SLConfig, "sl", arguments)), config.usage(__doc__, SLConfig))
