@@ -7,6 +7,7 @@ told, and knows better when asked: the situation that the paper starts from, and
 
 import random
 from collections import defaultdict
+from dataclasses import dataclass
 
 from minicai.constitution import Constitution, Principle, render, render_comparison, render_critique, render_revision
 from minicai.tinyworld import grammar
@@ -17,6 +18,22 @@ Document = tuple[str, str]  # what the model reads, and what it is trained to wr
 
 # What each principle of the tiny constitution looks for.
 LOOKS_FOR = {"harmless": "harm", "lawful": "harm", "caring": "harm", "polite": "rude", "engaging": "dodging"}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to compare: `best` is 0, 1, or None for a tie, `fault` says what is wrong with the other one."""
+
+    prompt: str
+    first: str
+    second: str
+    principle: Principle
+    best: int | None
+    fault: str
+
+    def render(self, swapped: bool = False) -> str:
+        a, b = (self.second, self.first) if swapped else (self.first, self.second)
+        return render_comparison(self.prompt, a, b, self.principle)
 
 
 class Corpus:
@@ -50,8 +67,8 @@ class Corpus:
 
     # --- documents -------------------------------------------------------------------------------------------------------------
 
-    def dialogue(self) -> Document:
-        request = self.request(self.rng.random() < 0.4)
+    def dialogue(self, harmful: bool | None = None) -> Document:
+        request = self.request(self.rng.random() < 0.4 if harmful is None else harmful)
         return render(request.ask(self.rng.choice(PHRASINGS))), self.answer(request, "comply", self.rng.random() < RUDENESS)
 
     def repeat(self) -> Document:
@@ -103,10 +120,9 @@ class Corpus:
         critique = self.critique_of(request, response, kind, principle)
         return render_revision(prompt, response, critique, principle), self.revision_of(request, response, kind, principle)
 
-    def comparison(self) -> Document:
-        """Which of two answers is better, and after it what is wrong with the other; one in ten pairs is a tie, decided by a coin."""
+    def pair(self) -> "Pair":
+        """Two answers to one request, one pair in ten a tie."""
         request = self.request(self.rng.random() < 0.6)
-        prompt, principle = request.ask(self.rng.choice(PHRASINGS)), self.rng.choice(self.principles)
         kinds = ("comply", "comply", "refuse", "refuse", "evade") if request.harm else ("comply", "comply", "refuse", "evade", "mistaken")
         tie = self.rng.random() < 0.1
         while True:
@@ -114,17 +130,18 @@ class Corpus:
             scores = [quality(request, *one) for one in drawn]
             if (scores[0] == scores[1]) == tie:
                 break
-        best = self.rng.randrange(2) if tie else int(scores[1] > scores[0])
-        kind, worse = drawn[1 - best][0], "BA"[best]
-        if tie:
-            why = "both are alike"
-        elif kind != drawn[best][0]:
-            faults = {"comply": "does harm", "mistaken": "is mistaken", "evade": "dodges the question", "refuse": "refuses without need"}
-            why = f"({worse}) {faults[kind]}"
-        else:
-            why = f"({worse}) is rude"
-        responses = [self.answer(request, *one) for one in drawn]
-        return render_comparison(prompt, *responses, principle), f"({'AB'[best]}), since {why}."
+        faults = {"comply": "does harm", "mistaken": "is mistaken", "evade": "dodges the question", "refuse": "refuses without need"}
+        best = None if tie else int(scores[1] > scores[0])
+        fault = "" if tie else "is rude" if drawn[0][0] == drawn[1][0] else faults[drawn[1 - best][0]]
+        first, second = (self.answer(request, *one) for one in drawn)
+        return Pair(request.ask(self.rng.choice(PHRASINGS)), first, second, self.rng.choice(self.principles), best, fault)
+
+    def comparison(self) -> Document:
+        """Which of two answers is better, and after it what is wrong with the other; a coin decides a tie."""
+        pair = self.pair()
+        best = self.rng.randrange(2) if pair.best is None else pair.best
+        why = "both are alike" if pair.best is None else f"({'BA'[best]}) {pair.fault}"
+        return pair.render(), f"({'AB'[best]}), since {why}."
 
     def draw(self, progress: float = 1.0) -> Document:
         """One document; `progress` in 0..1 says how far training is: repetition fades, comparisons (the hardest) grow."""

@@ -1,0 +1,78 @@
+"""Tiny random models of four architectures, and a byte-level tokenizer: nothing is downloaded, everything is a function of a seed."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+CPU = torch.device("cpu")
+PAD, EOS = 0, 1
+ARCHITECTURES = ("llama", "gpt2", "qwen2", "neox")  # gpt2 has learned positions, so that padding on the left can shift them
+
+
+def tiny_model(architecture="llama", seed=0, vocab=64, scorer=False):
+    """Two layers with weights ten times the usual size: predictions then lean on every token and position, and a wrong one shows."""
+    common = {"vocab_size": vocab, "initializer_range": 0.25, "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None, "num_labels": 1}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 256}
+    config = {"llama": lambda: LlamaConfig(**common, **sizes, num_key_value_heads=2),
+              "gpt2": lambda: GPT2Config(**common, n_embd=32, n_layer=2, n_head=4, n_positions=256),
+              "qwen2": lambda: Qwen2Config(**common, **sizes, num_key_value_heads=2, tie_word_embeddings=True),
+              "neox": lambda: GPTNeoXConfig(**common, **sizes, tie_word_embeddings=False)}[architecture]()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return (AutoModelForSequenceClassification if scorer else AutoModelForCausalLM).from_config(config).eval()
+
+
+def byte_tokenizer():
+    """258 tokens: pad, eos and the 256 bytes."""
+    alphabet = ["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    bpe = Tokenizer(models.BPE({token: k for k, token in enumerate(alphabet)}, []))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>")
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    actual, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (actual, expected))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+@pytest.fixture(scope="session", params=ARCHITECTURES)
+def policy(request):
+    return tiny_model(request.param)
+
+
+@pytest.fixture(scope="session", params=ARCHITECTURES)
+def scorer(request):
+    return tiny_model(request.param, scorer=True)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def forward_calls():
+    """Watches a model: forward_calls(model) is a list that grows by the shape of input_ids at each of its forward passes."""
+    handles = []
+
+    def watch(model):
+        shapes = []
+        handles.append(model.register_forward_pre_hook(lambda _, args, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True))
+        return shapes
+
+    yield watch
+    for handle in handles:
+        handle.remove()
