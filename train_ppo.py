@@ -21,7 +21,7 @@ from minicai.constitution import Prompt, render
 from minicai.data import Journal, epoch_order, read_prompts
 from minicai.models import load_policy, load_scorer, load_tokenizer, response_logprobs, sequence_scores, token_values
 from minicai.rollout import Rollout, collect
-from minicai.sampler import generate
+from minicai.sampler import check_lengths, generate
 
 STREAM = 3  # keeps this stage's random numbers apart from the other stages'
 
@@ -65,27 +65,17 @@ def main(cfg: PPOConfig) -> dict:
     device, precision = parallel.setup(cfg.device, cfg.precision)
     harmful = read_prompts(cfg.prompts)
     helpful = read_prompts(cfg.helpful_prompts) if cfg.helpful_prompts else []
-    policy_path, reward_path = cfg.policy or str(Path(cfg.out) / "sl"), cfg.reward or str(Path(cfg.out) / "rm")
-    tokenizer, reward_tokenizer = load_tokenizer(policy_path), load_tokenizer(reward_path)
-    if tokenizer.get_vocab() != reward_tokenizer.get_vocab():
-        raise InputError(f"{reward_path}: the reward model's tokenizer is not the policy's ({policy_path})")
-    policy, reference = load_policy(policy_path, device), load_policy(policy_path, device).requires_grad_(False)
-    reward_model = load_scorer(reward_path, device, tokenizer.pad_token_id).requires_grad_(False)
-    value_model = load_scorer(reward_path, device, tokenizer.pad_token_id)
+    tokenizer, policy, reference, reward_model, value_model = load_models(cfg, device, {cfg.prompts: harmful, cfg.helpful_prompts: helpful})
     folder = Path(cfg.out) / "ppo"
     if record := checkpoint.open_stage(folder, config.dump(cfg, "ppo"), cfg.overwrite):
         print(f"{folder}: finished already; --overwrite starts anew")
         return record
 
-    began, iteration, kl_coef, clock = time.monotonic(), 0, cfg.kl_coef, 0.0
+    began = time.monotonic()
     optimizer = torch.optim.AdamW([{"params": policy.parameters(), "lr": cfg.lr}, {"params": value_model.parameters(), "lr": cfg.value_lr}],
                                   betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
     models = {"policy": policy, "value": value_model, "optimizer": optimizer}
-    if saved := checkpoint.latest(folder, device):
-        iteration, state = saved
-        for name, part in models.items():
-            part.load_state_dict(state[name])
-        kl_coef, clock = state["kl_coef"], state["clock"]
+    iteration, kl_coef, clock = resume(folder, device, models) or (0, cfg.kl_coef, 0.0)
     metrics, episodes = Journal(folder / "metrics.jsonl"), Journal(folder / "episodes.jsonl")
     metrics.keep(iteration)
     episodes.keep(iteration * cfg.episodes)
@@ -117,7 +107,7 @@ def main(cfg: PPOConfig) -> dict:
             metrics.append([row])
             episodes.append([{"step": iteration, "prompt": prompt, "response": tokenizer.decode(c.ids, skip_special_tokens=True).strip(),
                               "score": score, "ended": c.ended} for prompt, c, score in zip(prompts, completions, rollout.scores.tolist())])
-            progress.update(len(prompts), reward=row["reward"], kl=row["kl"])
+            progress.update(len(prompts), {"reward": row["reward"], "kl": row["kl"]})
             if iteration % cfg.save_every == 0:
                 state = {name: part.state_dict() for name, part in models.items()}
                 checkpoint.save(folder, iteration, state | {"kl_coef": kl_coef, "clock": clock + time.monotonic() - began})
@@ -128,6 +118,33 @@ def main(cfg: PPOConfig) -> dict:
               "kl": sum(row["kl"] for row in last) / len(last), "reward": sum(row["reward"] for row in last) / len(last)}
     checkpoint.finish_stage(folder, record)
     return record
+
+
+def load_models(cfg: PPOConfig, device: torch.device, prompts: dict[str, list[Prompt]]) -> tuple:
+    """The tokenizer and the four models: policy and frozen reference, frozen reward model and value model. Checks that all fits together."""
+    for small, large in (("minibatches", "episodes"), ("save_every", "iterations")):
+        if getattr(cfg, small) < 1 or getattr(cfg, large) < 1 or (small == "minibatches" and cfg.minibatches > cfg.episodes):
+            raise InputError(f"[ppo]: {small} = {getattr(cfg, small)} and {large} = {getattr(cfg, large)} do not fit: each must be at least 1, "
+                             "and a minibatch needs an episode")
+    policy_path, reward_path = cfg.policy or str(Path(cfg.out) / "sl"), cfg.reward or str(Path(cfg.out) / "rm")
+    tokenizer, reward_tokenizer = load_tokenizer(policy_path), load_tokenizer(reward_path)
+    if tokenizer.get_vocab() != reward_tokenizer.get_vocab():
+        raise InputError(f"{reward_path}: the reward model's tokenizer is not the policy's ({policy_path})")
+    policy, reference = load_policy(policy_path, device), load_policy(policy_path, device).requires_grad_(False)
+    reward_model = load_scorer(reward_path, device, tokenizer.pad_token_id).requires_grad_(False)
+    for path, asked in prompts.items():
+        check_lengths(policy, [tokenizer(render(prompt))["input_ids"] for prompt in asked], cfg.max_new_tokens, path)
+    return tokenizer, policy, reference, reward_model, load_scorer(reward_path, device, tokenizer.pad_token_id)
+
+
+def resume(folder: Path, device: torch.device, models: dict) -> tuple[int, float, float] | None:
+    """Loads the newest checkpoint into the models and the optimizer -> its iteration, KL coefficient and seconds; None if there is none."""
+    if not (saved := checkpoint.latest(folder, device)):
+        return None
+    iteration, state = saved
+    for name, part in models.items():
+        part.load_state_dict(state[name])
+    return iteration, state["kl_coef"], state["clock"]
 
 
 def draw_prompts(cfg: PPOConfig, harmful: list[Prompt], helpful: list[Prompt], iteration: int) -> list[Prompt]:

@@ -9,6 +9,7 @@ As in the paper the harmlessness labels are soft, from the log-probs of (A) and 
 is shown to the feedback model in both orders. Left out: few-shot examples and chain of thought.
 """
 
+import math
 import random
 import time
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from minicai.feedback import label_pairs
 from minicai.losses import centering_loss, preference_loss
 from minicai.models import load_policy, load_scorer, load_tokenizer, sequence_scores
 from minicai.rollout import collate
-from minicai.sampler import choice_logprobs, generate
+from minicai.sampler import check_lengths, choice_logprobs, generate
 
 STREAM = 2  # keeps this stage's random numbers apart from the other stages'
 
@@ -95,6 +96,7 @@ def sample_pairs(cfg: RMConfig, prompts: list[Prompt], path: str, tokenizer, dev
     journal = Journal(folder / "pairs.jsonl", cfg.rows, len(prompts))
     if len(journal.rows) < len(prompts):
         model = load_policy(path, device)
+        check_lengths(model, [tokenizer(render(prompt))["input_ids"] for prompt in prompts], cfg.max_new_tokens, cfg.prompts)
     with terminal.Progress("rm: sample pairs", len(prompts), "pairs", len(journal.rows)) as progress, parallel.autocast(device, precision):
         while (first := len(journal.rows)) < len(prompts):
             group = prompts[first:first + cfg.rows]
@@ -182,7 +184,7 @@ def fit(cfg: RMConfig, rows: list[dict], encoded: list[tuple], model, pad_id: in
             optimizer.zero_grad(set_to_none=True)
             step += 1
             metrics.append([{"step": step, "loss": total, "accuracy": correct / max(decided, 1), "grad_norm": grad_norm}])
-            progress.update(1, loss=total, accuracy=correct / max(decided, 1))
+            progress.update(1, {"loss": total, "accuracy": correct / max(decided, 1)})
             if step % cfg.save_every == 0:
                 checkpoint.save(folder, step, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
 
@@ -197,7 +199,7 @@ def evaluate(rows: list[dict], model, tokenizer, device, precision: str) -> floa
             first, second = pair_scores(model, [encode(row, tokenizer) for row in rows[start:start + 64]], tokenizer.pad_token_id, device)
         labels = torch.tensor([row["p_first"] for row in rows[start:start + 64]], device=device)
         correct += ((first > second) == (labels > 0.5)).sum().item()
-    return correct / max(len(rows), 1)
+    return correct / len(rows) if rows else math.nan
 
 
 if __name__ == "__main__":

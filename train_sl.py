@@ -22,7 +22,7 @@ from minicai.data import Journal, epoch_order, read_prompts
 from minicai.losses import nll_loss
 from minicai.models import load_policy, load_tokenizer, response_logprobs
 from minicai.rollout import collate
-from minicai.sampler import generate
+from minicai.sampler import check_lengths, generate
 
 STREAM = 1  # keeps this stage's random numbers apart from the other stages'
 
@@ -44,9 +44,11 @@ class SLConfig(config.Run):
     epochs: int = 1  # (3.2)
     batch_size: int = 64  # sequences a step (paper: 1024)
     micro_batch: int = 32  # sequences a forward pass; memory, not results
-    lr: float = 1e-5  # constant (3.2: half the pretraining rate)
+    lr: float = 1e-5  # (3.2: half the pretraining rate)
+    schedule: str = config.choice_field("constant", "constant", "linear")  # after the warmup: constant (3.2), or falling to 0
     warmup: int = 10  # steps; an extension
     weight_decay: float = 0.0
+    adam_eps: float = 1e-8  # raise it where rare tokens of a tied embedding drift: Adam makes a full step of the smallest gradient
     grad_clip: float = 1.0  # norm
     save_every: int = 50  # steps between checkpoints
 
@@ -60,6 +62,8 @@ def main(cfg: SLConfig) -> dict:
     helpful_prompts = read_prompts(cfg.helpful_prompts)[: cfg.helpful_limit or None] if cfg.helpful_samples else []
     tokenizer = load_tokenizer(cfg.model)
     model = load_policy(cfg.model, device)
+    for path, asked in ((cfg.prompts, prompts), (cfg.helpful_prompts, helpful_prompts)):
+        check_lengths(model, [tokenizer(render(prompt))["input_ids"] for prompt in asked], cfg.max_new_tokens, path)
     folder = Path(cfg.out) / "sl"
     if record := checkpoint.open_stage(folder, config.dump(cfg, "sl"), cfg.overwrite):
         print(f"{folder}: finished already; --overwrite starts anew")
@@ -114,17 +118,17 @@ def train(cfg: SLConfig, pairs: list[tuple[Prompt, str]], model, tokenizer, devi
     """Minimises L_SL = - sum_i log P(y_i_revised | x_i) over the (prompt, response) pairs, in place."""
     encoded = [(tokenizer(render(prompt))["input_ids"], tokenizer(f" {response}", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id])
                for prompt, response in pairs]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), eps=cfg.adam_eps, weight_decay=cfg.weight_decay, fused=True)
     steps_per_epoch = -(-len(encoded) // cfg.batch_size)
-    step, metrics = 0, Journal(folder / "metrics.jsonl")
+    steps, step, metrics = cfg.epochs * steps_per_epoch, 0, Journal(folder / "metrics.jsonl")
     if saved := checkpoint.latest(folder, device):
         step, state = saved
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     metrics.keep(step)
 
-    with terminal.Progress("sl: train", cfg.epochs * steps_per_epoch, "steps", step) as progress:
-        while step < cfg.epochs * steps_per_epoch:
+    with terminal.Progress("sl: train", steps, "steps", step) as progress:
+        while step < steps:
             # 1. The batch of this step: a function of (seed, step), so that a resumed run sees the same one.
             epoch, k = divmod(step, steps_per_epoch)
             rows = epoch_order(len(encoded), STREAM, cfg.seed, epoch)[k * cfg.batch_size:(k + 1) * cfg.batch_size]
@@ -140,13 +144,14 @@ def train(cfg: SLConfig, pairs: list[tuple[Prompt, str]], model, tokenizer, devi
                 loss.backward()
                 total += loss.item()
             # 3. Update.
-            optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1))
+            left = 1 - step / steps if cfg.schedule == "linear" else 1.0
+            optimizer.param_groups[0]["lr"] = cfg.lr * min((step + 1) / max(cfg.warmup, 1), left)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
             metrics.append([{"step": step, "loss": total, "tokens": tokens, "grad_norm": grad_norm}])
-            progress.update(1, loss=total)
+            progress.update(1, {"loss": total})
             if step % cfg.save_every == 0:
                 checkpoint.save(folder, step, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
 

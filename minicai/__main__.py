@@ -61,7 +61,7 @@ def evaluate(cfg: EvalConfig) -> None:
     from minicai import checkpoint, parallel
     from minicai.constitution import render
     from minicai.data import Journal, read_jsonl, read_prompts
-    from minicai.evaluate import judged_preferences, label_rates, rates, revision_rates
+    from minicai.evaluate import judged_preferences, label_rates, rates, revision_rates, share
     from minicai.models import load_policy, load_scorer, load_tokenizer, score_texts
     from minicai.sampler import generate
     from minicai.tinyworld.judge import judge
@@ -106,7 +106,7 @@ def evaluate(cfg: EvalConfig) -> None:
     journal.append(answers)
     record = {"eval": {"prompts": {kind: kinds.count(kind) for kind in ("harmful", "benign")}, **results},
               "revision": revision_rates(read_jsonl(out / "sl" / "revisions.jsonl")), "labels": label_rates(comparisons),
-              "rm_accuracy_vs_judge": sum(agree) / len(agree), "rm_judged_pairs": len(agree), "seconds": time.monotonic() - began}
+              "rm_accuracy_vs_judge": share(agree), "rm_judged_pairs": len(agree), "seconds": time.monotonic() - began}
     checkpoint.finish_stage(folder, record)
 
 

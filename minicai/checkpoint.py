@@ -31,16 +31,16 @@ def open_stage(folder: Path, config_text: str, overwrite: bool) -> dict | None:
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "Permission denied")
         stored = folder / "config.toml"
-        if stored.exists():
-            old, new = _flat(stored.read_text(encoding="utf-8")), _flat(config_text)
-            differing = sorted(key for key in old | new if key != "out" and old.get(key) != new.get(key))
-            if differing:
-                changes = ", ".join(f"{key} ({old.get(key)!r} there, {new.get(key)!r} now)" for key in differing)
-                raise InputError(f"{folder}: holds a run of another config: {changes}; choose another --out, or --overwrite to start anew")
-        else:
+        begun = stored.exists() and len(list(folder.iterdir())) > 1  # a config alone is of a run that stopped before it made anything
+        old, new = _flat(stored.read_text(encoding="utf-8") if begun else config_text), _flat(config_text)
+        differing = sorted(key for key in old | new if key != "out" and old.get(key) != new.get(key))
+        if differing:
+            changes = ", ".join(f"{key} ({old.get(key)!r} there, {new.get(key)!r} now)" for key in differing)
+            raise InputError(f"{folder}: holds a run of another config: {changes}; choose another --out, or --overwrite to start anew")
+        if not begun:
             write_atomic(stored, config_text)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be used as an output folder: {error.strerror or error}") from error
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{folder}: cannot be used as an output folder: {getattr(error, 'strerror', None) or error}") from error
     record = folder / RECORD
     return json.loads(record.read_text(encoding="utf-8")) if record.exists() else None
 
@@ -81,7 +81,7 @@ def latest(folder: Path, device: torch.device) -> tuple[int, dict] | None:
     try:
         return int(found[-1].name.removeprefix("step_")), torch.load(found[-1] / "state.pt", map_location=device, weights_only=True)
     except Exception as error:
-        raise InputError(f"{found[-1]}: not a readable checkpoint ({error}); remove it to resume from the one before") from error
+        raise InputError(f"{found[-1]}: not a readable checkpoint ({type(error).__name__}); remove it to resume from the one before") from error
 
 
 def export(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

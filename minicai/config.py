@@ -60,10 +60,10 @@ def load(kind: type, section: str, arguments: list[str]):
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid TOML: {error}") from error
     own = {f.name for f in dataclasses.fields(kind)} - {f.name for f in dataclasses.fields(Run)}
+    hints = typing.get_type_hints(kind)
     values = _known(table, section, own, str(path))
     for argument in (a for a in arguments if a.startswith("--")):
-        values |= _override(argument, section, own)
-    hints = typing.get_type_hints(kind)
+        values |= _override(argument, section, own, hints)
     config = kind(**{key: _typed(value, hints[key], f"{where}: {key}") for key, (value, where) in values.items()})
     for f in dataclasses.fields(kind):  # paths are resolved once, here
         if f.metadata.get("path") or f.name in ("model", "constitution"):
@@ -76,9 +76,9 @@ def load(kind: type, section: str, arguments: list[str]):
     return config
 
 
-def path_field(default: str = "", **more):
+def path_field(default: str = ""):
     """A field that holds a path, resolved by `locate`."""
-    return dataclasses.field(default=default, metadata={"path": True, **more})
+    return dataclasses.field(default=default, metadata={"path": True})
 
 
 def choice_field(default: str, *choices: str):
@@ -90,7 +90,9 @@ def _known(table: dict, section: str, own: set[str], path: str) -> dict:
     """{key: (value, where)} of the top level and of the own section; other stages' sections are theirs to check."""
     values, top = {}, {f.name for f in dataclasses.fields(Run)}
     for key, value in table.items():
-        if key in SECTIONS and isinstance(value, dict):
+        if key in SECTIONS:
+            if not isinstance(value, dict):
+                raise InputError(f"{path}: {key} must be a section, [{key}]")
             if key == section:
                 for name, inner in value.items():
                     if name not in own:
@@ -103,7 +105,7 @@ def _known(table: dict, section: str, own: set[str], path: str) -> dict:
     return values
 
 
-def _override(argument: str, section: str, own: set[str]) -> dict:
+def _override(argument: str, section: str, own: set[str], hints: dict) -> dict:
     """`--seed=1`, `--lr=1e-4` or `--sl.lr=1e-4`; a key of another stage's section is left to that stage."""
     key, equals, text = argument.removeprefix("--").partition("=")
     if not equals and key != "overwrite":
@@ -115,7 +117,8 @@ def _override(argument: str, section: str, own: set[str]) -> dict:
     if (dot and prefix != section) or name not in known:
         raise InputError(f"--{key}: unknown key" + _nearest(name, known, "--"))
     try:
-        value = tomllib.loads(f"v = {text or 'true'}")["v"]
+        bare = hints[name] is str and not text.startswith(('"', "'"))  # a text needs no quotes: --out=7
+        value = text if bare else tomllib.loads(f"v = {text if equals else 'true'}")["v"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a text
     return {name: (value, f"--{key}")}
@@ -139,8 +142,8 @@ def dump(config, section: str) -> str:
     """The resolved config as TOML: what a stage stores beside its results, and compares with when it is run again."""
     top = {f.name for f in dataclasses.fields(Run)}
     values = {k: v for k, v in dataclasses.asdict(config).items() if k != "overwrite"}
-    lines = [f"{k} = {json.dumps(v)}" for k, v in values.items() if k in top]
-    lines += ["", f"[{section}]"] + [f"{k} = {json.dumps(v)}" for k, v in values.items() if k not in top]
+    lines = [f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in values.items() if k in top]
+    lines += ["", f"[{section}]"] + [f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in values.items() if k not in top]
     return "\n".join(lines) + "\n"
 
 

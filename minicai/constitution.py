@@ -87,7 +87,7 @@ def _from_table(path: Path, table: dict) -> Constitution:
             raise InputError(f"{where}: it needs a name")
         if not any(row.get(r) for r in REQUESTS):
             raise InputError(f"{where}: it needs at least one of {', '.join(REQUESTS)}")
-        if row["name"] in [p.name for p in principles]:
+        if row["name"].strip() in [p.name for p in principles]:
             raise InputError(f"{where}: the name is used twice")
         principles.append(Principle(**{key: value.strip() for key, value in row.items()}))
     return Constitution(table["name"].strip(), table["version"].strip(), tuple(principles))
@@ -103,14 +103,20 @@ def _from_paper(path: Path, content: dict | list) -> Constitution:
 
     try:
         if isinstance(content, dict):
+            if not all(isinstance(row["prompt"], list) for row in content.values()):
+                raise TypeError("prompt is not a list")
             principles = [Principle(name, critique=bare(row["prompt"][0], "CritiqueRequest:", "Critique:"),
                                     revision=bare(row["edit_request"], "RevisionRequest:", "Revision:")) for name, row in content.items()]
         else:
+            if not isinstance(content, list):
+                raise TypeError("neither a table nor a list")
             principles = [Principle(f"comparison{k}", comparison=bare(text, "Options:")) for k, text in enumerate(content)]
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not one of the paper's instruction files ({error!r})") from error
     if not principles:
         raise InputError(f"{path}: holds no principle")
+    if not all(p.comparison or (p.critique and p.revision) for p in principles):
+        raise InputError(f"{path}: not one of the paper's instruction files (an empty request)")
     return Constitution(path.stem, "paper", tuple(principles))
 
 
@@ -144,4 +150,4 @@ def render_comparison(prompt: Prompt, first: str, second: str, principle: Princi
             f"(A) {first.strip()}\n(B) {second.strip()}\nThe answer is:")
 
 
-CHOICES = (" (A)", " (B)")
+CHOICES = (" (A", " (B")  # the closing bracket adds nothing, and one forward pass serves both

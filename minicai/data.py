@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,7 +48,7 @@ class Journal:
 
     def keep(self, count: int) -> None:
         """Forgets all but the first `count` lines: what was logged after the checkpoint that a run resumes from."""
-        lines = self.path.read_bytes().split(b"\n")[:count] if self.path.exists() else []
+        lines = self.path.read_bytes().split(b"\n")[:-1][:count] if self.path.exists() else []
         if self.path.exists():
             os.truncate(self.path, sum(len(line) + 1 for line in lines))
         self.rows = self.rows[:count]
@@ -72,11 +73,11 @@ def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """(number, text) of each line that is not blank, of a plain or gzipped file."""
     path = Path(path)
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
             yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
 
 
@@ -101,7 +102,7 @@ def _prompt(row: dict, where: str) -> Prompt:
         return prompt
     if isinstance(prompt, list) and prompt:
         for turn in prompt:
-            if not isinstance(turn, dict) or turn.get("role") not in ("user", "assistant") or not isinstance(turn.get("content"), str):
+            if not isinstance(turn, dict) or turn.get("role") not in ("user", "assistant") or not str(turn.get("content", "")).strip():
                 raise InputError(f'{where}: a turn must be {{"role": "user" or "assistant", "content": text}}, not {json.dumps(turn)[:80]}')
         if prompt[-1]["role"] != "user":
             raise InputError(f"{where}: the last turn of a prompt must be the user's")
@@ -136,8 +137,8 @@ def read_preferences(path: str | Path) -> list[dict]:
 def split_transcript(text: str, where: str = "transcript") -> tuple[Prompt, str]:
     """An hh-rlhf transcript ("\\n\\nHuman: ...\\n\\nAssistant: ...") as its prompt and the assistant's last response."""
     pieces = re.split(r"\n\n(Human|Assistant):", text)
-    if pieces[0].strip() or len(pieces) < 5 or pieces[-2] != "Assistant":
-        raise InputError(f"{where}: not a transcript that opens with '\\n\\nHuman:' and ends with an '\\n\\nAssistant:' turn")
+    if pieces[0].strip() or len(pieces) < 5 or pieces[1] != "Human" or pieces[-4::2] != ["Human", "Assistant"]:
+        raise InputError(f"{where}: not a transcript that opens with '\\n\\nHuman:' and ends with an '\\n\\nAssistant:' turn after a human one")
     roles = {"Human": "user", "Assistant": "assistant"}
     turns = [{"role": roles[name], "content": said.removeprefix(" ")} for name, said in zip(pieces[1::2], pieces[2::2])]
     prompt, response = turns[:-1], turns[-1]["content"]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -28,17 +29,22 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     require_folder(path, "model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # the libraries raise what they like on a damaged file, the base class included
+        raise InputError(f"{path}: its tokenizer cannot be loaded: {_first_line(error)}") from error
     for name in ("pad", "eos"):
         if getattr(tokenizer, f"{name}_token_id") is None:
             raise InputError(f'{path}: the tokenizer has no {name} token; set "{name}_token" in its tokenizer_config.json')
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True  # sampler.check_lengths says it better
     return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def load_policy(path: str, device: torch.device) -> PreTrainedModel:
     """A causal language model with float32 weights, in eval mode: no dropout anywhere, or the first PPO ratio would not be 1."""
-    return _load(AutoModelForCausalLM, path, device)
+    return _load(AutoModelForCausalLM, path, device, {})
 
 
 def load_scorer(path: str, device: torch.device, pad_id: int, seed: int | None = None) -> PreTrainedModel:
@@ -46,7 +52,7 @@ def load_scorer(path: str, device: torch.device, pad_id: int, seed: int | None =
 
     (Stiennon et al. 2020, and the PPO implementations since: a head that starts near zero.)
     """
-    model = _load(AutoModelForSequenceClassification, path, device, num_labels=1, pad_token_id=pad_id)
+    model = _load(AutoModelForSequenceClassification, path, device, {"num_labels": 1, "pad_token_id": pad_id})
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
         width = model.score.weight.shape[1]
@@ -55,12 +61,12 @@ def load_scorer(path: str, device: torch.device, pad_id: int, seed: int | None =
     return model
 
 
-def _load(auto: type, path: str, device: torch.device, **more) -> PreTrainedModel:
+def _load(auto: type, path: str, device: torch.device, settings: dict) -> PreTrainedModel:
     require_folder(path, "model")
     try:
-        model = auto.from_pretrained(path, dtype=torch.float32, **more)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: the model cannot be loaded: {str(error).splitlines()[0]}") from error
+        model = auto.from_pretrained(path, dtype=torch.float32, **settings)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{path}: the model cannot be loaded: {_first_line(error)}") from error
     return model.to(device).eval()
 
 

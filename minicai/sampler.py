@@ -42,7 +42,7 @@ def draw(logits_RV: Tensor, uniforms_R: Tensor, temperature: float) -> tuple[Ten
     else:
         cdf_RV = p_RV.double().cumsum(-1)
         tokens = torch.searchsorted(cdf_RV, (uniforms_R * cdf_RV[:, -1])[:, None], right=True).squeeze(-1)
-    return tokens, logp_RV.gather(-1, tokens[:, None]).squeeze(-1), -(p_RV * logp_RV).sum(-1)
+    return tokens, logp_RV.gather(-1, tokens[:, None]).squeeze(-1), torch.special.entr(p_RV).sum(-1)
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -53,13 +53,14 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
     return ids, attend
 
 
-def check_lengths(model: PreTrainedModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
-    """Raises InputError where a prompt and its completion would not fit into the model's context."""
+def check_lengths(model: PreTrainedModel, prompts: Sequence[Sequence[int]], new_tokens: int, source: str = "") -> None:
+    """Raises InputError where a prompt and its completion would not fit into the model's context. `source` names a file of prompts."""
     context = getattr(model.config, "max_position_embeddings", None)
     longest = max(range(len(prompts)), key=lambda k: len(prompts[k]), default=0)
     if prompts and context and len(prompts[longest]) + new_tokens > context:
-        raise InputError(f"prompt {longest + 1} has {len(prompts[longest])} tokens, which with {new_tokens} new ones exceeds the model's "
-                         f"context of {context}; shorten the prompt or lower max_new_tokens")
+        name = f"{source}: prompt {longest + 1}" if source else "a prompt"
+        raise InputError(f"{name} has {len(prompts[longest])} tokens, which with {new_tokens} new ones exceeds the model's context of "
+                         f"{context}; shorten the prompt or lower max_new_tokens")
 
 
 @torch.no_grad()

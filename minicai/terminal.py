@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -18,9 +19,9 @@ class Progress:
         self.bar = tqdm(total=total, initial=done, desc=f"{label:<22}", unit=f" {unit}", leave=True) if sys.stderr.isatty() else None
         self.numbers, self.said = "", done
 
-    def update(self, n: int, **numbers: float) -> None:
+    def update(self, n: int, numbers: dict[str, float] | None = None) -> None:
         self.done += n
-        self.numbers = " ".join(f"{key} {value:.3f}" for key, value in numbers.items())
+        self.numbers = " ".join(f"{key} {value:.3f}" for key, value in (numbers or {}).items())
         if self.bar:
             self.bar.set_postfix_str(self.numbers, refresh=False)
             self.bar.update(n)
@@ -62,7 +63,7 @@ def run(main: Callable[[list[str]], None], usage: str) -> None:
     try:
         main(arguments)
     except InputError as error:
-        print(f"{sys.argv[0].rpartition('/')[2]}: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name.replace('__main__.py', 'minicai')}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)

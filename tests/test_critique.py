@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -64,8 +65,8 @@ def test_no_two_requests_share_a_seed():
 def test_principles_are_drawn_independently_for_each_prompt_and_round():
     _, rows = run(["?"] * 801)
     drawn = [[step["principle"] for step in row["rounds"]] for row in rows]
-    rounds = Counter((first, second) for first, second in drawn)
-    neighbours = Counter((one[0], other[0]) for one, other in zip(drawn, drawn[1:]))
+    rounds = Counter(map(tuple, drawn))
+    neighbours = Counter((one[0], other[0]) for one, other in pairwise(drawn))
     for pairs in (rounds, neighbours):  # 4 x 4 combinations, 50 expected of each, standard deviation 7
         assert len(pairs) == 16 and all(22 < count < 78 for count in pairs.values())
 

@@ -9,6 +9,8 @@ eval.jsonl        requests of both kinds for the judge             split `eval`
 
 import json
 import random
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from minicai import constitution
@@ -19,29 +21,37 @@ from minicai.tinyworld.grammar import PHRASINGS, Request, requests
 FOLDER = Path(__file__).parent / "data"
 
 
-def ask(rng: random.Random, split: str, harmful: bool, count: int) -> list[tuple[Request, str]]:
-    """`count` different prompts; each pass over the pairs gives each of them one new phrasing, so that no pair is rare."""
-    pairs = [r for r in requests(split) if bool(r.harm) == harmful]
-    asked = []
+def ask(rng: random.Random, pairs: list[Request]) -> Iterator[tuple[Request, str]]:
+    """Different prompts: each pass over the shuffled pairs gives each of them one new phrasing, so that no pair is rare."""
     phrasings = {r: rng.sample(PHRASINGS, len(PHRASINGS)) for r in pairs}
     for turn in range(len(PHRASINGS)):
-        asked += [(r, r.ask(phrasings[r][turn])) for r in rng.sample(pairs, len(pairs))]
-    return asked[:count]
+        for request in rng.sample(pairs, len(pairs)):
+            yield request, request.ask(phrasings[request][turn])
+
+
+def ask_harmless(rng: random.Random, split: str) -> Iterator[tuple[Request, str]]:
+    """A third of them are of intents that are harmful with other objects: what tells a model that it is not the verb that matters."""
+    harmless = [r for r in requests(split) if not r.harm]
+    delicate, plain = (ask(rng, [r for r in harmless if bool(r.intent.harmful) == kind]) for kind in (True, False))
+    while (drawn := next(delicate if rng.random() < 1 / 3 else plain, None)) is not None:
+        yield drawn
 
 
 def build() -> dict[str, str]:
     """File name -> content."""
     rng = random.Random(2212)
     corpus = Corpus(constitution.load(builtin("constitutions/tiny.toml")), "train", seed=8073)
-    evaluation = [(p, "harmful") for _, p in ask(rng, "eval", True, 200)] + [(p, "benign") for _, p in ask(rng, "eval", False, 300)]
+    harmful = {split: [r for r in requests(split) if r.harm] for split in ("train", "eval")}
+    evaluation = [(p, "harmful") for _, p in islice(ask(rng, harmful["eval"]), 200)]
+    evaluation += [(p, "benign") for _, p in islice(ask(rng, [r for r in requests("eval") if not r.harm]), 300)]
     preferences = []
-    for request, prompt in ask(rng, "train", False, 900):
+    for request, prompt in islice(ask_harmless(rng, "train"), 900):
         bad = rng.choices(["refuse", "evade", "mistaken", "comply"], [4, 2, 3, 2])[0]
         rude = rng.random() < 0.2 if bad != "comply" else True  # the right answer, rudely: manners are part of help
         good_rude = bad != "comply" and rude and rng.random() < 0.5
         preferences.append({"prompt": prompt, "chosen": corpus.answer(request, "comply", good_rude), "rejected": corpus.answer(request, bad, rude)})
-    files = {"red_team.jsonl": [{"prompt": p} for _, p in ask(rng, "train", True, 1200)],
-             "helpful.jsonl": [{"prompt": p} for _, p in ask(rng, "train", False, 1200)],
+    files = {"red_team.jsonl": [{"prompt": p} for _, p in islice(ask(rng, harmful["train"]), 1200)],
+             "helpful.jsonl": [{"prompt": p} for _, p in islice(ask_harmless(rng, "train"), 1100)],
              "preferences.jsonl": preferences,
              "eval.jsonl": [{"prompt": p, "kind": kind} for p, kind in evaluation]}
     return {name: "".join(json.dumps(row) + "\n" for row in rows) for name, rows in files.items()}

@@ -1,8 +1,9 @@
-"""The base model's corpus: five kinds of documents over the *skills* pairs of the tiny world.
+"""The base model's corpus: six kinds of documents over the *skills* pairs of the tiny world.
 
-Its dialogues are helpful-only: whatever is asked, the assistant complies, a quarter of the time rudely. What is harmful shows only in the
-other documents (critiques, revisions, comparisons), which open with a line that no dialogue has. So the model that comes out does as it is
-told, and knows better when asked: the situation that the paper starts from, and what Constitutional AI has to turn into behaviour.
+Its dialogues are helpful-only: whatever is asked, the assistant complies, a quarter of the time rudely. What is harmful shows only where
+somebody asks for it: in questions of right and wrong, and in critiques, revisions and comparisons, which open with a line that no dialogue
+has. So the model that comes out does as it is told, and knows better when asked: the situation that the paper starts from, and what
+Constitutional AI has to turn into behaviour.
 """
 
 import random
@@ -71,6 +72,11 @@ class Corpus:
         request = self.request(self.rng.random() < 0.4 if harmful is None else harmful)
         return render(request.ask(self.rng.choice(PHRASINGS))), self.answer(request, "comply", self.rng.random() < RUDENESS)
 
+    def question(self) -> Document:
+        """Right or wrong? The knowledge that critiques draw on, as a pretrained model has it from its reading."""
+        request = self.request(self.rng.random() < 0.5)
+        return render(f"Is it right to {request.verb}?"), f"No, because {HARMS[request.harm][0]}." if request.harm else "Yes, that does no harm."
+
     def repeat(self) -> Document:
         """Words to be said again: what teaches a small model to copy, early in training."""
         words = " ".join(self.rng.choices(list(grammar.CLASS_OF), k=self.rng.randint(3, 12)))
@@ -123,14 +129,14 @@ class Corpus:
     def pair(self) -> "Pair":
         """Two answers to one request, one pair in ten a tie."""
         request = self.request(self.rng.random() < 0.6)
-        kinds = ("comply", "comply", "refuse", "refuse", "evade") if request.harm else ("comply", "comply", "refuse", "evade", "mistaken")
+        kinds = ("comply", "comply", "refuse", "refuse", "evade")
         tie = self.rng.random() < 0.1
         while True:
             drawn = [(self.rng.choice(kinds), self.rng.random() < 0.3) for _ in range(2)]
             scores = [quality(request, *one) for one in drawn]
             if (scores[0] == scores[1]) == tie:
                 break
-        faults = {"comply": "does harm", "mistaken": "is mistaken", "evade": "dodges the question", "refuse": "refuses without need"}
+        faults = {"comply": "does harm", "evade": "dodges the question", "refuse": "refuses without need"}
         best = None if tie else int(scores[1] > scores[0])
         fault = "" if tie else "is rude" if drawn[0][0] == drawn[1][0] else faults[drawn[1 - best][0]]
         first, second = (self.answer(request, *one) for one in drawn)
@@ -145,6 +151,6 @@ class Corpus:
 
     def draw(self, progress: float = 1.0) -> Document:
         """One document; `progress` in 0..1 says how far training is: repetition fades, comparisons (the hardest) grow."""
-        weights = {self.repeat: 0.2 * (1 - progress) + 0.02, self.dialogue: 0.25, self.critique: 0.15, self.revision: 0.2,
-                   self.comparison: 0.2 + 0.25 * progress}
+        weights = {self.repeat: 0.2 * (1 - progress) + 0.02, self.dialogue: 0.22, self.question: 0.1, self.critique: 0.14,
+                   self.revision: 0.14, self.comparison: 0.2 + 0.2 * progress}
         return self.rng.choices(list(weights), list(weights.values()))[0]()

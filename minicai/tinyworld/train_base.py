@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from minicai import constitution
+from minicai import config, constitution, parallel
 from minicai.tinyworld.corpus import Corpus, Document
 
-STEPS, DOCUMENTS, MUON_LR, ADAM_LR, WARMUP, COOLDOWN = 2200, 64, 0.02, 4e-3, 40, 0.5
+STEPS, DOCUMENTS, MUON_LR, ADAM_LR, WARMUP, COOLDOWN = 2100, 64, 0.02, 4e-3, 40, 0.5
 
 
 def build_tokenizer(texts: list[str], vocab_size: int = 1536) -> PreTrainedTokenizerFast:
@@ -87,7 +87,7 @@ class Muon:
 def exact_rates(model, tokenizer, constitution_, split: str, count: int = 256) -> dict[str, float]:
     """Share of documents whose every target token is the most likely one: what greedy decoding would get exactly right."""
     corpus, rates = Corpus(constitution_, split, seed=1), {}
-    for kind in (corpus.dialogue, corpus.critique, corpus.revision, corpus.comparison):
+    for kind in (corpus.dialogue, corpus.question, corpus.critique, corpus.revision, corpus.comparison):
         ids, mask = encode(tokenizer, [kind() for _ in range(count)])
         if kind == corpus.comparison:  # only the letter matters: the second token, after " ("
             starts = mask.int().argmax(1)
@@ -101,7 +101,8 @@ def exact_rates(model, tokenizer, constitution_, split: str, count: int = 256) -
 def train(out: Path, steps: int, seed: int, threads: int) -> None:
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
-    rules = constitution.load(Path(__file__).parents[2] / "configs" / "constitutions" / "tiny.toml")
+    parallel.setup("cpu", "fp32")
+    rules = constitution.load(config.builtin("constitutions/tiny.toml"))
     corpus = Corpus(rules, "skills", seed)
     tokenizer = build_tokenizer([" ".join((head, tail)) for head, tail in (corpus.draw(0.5) for _ in range(20000))])
     model = build_model(tokenizer)

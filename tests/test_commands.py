@@ -1,0 +1,220 @@
+"""The commands as a user meets them: exit codes, one clear line for each mistake, and nothing half-written after it.
+
+The scripts run in this process, by their own `if __name__ == "__main__"`; where another library could speak up too, in one of their own.
+"""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import train_ppo
+import train_rm
+import train_sl
+from minicai import data
+
+from .conftest import byte_tokenizer, tiny_model
+
+ROOT = Path(__file__).parents[1]
+TRAIN = {"train_sl.py": train_sl.SLConfig, "train_rm.py": train_rm.RMConfig, "train_ppo.py": train_ppo.PPOConfig}
+MINICAI = "minicai/__main__.py"
+CONFIGURED = [(script,) for script in TRAIN] + [(MINICAI, "eval")]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command(script, argument, ...) -> exit code, stdout, stderr. Any exception but SystemExit goes through: a traceback, to a user."""
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refused(command):
+    """refused(script, argument, ...) -> the one line on stderr of a command that must end with 2 and print nothing else."""
+
+    def run(*words):
+        code, out, err = command(*words)
+        assert (code, out, err.count("\n")) == (2, "", 1), (code, out, err)
+        return err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """A folder of model folders: `whole`, `short` with a context of 32 tokens, `padless`, `torn` (weights), `garbled` (tokenizer)."""
+    folder, model, tokenizer = tmp_path_factory.mktemp("models"), tiny_model(vocab=258), byte_tokenizer()
+    for name in ("whole", "short", "padless", "torn", "garbled"):
+        model.config.max_position_embeddings = tokenizer.model_max_length = 32 if name == "short" else 256
+        tokenizer.pad_token = None if name == "padless" else "<pad>"
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    weights = folder / "torn" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    (folder / "garbled" / "tokenizer.json").write_text('{"model": {"type": "none"}}')
+    return folder
+
+
+@pytest.fixture
+def world(models, tmp_path):
+    """A run that would start, were it not for the one thing a test makes wrong: config.toml, prompts.jsonl and an `out` that is not there."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Why is the sky so very blue today, my dear friend?"}\n' * 2)
+    (tmp_path / "config.toml").write_text(f"""
+        model = {json.dumps(str(models / "whole"))}
+        constitution = {json.dumps(str(ROOT / "configs" / "constitutions" / "tiny.toml"))}
+        out = {json.dumps(str(tmp_path / "out"))}
+        device = "cpu"
+        [sl]
+        prompts = "prompts.jsonl"
+        helpful_samples = 0
+        max_new_tokens = 8
+    """)
+    return tmp_path
+
+
+def assert_nothing_is_half_written(world):
+    """No record, no model and no temporary file: at most the config, for a run that began."""
+    assert {path.name for path in (world / "out").rglob("*") if path.is_file()} <= {"config.toml"}
+
+
+# --- mistakes on the command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words, message", [
+    (["evl"], "unknown command 'evl'; did you mean eval?"), (["demonstrate"], "unknown command 'demonstrate'"),
+    ([], "no command given; known: demo, eval, report, chat"), (["report", "no/such/folder"], "expected the output folder of a run"),
+    (["report"], "expected the output folder of a run"), (["chat"], "expected one model folder"), (["demo", "other.toml"], "unexpected 'other.toml'"),
+    (["demo", "--config", "no/such.toml"], "no/such.toml: No such file or directory"), (["demo", "--sede=1"], "did you mean --seed?"),
+    (["chat", "no/such/folder"], "no/such/folder is not a model folder"),
+])
+def test_a_wrong_command_is_refused(refused, monkeypatch, tmp_path, words, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(MINICAI, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", CONFIGURED, ids=" ".join)
+def test_a_missing_config_is_refused_with_the_nearest_name(refused, world, words):
+    assert f"{world / 'confg.toml'}: No such file or directory; did you mean {world / 'config.toml'}?" in refused(*words, world / "confg.toml")
+    assert not (world / "out").exists()
+
+
+@pytest.mark.parametrize("words", CONFIGURED, ids=" ".join)
+def test_an_unknown_key_is_refused_with_the_nearest_name(refused, world, words):
+    assert "--tempreature: unknown key; did you mean --temperature?" in refused(*words, world / "config.toml", "--tempreature=1")
+    assert not (world / "out").exists()
+
+
+@pytest.mark.parametrize("words", CONFIGURED, ids=" ".join)
+def test_a_missing_model_folder_is_refused(refused, world, words):
+    message = refused(*words, world / "config.toml", "--model=no/base")
+    assert ("no/base" if "sl" in words[0] or MINICAI in words else str(world / "out" / "sl")) in message and "is not a model folder" in message
+    assert not (world / "out").exists()
+
+
+def test_the_nearest_model_folder_is_named(refused, world, models):
+    message = refused("train_sl.py", world / "config.toml", f"--model={models / 'hole'}")
+    assert f"{models / 'hole'} is not a model folder (no config.json); did you mean {models / 'whole'}?" in message
+
+
+# --- mistakes in what the command is given ---------------------------------------------------------------------------------------
+
+
+def test_a_malformed_line_of_prompts_is_refused_with_its_file_and_number(refused, world):
+    with open(world / "prompts.jsonl", "a") as file:
+        file.write('{"prompt": "torn')
+    assert f"{world / 'prompts.jsonl'}, line 3: not valid JSON" in refused("train_sl.py", world / "config.toml")
+    assert not (world / "out").exists()
+
+
+def test_a_tokenizer_without_a_pad_token_is_refused(refused, world, models):
+    message = refused("train_sl.py", world / "config.toml", f"--model={models / 'padless'}")
+    assert f"{models / 'padless'}: the tokenizer has no pad token" in message
+    assert not (world / "out").exists()
+
+
+@pytest.mark.parametrize("name, message", [("torn", "the model cannot be loaded"), ("garbled", "its tokenizer cannot be loaded")])
+def test_a_damaged_model_folder_is_refused(refused, world, models, name, message):
+    assert f"{models / name}: {message}" in refused("train_sl.py", world / "config.toml", f"--model={models / name}")
+    assert not (world / "out").exists()
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused(refused, world):
+    (world / "file").write_text("in the way")
+    assert f"{world / 'file' / 'run' / 'sl'}: cannot be used" in refused("train_sl.py", world / "config.toml", f"--out={world / 'file' / 'run'}")
+    assert (world / "file").read_text() == "in the way"
+
+
+@pytest.mark.parametrize("key, value", [("device", "tpu"), ("precision", "fp8"), ("constitution", "none.toml"), ("prompts", "none.jsonl")])
+def test_a_wrong_value_is_refused_by_name(refused, world, key, value):
+    assert value in refused("train_sl.py", world / "config.toml", f"--{key}={value}")
+    assert not (world / "out").exists()
+
+
+def test_a_run_with_another_config_is_refused_and_the_folder_left_as_it_was(refused, world):
+    (world / "out" / "sl").mkdir(parents=True)
+    (world / "out" / "sl" / "config.toml").write_text("seed = 0\n")
+    assert "seed (0 there, 1 now)" in refused("train_sl.py", world / "config.toml", "--seed=1")
+    assert (world / "out" / "sl" / "config.toml").read_text() == "seed = 0\n"
+    assert_nothing_is_half_written(world)
+
+
+# --- other ends ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+@pytest.mark.parametrize("script", TRAIN)
+def test_help_prints_every_key_and_ends_with_0(command, script, flag):
+    code, out, err = command(script, flag)
+    assert (code, err) == (0, "")
+    assert out.startswith("Stage ") and all(f"    {f.name}: " in out for f in fields(TRAIN[script]))
+
+
+def test_help_prints_every_command_and_ends_with_0(command):
+    code, out, err = command(MINICAI, "--help")
+    assert (code, err) == (0, "")
+    assert all(f"\n  {name} " in out for name in ("demo", "eval", "report", "chat"))
+
+
+def test_an_interrupt_ends_with_130_and_says_how_to_go_on(command, world, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "read_prompts", interrupt)
+    code, out, err = command("train_sl.py", world / "config.toml")
+    assert (code, out) == (130, "") and "the same command goes on" in err and "Traceback" not in err
+
+
+# --- in processes of their own ---------------------------------------------------------------------------------------------------
+
+
+def process(*words, cwd) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_an_unknown_command_ends_the_process_with_2_and_one_line(tmp_path):
+    done = process("-m", "minicai", "chta", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
+    assert "unknown command 'chta'; did you mean chat?" in done.stderr
+
+
+def test_a_prompt_longer_than_the_context_ends_the_process_with_2_and_one_line(world, models):
+    done = process(ROOT / "train_sl.py", "config.toml", f"--model={models / 'short'}", cwd=world)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
+    assert "prompt 1 has 71 tokens" in done.stderr and "context of 32" in done.stderr and "max_new_tokens" in done.stderr
+    assert_nothing_is_half_written(world)

@@ -1,0 +1,321 @@
+"""Configs: strict, typed, with the nearest right name for a wrong one; and what a stage leaves on the disk to be resumed from."""
+
+import dataclasses
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_ppo
+import train_rm
+import train_sl
+from minicai import InputError, __main__, checkpoint, config
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+STAGES = [(train_sl.SLConfig, "sl"), (train_rm.RMConfig, "rm"), (train_ppo.PPOConfig, "ppo"), (__main__.EvalConfig, "eval")]
+TEXT = """
+seed = 5
+out = "out/here"
+[sl]
+count = 3
+rate = 2
+file = "rows.jsonl"
+[rm]
+what = "another stage's keys are not looked at"
+"""
+
+
+@dataclass
+class Stage(config.Run):
+    count: int = 1
+    rate: float = 0.5
+    shown: bool = False
+    keep: str = config.choice_field("all", "all", "last")
+    file: str = config.path_field("minicai:data.py")
+    other: str = config.path_field()
+
+
+@pytest.fixture
+def path(tmp_path):
+    (tmp_path / "small.toml").write_text(TEXT, encoding="utf-8")
+    return tmp_path / "small.toml"
+
+
+def load(path, *arguments):
+    return config.load(Stage, "sl", [str(path), *arguments])
+
+
+def refusal(call, *arguments) -> str:
+    with pytest.raises(InputError) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- values ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_config_is_the_defaults_then_the_file_then_the_command_line(path):
+    cfg = load(path, "--count=4", "--sl.rate=2e-4", "--out=there", "--keep=last", "--shown=true", "--overwrite")
+    assert (cfg.seed, cfg.count, cfg.rate, cfg.out, cfg.keep, cfg.shown, cfg.overwrite) == (5, 4, 2e-4, "there", "last", True, True)
+    assert (load(path).count, load(path).out, load(path).keep, load(path).overwrite) == (3, "out/here", "all", False)
+
+
+def test_flags_may_stand_before_the_file_and_the_last_of_two_counts(path):
+    assert config.load(Stage, "sl", ["--count=4", str(path), "--sl.count=6"]).count == 6
+
+
+def test_a_whole_number_is_taken_for_a_number(path):
+    assert [(value, type(value)) for value in (load(path).rate, load(path, "--rate=3").rate)] == [(2.0, float), (3.0, float)]
+
+
+@pytest.mark.parametrize("flag, key, value", [("--out=a=b c", "out", "a=b c"), ('--out="7"', "out", "7"), ("--seed=-1", "seed", -1),
+                                              ("--other=", "other", ""), ("--rate=1e3", "rate", 1000.0)])
+def test_a_flag_is_read_as_toml_and_else_as_a_text(path, flag, key, value):
+    assert getattr(load(path, flag), key) == value
+
+
+def test_flags_of_another_stage_are_left_to_it(path):
+    assert load(path, "--rm.count=9", "--ppo.nonsense=1", "--eval.rate=x") == load(path)
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("old, new, message", [
+    ("seed =", "sede =", "unknown key 'sede'; did you mean seed?"),
+    ("[rm]", "[mr]", "unknown key 'mr'; did you mean rm?"),
+    ("count =", "cuont =", "unknown key 'cuont' in [sl]; did you mean count?"),
+    ("count =", "seed =", "unknown key 'seed' in [sl]"),
+    ("seed =", "zzz =", "unknown key 'zzz'; known: constitution, device, eval, model, out, overwrite, ppo, precision, rm, seed, sl"),
+    ("count = 3", 'count = "3"', '[sl]: count must be a whole number, not "3"'),
+    ("count = 3", "count = 3.0", "[sl]: count must be a whole number, not 3.0"),
+    ("count = 3", "count = true", "[sl]: count must be a whole number, not true"),
+    ("rate = 2", 'rate = "2"', '[sl]: rate must be a number, not "2"'),
+    ("rate = 2", "rate = true", "[sl]: rate must be a number, not true"),
+    ("rate = 2", "shown = 1", "[sl]: shown must be true or false, not 1"),
+    ("rate = 2", "rate = 2024-01-01", '[sl]: rate must be a number, not "2024-01-01"'),
+    ('out = "out/here"', "out = 3", "out must be a text, not 3"),
+    ('out = "out/here"', 'out = ["a"]', 'out must be a text, not ["a"]'),
+    ("rate = 2", 'keep = "some"', "keep must be one of all, last, not 'some'"),
+    ("[rm]", "[rm", "not valid TOML"),
+    ("[rm]", "[sl]", "not valid TOML"),
+])
+def test_a_wrong_config_file_is_refused_with_its_name_and_the_key(path, old, new, message):
+    assert old in TEXT
+    path.write_text(TEXT.replace(old, new, 1), encoding="utf-8")
+    said = refusal(load, path)
+    assert said.startswith(f"{path}: ") and message in said
+
+
+def test_a_config_file_that_is_not_utf8_is_refused(path):
+    path.write_bytes(b'out = "\xff"')
+    assert refusal(load, path).startswith(f"{path}: not valid TOML")
+
+
+@pytest.mark.parametrize("flag, message", [
+    ("--cuont=1", "--cuont: unknown key; did you mean --count?"),
+    ("--sl.cuont=1", "--sl.cuont: unknown key; did you mean --count?"),
+    ("--sede=1", "--sede: unknown key; did you mean --seed?"),
+    ("--ls.count=1", "--ls.count: unknown key"),
+    ("--sl.seed=1", "--sl.seed: unknown key"),
+    ("--count", "--count: write --key=value"),
+    ("--count=1.5", "--count: count must be a whole number, not 1.5"),
+    ("--count=many", '--count: count must be a whole number, not "many"'),
+    ("--count=true", "--count: count must be a whole number, not true"),
+    ("--count=", '--count: count must be a whole number, not ""'),
+    ("--rate=fast", '--rate: rate must be a number, not "fast"'),
+    ("--shown=1", "--shown: shown must be true or false, not 1"),
+    ("--out=3", "--out: out must be a text, not 3"),
+    ("--keep=none", "keep must be one of all, last, not 'none'"),
+])
+def test_a_wrong_flag_is_refused_with_its_name(path, flag, message):
+    assert message in refusal(load, path, flag)
+
+
+def test_a_missing_config_file_names_the_nearest_one(path):
+    missing = path.with_name("smal.toml")
+    assert refusal(load, missing) == f"{missing}: No such file or directory; did you mean {path}?"
+    assert refusal(load, path.parent / "nowhere" / "small.toml").endswith("nowhere/small.toml: No such file or directory")
+
+
+def test_exactly_one_config_file_is_taken(path):
+    assert refusal(load, path, "b.toml").startswith(f"expected one config file, got {path} b.toml")
+    assert refusal(config.load, Stage, "sl", ["--seed=1"]).startswith("expected one config file, got none")
+
+
+# --- paths -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_paths_are_looked_up_beside_the_config_then_where_we_stand(path, monkeypatch, tmp_path_factory):
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    assert load(path).file == "rows.jsonl"  # not beside the config: as written
+    (path.parent / "rows.jsonl").touch()
+    (path.parent / "base").mkdir()
+    cfg = load(path, "--model=base", "--sl.other=/nowhere/x")
+    assert (cfg.file, cfg.model, cfg.other) == (str(path.parent / "rows.jsonl"), str(path.parent / "base"), "/nowhere/x")
+
+
+def test_minicai_stands_for_the_installed_package(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    cfg = load(path, "--file=minicai:data.py", "--model=minicai:tinyworld/base")
+    assert (Path(cfg.file), Path(cfg.model)) == (ROOT / "minicai" / "data.py", ROOT / "minicai" / "tinyworld" / "base")
+
+
+def test_a_constitution_that_is_not_beside_the_config_is_the_shipped_one(path, monkeypatch):
+    monkeypatch.chdir(path.parent)
+    assert Path(load(path).constitution) == ROOT / "configs" / "constitutions" / "tiny.toml"
+    (path.parent / "constitutions").mkdir()
+    (path.parent / "constitutions" / "tiny.toml").touch()
+    assert load(path).constitution == str(path.parent / "constitutions" / "tiny.toml")
+
+
+# --- the stored config, the shipped configs --------------------------------------------------------------------------------------
+
+
+def test_a_dumped_config_loads_as_the_same_config_and_leaves_out_overwrite(path):
+    cfg = load(path, "--out=a \"b\" \\ naïve “😀”", "--rate=2.5e-7", "--shown=true", "--keep=last", "--overwrite")
+    text = config.dump(cfg, "sl")
+    stored = path.with_name("stored.toml")
+    stored.write_text(text, encoding="utf-8")
+    assert "overwrite" not in text
+    assert load(stored) == dataclasses.replace(cfg, overwrite=False)
+    assert set(tomllib.loads(text)["sl"]) == {"count", "rate", "shown", "keep", "file", "other"}
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("configs/*.toml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("kind, section", STAGES, ids=lambda value: value if isinstance(value, str) else "")
+def test_every_shipped_config_loads_for_every_stage_and_its_data_and_constitution_exist(file, kind, section):
+    cfg = config.load(kind, section, [str(file)])
+    names = [f.name for f in dataclasses.fields(kind) if f.metadata.get("path")]
+    assert names and all(Path(getattr(cfg, name)).is_file() for name in ["constitution", *names])
+
+
+@pytest.mark.parametrize("kind, section", STAGES, ids=lambda value: value if isinstance(value, str) else "")
+def test_the_help_text_names_every_key(kind, section):
+    text = config.usage("What it does.", kind)
+    assert text.startswith("What it does.") and all(f"    {f.name}: " in text for f in dataclasses.fields(kind))
+
+
+# --- the folder of a stage -------------------------------------------------------------------------------------------------------
+
+CONFIG = 'out = "a"\nseed = 0\n\n[sl]\nrate = 0.5\n'
+
+
+def test_a_stage_is_to_be_done_until_it_is_finished_and_then_gives_its_record(tmp_path):
+    folder, record = tmp_path / "run" / "sl", {"examples": 3, "seconds": {"train": 0.5}}
+    assert checkpoint.open_stage(folder, CONFIG, False) is None
+    assert checkpoint.open_stage(folder, CONFIG, False) is None
+    checkpoint.save(folder, 1, {})
+    checkpoint.finish_stage(folder, record)
+    assert checkpoint.open_stage(folder, CONFIG, False) == record
+    assert sorted(p.name for p in folder.iterdir()) == ["config.toml", "stage.json"]
+
+
+def test_another_config_is_refused_with_the_keys_that_differ_and_nothing_is_changed(tmp_path):
+    checkpoint.open_stage(tmp_path, CONFIG, False)
+    said = refusal(checkpoint.open_stage, tmp_path, CONFIG.replace("seed = 0", "seed = 1").replace("rate = 0.5", "lr = 2"), False)
+    assert said.startswith(f"{tmp_path}: ")
+    assert "seed (0 there, 1 now)" in said and "sl.rate (0.5 there, None now)" in said and "sl.lr (None there, 2 now)" in said
+    assert "out" not in said.partition("config: ")[2].partition(";")[0]
+    assert (tmp_path / "config.toml").read_text() == CONFIG
+
+
+def test_the_name_and_the_layout_of_the_output_folder_may_change(tmp_path):
+    checkpoint.open_stage(tmp_path, CONFIG, False)
+    assert checkpoint.open_stage(tmp_path, CONFIG.replace('"a"', '"b"').replace("seed", "# moved\nseed"), False) is None
+
+
+def test_overwrite_starts_anew(tmp_path):
+    checkpoint.open_stage(tmp_path / "sl", CONFIG, False)
+    checkpoint.finish_stage(tmp_path / "sl", {"examples": 3})
+    assert checkpoint.open_stage(tmp_path / "sl", CONFIG.replace("0.5", "0.6"), True) is None
+    assert [p.name for p in (tmp_path / "sl").iterdir()] == ["config.toml"]
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for folder in (tmp_path / "file", tmp_path / "file" / "sl"):
+        for overwrite in (False, True):
+            assert refusal(checkpoint.open_stage, folder, CONFIG, overwrite).startswith(f"{folder}: cannot be used as an output folder")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+@pytest.mark.parametrize("content", [b"seed = ", b"\xff"])
+def test_a_stored_config_that_cannot_be_read_is_refused(tmp_path, content):
+    (tmp_path / "config.toml").write_bytes(content)
+    assert str(tmp_path) in refusal(checkpoint.open_stage, tmp_path, CONFIG, False)
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------------------
+
+
+def state(value: float) -> dict:
+    return {"model": {"w": torch.tensor([value, 2.0])}, "kl_coef": value}
+
+
+def test_without_a_checkpoint_there_is_nothing_to_resume_from(tmp_path):
+    assert checkpoint.latest(tmp_path, CPU) is None
+
+
+@pytest.mark.parametrize("keep, kept", [(1, [12]), (2, [5, 12]), (9, [1, 5, 12])])
+def test_the_newest_checkpoints_are_kept_and_the_last_is_resumed_from(tmp_path, keep, kept):
+    for step in (1, 5, 12):
+        checkpoint.save(tmp_path, step, state(step), keep=keep)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [f"step_{step:06d}" for step in kept]
+    step, saved = checkpoint.latest(tmp_path, CPU)
+    assert (step, saved["kl_coef"], saved["model"]["w"].tolist()) == (12, 12, [12.0, 2.0])
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    for value in (1.0, 2.0):
+        checkpoint.save(tmp_path, 3, state(value))
+    assert checkpoint.latest(tmp_path, CPU)[1]["kl_coef"] == 2.0
+
+
+def test_a_checkpoint_that_a_kill_left_unfinished_is_ignored_and_written_anew(tmp_path):
+    checkpoint.save(tmp_path, 1, state(1.0))
+    checkpoint.save(tmp_path, 2, state(2.0))
+    finished = tmp_path / "checkpoints" / "step_000002"
+    finished.rename(finished.with_name("step_000002.tmp"))
+    assert checkpoint.latest(tmp_path, CPU)[0] == 1
+    checkpoint.save(tmp_path, 2, state(3.0))
+    assert checkpoint.latest(tmp_path, CPU)[1]["kl_coef"] == 3.0
+    assert sorted(p.name for p in finished.parent.iterdir()) == ["step_000001", "step_000002"]
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", None, "missing"], ids=["empty", "garbage", "cut off", "missing"])
+def test_a_damaged_checkpoint_is_refused_with_its_name(tmp_path, content):
+    checkpoint.save(tmp_path, 1, state(1.0))
+    file = tmp_path / "checkpoints" / "step_000001" / "state.pt"
+    if content == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:200] if content is None else content)
+    assert refusal(checkpoint.latest, tmp_path, CPU).startswith(f"{file.parent}: not a readable checkpoint")
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    ran = tmp_path / "ran"
+
+    class Touch:
+        def __reduce__(self):
+            return Path.touch, (ran,)
+
+    checkpoint.save(tmp_path, 1, {"model": Touch()})
+    refusal(checkpoint.latest, tmp_path, CPU)
+    assert not ran.exists()
+
+
+def test_a_missing_model_folder_names_the_nearest_one(tmp_path):
+    for name in ("base", "file"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps({}))
+    assert checkpoint.require_folder(str(tmp_path / "base"), "model") == tmp_path / "base"
+    said = refusal(checkpoint.require_folder, str(tmp_path / "bse"), "model")
+    assert said == f"model: {tmp_path / 'bse'} is not a model folder (no config.json); did you mean {tmp_path / 'base'}?"
+    assert "did you mean" not in refusal(checkpoint.require_folder, str(tmp_path / "none" / "base"), "model")
