@@ -36,7 +36,7 @@ def run(tmp_path_factory):
 
 
 def test_the_demo_ends_with_a_table_examples_and_paths_that_exist(run):
-    out, printed = run
+    _, printed = run
     assert [line.split()[0] for line in printed.splitlines() if re.match(r"(base|SL-CAI|RL-CAI)\s+\d", line)] == ["base", "SL-CAI", "RL-CAI"]
     assert printed.count("Human: ") == 3
     paths = re.findall(r"^wrote  (.+)$", printed, re.MULTILINE)
@@ -68,7 +68,7 @@ def test_the_journals_have_the_promised_keys(run):
 
 
 def test_a_finished_run_says_so_and_changes_nothing(run):
-    out, printed = run
+    out, _ = run
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     done = demo(out, "--config", str(ROOT / "configs" / "tiny-short.toml"), cwd=out)
     assert done.returncode == 0 and "finished already" in done.stdout
