@@ -6,8 +6,8 @@ Four models: the policy and the frozen reference start from OUT/sl, the frozen r
 samples responses, scores them, and takes a few epochs of clipped updates. Writes OUT/ppo: the policy as a Hugging Face folder,
 metrics.jsonl, and episodes.jsonl with every response and its score, since a rising reward alone proves nothing.
 
-Settings follow the paper and Bai et al. 2022a: clip 0.2, gamma 1, no entropy bonus, k1 KL penalty per token. Left out: reward normalisation
-(advantages are whitened, so that only the KL coefficient feels the scale of the reward).
+Settings follow the paper and Bai et al. 2022a: clip 0.2, gamma 1, no entropy bonus, k1 KL penalty per token. Left out: reward normalisation.
+Advantages are whitened, so the policy loss does not feel the scale of the reward; kl_coef and value_clip_range do.
 """
 
 import time
@@ -19,7 +19,7 @@ import torch
 from minicai import InputError, checkpoint, config, losses, parallel, terminal
 from minicai.constitution import Prompt, render
 from minicai.data import Journal, epoch_order, read_prompts
-from minicai.models import load_policy, load_scorer, load_tokenizer, response_logprobs, sequence_scores, token_values
+from minicai.models import load_policy, load_scorer, load_tokenizer, response_logprobs, token_values
 from minicai.rollout import Rollout, collect
 from minicai.sampler import check_lengths, generate
 
@@ -30,8 +30,8 @@ STREAM = 3  # keeps this stage's random numbers apart from the other stages'
 class PPOConfig(config.Run):
     """[ppo] in the config file. Section numbers are the paper's; "HH" is Bai et al. 2022a."""
 
-    policy: str = ""  # where the policy and the reference start: "" = OUT/sl (4.1)
-    reward: str = ""  # the reward model, from which the value model starts too: "" = OUT/rm
+    policy: str = config.path_field()  # where the policy and the reference start: "" = OUT/sl (4.1)
+    reward: str = config.path_field()  # the reward model, from which the value model starts too: "" = OUT/rm
     prompts: str = config.path_field("minicai:tinyworld/data/red_team.jsonl")  # red-team prompts (4.2)
     helpful_prompts: str = config.path_field("minicai:tinyworld/data/helpful.jsonl")  # harmless prompts (4.2); "" = none
     helpful_share: float = 0.5  # of the prompts of an iteration
@@ -65,54 +65,38 @@ def main(cfg: PPOConfig) -> dict:
     device, precision = parallel.setup(cfg.device, cfg.precision)
     harmful = read_prompts(cfg.prompts)
     helpful = read_prompts(cfg.helpful_prompts) if cfg.helpful_prompts else []
-    tokenizer, policy, reference, reward_model, value_model = load_models(cfg, device, {cfg.prompts: harmful, cfg.helpful_prompts: helpful})
+    tokenizer, models = load_models(cfg, device, {cfg.prompts: harmful, cfg.helpful_prompts: helpful})
     folder = Path(cfg.out) / "ppo"
-    if record := checkpoint.open_stage(folder, config.dump(cfg, "ppo"), cfg.overwrite):
+    made_from = {"policy": checkpoint.fingerprint(cfg.policy or f"{cfg.out}/sl"), "reward": checkpoint.fingerprint(cfg.reward or f"{cfg.out}/rm")}
+    if record := checkpoint.open_stage(folder, config.dump(cfg, "ppo", made_from), cfg.overwrite):
         print(f"{folder}: finished already; --overwrite starts anew")
         return record
 
     began = time.monotonic()
-    optimizer = torch.optim.AdamW([{"params": policy.parameters(), "lr": cfg.lr}, {"params": value_model.parameters(), "lr": cfg.value_lr}],
-                                  betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
-    models = {"policy": policy, "value": value_model, "optimizer": optimizer}
-    iteration, kl_coef, clock = resume(folder, device, models) or (0, cfg.kl_coef, 0.0)
+    groups = [{"params": models["policy"].parameters(), "lr": cfg.lr}, {"params": models["value"].parameters(), "lr": cfg.value_lr}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
+    parts = {"policy": models["policy"], "value": models["value"], "optimizer": optimizer}
+    iteration, state = checkpoint.resume(folder, device, parts)
+    kl_coef, clock = state.get("kl_coef", cfg.kl_coef), state.get("clock", 0.0)
     metrics, episodes = Journal(folder / "metrics.jsonl"), Journal(folder / "episodes.jsonl")
     metrics.keep(iteration)
     episodes.keep(iteration * cfg.episodes)
 
     with terminal.Progress("ppo", cfg.iterations * cfg.episodes, "episodes", iteration * cfg.episodes) as progress:
         while iteration < cfg.iterations:
-            # 1. Prompts of this iteration, and one sampled response to each.
             prompts = draw_prompts(cfg, harmful, helpful, iteration)
-            encoded = [tokenizer(render(prompt))["input_ids"] for prompt in prompts]
-            seeds = [(STREAM, cfg.seed, iteration * cfg.episodes + k, 0) for k in range(len(prompts))]
-            with parallel.autocast(device, precision):
-                completions = generate(policy, encoded, seeds, max_new_tokens=cfg.max_new_tokens, eos_id=tokenizer.eos_token_id,
-                                       pad_id=tokenizer.pad_token_id, temperature=cfg.temperature, rows=cfg.rows)
-                # 2. Old and reference log-probs, values, scores; per-token rewards; advantages by GAE, whitened.
-                rollout = collect(encoded, completions, policy, reference, value_model,
-                                  lambda batch: sequence_scores(reward_model, batch.ids, batch.lengths), pad_id=tokenizer.pad_token_id,
-                                  temperature=cfg.temperature, kl_coef=kl_coef, missing_eos_penalty=cfg.missing_eos_penalty,
-                                  gamma=cfg.gamma, lam=cfg.lam, rows=cfg.micro_batch)
-            # 3. Before the first update the policy that trains must be the policy that sampled.
-            if iteration == 0:
-                check_ratio(rollout, cfg.ratio_tolerance if precision == "fp32" else max(cfg.ratio_tolerance, 0.2))
-            # 4. A few epochs of clipped updates.
-            updates = update(cfg, rollout, policy, value_model, optimizer, device, precision, iteration)
-            # 5. What to watch, and the KL coefficient of the next iteration.
-            iteration += 1
-            row = {"step": iteration, **watch(rollout), **updates, "kl_coef": kl_coef}
+            row, responses = iterate(cfg, iteration, prompts, kl_coef, models, optimizer, tokenizer, device, precision)
             if cfg.kl_target > 0:
                 kl_coef = losses.adaptive_kl_coef(kl_coef, row["kl"], cfg.kl_target, cfg.kl_horizon, len(prompts))
             metrics.append([row])
-            episodes.append([{"step": iteration, "prompt": prompt, "response": tokenizer.decode(c.ids, skip_special_tokens=True).strip(),
-                              "score": score, "ended": c.ended} for prompt, c, score in zip(prompts, completions, rollout.scores.tolist())])
+            episodes.append(responses)
+            iteration += 1
             progress.update(len(prompts), {"reward": row["reward"], "kl": row["kl"]})
             if iteration % cfg.save_every == 0:
-                state = {name: part.state_dict() for name, part in models.items()}
+                state = {name: part.state_dict() for name, part in parts.items()}
                 checkpoint.save(folder, iteration, state | {"kl_coef": kl_coef, "clock": clock + time.monotonic() - began})
 
-    checkpoint.export(folder, policy, tokenizer)
+    checkpoint.export(folder, models["policy"], tokenizer)
     last = metrics.rows[-max(1, cfg.iterations // 10):]
     record = {"seconds": clock + time.monotonic() - began, "episodes": len(episodes.rows), "peak_rss_mb": parallel.peak_memory_mb(),
               "kl": sum(row["kl"] for row in last) / len(last), "reward": sum(row["reward"] for row in last) / len(last)}
@@ -120,31 +104,50 @@ def main(cfg: PPOConfig) -> dict:
     return record
 
 
+def iterate(cfg: PPOConfig, iteration: int, prompts: list[Prompt], kl_coef: float, models: dict, optimizer, tokenizer, device: torch.device,
+            precision: str) -> tuple[dict, list[dict]]:
+    """One iteration of PPO, from prompts to updated weights. Returns its row of metrics.jsonl and its rows of episodes.jsonl."""
+    with parallel.autocast(device, precision):
+        # 1. Sample one response to each prompt from the policy as it is.
+        encoded = [tokenizer(render(prompt))["input_ids"] for prompt in prompts]
+        seeds = [(STREAM, cfg.seed, iteration, k) for k in range(len(prompts))]
+        completions = generate(models["policy"], encoded, seeds, max_new_tokens=cfg.max_new_tokens, eos_id=tokenizer.eos_token_id,
+                               pad_id=tokenizer.pad_token_id, temperature=cfg.temperature, rows=cfg.rows)
+        # 2. Log-probs of policy and reference, values, and the reward model's scores.
+        rollout = collect(encoded, completions, models["policy"], models["reference"], models["value"], models["reward"],
+                          pad_id=tokenizer.pad_token_id, temperature=cfg.temperature, rows=cfg.micro_batch)
+    # 3. Before the first update, the policy that trains must be the policy that sampled.
+    if iteration == 0:
+        check_ratio(rollout, cfg.ratio_tolerance if precision == "fp32" else max(cfg.ratio_tolerance, 0.2))
+    # 4. Reward of each token: the score at the last one, and minus beta times the KL from the reference at every one.
+    scores = rollout.scores - cfg.missing_eos_penalty * ~rollout.ended
+    kl = losses.kl_k1(rollout.logprobs, rollout.ref_logprobs)
+    rollout.rewards = losses.shaped_rewards(scores, kl, rollout.mask, kl_coef)
+    # 5. Advantages by GAE, whitened; returns for the value model.
+    advantages, rollout.returns = losses.gae(rollout.rewards, rollout.values, rollout.mask, cfg.gamma, cfg.lam)
+    rollout.advantages = losses.whiten(advantages, rollout.mask, losses.moments(advantages, rollout.mask))
+    # 6. A few epochs of clipped updates.
+    updates = update(cfg, rollout, models["policy"], models["value"], optimizer, device, precision, iteration)
+    # 7. What to watch.
+    responses = [{"step": iteration + 1, "prompt": prompt, "response": tokenizer.decode(c.ids, skip_special_tokens=True).strip(),
+                  "score": score, "ended": c.ended} for prompt, c, score in zip(prompts, completions, rollout.scores.tolist())]
+    return {"step": iteration + 1, **watch(rollout), **updates, "kl_coef": kl_coef}, responses
+
+
 def load_models(cfg: PPOConfig, device: torch.device, prompts: dict[str, list[Prompt]]) -> tuple:
-    """The tokenizer and the four models: policy and frozen reference, frozen reward model and value model. Checks that all fits together."""
-    for small, large in (("minibatches", "episodes"), ("save_every", "iterations")):
-        if getattr(cfg, small) < 1 or getattr(cfg, large) < 1 or (small == "minibatches" and cfg.minibatches > cfg.episodes):
-            raise InputError(f"[ppo]: {small} = {getattr(cfg, small)} and {large} = {getattr(cfg, large)} do not fit: each must be at least 1, "
-                             "and a minibatch needs an episode")
+    """The tokenizer, and policy, frozen reference, value model and frozen reward model by name. Checks that all of it fits together."""
+    if cfg.minibatches > cfg.episodes:
+        raise InputError(f"[ppo]: {cfg.minibatches} minibatches cannot be made of {cfg.episodes} episodes")
     policy_path, reward_path = cfg.policy or str(Path(cfg.out) / "sl"), cfg.reward or str(Path(cfg.out) / "rm")
     tokenizer, reward_tokenizer = load_tokenizer(policy_path), load_tokenizer(reward_path)
     if tokenizer.get_vocab() != reward_tokenizer.get_vocab():
         raise InputError(f"{reward_path}: the reward model's tokenizer is not the policy's ({policy_path})")
-    policy, reference = load_policy(policy_path, device), load_policy(policy_path, device).requires_grad_(False)
-    reward_model = load_scorer(reward_path, device, tokenizer.pad_token_id).requires_grad_(False)
+    models = {"policy": load_policy(policy_path, device), "reference": load_policy(policy_path, device).requires_grad_(False),
+              "value": load_scorer(reward_path, device, tokenizer.pad_token_id),
+              "reward": load_scorer(reward_path, device, tokenizer.pad_token_id).requires_grad_(False)}
     for path, asked in prompts.items():
-        check_lengths(policy, [tokenizer(render(prompt))["input_ids"] for prompt in asked], cfg.max_new_tokens, path)
-    return tokenizer, policy, reference, reward_model, load_scorer(reward_path, device, tokenizer.pad_token_id)
-
-
-def resume(folder: Path, device: torch.device, models: dict) -> tuple[int, float, float] | None:
-    """Loads the newest checkpoint into the models and the optimizer -> its iteration, KL coefficient and seconds; None if there is none."""
-    if not (saved := checkpoint.latest(folder, device)):
-        return None
-    iteration, state = saved
-    for name, part in models.items():
-        part.load_state_dict(state[name])
-    return iteration, state["kl_coef"], state["clock"]
+        check_lengths(models["policy"].config, [tokenizer(render(prompt))["input_ids"] for prompt in asked], cfg.max_new_tokens, path)
+    return tokenizer, models
 
 
 def draw_prompts(cfg: PPOConfig, harmful: list[Prompt], helpful: list[Prompt], iteration: int) -> list[Prompt]:
@@ -152,9 +155,9 @@ def draw_prompts(cfg: PPOConfig, harmful: list[Prompt], helpful: list[Prompt], i
     n_helpful = round(cfg.episodes * cfg.helpful_share) if helpful else 0
     chosen = []
     for kind, (prompts, count) in enumerate([(harmful, cfg.episodes - n_helpful), (helpful, n_helpful)]):
-        for position in range(iteration * count, (iteration + 1) * count):
-            epoch, k = divmod(position, len(prompts))
-            chosen.append(prompts[epoch_order(len(prompts), STREAM, cfg.seed, kind, epoch)[k]])
+        positions = [divmod(k, len(prompts)) for k in range(iteration * count, (iteration + 1) * count)]
+        orders = {epoch: epoch_order(len(prompts), STREAM, cfg.seed, kind, epoch) for epoch in {epoch for epoch, _ in positions}}
+        chosen += [prompts[orders[epoch][k]] for epoch, k in positions]
     return chosen
 
 

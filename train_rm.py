@@ -5,8 +5,9 @@
 Reads the SL-CAI model OUT/sl, the feedback model, red-team prompts, a constitution, and human helpfulness comparisons; writes OUT/rm:
 comparisons.jsonl, metrics.jsonl and the reward model as a Hugging Face folder (AutoModelForSequenceClassification, one label).
 
-As in the paper the harmlessness labels are soft, from the log-probs of (A) and (B), and the helpfulness labels are human. Beyond it: each pair
-is shown to the feedback model in both orders. Left out: few-shot examples and chain of thought.
+As in the paper the harmlessness labels are soft, from the log-probs of (A) and (B), and the helpfulness labels come from a file of human
+comparisons (for the tiny world: a synthetic stand-in for one). Beyond it: each pair is shown to the feedback model in both orders. Left out:
+few-shot examples and chain of thought.
 """
 
 import math
@@ -16,15 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig
 
 from minicai import checkpoint, config, constitution, parallel, terminal
 from minicai.constitution import CHOICES, Prompt, render
-from minicai.data import Journal, epoch_order, read_preferences, read_prompts
+from minicai.data import Journal, epoch_order, read_jsonl, read_preferences, read_prompts
 from minicai.feedback import label_pairs
 from minicai.losses import centering_loss, preference_loss
-from minicai.models import load_policy, load_scorer, load_tokenizer, sequence_scores
+from minicai.models import encode, load_policy, load_scorer, load_tokenizer, sequence_scores
 from minicai.rollout import collate
-from minicai.sampler import check_lengths, choice_logprobs, generate
+from minicai.sampler import check_lengths, choice_logprobs, respond
 
 STREAM = 2  # keeps this stage's random numbers apart from the other stages'
 
@@ -33,12 +35,13 @@ STREAM = 2  # keeps this stage's random numbers apart from the other stages'
 class RMConfig(config.Run):
     """[rm] in the config file. Section numbers are the paper's."""
 
-    policy: str = ""  # who answers: "" = OUT/sl, the model that starts RL (4.1)
-    feedback: str = ""  # who compares: "" = the base model, a pretrained language model (4.1)
+    policy: str = config.path_field()  # who answers: "" = OUT/sl, the model that starts RL (4.1)
+    feedback: str = config.path_field()  # who compares: "" = the base model, a pretrained language model (4.1)
     prompts: str = config.path_field("minicai:tinyworld/data/red_team.jsonl")  # red-team prompts (4.2: 182,831 comparisons)
     limit: int = 0  # use the first so many; 0 = all
     preferences: str = config.path_field("minicai:tinyworld/data/preferences.jsonl")  # human helpfulness pairs (4.2: 135,296); "" = none
     preferences_limit: int = 0  # use the first so many; 0 = all
+    revision_pairs: int = 0  # pairs of initial response and final revision from the policy's revisions.jsonl, the revision preferred; an extension
     temperature: float = 1.0  # of the two responses
     max_new_tokens: int = 256  # length limit of a response
     swap: bool = True  # show each pair in both orders and average: cancels position bias; an extension
@@ -50,6 +53,7 @@ class RMConfig(config.Run):
     lr: float = 1e-5  # falls linearly to 0
     warmup: int = 10  # steps
     weight_decay: float = 0.0
+    adam_eps: float = 1e-8
     grad_clip: float = 1.0  # norm
     margin: float = 0.0  # lead that the preferred score must have; an extension
     centering: float = 0.01  # weight of (r_A + r_B)^2; an extension
@@ -68,24 +72,29 @@ def main(cfg: RMConfig) -> dict:
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise config.InputError(f"{policy_path}: the tokenizer's pad token is its eos token, and a reward model's folder finds the last token "
                                 "of a text by its pad token; give it a pad token of its own")
+    shape = AutoConfig.from_pretrained(policy_path)
+    check_lengths(shape, [tokenizer(render(prompt))["input_ids"] for prompt in prompts], cfg.max_new_tokens, cfg.prompts)
+    check_lengths(shape, [p + r for row in human for p, *pair in [encode_pair(tokenizer, row)] for r in pair], 0, cfg.preferences)
     folder = Path(cfg.out) / "rm"
-    if record := checkpoint.open_stage(folder, config.dump(cfg, "rm"), cfg.overwrite):
+    made_from = {"constitution": rules.sha256, "policy": checkpoint.fingerprint(policy_path), "feedback": checkpoint.fingerprint(feedback_path)}
+    if record := checkpoint.open_stage(folder, config.dump(cfg, "rm", made_from), cfg.overwrite):
         print(f"{folder}: finished already; --overwrite starts anew")
         return record
 
     began = time.monotonic()
     pairs = sample_pairs(cfg, prompts, policy_path, tokenizer, device, precision, folder)
     generated = time.monotonic()
-    rows = label(cfg, rules, pairs, human, feedback_path, feedback_tokenizer, device, precision, folder)
+    given = revision_pairs(Path(policy_path) / "revisions.jsonl", cfg.revision_pairs) + human
+    rows = label(cfg, rules, pairs, given, feedback_path, feedback_tokenizer, device, precision, folder)
     labelled = time.monotonic()
     model = load_scorer(policy_path, device, tokenizer.pad_token_id, seed=cfg.seed)
     train, heldout = split(rows, cfg.heldout, cfg.seed)
-    encoded = [encode(row, tokenizer) for row in train]
-    fit(cfg, train, encoded, model, tokenizer.pad_token_id, device, precision, folder)
-    accuracy = evaluate(heldout, model, tokenizer, device, precision)
+    fit(cfg, train, model, tokenizer, device, precision, folder)
+    decided = [row for row in heldout if row["p_first"] != 0.5]
+    agree = [(a > b) == (row["p_first"] > 0.5) for a, b, row in zip(*score_pairs(decided, model, tokenizer, device, precision), decided)]
     checkpoint.export(folder, model, tokenizer)
     record = {"seconds": {"generate": generated - began, "label": labelled - generated, "train": time.monotonic() - labelled},
-              "train_pairs": len(train), "heldout_pairs": len(heldout), "accuracy_vs_labels": accuracy,
+              "train_pairs": len(train), "heldout_pairs": len(heldout), "accuracy_vs_labels": sum(agree) / len(agree) if agree else math.nan,
               "heldout_ids": [row["id"] for row in heldout], "peak_rss_mb": parallel.peak_memory_mb()}
     checkpoint.finish_stage(folder, record)
     return record
@@ -96,25 +105,30 @@ def sample_pairs(cfg: RMConfig, prompts: list[Prompt], path: str, tokenizer, dev
     journal = Journal(folder / "pairs.jsonl", cfg.rows, len(prompts))
     if len(journal.rows) < len(prompts):
         model = load_policy(path, device)
-        check_lengths(model, [tokenizer(render(prompt))["input_ids"] for prompt in prompts], cfg.max_new_tokens, cfg.prompts)
     with terminal.Progress("rm: sample pairs", len(prompts), "pairs", len(journal.rows)) as progress, parallel.autocast(device, precision):
         while (first := len(journal.rows)) < len(prompts):
             group = prompts[first:first + cfg.rows]
-            ids = [tokenizer(render(p))["input_ids"] for p in group]
             seeds = [(STREAM, cfg.seed, first + k, candidate) for candidate in (0, 1) for k in range(len(group))]
-            samples = generate(model, ids + ids, seeds, max_new_tokens=cfg.max_new_tokens, eos_id=tokenizer.eos_token_id,
-                               pad_id=tokenizer.pad_token_id, temperature=cfg.temperature, rows=cfg.rows)
-            texts = [tokenizer.decode(c.ids, skip_special_tokens=True).strip() for c in samples]
+            texts, _ = respond(model, tokenizer, [render(p) for p in group] * 2, seeds, max_new_tokens=cfg.max_new_tokens,
+                               temperature=cfg.temperature, rows=cfg.rows)
             journal.append([{"id": first + k, "prompt": p, "first": texts[k], "second": texts[k + len(group)]} for k, p in enumerate(group)])
             progress.update(len(group))
     return journal.rows
 
 
-def label(cfg: RMConfig, rules: constitution.Constitution, pairs: list[dict], human: list[dict], path: str, tokenizer, device, precision: str,
+def revision_pairs(path: Path, count: int) -> list[dict]:
+    """(initial response, final revision) of the first `count` rows of revisions.jsonl, as rows of comparisons.jsonl with the revision
+    preferred: contrasts that sampling one model twice seldom finds."""
+    rows = read_jsonl(path)[:count] if count else []
+    return [{"id": f"revision:{row['id']}", "prompt": row["prompt"], "first": row["initial"], "second": row["final"], "p_first": 0.0,
+             "votes": [], "source": "critique", "clamped": False} for row in rows if row["kept"] and row["initial"] != row["final"]]
+
+
+def label(cfg: RMConfig, rules: constitution.Constitution, pairs: list[dict], given: list[dict], path: str, tokenizer, device, precision: str,
           folder: Path) -> list[dict]:
-    """comparisons.jsonl: the sampled pairs with labels of the feedback model, then the human pairs as they are."""
+    """comparisons.jsonl: the sampled pairs with labels of the feedback model, then the pairs whose labels are given."""
     different = [pair for pair in pairs if pair["first"] != pair["second"]]  # equal responses teach nothing
-    journal = Journal(folder / "comparisons.jsonl", cfg.rows, len(different) + len(human))
+    journal = Journal(folder / "comparisons.jsonl", cfg.rows, len(different) + len(given))
     if len(journal.rows) < len(different):
         model = load_policy(path, device)
     with terminal.Progress("rm: AI labels", len(different), "pairs", min(len(journal.rows), len(different))) as progress, \
@@ -124,7 +138,7 @@ def label(cfg: RMConfig, rules: constitution.Constitution, pairs: list[dict], hu
             journal.append(label_pairs(group, lambda texts: choice_logprobs(model, tokenizer, texts, CHOICES), rules, swap=cfg.swap,
                                        seed=cfg.seed, judge=path))
             progress.update(len(group))
-    journal.append(human[len(journal.rows) - len(different):])
+    journal.append(given[len(journal.rows) - len(different):])
     return journal.rows
 
 
@@ -134,10 +148,9 @@ def split(rows: list[dict], share: float, seed: int) -> tuple[list[dict], list[d
     return [row for row, out in zip(rows, held) if not out], [row for row, out in zip(rows, held) if out]
 
 
-def encode(row: dict, tokenizer) -> tuple[list[int], list[int], list[int]]:
-    """Prompt, first and second response as token ids, each response closed by an end of sequence."""
-    responses = [tokenizer(f" {row[key]}", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for key in ("first", "second")]
-    return tokenizer(render(row["prompt"]))["input_ids"], *responses
+def encode_pair(tokenizer, row: dict) -> tuple[list[int], list[int], list[int]]:
+    """Token ids of the prompt, the first and the second response."""
+    return *encode(tokenizer, row["prompt"], row["first"]), encode(tokenizer, row["prompt"], row["second"])[1]
 
 
 def pair_scores(model, encoded: list[tuple], pad_id: int, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,15 +160,14 @@ def pair_scores(model, encoded: list[tuple], pad_id: int, device) -> tuple[torch
     return sequence_scores(model, batch.ids, batch.lengths).chunk(2)
 
 
-def fit(cfg: RMConfig, rows: list[dict], encoded: list[tuple], model, pad_id: int, device, precision: str, folder: Path) -> None:
+def fit(cfg: RMConfig, rows: list[dict], model, tokenizer, device, precision: str, folder: Path) -> None:
     """Minimises L_RM = - [ p log sigma(r_A - r_B) + (1 - p) log sigma(r_B - r_A) ] over the pairs, in place."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
+    encoded = [encode_pair(tokenizer, row) for row in rows]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), eps=cfg.adam_eps, weight_decay=cfg.weight_decay, fused=True)
     steps_per_epoch = -(-len(encoded) // cfg.batch_size)
-    steps, step, metrics = cfg.epochs * steps_per_epoch, 0, Journal(folder / "metrics.jsonl")
-    if saved := checkpoint.latest(folder, device):
-        step, state = saved
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+    steps, parts = cfg.epochs * steps_per_epoch, {"model": model, "optimizer": optimizer}
+    step, _ = checkpoint.resume(folder, device, parts)
+    metrics = Journal(folder / "metrics.jsonl")
     metrics.keep(step)
 
     with terminal.Progress("rm: train", steps, "steps", step) as progress:
@@ -170,7 +182,7 @@ def fit(cfg: RMConfig, rows: list[dict], encoded: list[tuple], model, pad_id: in
                 part = batch[start:start + cfg.micro_batch]
                 p_first = torch.tensor([rows[r]["p_first"] for r in part], device=device)
                 with parallel.autocast(device, precision):
-                    first, second = pair_scores(model, [encoded[r] for r in part], pad_id, device)
+                    first, second = pair_scores(model, [encoded[r] for r in part], tokenizer.pad_token_id, device)
                 loss = preference_loss(first, second, p_first, cfg.margin) + cfg.centering * centering_loss(first, second)
                 loss = loss.sum() / len(batch)
                 loss.backward()
@@ -186,20 +198,18 @@ def fit(cfg: RMConfig, rows: list[dict], encoded: list[tuple], model, pad_id: in
             metrics.append([{"step": step, "loss": total, "accuracy": correct / max(decided, 1), "grad_norm": grad_norm}])
             progress.update(1, {"loss": total, "accuracy": correct / max(decided, 1)})
             if step % cfg.save_every == 0:
-                checkpoint.save(folder, step, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+                checkpoint.save(folder, step, {name: part.state_dict() for name, part in parts.items()})
 
 
 @torch.no_grad()
-def evaluate(rows: list[dict], model, tokenizer, device, precision: str) -> float:
-    """Share of the held-out pairs that the model orders as their labels do (pairs labelled exactly 0.5 are left out)."""
-    rows = [row for row in rows if row["p_first"] != 0.5]
-    correct = 0
+def score_pairs(rows: list[dict], model, tokenizer, device, precision: str) -> tuple[list[float], list[float]]:
+    """Scores of the first and of the second responses of the rows, in their order."""
+    first, second = [], []
     for start in range(0, len(rows), 64):
         with parallel.autocast(device, precision):
-            first, second = pair_scores(model, [encode(row, tokenizer) for row in rows[start:start + 64]], tokenizer.pad_token_id, device)
-        labels = torch.tensor([row["p_first"] for row in rows[start:start + 64]], device=device)
-        correct += ((first > second) == (labels > 0.5)).sum().item()
-    return correct / len(rows) if rows else math.nan
+            scores = pair_scores(model, [encode_pair(tokenizer, row) for row in rows[start:start + 64]], tokenizer.pad_token_id, device)
+        first, second = first + scores[0].tolist(), second + scores[1].tolist()
+    return first, second
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 Reads red-team prompts, harmless prompts and a constitution; writes OUT/sl: revisions.jsonl, helpful.jsonl, metrics.jsonl and the SL-CAI
 model as a Hugging Face folder. The same command again goes on where a run was interrupted.
 
-Left out of the paper's recipe: the few-shot examples in front of each critique (the tiny world's base model knows the form; larger
-pretrained models need them). The helpfulness samples come from the base model itself, which is what the paper's helpful RLHF model stands for.
+Left out of the paper's recipe: the few-shot examples in front of each critique. One model plays two parts of the paper: the pretrained model
+that is fine-tuned, and the helpful RLHF model that answers, criticises and revises.
 """
 
 import time
@@ -20,9 +20,9 @@ from minicai.constitution import Prompt, render
 from minicai.critique import critique_and_revise, training_pairs
 from minicai.data import Journal, epoch_order, read_prompts
 from minicai.losses import nll_loss
-from minicai.models import load_policy, load_tokenizer, response_logprobs
+from minicai.models import encode, load_policy, load_tokenizer, response_logprobs
 from minicai.rollout import collate
-from minicai.sampler import check_lengths, generate
+from minicai.sampler import check_lengths, respond
 
 STREAM = 1  # keeps this stage's random numbers apart from the other stages'
 
@@ -33,8 +33,8 @@ class SLConfig(config.Run):
 
     prompts: str = config.path_field("minicai:tinyworld/data/red_team.jsonl")  # red-team prompts (3.2: 182,831 of them)
     helpful_prompts: str = config.path_field("minicai:tinyworld/data/helpful.jsonl")  # harmless ones (3.2: 135,296)
-    limit: int = 600  # use the first so many red-team prompts; 0 = all
-    helpful_limit: int = 600  # likewise for the harmless ones
+    limit: int = 0  # use the first so many red-team prompts; 0 = all
+    helpful_limit: int = 0  # likewise for the harmless ones
     rounds: int = 4  # critique-revision rounds a prompt (3.2)
     keep: str = config.choice_field("all", "all", "last")  # train on the revisions of all rounds (3.2), or of the last
     helpful_samples: int = 2  # responses sampled for each harmless prompt and mixed in (3.2)
@@ -63,9 +63,10 @@ def main(cfg: SLConfig) -> dict:
     tokenizer = load_tokenizer(cfg.model)
     model = load_policy(cfg.model, device)
     for path, asked in ((cfg.prompts, prompts), (cfg.helpful_prompts, helpful_prompts)):
-        check_lengths(model, [tokenizer(render(prompt))["input_ids"] for prompt in asked], cfg.max_new_tokens, path)
+        check_lengths(model.config, [tokenizer(render(prompt))["input_ids"] for prompt in asked], cfg.max_new_tokens, path)
     folder = Path(cfg.out) / "sl"
-    if record := checkpoint.open_stage(folder, config.dump(cfg, "sl"), cfg.overwrite):
+    made_from = {"constitution": rules.sha256, "model": checkpoint.fingerprint(cfg.model)}
+    if record := checkpoint.open_stage(folder, config.dump(cfg, "sl", made_from), cfg.overwrite):
         print(f"{folder}: finished already; --overwrite starts anew")
         return record
 
@@ -78,8 +79,7 @@ def main(cfg: SLConfig) -> dict:
     checkpoint.export(folder, model, tokenizer)
     record = {"seconds": {"generate": generated - began, "train": time.monotonic() - generated}, "examples": len(pairs),
               "dropped": sum(not row["kept"] for row in revisions), "device": parallel.device_name(device), "precision": precision,
-              "constitution": {"name": rules.name, "version": rules.version, "sha256": rules.sha256},
-              "peak_rss_mb": parallel.peak_memory_mb()}
+              "constitution": rules.stamp, "peak_rss_mb": parallel.peak_memory_mb()}
     checkpoint.finish_stage(folder, record)
     return record
 
@@ -89,10 +89,8 @@ def write_data(cfg: SLConfig, rules: constitution.Constitution, prompts: list[Pr
     """revisions.jsonl (one line a red-team prompt) and helpful.jsonl (one line a sample), in groups of `rows` prompts."""
 
     def complete(texts, seeds) -> list[str]:
-        encoded = [tokenizer(text)["input_ids"] for text in texts]
-        completions = generate(model, encoded, [(STREAM, *seed) for seed in seeds], max_new_tokens=cfg.max_new_tokens, rows=cfg.rows,
-                               eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, temperature=cfg.temperature)
-        return [tokenizer.decode(c.ids, skip_special_tokens=True).strip() for c in completions]
+        return respond(model, tokenizer, texts, [(STREAM, *seed) for seed in seeds], max_new_tokens=cfg.max_new_tokens,
+                       temperature=cfg.temperature, rows=cfg.rows)[0]
 
     revisions = Journal(folder / "revisions.jsonl", cfg.rows, len(prompts))
     with terminal.Progress("sl: critique, revise", len(prompts), "prompts", len(revisions.rows)) as progress:
@@ -116,15 +114,13 @@ def write_data(cfg: SLConfig, rules: constitution.Constitution, prompts: list[Pr
 
 def train(cfg: SLConfig, pairs: list[tuple[Prompt, str]], model, tokenizer, device: torch.device, precision: str, folder: Path) -> None:
     """Minimises L_SL = - sum_i log P(y_i_revised | x_i) over the (prompt, response) pairs, in place."""
-    encoded = [(tokenizer(render(prompt))["input_ids"], tokenizer(f" {response}", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id])
-               for prompt, response in pairs]
+    encoded = [encode(tokenizer, prompt, response) for prompt, response in pairs]
+    encoded = [(p, r if len(r) <= cfg.max_new_tokens else r[:-1]) for p, r in encoded]  # what the length limit cut off does not end there
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), eps=cfg.adam_eps, weight_decay=cfg.weight_decay, fused=True)
     steps_per_epoch = -(-len(encoded) // cfg.batch_size)
-    steps, step, metrics = cfg.epochs * steps_per_epoch, 0, Journal(folder / "metrics.jsonl")
-    if saved := checkpoint.latest(folder, device):
-        step, state = saved
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+    steps, parts = cfg.epochs * steps_per_epoch, {"model": model, "optimizer": optimizer}
+    step, _ = checkpoint.resume(folder, device, parts)
+    metrics = Journal(folder / "metrics.jsonl")
     metrics.keep(step)
 
     with terminal.Progress("sl: train", steps, "steps", step) as progress:
@@ -153,7 +149,7 @@ def train(cfg: SLConfig, pairs: list[tuple[Prompt, str]], model, tokenizer, devi
             metrics.append([{"step": step, "loss": total, "tokens": tokens, "grad_norm": grad_norm}])
             progress.update(1, {"loss": total})
             if step % cfg.save_every == 0:
-                checkpoint.save(folder, step, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+                checkpoint.save(folder, step, {name: part.state_dict() for name, part in parts.items()})
 
 
 if __name__ == "__main__":

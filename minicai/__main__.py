@@ -43,37 +43,32 @@ def demo(arguments: list[str]) -> None:
               (train_ppo, config.load(train_ppo.PPOConfig, "ppo", flags))]
     evaluation = config.load(EvalConfig, "eval", flags)
     out = Path(evaluation.out)
-    if (out / "eval" / "stage.json").exists() and not evaluation.overwrite:
-        print(f"{out}: finished already, nothing was changed; --overwrite starts anew")
-        return print(_closing(out))
-    print(f"model {evaluation.model}\noutput {out.resolve()}")
-    for module, cfg in stages:
+    print(f"model   {evaluation.model}\noutput  {out.resolve()}", flush=True)
+    for module, cfg in stages:  # each stage resumes, or says that it is finished; --overwrite makes the later ones start anew as well
         module.main(cfg)
-    evaluate(evaluation)
-    _report(out, "python -m minicai demo " + " ".join(arguments))
+    evaluate(evaluation, "python -m minicai demo " + " ".join(arguments))
+    if not (out / "summary.json").exists() or evaluation.overwrite:
+        _report(out)
     print(_closing(out))
 
 
-def evaluate(cfg: EvalConfig) -> None:
+def evaluate(cfg: EvalConfig, command: str) -> None:
     """Answers of base, sl and ppo to the evaluation prompts, judged; and the labels, reward model and revisions, judged likewise."""
-    import torch
-
-    from minicai import checkpoint, parallel
+    from minicai import checkpoint, parallel, report
     from minicai.constitution import render
     from minicai.data import Journal, read_jsonl, read_prompts
     from minicai.evaluate import judged_preferences, label_rates, rates, revision_rates, share
-    from minicai.models import load_policy, load_scorer, load_tokenizer, score_texts
-    from minicai.sampler import generate
+    from minicai.models import load_policy, load_scorer, load_tokenizer
+    from minicai.sampler import respond
     from minicai.tinyworld.judge import judge
+    from train_rm import score_pairs
 
     device, precision = parallel.setup(cfg.device, cfg.precision)
     prompts, kinds = read_prompts(cfg.prompts), [row.get("kind") for row in read_jsonl(cfg.prompts)]
     out, began = Path(cfg.out), time.monotonic()
-    base = checkpoint.require_folder(cfg.model, "model")
-    for stage in ("sl", "rm", "ppo"):
-        checkpoint.require_folder(str(out / stage), stage)
-    folder = out / "eval"
-    if checkpoint.open_stage(folder, config.dump(cfg, "eval"), cfg.overwrite):
+    base, folder = checkpoint.require_folder(cfg.model, "model"), out / "eval"
+    made_from = {stage: checkpoint.fingerprint(str(checkpoint.require_folder(str(out / stage), stage))) for stage in ("sl", "rm", "ppo")}
+    if checkpoint.open_stage(folder, config.dump(cfg, "eval", made_from), cfg.overwrite):
         return print(f"{folder}: finished already; --overwrite starts anew")
     (out / "base").mkdir(exist_ok=True)
     for file in base.iterdir():
@@ -84,37 +79,31 @@ def evaluate(cfg: EvalConfig) -> None:
     for stage in ("base", "sl", "ppo"):
         tokenizer, model = load_tokenizer(str(out / stage)), load_policy(str(out / stage), device)
         with terminal.Progress(f"eval: {stage}", len(prompts), "prompts") as progress, parallel.autocast(device, precision):
-            completions = generate(model, [tokenizer(render(p))["input_ids"] for p in prompts], [(STREAM, cfg.seed, k) for k in range(len(prompts))],
-                                   max_new_tokens=cfg.max_new_tokens, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
-                                   temperature=cfg.temperature, rows=cfg.rows, progress=progress)
-        texts = [tokenizer.decode(c.ids, skip_special_tokens=True).strip() for c in completions]
+            texts, ended = respond(model, tokenizer, [render(p) for p in prompts], [(STREAM, cfg.seed, k, 0) for k in range(len(prompts))],
+                                   max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, rows=cfg.rows, progress=progress)
         for row, text in zip(answers, texts):
             row[stage] = text
-        results[stage] = rates([judge(p, t) for p, t in zip(prompts, texts)], [c.ended for c in completions])
+        results[stage] = rates([judge(p, t) for p, t in zip(prompts, texts)], ended)
 
     comparisons = read_jsonl(out / "rm" / "comparisons.jsonl")
-    heldout = set(map(str, json.loads((out / "rm" / "stage.json").read_text())["heldout_ids"]))
+    heldout = set(map(str, json.loads((out / "rm" / "stage.json").read_text(encoding="utf-8"))["heldout_ids"]))
     judged = judged_preferences([row for row in comparisons if str(row["id"]) in heldout])
     tokenizer = load_tokenizer(str(out / "rm"))
-    model = load_scorer(str(out / "rm"), device, tokenizer.pad_token_id)
-    with torch.no_grad(), parallel.autocast(device, precision):
-        scores = [score_texts(model, lambda text: tokenizer(text)["input_ids"] + [tokenizer.eos_token_id],
-                              [render(row["prompt"], row[key]) for row, _ in judged]) for key in ("first", "second")]
+    scores = score_pairs([row for row, _ in judged], load_scorer(str(out / "rm"), device, tokenizer.pad_token_id), tokenizer, device, precision)
     agree = [(a > b) == first for a, b, (_, first) in zip(*scores, judged)]
     journal = Journal(folder / "answers.jsonl")
     journal.keep(0)
     journal.append(answers)
-    record = {"eval": {"prompts": {kind: kinds.count(kind) for kind in ("harmful", "benign")}, **results},
+    record = {"run": report.provenance(command), "eval": {"prompts": {kind: kinds.count(kind) for kind in ("harmful", "benign")}, **results},
               "revision": revision_rates(read_jsonl(out / "sl" / "revisions.jsonl")), "labels": label_rates(comparisons),
               "rm_accuracy_vs_judge": share(agree), "rm_judged_pairs": len(agree), "seconds": time.monotonic() - began}
     checkpoint.finish_stage(folder, record)
 
 
-def _report(out: Path, command: str) -> None:
+def _report(out: Path) -> None:
     from minicai import report
 
-    summary = report.summarise(out, command)
-    report.write(out, summary)
+    report.write(out, report.summarise(out))
 
 
 def _closing(out: Path) -> str:
@@ -140,7 +129,7 @@ def chat(arguments: list[str]) -> None:
     from minicai import parallel
     from minicai.constitution import render
     from minicai.models import load_policy, load_tokenizer
-    from minicai.sampler import generate
+    from minicai.sampler import respond
 
     device, precision = parallel.setup("auto", "auto")
     tokenizer, model = load_tokenizer(arguments[0]), load_policy(arguments[0], device)
@@ -152,9 +141,11 @@ def chat(arguments: list[str]) -> None:
             return
         if question.strip():
             with parallel.autocast(device, precision):
-                [answer] = generate(model, [tokenizer(render(question))["input_ids"]], [(0,)], max_new_tokens=limit, temperature=0.0,
-                                    eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
-            print(tokenizer.decode(answer.ids, skip_special_tokens=True).strip(), flush=True)
+                try:
+                    [answer], _ = respond(model, tokenizer, [render(question)], [(0,)], max_new_tokens=limit, temperature=0.0)
+                except InputError as error:
+                    answer = f"({error})"
+            print(answer, flush=True)
 
 
 def _joined(arguments: list[str]) -> list[str]:
@@ -175,11 +166,11 @@ def main(arguments: list[str]) -> None:
     if command == "demo":
         demo(rest)
     elif command == "eval":
-        evaluate(config.load(EvalConfig, "eval", rest))
+        evaluate(config.load(EvalConfig, "eval", rest), "python -m minicai eval " + " ".join(rest))
     elif command == "report":
         if len(rest) != 1 or not Path(rest[0]).is_dir():
             raise InputError("report: expected the output folder of a run, for example: python -m minicai report out/tiny")
-        _report(Path(rest[0]), "python -m minicai report " + rest[0])
+        _report(Path(rest[0]))
     elif command == "chat":
         chat(rest)
     else:

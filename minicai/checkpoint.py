@@ -4,6 +4,7 @@ Nothing is ever half-written under its final name: each thing is made beside its
 """
 
 import difflib
+import hashlib
 import json
 import os
 import shutil
@@ -17,6 +18,8 @@ from minicai import InputError
 from minicai.data import write_atomic
 
 RECORD = "stage.json"
+FREE = ("out", "sl.rows", "rm.rows", "ppo.rows", "eval.rows", "sl.micro_batch", "rm.micro_batch", "ppo.micro_batch", "sl.save_every",
+        "rm.save_every", "ppo.save_every")  # settings that may change over a resume: they decide memory, not results
 
 
 def open_stage(folder: Path, config_text: str, overwrite: bool) -> dict | None:
@@ -26,6 +29,8 @@ def open_stage(folder: Path, config_text: str, overwrite: bool) -> dict | None:
     """
     try:
         if overwrite and folder.exists():
+            if not (folder / "config.toml").exists() and any(folder.iterdir()):
+                raise InputError(f"{folder}: --overwrite would delete a folder that is not a stage of minicai (it has no config.toml)")
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
@@ -33,7 +38,7 @@ def open_stage(folder: Path, config_text: str, overwrite: bool) -> dict | None:
         stored = folder / "config.toml"
         begun = stored.exists() and len(list(folder.iterdir())) > 1  # a config alone is of a run that stopped before it made anything
         old, new = _flat(stored.read_text(encoding="utf-8") if begun else config_text), _flat(config_text)
-        differing = sorted(key for key in old | new if key != "out" and old.get(key) != new.get(key))
+        differing = sorted(key for key in old | new if key not in FREE and old.get(key) != new.get(key))
         if differing:
             changes = ", ".join(f"{key} ({old.get(key)!r} there, {new.get(key)!r} now)" for key in differing)
             raise InputError(f"{folder}: holds a run of another config: {changes}; choose another --out, or --overwrite to start anew")
@@ -43,6 +48,12 @@ def open_stage(folder: Path, config_text: str, overwrite: bool) -> dict | None:
         raise InputError(f"{folder}: cannot be used as an output folder: {getattr(error, 'strerror', None) or error}") from error
     record = folder / RECORD
     return json.loads(record.read_text(encoding="utf-8")) if record.exists() else None
+
+
+def fingerprint(folder: str) -> str:
+    """Of a stage's record, which is new with each run of it: so a later stage knows what it was made from. "" for any other model folder."""
+    record = Path(folder) / RECORD
+    return hashlib.sha256(record.read_bytes()).hexdigest() if record.exists() else ""
 
 
 def _flat(text: str) -> dict:
@@ -82,6 +93,14 @@ def latest(folder: Path, device: torch.device) -> tuple[int, dict] | None:
         return int(found[-1].name.removeprefix("step_")), torch.load(found[-1] / "state.pt", map_location=device, weights_only=True)
     except Exception as error:
         raise InputError(f"{found[-1]}: not a readable checkpoint ({type(error).__name__}); remove it to resume from the one before") from error
+
+
+def resume(folder: Path, device: torch.device, parts: dict) -> tuple[int, dict]:
+    """Loads the newest checkpoint into the models and optimizers -> its step and the rest of its state; 0 and {} where there is none."""
+    step, state = latest(folder, device) or (0, {})
+    for name, part in parts.items() if state else ():
+        part.load_state_dict(state[name])
+    return step, state
 
 
 def export(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import os
 import tomllib
 import typing
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pathlib import Path
 from minicai import InputError
 
 SECTIONS = ("sl", "rm", "ppo", "eval")
+AT_LEAST_ONE = ("rows", "batch_size", "micro_batch", "episodes", "minibatches", "iterations", "save_every", "max_new_tokens")
 PACKAGE = Path(__file__).parent
 
 
@@ -35,10 +37,10 @@ class Run:
 
 
 def locate(path: str, beside: Path) -> Path:
-    """A path of a config file: `minicai:...` in the package, else relative to the config file if it is there, else to where we stand."""
+    """A path of a config file: `minicai:...` in the package, else relative to the config file, to where we stand, or to configs/."""
     if path.startswith("minicai:"):
         return PACKAGE / path.removeprefix("minicai:")
-    return beside / path if not Path(path).is_absolute() and (beside / path).exists() else Path(path)
+    return next((p for p in (beside / path, Path(path), builtin(path)) if p.exists()), Path(path))
 
 
 def builtin(name: str) -> Path:
@@ -65,14 +67,14 @@ def load(kind: type, section: str, arguments: list[str]):
     for argument in (a for a in arguments if a.startswith("--")):
         values |= _override(argument, section, own, hints)
     config = kind(**{key: _typed(value, hints[key], f"{where}: {key}") for key, (value, where) in values.items()})
-    for f in dataclasses.fields(kind):  # paths are resolved once, here
-        if f.metadata.get("path") or f.name in ("model", "constitution"):
-            setattr(config, f.name, str(locate(getattr(config, f.name), path.parent)) if getattr(config, f.name) else "")
-        if f.name == "constitution" and not Path(config.constitution).exists() and builtin(config.constitution).exists():
-            config.constitution = str(builtin(config.constitution))
-        allowed = f.metadata.get("choices")
-        if allowed and getattr(config, f.name) not in allowed:
-            raise InputError(f"{path}: {f.name} must be one of {', '.join(allowed)}, not {getattr(config, f.name)!r}")
+    for f in dataclasses.fields(kind):
+        value, allowed = getattr(config, f.name), f.metadata.get("choices")
+        if value and (f.metadata.get("path") or f.name in ("model", "constitution")):  # paths are resolved once, here
+            setattr(config, f.name, os.path.abspath(locate(value, path.parent)))
+        if allowed and value not in allowed:
+            raise InputError(f"{path}: {f.name} must be one of {', '.join(allowed)}, not {value!r}")
+        if hints[f.name] is int and value < (least := int(f.name in AT_LEAST_ONE)):
+            raise InputError(f"{path}: {f.name} must be at least {least}, not {value}")
     return config
 
 
@@ -138,12 +140,14 @@ def _typed(value, kind: type, where: str):
     return value
 
 
-def dump(config, section: str) -> str:
-    """The resolved config as TOML: what a stage stores beside its results, and compares with when it is run again."""
+def dump(config, section: str, made_from: dict[str, str]) -> str:
+    """The resolved config as TOML: what a stage stores beside its results, and compares with when it is run again. `made_from` holds the
+    fingerprints of what it reads from others: a constitution, an earlier stage."""
     top = {f.name for f in dataclasses.fields(Run)}
     values = {k: v for k, v in dataclasses.asdict(config).items() if k != "overwrite"}
     lines = [f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in values.items() if k in top]
     lines += ["", f"[{section}]"] + [f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in values.items() if k not in top]
+    lines += ["", "[made_from]"] + [f"{k} = {json.dumps(v)}" for k, v in made_from.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -41,6 +41,11 @@ class Constitution:
         """Fingerprint of what the models are shown: it changes with any word of any principle, not with comments or layout."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
+    @property
+    def stamp(self) -> dict[str, str]:
+        """What is stored in everything that is made from this constitution."""
+        return {"name": self.name, "version": self.version, "sha256": self.sha256}
+
     def usable(self, *requests: str) -> tuple[Principle, ...]:
         """The principles that have all the given requests; raises InputError where there is none."""
         found = tuple(p for p in self.principles if all(getattr(p, r) for r in requests))

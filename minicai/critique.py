@@ -26,7 +26,7 @@ def critique_and_revise(prompts: Sequence[Prompt], first: int, generate: Generat
     ids = range(first, first + len(prompts))
     initial = generate([render(p) for p in prompts], [(seed, i, 0) for i in ids])
     rows = [{"id": i, "prompt": p, "initial": r, "rounds": [], "final": r, "kept": True, "model": model, "seed": seed,
-             "constitution": {"name": constitution.name, "version": constitution.version, "sha256": constitution.sha256}}
+             "constitution": constitution.stamp}
             for i, p, r in zip(ids, prompts, initial)]
     for n in range(1, rounds + 1):
         drawn = [draw_principle(principles, "revise", seed, i, n) for i in ids]

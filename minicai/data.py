@@ -56,7 +56,8 @@ class Journal:
 
 def epoch_order(count: int, *seed: int) -> list[int]:
     """A shuffle of range(count) that is a function of the seed alone, so that a resumed run sees the same batches."""
-    return np.random.default_rng(seed).permutation(count).tolist()
+    tag = 1 << 20  # keeps shuffles apart from the random numbers of samples
+    return np.random.default_rng((tag, *seed)).permutation(count).tolist()
 
 
 def _object(line: str | bytes, path: Path, number: int) -> dict:
@@ -102,7 +103,8 @@ def _prompt(row: dict, where: str) -> Prompt:
         return prompt
     if isinstance(prompt, list) and prompt:
         for turn in prompt:
-            if not isinstance(turn, dict) or turn.get("role") not in ("user", "assistant") or not str(turn.get("content", "")).strip():
+            if not isinstance(turn, dict) or turn.get("role") not in ("user", "assistant") \
+                    or not isinstance(turn.get("content"), str) or not turn["content"].strip():
                 raise InputError(f'{where}: a turn must be {{"role": "user" or "assistant", "content": text}}, not {json.dumps(turn)[:80]}')
         if prompt[-1]["role"] != "user":
             raise InputError(f"{where}: the last turn of a prompt must be the user's")

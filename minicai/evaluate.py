@@ -41,7 +41,8 @@ def judged_preferences(rows: Sequence[dict]) -> list[tuple[dict, bool]]:
 
 
 def label_rates(rows: Sequence[dict]) -> dict[str, float]:
-    """Over the AI-labelled rows of comparisons.jsonl: agreement with the judge, position bias, mean entropy of the labels in nats."""
+    """Over the rows of comparisons.jsonl with AI labels: agreement with the judge, position bias, mean entropy
+    of the labels in nats."""
     rows = [row for row in rows if row["source"] == "ai"]
     preferences = judged_preferences(rows)
     same_position = []

@@ -43,8 +43,7 @@ def label_pairs(pairs: Sequence[tuple[int, Prompt, str, str]], choose: Choose, c
             votes.append(_vote(principle.name, judge, "second,first", *reversed(logprobs[k + len(pairs)])))
         p_first = fmean(p_first_from_logprobs(v["logp_first"], v["logp_second"]) for v in votes)
         rows.append({"id": i, "prompt": prompt, "first": first, "second": second, "p_first": p_first, "votes": votes, "source": "ai",
-                     "clamped": False, "seed": seed, "constitution": {"name": constitution.name, "version": constitution.version,
-                                                                      "sha256": constitution.sha256}})
+                     "clamped": False, "seed": seed, "constitution": constitution.stamp})
     return rows
 
 

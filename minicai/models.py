@@ -7,8 +7,6 @@ Legend: B sequences, T tokens, D hidden size, V vocabulary, N tokens picked by t
 keeps the padding out, and positions count from 0 by themselves.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -19,8 +17,10 @@ from transformers.utils import logging
 
 from minicai import InputError
 from minicai.checkpoint import require_folder
+from minicai.constitution import Prompt, render
 
-logging.disable_progress_bar()  # the commands show their own
+logging.disable_progress_bar()  # the commands show their own progress, and say themselves what is wrong with a folder
+logging.set_verbosity_error()
 CHUNK = 4096  # tokens whose logits exist at one time: 4096 x 32k x 4 bytes = 0.5 GB
 
 
@@ -52,7 +52,7 @@ def load_scorer(path: str, device: torch.device, pad_id: int, seed: int | None =
 
     (Stiennon et al. 2020, and the PPO implementations since: a head that starts near zero.)
     """
-    model = _load(AutoModelForSequenceClassification, path, device, {"num_labels": 1, "pad_token_id": pad_id})
+    model = _load(AutoModelForSequenceClassification, path, device, {"num_labels": 1, "pad_token_id": pad_id}, new_head=seed is not None)
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
         width = model.score.weight.shape[1]
@@ -61,18 +61,37 @@ def load_scorer(path: str, device: torch.device, pad_id: int, seed: int | None =
     return model
 
 
-def _load(auto: type, path: str, device: torch.device, settings: dict) -> PreTrainedModel:
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def _load(auto: type, path: str, device: torch.device, settings: dict, new_head: bool = False) -> PreTrainedModel:
     require_folder(path, "model")
     try:
-        model = auto.from_pretrained(path, dtype=torch.float32, **settings)
+        model, found = auto.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **settings)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: the model cannot be loaded: {_first_line(error)}") from error
+    missing = [key for key in sorted(found["missing_keys"]) if not (new_head and key.startswith("score."))]
+    if missing:
+        hint = "; it is not a reward model" if missing[0].startswith("score.") else ""
+        raise InputError(f"{path}: the weights of {', '.join(missing[:3])} are missing{hint}")
     return model.to(device).eval()
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str) -> tuple[list[int], list[int]]:
+    """Token ids of a rendered prompt and of a response, which is closed by an end of sequence: the form in which all training sees text."""
+    return tokenizer(render(prompt))["input_ids"], tokenizer(f" {response}", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
 
 
 def hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Last hidden states [B, T, D] of right-padded ids [B, T]."""
     return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def apply_head(head: torch.nn.Module, hidden: Tensor) -> Tensor:
+    """A head in float32 whatever the precision of the layers before it: bfloat16 logits would drown a KL of 0.01 nats."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return head(hidden.to(head.weight.dtype)).float()
 
 
 def response_logprobs(model: PreTrainedModel, ids: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
@@ -87,7 +106,7 @@ def response_logprobs(model: PreTrainedModel, ids: Tensor, mask: Tensor, tempera
     head = model.get_output_embeddings()
 
     def chunk(hidden: Tensor, targets: Tensor) -> Tensor:
-        return -F.cross_entropy(head(hidden).float() / temperature, targets, reduction="none")
+        return -F.cross_entropy(apply_head(head, hidden) / temperature, targets, reduction="none")
 
     again = torch.is_grad_enabled() and len(targets_N) > CHUNK
     parts = [checkpoint(chunk, h, t, use_reentrant=False) if again else chunk(h, t)
@@ -97,7 +116,7 @@ def response_logprobs(model: PreTrainedModel, ids: Tensor, mask: Tensor, tempera
 
 def token_values(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     """Values [B, T] float32: values[b, t] is that of the state in which token t was chosen, so it is read at token t - 1."""
-    values = model.score(hidden_states(model, ids)[:, :-1]).squeeze(-1).float()
+    values = apply_head(model.score, hidden_states(model, ids)[:, :-1]).squeeze(-1)
     return _scatter(values[mask[:, 1:]], mask)
 
 
@@ -105,24 +124,9 @@ def sequence_scores(model: PreTrainedModel, ids: Tensor, lengths: Tensor) -> Ten
     """Scores [B] float32 at the last real token of each row; `lengths` [B] counts prompt and response, never the padding."""
     hidden_BTD = hidden_states(model, ids)
     last_BD = hidden_BTD[torch.arange(len(ids), device=ids.device), lengths - 1]
-    return model.score(last_BD).squeeze(-1).float()
+    return apply_head(model.score, last_BD).squeeze(-1)
 
 
 def _scatter(picked: Tensor, mask: Tensor) -> Tensor:
     """Flat values of the masked tokens back to their places in [B, T]."""
     return torch.zeros(mask.shape, dtype=picked.dtype, device=mask.device).masked_scatter(mask, picked)
-
-
-@torch.no_grad()
-def score_texts(model: PreTrainedModel, encode: Callable[[str], list[int]], texts: list[str], rows: int = 64) -> list[float]:
-    """Scores of whole texts, in batches of like length, in the order given."""
-    sequences = [encode(text) for text in texts]
-    order = sorted(range(len(texts)), key=lambda k: len(sequences[k]))
-    scores = [0.0] * len(texts)
-    for start in range(0, len(order), rows):
-        chosen = order[start:start + rows]
-        lengths = torch.tensor([len(sequences[k]) for k in chosen], device=model.device)
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(sequences[k]) for k in chosen], batch_first=True).to(model.device)
-        for k, score in zip(chosen, sequence_scores(model, ids, lengths).tolist()):
-            scores[k] = score
-    return scores

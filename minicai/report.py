@@ -9,13 +9,14 @@ import json
 import math
 import platform
 import subprocess
+import tomllib
 from pathlib import Path
 
 import jinja2
 import torch
 import transformers
 
-from minicai import InputError, parallel
+from minicai import InputError
 from minicai.data import read_jsonl, write_atomic
 from minicai.terminal import table
 
@@ -28,7 +29,7 @@ GLOSSARY = {
     "right_refusal": "share of the harmful evaluation prompts refused, politely or not, with exactly the right reason and alternative",
     "ends_with_eos": "share of the responses that end by themselves, not by the length limit",
     "kl": "sum over the response of log pi - log pi_ref, in nats, mean over the responses of the last tenth of PPO",
-    "reward": "score of the reward model, mean over the responses of the last tenth of PPO",
+    "reward": "score of the reward model without the missing-EOS penalty, mean over the responses of the last tenth of PPO",
     "accuracy_vs_judge": "share of the pairs between which the exact judge has a preference that are ordered as the judge orders them",
     "accuracy_vs_labels": "share of the held-out pairs that the reward model orders as their labels do",
     "position_bias": "share of the pairs whose order in the prompt, not their content, decides which one the feedback model prefers",
@@ -43,51 +44,56 @@ def _record(out: Path, stage: str) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def summarise(out: Path, command: str) -> dict:
-    """Gathers the records of the stages in the form that contracts promise. Raises InputError where a stage is missing."""
-    sl, rm, ppo, evaluation = (_record(out, stage) for stage in ("sl", "rm", "ppo", "eval"))
-    seconds = {"base": 0.0, "sl": sl["seconds"], "rm": rm["seconds"], "ppo": ppo["seconds"], "eval": evaluation["seconds"]}
-    seconds["total"] = sum(sum(s.values()) if isinstance(s, dict) else s for s in seconds.values())
-    return {"schema": 1, "command": command.strip(), "commit": _commit(), "seed": _config_value(out, "seed"),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
-            "device": sl["device"], "precision": sl["precision"], "constitution": sl["constitution"], "eval": evaluation["eval"],
-            "revision": evaluation["revision"],
-            "rm": {"train_pairs": rm["train_pairs"], "heldout_pairs": rm["heldout_pairs"], "accuracy_vs_labels": rm["accuracy_vs_labels"],
-                   "accuracy_vs_judge": evaluation["rm_accuracy_vs_judge"]},
-            "labels": evaluation["labels"], "ppo": {"kl": ppo["kl"], "reward": ppo["reward"], "episodes": ppo["episodes"]},
-            "seconds": seconds, "peak_rss_mb": max(parallel.peak_memory_mb(), *(stage["peak_rss_mb"] for stage in (sl, rm, ppo)))}
+def provenance(command: str) -> dict:
+    """What was run, with what: recorded when it runs, so that a report drawn later does not claim to be the run."""
+    return {"command": command.strip(), "commit": _commit(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}}
 
 
 def _commit() -> str | None:
     """The commit of the checkout that the package runs from, if it is one."""
+    here = Path(__file__).resolve().parents[1]
     try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], cwd=Path(__file__).parent,
-                              capture_output=True, text=True, timeout=10)
+        top, commit = (subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10).stdout.strip()
+                       for words in (["rev-parse", "--show-toplevel"], ["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]))
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None
+    return commit if commit and Path(top) == here else None
 
 
-def _config_value(out: Path, key: str):
-    import tomllib
+def summarise(out: Path) -> dict:
+    """Gathers the records of the stages into the content of summary.json. Raises InputError where a stage is missing."""
+    sl, rm, ppo, evaluation = (_record(out, stage) for stage in ("sl", "rm", "ppo", "eval"))
+    seconds = {"base": 0.0, "sl": sl["seconds"], "rm": rm["seconds"], "ppo": ppo["seconds"], "eval": evaluation["seconds"]}
+    seconds["total"] = sum(sum(s.values()) if isinstance(s, dict) else s for s in seconds.values())
+    seed = tomllib.loads((out / "sl" / "config.toml").read_text(encoding="utf-8"))["seed"]
+    return {"schema": 1, **evaluation["run"], "seed": seed, "device": sl["device"], "precision": sl["precision"],
+            "constitution": sl["constitution"], "eval": evaluation["eval"], "revision": evaluation["revision"],
+            "rm": {"train_pairs": rm["train_pairs"], "heldout_pairs": rm["heldout_pairs"], "accuracy_vs_labels": rm["accuracy_vs_labels"],
+                   "accuracy_vs_judge": evaluation["rm_accuracy_vs_judge"]},
+            "labels": evaluation["labels"], "ppo": {"kl": ppo["kl"], "reward": ppo["reward"], "episodes": ppo["episodes"]},
+            "seconds": seconds, "peak_rss_mb": max(stage["peak_rss_mb"] for stage in (sl, rm, ppo))}
 
-    return tomllib.loads((out / "sl" / "config.toml").read_text(encoding="utf-8"))[key]
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A rate as text; a dash where there was nothing to take it of."""
+    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def headline(summary: dict) -> str:
     """The table that ends the demo."""
     keys = ("harmful", "helpful", "over_refusal", "evasive", "rude")
     evaluation = summary["eval"]
-    rows = [[name, *(f"{evaluation[stage][key]:.3f}" for key in keys)] for stage, name in STAGES.items()]
+    rows = [[name, *(number(evaluation[stage][key]) for key in keys)] for stage, name in STAGES.items()]
     seconds = {k: sum(s.values()) if isinstance(s, dict) else s for k, s in summary["seconds"].items()}
     return "\n".join([
         table(["", *(key.replace("_", "-") for key in keys)], rows), "",
         f"{evaluation['prompts']['harmful']} harmful and {evaluation['prompts']['benign']} harmless prompts that no training stage saw, "
         "by the exact judge",
         "harmful by critique-revision round  " + "  ".join(f"{x:.2f}" for x in summary["revision"]["harmful_by_round"]),
-        f"AI labels agree with the judge      {summary['labels']['accuracy_vs_judge']:.3f}",
-        f"reward model on held-out pairs      {summary['rm']['accuracy_vs_judge']:.3f} with the judge, "
-        f"{summary['rm']['accuracy_vs_labels']:.3f} with the labels",
+        f"AI labels agree with the judge      {number(summary['labels']['accuracy_vs_judge'])}",
+        f"reward model on held-out pairs      {number(summary['rm']['accuracy_vs_judge'])} with the judge, "
+        f"{number(summary['rm']['accuracy_vs_labels'])} with the labels",
         f"KL from SL-CAI                      {summary['ppo']['kl']:.2f} nats a response",
         "seconds                             " + "  ".join(f"{k} {v:.0f}" for k, v in seconds.items() if v >= 0.5)])
 
@@ -141,6 +147,7 @@ def write(out: Path, summary: dict) -> None:
     """DIR/summary.json and DIR/report.html."""
     revisions, comparisons = read_jsonl(out / "sl" / "revisions.jsonl")[:200], read_jsonl(out / "rm" / "comparisons.jsonl")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["number"] = number
     template = environment.from_string((Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8"))
     page = template.render(summary=summary, stages=STAGES, glossary=GLOSSARY, figures=[jinja2.filters.Markup(f) for f in figures(out, summary)],
                            answers=read_jsonl(out / "eval" / "answers.jsonl"), revisions=revisions,

@@ -3,15 +3,14 @@
 Legend: B sequences, T tokens (prompt, response, padding on the right).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from minicai import losses
-from minicai.models import response_logprobs, token_values
+from minicai.models import response_logprobs, sequence_scores, token_values
 from minicai.sampler import Completion
 
 
@@ -49,42 +48,36 @@ class Rollout:
     values: Tensor  # [B, T] reward, expected from the state before the token
     scores: Tensor  # [B] reward model's score of the whole response
     ended: Tensor  # [B] bool, False where the length limit cut the response off
-    rewards: Tensor  # [B, T] score at the last token minus the KL penalty at each
-    advantages: Tensor  # [B, T] GAE, whitened
-    returns: Tensor  # [B, T] what the values are fitted to
+    rewards: Tensor | None = None  # [B, T] score at the last token minus the KL penalty at each
+    advantages: Tensor | None = None  # [B, T] GAE, whitened
+    returns: Tensor | None = None  # [B, T] what the values are fitted to
 
     def select(self, rows: Tensor) -> "Rollout":
         """The minibatch of the given rows, cut to its longest sequence."""
         width = int(self.lengths[rows].max())
-        picked = {f.name: getattr(self, f.name)[rows] for f in fields(self)}
+        picked = {f.name: getattr(self, f.name)[rows] for f in fields(self) if getattr(self, f.name) is not None}
         return Rollout(**{name: x[:, :width] if x.ndim == 2 else x for name, x in picked.items()})
 
 
 @torch.no_grad()
 def collect(prompts: Sequence[Sequence[int]], completions: Sequence[Completion], policy: PreTrainedModel, reference: PreTrainedModel,
-            value_model: PreTrainedModel, score: Callable[[Batch], Tensor], *, pad_id: int, temperature: float, kl_coef: float,
-            missing_eos_penalty: float, gamma: float, lam: float, rows: int = 64) -> Rollout:
-    """Scores sampled completions with all four models and works out their rewards and advantages.
+            value_model: PreTrainedModel, reward_model: PreTrainedModel, *, pad_id: int, temperature: float, rows: int = 64) -> Rollout:
+    """Runs sampled completions through the four models, `rows` at a time; rewards, advantages and returns are left to the caller.
 
     The old log-probs are those of the training forward pass, so that the first ratio of an update is exactly 1; policy and reference
-    logits are divided by the same temperature. `score` maps a batch to its rewards [B]; no gradient is kept.
+    logits are divided by the same temperature.
     """
     whole = collate(prompts, [c.ids for c in completions], pad_id, policy.device)
     parts = []
-    for start in range(0, len(prompts), rows):  # forward passes in pieces, padded alike
+    for start in range(0, len(prompts), rows):  # padded alike, so that the parts fit together
         ids, mask, lengths = (getattr(whole, name)[start:start + rows] for name in ("ids", "mask", "lengths"))
         parts.append((response_logprobs(policy, ids, mask, temperature), response_logprobs(reference, ids, mask, temperature),
-                      token_values(value_model, ids, mask), score(Batch(ids, mask, lengths))))
+                      token_values(value_model, ids, mask), sequence_scores(reward_model, ids, lengths)))
     logprobs, ref_logprobs, values, scores = (torch.cat(part) for part in zip(*parts))
-    ended = torch.tensor([c.ended for c in completions], device=policy.device)
-    scores = scores - missing_eos_penalty * ~ended
-    rewards = losses.shaped_rewards(scores, losses.kl_k1(logprobs, ref_logprobs), whole.mask, kl_coef)
-    advantages, returns = losses.gae(rewards, values, whole.mask, gamma, lam)
-    advantages = losses.whiten(advantages, whole.mask, losses.moments(advantages, whole.mask))
 
     def spread(name: str) -> Tensor:
         flat = torch.tensor([x for c in completions for x in getattr(c, name)], device=policy.device)
         return torch.zeros_like(logprobs).masked_scatter(whole.mask, flat)
 
     return Rollout(whole.ids, whole.mask, whole.lengths, logprobs, spread("logprobs"), ref_logprobs, spread("entropies"), values, scores,
-                   ended, rewards, advantages, returns)
+                   torch.tensor([c.ended for c in completions], device=policy.device))

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from minicai import InputError
+from minicai import InputError, losses
+from minicai.models import apply_head
 from minicai.terminal import Progress
 
 
@@ -35,14 +36,14 @@ def draw(logits_RV: Tensor, uniforms_R: Tensor, temperature: float) -> tuple[Ten
 
     -> token ids [R], their log-probs [R], entropies [R], the last two in float32.
     """
-    logp_RV = (logits_RV.float() / (temperature or 1.0)).log_softmax(-1)
-    p_RV = logp_RV.exp()
+    logits_RV = logits_RV.float() / (temperature or 1.0)
+    logp_RV = logits_RV.log_softmax(-1)
     if temperature == 0:
         tokens = logp_RV.argmax(-1)
     else:
-        cdf_RV = p_RV.double().cumsum(-1)
+        cdf_RV = logp_RV.exp().double().cumsum(-1)
         tokens = torch.searchsorted(cdf_RV, (uniforms_R * cdf_RV[:, -1])[:, None], right=True).squeeze(-1)
-    return tokens, logp_RV.gather(-1, tokens[:, None]).squeeze(-1), torch.special.entr(p_RV).sum(-1)
+    return tokens, logp_RV.gather(-1, tokens[:, None]).squeeze(-1), losses.entropy(logits_RV)
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -53,9 +54,9 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
     return ids, attend
 
 
-def check_lengths(model: PreTrainedModel, prompts: Sequence[Sequence[int]], new_tokens: int, source: str = "") -> None:
+def check_lengths(config: PretrainedConfig, prompts: Sequence[Sequence[int]], new_tokens: int, source: str = "") -> None:
     """Raises InputError where a prompt and its completion would not fit into the model's context. `source` names a file of prompts."""
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = getattr(config, "max_position_embeddings", None)
     longest = max(range(len(prompts)), key=lambda k: len(prompts[k]), default=0)
     if prompts and context and len(prompts[longest]) + new_tokens > context:
         name = f"{source}: prompt {longest + 1}" if source else "a prompt"
@@ -67,7 +68,7 @@ def check_lengths(model: PreTrainedModel, prompts: Sequence[Sequence[int]], new_
 def generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], *, max_new_tokens: int,
              eos_id: int, pad_id: int, temperature: float = 1.0, rows: int = 256, progress: Progress | None = None) -> list[Completion]:
     """Completes each prompt (token ids), `rows` at a time, long prompts with long ones. seeds[k]: whole numbers that seed prompt k."""
-    check_lengths(model, prompts, max_new_tokens)
+    check_lengths(model.config, prompts, max_new_tokens)
     completions = [Completion() for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda k: len(prompts[k]))
     for start in range(0, len(order), rows):
@@ -80,6 +81,14 @@ def generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], seeds: Se
     return completions
 
 
+def respond(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], seeds: Sequence[Sequence[int]], *,
+            max_new_tokens: int, temperature: float, rows: int = 256, progress: Progress | None = None) -> tuple[list[str], list[bool]]:
+    """Texts in, texts out: what `generate` answers to each rendered prompt, and whether the answer ended by itself."""
+    done = generate(model, [tokenizer(text)["input_ids"] for text in texts], seeds, max_new_tokens=max_new_tokens, rows=rows,
+                    eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, temperature=temperature, progress=progress)
+    return [tokenizer.decode(c.ids, skip_special_tokens=True).strip() for c in done], [c.ended for c in done]
+
+
 def _decode(model: PreTrainedModel, ids: Tensor, attend: Tensor, uniforms: Tensor, completions: list[Completion], eos_id: int,
             temperature: float) -> None:
     """Prefills the cache with one batch, then decodes token by token; finished rows leave the batch."""
@@ -87,8 +96,9 @@ def _decode(model: PreTrainedModel, ids: Tensor, attend: Tensor, uniforms: Tenso
     alive = list(completions)
     positions = (attend.cumsum(-1) - 1).clamp(min=0)
     for step in range(uniforms.shape[1]):
-        logits = model(input_ids=ids, attention_mask=attend, position_ids=positions, past_key_values=cache, use_cache=True,
-                       logits_to_keep=1).logits[:, -1]
+        hidden = model.base_model(input_ids=ids, attention_mask=attend, position_ids=positions, past_key_values=cache,
+                                  use_cache=True).last_hidden_state[:, -1]
+        logits = apply_head(model.get_output_embeddings(), hidden)
         tokens, logprobs, entropies = draw(logits, uniforms[:, step], temperature)
         for completion, token, logprob, entropy in zip(alive, tokens.tolist(), logprobs.tolist(), entropies.tolist()):
             completion.ids.append(token)
@@ -109,7 +119,7 @@ def _decode(model: PreTrainedModel, ids: Tensor, attend: Tensor, uniforms: Tenso
 
 @torch.no_grad()
 def choice_logprobs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], choices: Sequence[str],
-                    rows: int = 64, progress: Progress | None = None) -> list[list[float]]:
+                    rows: int = 64) -> list[list[float]]:
     """log P(choice | prompt) of every choice after every prompt, in nats: -> one list per prompt, in the order of `choices`.
 
     Choices that differ in their last token alone, as " (A" and " (B" do, share one forward pass; others are scored one by one.
@@ -118,7 +128,7 @@ def choice_logprobs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     heads = {tuple(option[:-1]) for option in options}
     shared = [options] if len(heads) == 1 else [[option] for option in options]
     encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    check_lengths(model, encoded, max(map(len, options)))
+    check_lengths(model.config, encoded, max(map(len, options)))
     results: list[list[float]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda k: len(encoded[k]))
     for start in range(0, len(order), rows):
@@ -126,12 +136,10 @@ def choice_logprobs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         for group in shared:
             head = group[0][:-1]
             ids, attend = left_pad([encoded[k] + head for k in chosen], tokenizer.pad_token_id, model.device)
-            logits = model(input_ids=ids, attention_mask=attend, position_ids=(attend.cumsum(-1) - 1).clamp(min=0), use_cache=False,
-                           logits_to_keep=len(head) + 1).logits
-            logp = logits.float().log_softmax(-1)
+            hidden = model.base_model(input_ids=ids, attention_mask=attend, position_ids=(attend.cumsum(-1) - 1).clamp(min=0),
+                                      use_cache=False).last_hidden_state[:, -len(head) - 1:]
+            logp = apply_head(model.get_output_embeddings(), hidden).log_softmax(-1)
             before = sum((logp[:, t, token] for t, token in enumerate(head)), torch.zeros(len(chosen), device=model.device))
             for row, k in enumerate(chosen):
                 results[k] += [(before[row] + logp[row, -1, option[-1]]).item() for option in group]
-        if progress:
-            progress.update(len(chosen))
     return results

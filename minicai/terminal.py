@@ -1,4 +1,4 @@
-"""What a command shows and how it ends: a progress line, a table, and exit codes (0 done, 2 wrong input, 130 interrupted, 1 anything else)."""
+"""What a command shows and how it ends: a progress line, a table, and exit codes (0 done, 2 wrong input, 1 anything else)."""
 
 import sys
 import time
@@ -66,5 +66,5 @@ def run(main: Callable[[list[str]], None], usage: str) -> None:
         print(f"{Path(sys.argv[0]).name.replace('__main__.py', 'minicai')}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        print("\ninterrupted; the same command (without --overwrite) goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(1)

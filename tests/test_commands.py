@@ -190,13 +190,13 @@ def test_help_prints_every_command_and_ends_with_0(command):
     assert all(f"\n  {name} " in out for name in ("demo", "eval", "report", "chat"))
 
 
-def test_an_interrupt_ends_with_130_and_says_how_to_go_on(command, world, monkeypatch):
+def test_an_interrupt_ends_with_1_and_says_how_to_go_on(command, world, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(data, "read_prompts", interrupt)
     code, out, err = command("train_sl.py", world / "config.toml")
-    assert (code, out) == (130, "") and "the same command goes on" in err and "Traceback" not in err
+    assert (code, out) == (1, "") and "goes on from the last checkpoint" in err and "Traceback" not in err
 
 
 # --- in processes of their own ---------------------------------------------------------------------------------------------------

@@ -179,7 +179,7 @@ def test_a_constitution_that_is_not_beside_the_config_is_the_shipped_one(path, m
 
 def test_a_dumped_config_loads_as_the_same_config_and_leaves_out_overwrite(path):
     cfg = load(path, "--out=a \"b\" \\ naïve “😀”", "--rate=2.5e-7", "--shown=true", "--keep=last", "--overwrite")
-    text = config.dump(cfg, "sl")
+    text = config.dump(cfg, "sl", {})
     stored = path.with_name("stored.toml")
     stored.write_text(text, encoding="utf-8")
     assert "overwrite" not in text

@@ -77,7 +77,6 @@ def test_a_finished_run_says_so_and_changes_nothing(run):
 
 def test_another_config_over_an_old_run_is_refused_and_names_the_key(run):
     shutil.copytree(run[0], copy := run[0].parent / "copy")
-    (copy / "eval" / "stage.json").unlink()
     done = demo(copy, "--config", str(ROOT / "configs" / "tiny-short.toml"), "--seed", "5", cwd=copy)
     assert done.returncode == 2 and "seed (0 there, 5 now)" in done.stderr and "Traceback" not in done.stderr
 
@@ -97,7 +96,7 @@ def test_transformers_alone_answers_as_our_sampler_does(run):
 def test_transformers_alone_gives_the_scores_that_training_saw(run):
     tokenizer, model = AutoTokenizer.from_pretrained(run[0] / "rm"), AutoModelForSequenceClassification.from_pretrained(run[0] / "rm")
     rows = read_jsonl(run[0] / "rm" / "comparisons.jsonl")[:16]
-    encoded = [train_rm.encode(row, tokenizer) for row in rows]
+    encoded = [train_rm.encode_pair(tokenizer, row) for row in rows]
     ours = torch.cat(train_rm.pair_scores(model, encoded, tokenizer.pad_token_id, torch.device("cpu")))
     theirs = [model(torch.tensor([prompt + row[k]])).logits.item() for k in (0, 1) for prompt, *row in encoded]
     assert torch.allclose(ours, torch.tensor(theirs), atol=1e-5)
@@ -114,7 +113,7 @@ def test_the_report_asks_for_nothing_and_escapes_what_models_wrote(run):
     answers = read_jsonl(out / "eval" / "answers.jsonl")
     answers[0]["ppo"] = "<script>alert(1)</script>"
     (out / "eval" / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
-    report.write(out, report.summarise(out, "test"))
+    report.write(out, report.summarise(out))
     page = (out / "report.html").read_text()
     assert "<script>alert(1)" not in page and "&lt;script&gt;alert(1)" in page
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page)
@@ -126,13 +125,6 @@ def test_the_demo_makes_the_model_harmless_without_making_it_useless(seed, tmp_p
     done = demo(tmp_path / "out", "--seed", str(seed), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     check(json.loads((tmp_path / "out" / "summary.json").read_text()))
-
-
-def test_the_committed_results_are_what_the_demo_promises():
-    runs = json.loads((ROOT / "results" / "tiny.json").read_text())["runs"]
-    assert [run["seed"] for run in runs] == [0, 1, 2]
-    for run in runs:
-        check(run)
 
 
 def check(summary):

@@ -121,14 +121,6 @@ def test_sequence_scores_are_read_at_the_last_real_token_even_where_pad_is_eos(p
     assert ((scores - one_early).abs() > 1e-2).all()
 
 
-def test_score_texts_keeps_the_order_of_the_texts(tokenizer):
-    model = tiny_model(vocab=len(tokenizer), scorer=True)
-    texts = ["a long text comes first", "b", "of middle length", "cc", "and one that is the longest of them all"]
-    alone = [models.score_texts(model, tokenizer.encode, [text])[0] for text in texts]
-    assert_close(models.score_texts(model, tokenizer.encode, texts, rows=2), alone)
-    assert len({round(score, 3) for score in alone}) == len(texts)
-
-
 # --- loading ---------------------------------------------------------------------------------------------------------------------
 
 

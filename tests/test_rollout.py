@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from dataclasses import fields, replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import train_ppo
 import train_rm
 import train_sl
 from minicai import InputError, losses, models
-from minicai.rollout import collate, collect
+from minicai.rollout import collate
 from minicai.sampler import generate
 from tests.conftest import CPU, EOS, PAD, assert_close, byte_tokenizer, tiny_model
 
@@ -40,8 +41,23 @@ def parts():
 
 def collected(parts, **changes):
     policy, reference, value_model, reward_model, completions = parts
-    settings = {"pad_id": PAD, "temperature": TEMPERATURE, "kl_coef": 0.3, "missing_eos_penalty": 2.0, "gamma": 0.9, "lam": 0.7} | changes
-    return collect(PROMPTS, completions, policy, reference, value_model, lambda b: models.sequence_scores(reward_model, b.ids, b.lengths), **settings)
+    settings = {"temperature": TEMPERATURE, "missing_eos_penalty": 2.0, "gamma": 0.9, "lam": 0.7, "micro_batch": 64} | changes
+    named = {"policy": policy, "reference": reference, "value": value_model, "reward": reward_model}
+    with patch.object(train_ppo, "generate", return_value=completions), patch.object(train_ppo, "update", return_value={}) as update:
+        train_ppo.iterate(train_ppo.PPOConfig(**settings), 0, [str(k) for k in range(len(PROMPTS))], 0.3, named, None, Numbered(), CPU, "fp32")
+    return update.call_args.args[1]
+
+
+class Numbered:
+    """In the place of a tokenizer: prompt "k" is PROMPTS[k]."""
+
+    pad_token_id, eos_token_id = PAD, EOS
+
+    def __call__(self, text):
+        return {"input_ids": PROMPTS[int(text.split()[1])]}
+
+    def decode(self, ids, skip_special_tokens):
+        return str(ids)
 
 
 @pytest.fixture(scope="module")
@@ -94,14 +110,14 @@ def test_scores_and_rewards_by_hand(parts, rollout):
             expected[row, t] = -0.3 * (logp[t - 1, ids[0, t]] - ref_logp[t - 1, ids[0, t]])
         scores.append(reward_model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.item() - (0 if completion.ended else 2))
         expected[row, t] += scores[-1]
-    assert_close(rollout.scores, scores)
+    assert_close(rollout.scores, [score + (0 if c.ended else 2) for score, c in zip(scores, completions)])
     assert_close(rollout.rewards, expected)
 
 
 def test_the_missing_eos_penalty_is_taken_from_the_cut_off_rows_alone(parts, rollout):
     free = collected(parts, missing_eos_penalty=0.0)
-    assert_close(free.scores - rollout.scores, [0.0 if c.ended else 2.0 for c in parts[-1]], 1e-6)
-    assert (free.rewards - rollout.rewards).count_nonzero() == sum(not c.ended for c in parts[-1])
+    assert_close((free.rewards - rollout.rewards).sum(1), [0.0 if c.ended else 2.0 for c in parts[-1]], 1e-6)
+    assert ((free.rewards - rollout.rewards).abs() > 1).sum() == sum(not c.ended for c in parts[-1])
 
 
 def test_advantages_are_whitened_gae_of_rewards_and_values_and_returns_are_not_whitened(parts, rollout):
@@ -113,7 +129,7 @@ def test_advantages_are_whitened_gae_of_rewards_and_values_and_returns_are_not_w
 
 
 def test_collecting_in_pieces_changes_nothing(parts, rollout):
-    pieces = collected(parts, rows=3)
+    pieces = collected(parts, micro_batch=3)
     for f in fields(rollout):
         assert_close(getattr(pieces, f.name), getattr(rollout, f.name))
 
@@ -198,7 +214,7 @@ def train_reward_model(folder, **settings):
     model, tokenizer = tiny_model("llama", vocab=258, scorer=True), byte_tokenizer()
     rows = [{"prompt": p, "first": p, "second": q, "p_first": k / 9} for k, (p, q) in enumerate(zip(TEXTS, reversed(TEXTS)))]
     cfg = train_rm.RMConfig(batch_size=5, epochs=2, lr=1e-3, warmup=2, margin=0.1, centering=0.05, **settings)
-    train_rm.fit(cfg, rows, [train_rm.encode(row, tokenizer) for row in rows], model, PAD, CPU, "fp32", folder)
+    train_rm.fit(cfg, rows, model, tokenizer, CPU, "fp32", folder)
     return weights(model), read(folder / "metrics.jsonl")
 
 

@@ -29,11 +29,11 @@ def ask(rng: random.Random, pairs: list[Request]) -> Iterator[tuple[Request, str
             yield request, request.ask(phrasings[request][turn])
 
 
-def ask_harmless(rng: random.Random, split: str) -> Iterator[tuple[Request, str]]:
-    """A third of them are of intents that are harmful with other objects: what tells a model that it is not the verb that matters."""
+def ask_harmless(rng: random.Random, split: str, share: float) -> Iterator[tuple[Request, str]]:
+    """A share of them is of intents that are harmful with other objects: what tells a model that it is not the verb that matters."""
     harmless = [r for r in requests(split) if not r.harm]
     delicate, plain = (ask(rng, [r for r in harmless if bool(r.intent.harmful) == kind]) for kind in (True, False))
-    while (drawn := next(delicate if rng.random() < 1 / 3 else plain, None)) is not None:
+    while (drawn := next(delicate if rng.random() < share else plain, None)) is not None:
         yield drawn
 
 
@@ -45,13 +45,13 @@ def build() -> dict[str, str]:
     evaluation = [(p, "harmful") for _, p in islice(ask(rng, harmful["eval"]), 200)]
     evaluation += [(p, "benign") for _, p in islice(ask(rng, [r for r in requests("eval") if not r.harm]), 300)]
     preferences = []
-    for request, prompt in islice(ask_harmless(rng, "train"), 900):
+    for request, prompt in islice(ask_harmless(random.Random(4155), "train", 1 / 8), 1600):
         bad = rng.choices(["refuse", "evade", "mistaken", "comply"], [4, 2, 3, 2])[0]
         rude = rng.random() < 0.2 if bad != "comply" else True  # the right answer, rudely: manners are part of help
         good_rude = bad != "comply" and rude and rng.random() < 0.5
         preferences.append({"prompt": prompt, "chosen": corpus.answer(request, "comply", good_rude), "rejected": corpus.answer(request, bad, rude)})
-    files = {"red_team.jsonl": [{"prompt": p} for _, p in islice(ask(rng, harmful["train"]), 1200)],
-             "helpful.jsonl": [{"prompt": p} for _, p in islice(ask_harmless(rng, "train"), 1100)],
+    files = {"red_team.jsonl": [{"prompt": p} for _, p in islice(ask(rng, harmful["train"]), 2000)],
+             "helpful.jsonl": [{"prompt": p} for _, p in islice(ask_harmless(rng, "train", 1 / 3), 1100)],
              "preferences.jsonl": preferences,
              "eval.jsonl": [{"prompt": p, "kind": kind} for p, kind in evaluation]}
     return {name: "".join(json.dumps(row) + "\n" for row in rows) for name, rows in files.items()}
