@@ -100,6 +100,8 @@ def _known(table: dict, section: str, own: set[str], path: str) -> dict:
                     if name not in own:
                         raise InputError(f"{path}: unknown key {name!r} in [{section}]" + _nearest(name, own))
                     values[name] = (inner, f"{path}: [{section}]")
+        elif key == "made_from":  # of a stored config
+            continue
         elif key not in top:
             raise InputError(f"{path}: unknown key {key!r}" + _nearest(key, top | set(SECTIONS)))
         else:

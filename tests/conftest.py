@@ -70,7 +70,8 @@ def forward_calls():
 
     def watch(model):
         shapes = []
-        handles.append(model.register_forward_pre_hook(lambda _, args, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True))
+        note = lambda _, args, inputs: shapes.append(tuple(inputs["input_ids"].shape))  # noqa: E731
+        handles.append(model.base_model.register_forward_pre_hook(note, with_kwargs=True))
         return shapes
 
     yield watch

@@ -168,6 +168,7 @@ def test_a_wrong_value_is_refused_by_name(refused, world, key, value):
 def test_a_run_with_another_config_is_refused_and_the_folder_left_as_it_was(refused, world):
     (world / "out" / "sl").mkdir(parents=True)
     (world / "out" / "sl" / "config.toml").write_text("seed = 0\n")
+    (world / "out" / "sl" / "checkpoints").mkdir()
     assert "seed (0 there, 1 now)" in refused("train_sl.py", world / "config.toml", "--seed=1")
     assert (world / "out" / "sl" / "config.toml").read_text() == "seed = 0\n"
     assert_nothing_is_half_written(world)

@@ -73,7 +73,7 @@ def test_a_whole_number_is_taken_for_a_number(path):
     assert [(value, type(value)) for value in (load(path).rate, load(path, "--rate=3").rate)] == [(2.0, float), (3.0, float)]
 
 
-@pytest.mark.parametrize("flag, key, value", [("--out=a=b c", "out", "a=b c"), ('--out="7"', "out", "7"), ("--seed=-1", "seed", -1),
+@pytest.mark.parametrize("flag, key, value", [("--out=a=b c", "out", "a=b c"), ('--out="7"', "out", "7"), ("--out=7", "out", "7"),
                                               ("--other=", "other", ""), ("--rate=1e3", "rate", 1000.0)])
 def test_a_flag_is_read_as_toml_and_else_as_a_text(path, flag, key, value):
     assert getattr(load(path, flag), key) == value
@@ -130,7 +130,7 @@ def test_a_config_file_that_is_not_utf8_is_refused(path):
     ("--count=", '--count: count must be a whole number, not ""'),
     ("--rate=fast", '--rate: rate must be a number, not "fast"'),
     ("--shown=1", "--shown: shown must be true or false, not 1"),
-    ("--out=3", "--out: out must be a text, not 3"),
+    ("--seed=-1", "seed must be at least 0, not -1"),
     ("--keep=none", "keep must be one of all, last, not 'none'"),
 ])
 def test_a_wrong_flag_is_refused_with_its_name(path, flag, message):
@@ -153,7 +153,7 @@ def test_exactly_one_config_file_is_taken(path):
 
 def test_paths_are_looked_up_beside_the_config_then_where_we_stand(path, monkeypatch, tmp_path_factory):
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
-    assert load(path).file == "rows.jsonl"  # not beside the config: as written
+    assert load(path).file == str(Path.cwd() / "rows.jsonl")  # not beside the config
     (path.parent / "rows.jsonl").touch()
     (path.parent / "base").mkdir()
     cfg = load(path, "--model=base", "--sl.other=/nowhere/x")
@@ -179,7 +179,7 @@ def test_a_constitution_that_is_not_beside_the_config_is_the_shipped_one(path, m
 
 def test_a_dumped_config_loads_as_the_same_config_and_leaves_out_overwrite(path):
     cfg = load(path, "--out=a \"b\" \\ naïve “😀”", "--rate=2.5e-7", "--shown=true", "--keep=last", "--overwrite")
-    text = config.dump(cfg, "sl", {})
+    text = config.dump(cfg, "sl", {"constitution": "0123"})
     stored = path.with_name("stored.toml")
     stored.write_text(text, encoding="utf-8")
     assert "overwrite" not in text
@@ -192,7 +192,7 @@ def test_a_dumped_config_loads_as_the_same_config_and_leaves_out_overwrite(path)
 def test_every_shipped_config_loads_for_every_stage_and_its_data_and_constitution_exist(file, kind, section):
     cfg = config.load(kind, section, [str(file)])
     names = [f.name for f in dataclasses.fields(kind) if f.metadata.get("path")]
-    assert names and all(Path(getattr(cfg, name)).is_file() for name in ["constitution", *names])
+    assert names and all(Path(getattr(cfg, name)).is_file() for name in ["constitution", *names] if getattr(cfg, name))
 
 
 @pytest.mark.parametrize("kind, section", STAGES, ids=lambda value: value if isinstance(value, str) else "")
@@ -218,11 +218,24 @@ def test_a_stage_is_to_be_done_until_it_is_finished_and_then_gives_its_record(tm
 
 def test_another_config_is_refused_with_the_keys_that_differ_and_nothing_is_changed(tmp_path):
     checkpoint.open_stage(tmp_path, CONFIG, False)
+    (tmp_path / "revisions.jsonl").touch()
     said = refusal(checkpoint.open_stage, tmp_path, CONFIG.replace("seed = 0", "seed = 1").replace("rate = 0.5", "lr = 2"), False)
     assert said.startswith(f"{tmp_path}: ")
     assert "seed (0 there, 1 now)" in said and "sl.rate (0.5 there, None now)" in said and "sl.lr (None there, 2 now)" in said
     assert "out" not in said.partition("config: ")[2].partition(";")[0]
     assert (tmp_path / "config.toml").read_text() == CONFIG
+
+
+def test_a_run_that_stopped_before_it_made_anything_binds_no_later_config(tmp_path):
+    checkpoint.open_stage(tmp_path, CONFIG, False)
+    changed = CONFIG.replace("seed = 0", "seed = 1")
+    assert checkpoint.open_stage(tmp_path, changed, False) is None and (tmp_path / "config.toml").read_text() == changed
+
+
+def test_overwrite_deletes_nothing_but_a_stage(tmp_path):
+    (tmp_path / "thesis.txt").write_text("ten years of work")
+    assert "--overwrite would delete" in refusal(checkpoint.open_stage, tmp_path, CONFIG, True)
+    assert (tmp_path / "thesis.txt").exists()
 
 
 def test_the_name_and_the_layout_of_the_output_folder_may_change(tmp_path):
@@ -248,6 +261,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
 @pytest.mark.parametrize("content", [b"seed = ", b"\xff"])
 def test_a_stored_config_that_cannot_be_read_is_refused(tmp_path, content):
     (tmp_path / "config.toml").write_bytes(content)
+    (tmp_path / "revisions.jsonl").touch()
     assert str(tmp_path) in refusal(checkpoint.open_stage, tmp_path, CONFIG, False)
 
 

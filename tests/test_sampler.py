@@ -120,7 +120,7 @@ def test_a_prompt_that_does_not_fit_is_an_input_error_that_names_it():
     model = tiny_model()  # a context of 256
     prompts = [[5], [6] * 250, [7, 8]]
     assert [len(c.ids) for c in decode(model, 1.0, NO_TOKEN, prompts, SEEDS, length=6)] == [6] * 3
-    with pytest.raises(InputError, match=r"prompt 2 has 250 tokens.* 7 .*256"):
+    with pytest.raises(InputError, match=r"a prompt has 250 tokens.* 7 .*256"):
         decode(model, 1.0, NO_TOKEN, prompts, SEEDS, length=7)
 
 
@@ -189,5 +189,5 @@ def test_choice_logprobs_are_the_sums_of_the_logprobs_of_each_choice_s_tokens(ar
 def test_a_question_that_does_not_fit_is_an_input_error_that_names_it(tokenizer):
     model = tiny_model(vocab=len(tokenizer))
     assert len(choice_logprobs(model, tokenizer, ["why?", "x" * 253], (" (A", " (B"))) == 2
-    with pytest.raises(InputError, match=r"prompt 2 has 254 tokens"):
+    with pytest.raises(InputError, match=r"a prompt has 254 tokens"):
         choice_logprobs(model, tokenizer, ["why?", "x" * 254], (" (A", " (B"))
