@@ -20,6 +20,7 @@ class Progress:
         self.numbers, self.said = "", done
 
     def update(self, n: int, numbers: dict[str, float] | None = None) -> None:
+        """n more are done; `numbers` are shown beside the rate."""
         self.done += n
         self.numbers = " ".join(f"{key} {value:.3f}" for key, value in (numbers or {}).items())
         if self.bar:

@@ -91,6 +91,7 @@ class Corpus:
         return request, request.ask(self.rng.choice(PHRASINGS)), response, kind, principle
 
     def critique_of(self, request: Request, response: str, kind: str, principle: Principle) -> str:
+        """Names the one fault that the principle looks for, or says that it is not there."""
         fault = LOOKS_FOR[principle.name]
         if fault == "rude":
             return "The response is rude to the human." if response.startswith(RUDE) else "The response is polite."
