@@ -18,8 +18,8 @@ import torch
 
 from minicai import InputError, checkpoint, config, losses, parallel, terminal
 from minicai.constitution import Prompt, render
-from minicai.data import Journal, epoch_order, read_prompts
-from minicai.models import load_policy, load_scorer, load_tokenizer, response_logprobs, token_values
+from minicai.data import Journal, epoch_order, read_prompts, token_batches
+from minicai.models import checkpoint_layers, load_policy, load_scorer, load_tokenizer, response_logprobs, token_values
 from minicai.rollout import Rollout, collect
 from minicai.sampler import check_lengths, generate
 
@@ -48,13 +48,15 @@ class PPOConfig(config.Run):
     lam: float = 0.95  # GAE lambda
     epochs: int = 4  # passes over a rollout
     minibatches: int = 4  # updates a pass
-    micro_batch: int = 32  # sequences a forward pass; memory, not results
+    micro_tokens: int = 8192  # tokens a forward pass; memory, not results
+    gradient_checkpointing: bool = False  # compute the layers again in the backward pass: less memory, a third more arithmetic
     clip_range: float = 0.2  # of the ratio (HH)
     value_clip_range: float = 0.2  # of the value's change
     vf_coef: float = 0.1  # weight of the value loss
     target_kl: float = 0.1  # nats a token from the sampling policy, at which a rollout's updates stop early
     lr: float = 1e-6  # of the policy
     value_lr: float = 1e-6  # of the value model
+    schedule: str = config.choice_field("constant", "constant", "linear")  # of both rates: constant, or falling to 0; an extension
     grad_clip: float = 1.0  # norm, of each model
     ratio_tolerance: float = 0.01  # how far a step-0 log-ratio may be from 0 (bf16: 0.2 is normal)
     save_every: int = 20  # iterations between checkpoints
@@ -74,7 +76,7 @@ def main(cfg: PPOConfig) -> dict:
 
     began = time.monotonic()
     groups = [{"params": models["policy"].parameters(), "lr": cfg.lr}, {"params": models["value"].parameters(), "lr": cfg.value_lr}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0, fused=True)
     parts = {"policy": models["policy"], "value": models["value"], "optimizer": optimizer}
     iteration, state = checkpoint.resume(folder, device, parts)
     kl_coef, clock = state.get("kl_coef", cfg.kl_coef), state.get("clock", 0.0)
@@ -85,6 +87,9 @@ def main(cfg: PPOConfig) -> dict:
     with terminal.Progress("ppo", cfg.iterations * cfg.episodes, "episodes", iteration * cfg.episodes) as progress:
         while iteration < cfg.iterations:
             prompts = draw_prompts(cfg, harmful, helpful, iteration)
+            left = 1 - iteration / cfg.iterations if cfg.schedule == "linear" else 1.0
+            for group, lr in zip(optimizer.param_groups, (cfg.lr, cfg.value_lr)):
+                group["lr"] = lr * left
             row, responses = iterate(cfg, iteration, prompts, kl_coef, models, optimizer, tokenizer, device, precision)
             if cfg.kl_target > 0:
                 kl_coef = losses.adaptive_kl_coef(kl_coef, row["kl"], cfg.kl_target, cfg.kl_horizon, len(prompts))
@@ -112,10 +117,10 @@ def iterate(cfg: PPOConfig, iteration: int, prompts: list[Prompt], kl_coef: floa
         encoded = [tokenizer(render(prompt))["input_ids"] for prompt in prompts]
         seeds = [(STREAM, cfg.seed, iteration, k) for k in range(len(prompts))]
         completions = generate(models["policy"], encoded, seeds, max_new_tokens=cfg.max_new_tokens, eos_id=tokenizer.eos_token_id,
-                               pad_id=tokenizer.pad_token_id, temperature=cfg.temperature, rows=cfg.rows)
+                               temperature=cfg.temperature, rows=cfg.rows)
         # 2. Log-probs of policy and reference, values, and the reward model's scores.
         rollout = collect(encoded, completions, models["policy"], models["reference"], models["value"], models["reward"],
-                          pad_id=tokenizer.pad_token_id, temperature=cfg.temperature, rows=cfg.micro_batch)
+                          pad_id=tokenizer.pad_token_id, temperature=cfg.temperature, micro_tokens=cfg.micro_tokens)
     # 3. Before the first update, the policy that trains must be the policy that sampled.
     if iteration == 0:
         check_ratio(rollout, cfg.ratio_tolerance if precision == "fp32" else max(cfg.ratio_tolerance, 0.2))
@@ -145,6 +150,9 @@ def load_models(cfg: PPOConfig, device: torch.device, prompts: dict[str, list[Pr
     models = {"policy": load_policy(policy_path, device), "reference": load_policy(policy_path, device).requires_grad_(False),
               "value": load_scorer(reward_path, device, tokenizer.pad_token_id),
               "reward": load_scorer(reward_path, device, tokenizer.pad_token_id).requires_grad_(False)}
+    if cfg.gradient_checkpointing:
+        for trained in ("policy", "value"):
+            checkpoint_layers(models[trained])
     for path, asked in prompts.items():
         check_lengths(models["policy"].config, [tokenizer(render(prompt))["input_ids"] for prompt in asked], cfg.max_new_tokens, path)
     return tokenizer, models
@@ -178,11 +186,11 @@ def update(cfg: PPOConfig, rollout: Rollout, policy, value_model, optimizer, dev
         epoch_kl = epoch_tokens = 0.0
         for rows in order.tensor_split(cfg.minibatches):
             tokens = int(rollout.mask[rows].sum())
-            for part in rows[rollout.lengths[rows].argsort()].split(cfg.micro_batch):
-                batch = rollout.select(part)
+            for part in token_batches(rollout.lengths[rows].tolist(), cfg.micro_tokens):
+                batch = rollout.select(rows[part])
                 with parallel.autocast(device, precision):
-                    logprobs = response_logprobs(policy, batch.ids, batch.mask, cfg.temperature)
-                    values = token_values(value_model, batch.ids, batch.mask)
+                    logprobs = response_logprobs(policy, batch.ids, batch.lengths, batch.mask, cfg.temperature)
+                    values = token_values(value_model, batch.ids, batch.lengths, batch.mask)
                 pg = losses.policy_loss(logprobs, batch.logprobs, batch.advantages, batch.mask, cfg.clip_range).sum()
                 vf = losses.value_loss(values, batch.values, batch.returns, batch.mask, cfg.value_clip_range).sum()
                 ((pg + cfg.vf_coef * vf) / tokens).backward()

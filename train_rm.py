@@ -21,10 +21,10 @@ from transformers import AutoConfig
 
 from minicai import checkpoint, config, constitution, parallel, terminal
 from minicai.constitution import CHOICES, Prompt, render
-from minicai.data import Journal, epoch_order, read_jsonl, read_preferences, read_prompts
+from minicai.data import Journal, epoch_order, read_jsonl, read_preferences, read_prompts, token_batches
 from minicai.feedback import label_pairs
 from minicai.losses import centering_loss, preference_loss
-from minicai.models import encode, load_policy, load_scorer, load_tokenizer, sequence_scores
+from minicai.models import checkpoint_layers, encode, load_policy, load_scorer, load_tokenizer, sequence_scores
 from minicai.rollout import collate
 from minicai.sampler import check_lengths, choice_logprobs, respond
 
@@ -49,7 +49,8 @@ class RMConfig(config.Run):
     heldout: float = 0.1  # share of the prompts whose pairs are kept from training
     epochs: int = 1
     batch_size: int = 64  # pairs a step
-    micro_batch: int = 32  # pairs a forward pass; memory, not results
+    micro_tokens: int = 8192  # tokens a forward pass; memory, not results
+    gradient_checkpointing: bool = False  # compute the layers again in the backward pass: less memory, a third more arithmetic
     lr: float = 1e-5  # falls linearly to 0
     warmup: int = 10  # steps
     weight_decay: float = 0.0
@@ -91,7 +92,8 @@ def main(cfg: RMConfig) -> dict:
     train, heldout = split(rows, cfg.heldout, cfg.seed)
     fit(cfg, train, model, tokenizer, device, precision, folder)
     decided = [row for row in heldout if row["p_first"] != 0.5]
-    agree = [(a > b) == (row["p_first"] > 0.5) for a, b, row in zip(*score_pairs(decided, model, tokenizer, device, precision), decided)]
+    scores = score_pairs(decided, model, tokenizer, device, precision, cfg.micro_tokens)
+    agree = [(a > b) == (row["p_first"] > 0.5) for a, b, row in zip(*scores, decided)]
     checkpoint.export(folder, model, tokenizer)
     record = {"seconds": {"generate": generated - began, "label": labelled - generated, "train": time.monotonic() - labelled},
               "train_pairs": len(train), "heldout_pairs": len(heldout), "accuracy_vs_labels": sum(agree) / len(agree) if agree else math.nan,
@@ -160,9 +162,15 @@ def pair_scores(model, encoded: list[tuple], pad_id: int, device) -> tuple[torch
     return sequence_scores(model, batch.ids, batch.lengths).chunk(2)
 
 
+def _pair_batches(encoded: list[tuple], budget: int) -> list[list[int]]:
+    return token_batches([2 * len(prompt) + len(first) + len(second) for prompt, first, second in encoded], budget)
+
+
 def fit(cfg: RMConfig, rows: list[dict], model, tokenizer, device, precision: str, folder: Path) -> None:
     """Minimises L_RM = - [ p log sigma(r_A - r_B) + (1 - p) log sigma(r_B - r_A) ] over the pairs, in place."""
     encoded = [encode_pair(tokenizer, row) for row in rows]
+    if cfg.gradient_checkpointing:
+        checkpoint_layers(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), eps=cfg.adam_eps, weight_decay=cfg.weight_decay, fused=True)
     steps_per_epoch = -(-len(encoded) // cfg.batch_size)
     steps, parts = cfg.epochs * steps_per_epoch, {"model": model, "optimizer": optimizer}
@@ -175,11 +183,10 @@ def fit(cfg: RMConfig, rows: list[dict], model, tokenizer, device, precision: st
             # 1. The batch of this step: a function of (seed, step).
             epoch, k = divmod(step, steps_per_epoch)
             batch = epoch_order(len(encoded), STREAM, cfg.seed, epoch)[k * cfg.batch_size:(k + 1) * cfg.batch_size]
-            batch.sort(key=lambda r: sum(map(len, encoded[r])))
             # 2. Sum of pair losses over the micro-batches, divided once by the pairs of the whole batch.
             total = correct = decided = 0.0
-            for start in range(0, len(batch), cfg.micro_batch):
-                part = batch[start:start + cfg.micro_batch]
+            for part in _pair_batches([encoded[r] for r in batch], cfg.micro_tokens):
+                part = [batch[k] for k in part]
                 p_first = torch.tensor([rows[r]["p_first"] for r in part], device=device)
                 with parallel.autocast(device, precision):
                     first, second = pair_scores(model, [encoded[r] for r in part], tokenizer.pad_token_id, device)
@@ -202,14 +209,13 @@ def fit(cfg: RMConfig, rows: list[dict], model, tokenizer, device, precision: st
 
 
 @torch.no_grad()
-def score_pairs(rows: list[dict], model, tokenizer, device, precision: str) -> tuple[list[float], list[float]]:
+def score_pairs(rows: list[dict], model, tokenizer, device, precision: str, micro_tokens: int = 8192) -> list[list[float]]:
     """Scores of the first and of the second responses of the rows, in their order."""
-    first, second = [], []
-    for start in range(0, len(rows), 64):
+    encoded, scores = [encode_pair(tokenizer, row) for row in rows], torch.zeros(2, len(rows), device=device)
+    for part in _pair_batches(encoded, micro_tokens):
         with parallel.autocast(device, precision):
-            scores = pair_scores(model, [encode_pair(tokenizer, row) for row in rows[start:start + 64]], tokenizer.pad_token_id, device)
-        first, second = first + scores[0].tolist(), second + scores[1].tolist()
-    return first, second
+            scores[:, part] = torch.stack(pair_scores(model, [encoded[k] for k in part], tokenizer.pad_token_id, device))
+    return scores.tolist()
 
 
 if __name__ == "__main__":

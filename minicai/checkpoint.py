@@ -18,7 +18,7 @@ from minicai import InputError
 from minicai.data import write_atomic
 
 RECORD = "stage.json"
-FREE = ("out", "sl.rows", "rm.rows", "ppo.rows", "eval.rows", "sl.micro_batch", "rm.micro_batch", "ppo.micro_batch", "sl.save_every",
+FREE = ("out", "sl.rows", "rm.rows", "ppo.rows", "eval.rows", "sl.micro_tokens", "rm.micro_tokens", "ppo.micro_tokens", "sl.save_every",
         "rm.save_every", "ppo.save_every")  # settings that may change over a resume: they decide memory, not results
 
 

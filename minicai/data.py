@@ -8,7 +8,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +58,19 @@ def epoch_order(count: int, *seed: int) -> list[int]:
     """A shuffle of range(count) that is a function of the seed alone, so that a resumed run sees the same batches."""
     tag = 1 << 20  # keeps shuffles apart from the random numbers of samples
     return np.random.default_rng((tag, *seed)).permutation(count).tolist()
+
+
+def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Positions of sequences in micro-batches of at most `budget` tokens (a longer sequence is alone), each with others of its length."""
+    batches: list[list[int]] = []
+    room = 0
+    for k in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if lengths[k] > room:
+            batches.append([])
+            room = budget
+        batches[-1].append(k)
+        room -= lengths[k]
+    return batches
 
 
 def _object(line: str | bytes, path: Path, number: int) -> dict:

@@ -3,8 +3,8 @@
 A policy is any Hugging Face causal language model. Reward and value models are the same transformer with a scalar head
 (AutoModelForSequenceClassification with one label), the reward read at the last token, the value at every token.
 
-Legend: B sequences, T tokens, D hidden size, V vocabulary, N tokens picked by the mask. Batches are padded on the right: causal attention
-keeps the padding out, and positions count from 0 by themselves.
+Legend: B sequences, T tokens, D hidden size, V vocabulary, N tokens without padding, or of those the ones picked by the mask. Batches are
+[B, T], padded on the right, which is easy on the eye; what the models compute is packed, and no padding goes through them (attention.py).
 """
 
 import torch
@@ -13,9 +13,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from minicai import InputError
+from minicai.attention import Packed, prepared
 from minicai.checkpoint import require_folder
 from minicai.constitution import Prompt, render
 
@@ -61,10 +63,6 @@ def load_scorer(path: str, device: torch.device, pad_id: int, seed: int | None =
     return model
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
 def _load(auto: type, path: str, device: torch.device, settings: dict, new_head: bool = False) -> PreTrainedModel:
     require_folder(path, "model")
     try:
@@ -75,7 +73,15 @@ def _load(auto: type, path: str, device: torch.device, settings: dict, new_head:
     if missing:
         hint = "; it is not a reward model" if missing[0].startswith("score.") else ""
         raise InputError(f"{path}: the weights of {', '.join(missing[:3])} are missing{hint}")
-    return model.to(device).eval()
+    return prepared(model.to(device).eval())
+
+
+def checkpoint_layers(model: PreTrainedModel) -> None:
+    """Keeps only what stands between the layers, and computes their insides again in the backward pass."""
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = True  # transformers asks for it; what is inside, dropout for one, stays in eval mode
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str) -> tuple[list[int], list[int]]:
@@ -83,9 +89,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str) ->
     return tokenizer(render(prompt))["input_ids"], tokenizer(f" {response}", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
 
 
-def hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Last hidden states [B, T, D] of right-padded ids [B, T]."""
-    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+def hidden_states(model: PreTrainedModel, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Packed]:
+    """Last hidden states [N, D] of the tokens of right-padded ids [B, T], one row behind the other, and where they stand."""
+    rows = Packed(lengths, ids.device)
+    hidden = prepared(model).base_model(input_ids=rows.pick(ids)[None], position_ids=rows.positions[None], use_cache=False, rows=rows)
+    return hidden.last_hidden_state[0], rows
 
 
 def apply_head(head: torch.nn.Module, hidden: Tensor) -> Tensor:
@@ -94,15 +102,15 @@ def apply_head(head: torch.nn.Module, hidden: Tensor) -> Tensor:
         return head(hidden.to(head.weight.dtype)).float()
 
 
-def response_logprobs(model: PreTrainedModel, ids: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
+def response_logprobs(model: PreTrainedModel, ids: Tensor, lengths: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probs of the masked tokens, [B, T] float32 nats, zero outside the mask.
 
     logprobs[b, t] = log softmax( logits[b, t - 1] / temperature )[ ids[b, t] ]
     Logits are made for masked tokens only, CHUNK at a time, in float32; where there are several chunks the backward pass makes them again,
     so that memory does not grow with tokens times vocabulary.
     """
-    hidden_ND = hidden_states(model, ids)[:, :-1][mask[:, 1:]]
-    targets_N = ids[:, 1:][mask[:, 1:]]
+    hidden_ND, rows = hidden_states(model, ids, lengths)
+    hidden_ND, targets_N = _states_before(hidden_ND, rows, mask), ids[mask]
     head = model.get_output_embeddings()
 
     def chunk(hidden: Tensor, targets: Tensor) -> Tensor:
@@ -114,17 +122,21 @@ def response_logprobs(model: PreTrainedModel, ids: Tensor, mask: Tensor, tempera
     return _scatter(torch.cat(parts), mask)
 
 
-def token_values(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+def token_values(model: PreTrainedModel, ids: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
     """Values [B, T] float32: values[b, t] is that of the state in which token t was chosen, so it is read at token t - 1."""
-    values = apply_head(model.score, hidden_states(model, ids)[:, :-1]).squeeze(-1)
-    return _scatter(values[mask[:, 1:]], mask)
+    hidden_ND, rows = hidden_states(model, ids, lengths)
+    return _scatter(apply_head(model.score, _states_before(hidden_ND, rows, mask)).squeeze(-1), mask)
 
 
 def sequence_scores(model: PreTrainedModel, ids: Tensor, lengths: Tensor) -> Tensor:
-    """Scores [B] float32 at the last real token of each row; `lengths` [B] counts prompt and response, never the padding."""
-    hidden_BTD = hidden_states(model, ids)
-    last_BD = hidden_BTD[torch.arange(len(ids), device=ids.device), lengths - 1]
-    return apply_head(model.score, last_BD).squeeze(-1)
+    """Scores [B] float32 at the last token of each row; the lengths count prompt and response, never the padding."""
+    hidden_ND, _ = hidden_states(model, ids, lengths)
+    return apply_head(model.score, hidden_ND[lengths.cumsum(0) - 1]).squeeze(-1)
+
+
+def _states_before(hidden_ND: Tensor, rows: Packed, mask: Tensor) -> Tensor:
+    """Of each masked token, the state that chose it: that of the token before."""
+    return hidden_ND[rows.pick(mask).nonzero()[:, 0] - 1]
 
 
 def _scatter(picked: Tensor, mask: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from minicai.data import token_batches
 from minicai.models import response_logprobs, sequence_scores, token_values
 from minicai.sampler import Completion
 
@@ -61,19 +62,21 @@ class Rollout:
 
 @torch.no_grad()
 def collect(prompts: Sequence[Sequence[int]], completions: Sequence[Completion], policy: PreTrainedModel, reference: PreTrainedModel,
-            value_model: PreTrainedModel, reward_model: PreTrainedModel, *, pad_id: int, temperature: float, rows: int = 64) -> Rollout:
-    """Runs sampled completions through the four models, `rows` at a time; rewards, advantages and returns are left to the caller.
+            value_model: PreTrainedModel, reward_model: PreTrainedModel, *, pad_id: int, temperature: float,
+            micro_tokens: int = 8192) -> Rollout:
+    """Runs sampled completions through the four models, `micro_tokens` at a time; rewards, advantages and returns are left to the caller.
 
     The old log-probs are those of the training forward pass, so that the first ratio of an update is exactly 1; policy and reference
     logits are divided by the same temperature.
     """
     whole = collate(prompts, [c.ids for c in completions], pad_id, policy.device)
-    parts = []
-    for start in range(0, len(prompts), rows):  # padded alike, so that the parts fit together
-        ids, mask, lengths = (getattr(whole, name)[start:start + rows] for name in ("ids", "mask", "lengths"))
-        parts.append((response_logprobs(policy, ids, mask, temperature), response_logprobs(reference, ids, mask, temperature),
-                      token_values(value_model, ids, mask), sequence_scores(reward_model, ids, lengths)))
-    logprobs, ref_logprobs, values, scores = (torch.cat(part) for part in zip(*parts))
+    batches, parts = token_batches(whole.lengths.tolist(), micro_tokens), []
+    for rows in batches:
+        ids, mask, lengths = whole.ids[rows], whole.mask[rows], whole.lengths[rows]
+        parts.append((response_logprobs(policy, ids, lengths, mask, temperature), response_logprobs(reference, ids, lengths, mask, temperature),
+                      token_values(value_model, ids, lengths, mask), sequence_scores(reward_model, ids, lengths)))
+    back = torch.tensor([k for rows in batches for k in rows]).argsort()
+    logprobs, ref_logprobs, values, scores = (torch.cat(part)[back] for part in zip(*parts))
 
     def spread(name: str) -> Tensor:
         flat = torch.tensor([x for c in completions for x in getattr(c, name)], device=policy.device)

@@ -1,23 +1,30 @@
-"""Sampling: batched decoding with a key-value cache, and the log-probs of given options.
+"""Sampling: continuous batching over a fixed number of slots, and the log-probs of given options.
 
 A token is drawn by inverting the cumulative distribution at one uniform number that belongs to (seed of the row, position): the same seeds
 give the same tokens whatever else is in the batch. At temperature T the distribution is exactly softmax(logits / T): there is no top-k and
 no top-p, which would make the PPO ratios wrong. T = 0 is greedy decoding.
 
-Legend: R rows that are still being decoded, P prompt tokens (padded on the left), V vocabulary.
+No step decodes a finished row: its slot takes the next prompt at once, whose tokens come in with the next token of every other row, in one
+forward pass. What prompts have in common goes through the model once: the tokens that all of them begin with, and a prompt sampled repeatedly.
+
+Legend: B rows that are being decoded, V vocabulary.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from minicai import InputError, losses
+from minicai import InputError
+from minicai.attention import Slots, last_hidden
 from minicai.models import apply_head
 from minicai.terminal import Progress
+
+SHARE = 16  # tokens; a shorter common beginning is not worth a forward pass of its own
 
 
 @dataclass
@@ -31,33 +38,28 @@ class Completion:
     ended: bool = False
 
 
-def draw(logits_RV: Tensor, uniforms_R: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def draw(logits_BV: Tensor, uniforms_B: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """One token a row by inverse CDF: the first token whose cumulative probability exceeds the row's uniform number.
 
-    -> token ids [R], their log-probs [R], entropies [R], the last two in float32.
+    -> token ids [B], their log-probs [B], entropies [B], the last two in float32.
     """
-    logits_RV = logits_RV.float() / (temperature or 1.0)
-    logp_RV = logits_RV.log_softmax(-1)
+    logp_BV = (logits_BV.float() / (temperature or 1.0)).log_softmax(-1)
+    p_BV = logp_BV.exp()
     if temperature == 0:
-        tokens = logp_RV.argmax(-1)
+        tokens = logp_BV.argmax(-1)
     else:
-        cdf_RV = logp_RV.exp().double().cumsum(-1)
-        tokens = torch.searchsorted(cdf_RV, (uniforms_R * cdf_RV[:, -1])[:, None], right=True).squeeze(-1)
-    return tokens, logp_RV.gather(-1, tokens[:, None]).squeeze(-1), losses.entropy(logits_RV)
-
-
-def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """ids [R, P] and attention mask [R, P], prompts flush right so that all rows decode in step."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
-    attend = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    return ids, attend
+        cdf_BV = p_BV.double().cumsum(-1)
+        tokens = torch.searchsorted(cdf_BV, (uniforms_B * cdf_BV[:, -1])[:, None], right=True).squeeze(-1)
+    entropies = -(p_BV * logp_BV.clamp(min=-100)).sum(-1)  # so far down p is 0, and 0 log 0 is 0
+    return tokens, logp_BV.gather(-1, tokens[:, None]).squeeze(-1), entropies
 
 
 def check_lengths(config: PretrainedConfig, prompts: Sequence[Sequence[int]], new_tokens: int, source: str = "") -> None:
     """Raises InputError where a prompt and its completion would not fit into the model's context. `source` names a file of prompts."""
     context = getattr(config, "max_position_embeddings", None)
     longest = max(range(len(prompts)), key=lambda k: len(prompts[k]), default=0)
+    if not all(prompts):
+        raise InputError(f"{source}: prompt {next(k for k, p in enumerate(prompts) if not p) + 1} has no tokens".removeprefix(": "))
     if prompts and context and len(prompts[longest]) + new_tokens > context:
         name = f"{source}: prompt {longest + 1}" if source else "a prompt"
         raise InputError(f"{name} has {len(prompts[longest])} tokens, which with {new_tokens} new ones exceeds the model's context of "
@@ -65,56 +67,107 @@ def check_lengths(config: PretrainedConfig, prompts: Sequence[Sequence[int]], ne
 
 
 @torch.no_grad()
-def generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], *, max_new_tokens: int,
-             eos_id: int, pad_id: int, temperature: float = 1.0, rows: int = 256, progress: Progress | None = None) -> list[Completion]:
-    """Completes each prompt (token ids), `rows` at a time, long prompts with long ones. seeds[k]: whole numbers that seed prompt k."""
-    check_lengths(model.config, prompts, max_new_tokens)
+def generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], *, max_new_tokens: int | Sequence[int],
+             eos_id: int, temperature: float = 1.0, rows: int = 256, progress: Progress | None = None) -> list[Completion]:
+    """Completes each prompt (token ids), `rows` at a time. seeds[k]: whole numbers that seed prompt k; max_new_tokens: of all, or of each."""
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    check_lengths(model.config, prompts, max(limits, default=0))
     completions = [Completion() for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda k: len(prompts[k]))
-    for start in range(0, len(order), rows):
-        chosen = order[start:start + rows]
-        uniforms = torch.from_numpy(np.stack([np.random.default_rng(seeds[k]).random(max_new_tokens) for k in chosen]))
-        ids, attend = left_pad([prompts[k] for k in chosen], pad_id, model.device)
-        _decode(model, ids, attend, uniforms.to(model.device), [completions[k] for k in chosen], eos_id, temperature)
+    slots = Slots(min(rows, len(prompts)), max(map(len, prompts), default=0) + max(limits, default=0))
+    shared = _prefill_shared(model, prompts, slots)
+    schedule = _Schedule(slots, prompts, [k for k in range(len(prompts)) if limits[k]], shared)
+    uniforms = [iter(np.random.default_rng(seed).random(limit)) for seed, limit in zip(seeds, limits)]
+    while running := schedule.refill():
+        hidden = last_hidden(model, slots, [row.start for row in running], [row.feed for row in running])[:, 0]
+        points = torch.tensor([next(uniforms[row.number]) for row in running], dtype=torch.float64, device=model.device)
+        drawn = draw(apply_head(model.get_output_embeddings(), hidden), points, temperature)
+        for row, token, logprob, entropy in zip(running, *(x.tolist() for x in drawn)):
+            completion = completions[row.number]
+            completion.ids.append(token)
+            completion.logprobs.append(logprob)
+            completion.entropies.append(entropy)
+            completion.ended = token == eos_id
+            row.start, row.feed = row.start + len(row.feed), (token,)
+            row.done = completion.ended or len(completion.ids) == limits[row.number]
         if progress:
-            progress.update(len(chosen))
+            progress.update(sum(row.done for row in running))
     return completions
+
+
+def _alike(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    return next((k for k, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
+
+
+def _prefill_shared(model: PreTrainedModel, prompts: Sequence[Sequence[int]], slots: Slots) -> int:
+    """Puts what all prompts begin with into every slot, where it stays. Returns its length."""
+    shared = min(_alike(min(prompts), max(prompts)), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
+    if shared < SHARE:
+        return 0
+    last_hidden(model, slots, [0], [prompts[0][:shared]])
+    slots.copy(0, slice(1, None), 0, shared)
+    return shared
+
+
+@dataclass
+class _Row:
+    """Prompt number so and so in its slot: `feed` goes through the model in the next step, after the `start` tokens that already have."""
+
+    number: int
+    feed: Sequence[int]
+    start: int
+    done: bool = False
+
+
+class _Schedule:
+    """Which prompt decodes in which slot. Long prompts come first, equal ones one behind the other."""
+
+    def __init__(self, slots: Slots, prompts: Sequence[Sequence[int]], chosen: Sequence[int], shared: int):
+        self.slots, self.prompts, self.shared = slots, [tuple(prompt) for prompt in prompts], shared
+        self.waiting = deque(sorted(chosen, key=lambda k: (-len(prompts[k]), self.prompts[k])))
+        self.running: list[_Row] = []
+        self.home: dict[tuple[int, ...], int] = {}  # prompt -> a slot that has the keys and values of its tokens
+
+    def refill(self) -> list[_Row]:
+        """The rows of the next step: waiting prompts take the slots of those that are done; where none waits, the last rows move into them.
+
+        A prompt whose equal is at home in a slot takes over its keys and values, all but the last token's; while the equal is only coming in,
+        it waits a step.
+        """
+        running, held, entering = self.running, [], set()
+        free = [slot for slot, row in enumerate(running) if row.done] + list(range(len(running), self.slots.count))
+        while free and self.waiting:
+            k = self.waiting.popleft()
+            prompt = self.prompts[k]
+            if prompt in entering:
+                held.append(k)
+                continue
+            home, slot, start = self.home.get(prompt), free.pop(0), self.shared
+            if home is None:
+                entering.add(prompt)
+            else:
+                start = len(prompt) - 1
+                if slot != home:
+                    self.slots.copy(home, slot, self.shared, start)
+            self.home = {p: s for p, s in self.home.items() if s != slot} | {prompt: slot}
+            running[slot:slot + 1] = [_Row(k, prompt[start:], start)]
+        self.waiting.extendleft(reversed(held))
+        while any(row.done for row in running):
+            last = running.pop()
+            if not last.done:
+                slot = next(slot for slot, row in enumerate(running) if row.done)
+                self.slots.copy(len(running), slot, self.shared, last.start)
+                self.home = {p: slot if s == len(running) else s for p, s in self.home.items() if s != slot}
+                running[slot] = last
+        return running
 
 
 def respond(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], seeds: Sequence[Sequence[int]], *,
             max_new_tokens: int, temperature: float, rows: int = 256, progress: Progress | None = None) -> tuple[list[str], list[bool]]:
     """Texts in, texts out: what `generate` answers to each rendered prompt, and whether the answer ended by itself."""
     done = generate(model, [tokenizer(text)["input_ids"] for text in texts], seeds, max_new_tokens=max_new_tokens, rows=rows,
-                    eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, temperature=temperature, progress=progress)
+                    eos_id=tokenizer.eos_token_id, temperature=temperature, progress=progress)
     return [tokenizer.decode(c.ids, skip_special_tokens=True).strip() for c in done], [c.ended for c in done]
-
-
-def _decode(model: PreTrainedModel, ids: Tensor, attend: Tensor, uniforms: Tensor, completions: list[Completion], eos_id: int,
-            temperature: float) -> None:
-    """Prefills the cache with one batch, then decodes token by token; finished rows leave the batch."""
-    cache = DynamicCache(config=model.config)
-    alive = list(completions)
-    positions = (attend.cumsum(-1) - 1).clamp(min=0)
-    for step in range(uniforms.shape[1]):
-        hidden = model.base_model(input_ids=ids, attention_mask=attend, position_ids=positions, past_key_values=cache,
-                                  use_cache=True).last_hidden_state[:, -1]
-        logits = apply_head(model.get_output_embeddings(), hidden)
-        tokens, logprobs, entropies = draw(logits, uniforms[:, step], temperature)
-        for completion, token, logprob, entropy in zip(alive, tokens.tolist(), logprobs.tolist(), entropies.tolist()):
-            completion.ids.append(token)
-            completion.logprobs.append(logprob)
-            completion.entropies.append(entropy)
-            completion.ended = token == eos_id
-        going = [k for k, completion in enumerate(alive) if not completion.ended]
-        if not going:
-            return
-        if len(going) < len(alive):
-            keep = torch.tensor(going, device=ids.device)
-            cache.batch_select_indices(keep)
-            alive, tokens, attend, uniforms = [alive[k] for k in going], tokens[keep], attend[keep], uniforms[keep]
-        ids = tokens[:, None]
-        attend = torch.cat([attend, attend.new_ones(len(going), 1)], 1)
-        positions = attend.sum(-1, keepdim=True) - 1
 
 
 @torch.no_grad()
@@ -130,16 +183,56 @@ def choice_logprobs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     check_lengths(model.config, encoded, max(map(len, options)))
     results: list[list[float]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda k: len(encoded[k]))
-    for start in range(0, len(order), rows):
-        chosen = order[start:start + rows]
-        for group in shared:
-            head = group[0][:-1]
-            ids, attend = left_pad([encoded[k] + head for k in chosen], tokenizer.pad_token_id, model.device)
-            hidden = model.base_model(input_ids=ids, attention_mask=attend, position_ids=(attend.cumsum(-1) - 1).clamp(min=0),
-                                      use_cache=False).last_hidden_state[:, -len(head) - 1:]
-            logp = apply_head(model.get_output_embeddings(), hidden).log_softmax(-1)
-            before = sum((logp[:, t, token] for t, token in enumerate(head)), torch.zeros(len(chosen), device=model.device))
-            for row, k in enumerate(chosen):
-                results[k] += [(before[row] + logp[row, -1, option[-1]]).item() for option in group]
+    for group in shared:
+        head = group[0][:-1]
+        texts = [list(prompt) + head for prompt in encoded]
+        families = sorted(_families(texts, len(head) + 1), key=lambda family: len(texts[family[0][0]]))
+        for batch in _batches(families, rows):
+            members, hidden = _tails(model, texts, batch, len(head) + 1)
+            logp_BTV = apply_head(model.get_output_embeddings(), hidden).log_softmax(-1)
+            before = sum((logp_BTV[:, t, token] for t, token in enumerate(head)), torch.zeros(len(members), device=model.device))
+            for row, k in enumerate(members):
+                results[k] += [(before[row] + logp_BTV[row, -1, option[-1]]).item() for option in group]
     return results
+
+
+Family = tuple[list[int], int]  # the numbers of texts that begin alike, and the length of their common beginning
+
+
+def _families(texts: list[list[int]], tail: int) -> list[Family]:
+    """Texts that begin alike, as the two orders of a pair and its other principles do, but for their last `tail` tokens at least."""
+    families: list[Family] = []
+    for k in sorted(range(len(texts)), key=texts.__getitem__):  # in dictionary order kin are neighbours
+        if families:
+            kin, common = families[-1]
+            alike = min(_alike(texts[kin[-1]], texts[k]), len(texts[kin[-1]]) - tail, len(texts[k]) - tail)
+            if alike >= max(SHARE, len(texts[k]) // 4):
+                families[-1] = [*kin, k], min(alike, common) if len(kin) > 1 else alike
+                continue
+        families.append(([k], 0))
+    return families
+
+
+def _batches(families: list[Family], rows: int) -> list[list[Family]]:
+    """Families of about the same length together, in batches of `rows` texts."""
+    batches, size = [], rows
+    for family in families:
+        if size + len(family[0]) > rows:
+            batches.append([])
+            size = 0
+        batches[-1].append(family)
+        size += len(family[0])
+    return batches
+
+
+def _tails(model: PreTrainedModel, texts: list[list[int]], families: list[Family], tail: int) -> tuple[list[int], Tensor]:
+    """Numbers of the texts, and the hidden states of their last `tail` tokens, [B, tail, hidden size]. What kin share is computed once."""
+    families = sorted(families, key=lambda family: len(family[0]) == 1)  # those that share something first: slot f for family f
+    members = [kin[0] for kin, _ in families] + [k for kin, _ in families for k in kin[1:]]
+    family_of = list(range(len(families))) + [f for f, (kin, _) in enumerate(families) for _ in kin[1:]]
+    slots = Slots(len(members), max(len(texts[k]) for k in members))
+    starts = [families[f][1] for f in family_of]
+    if leading := [(kin[0], common) for kin, common in families if common]:
+        last_hidden(model, slots, [0] * len(leading), [texts[k][:common] for k, common in leading])
+        slots.copy(family_of[len(families):], slice(len(families), None), 0, max(starts))
+    return members, last_hidden(model, slots, starts, [texts[k][start:] for k, start in zip(members, starts)], tail)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from minicai import InputError
-from minicai.data import Journal, epoch_order, read_jsonl, read_preferences, read_prompts, split_transcript, write_atomic
+from minicai.data import Journal, epoch_order, read_jsonl, read_preferences, read_prompts, split_transcript, token_batches, write_atomic
 
 HH = Path(__file__).parents[2] / "shared" / "data" / "hh-rlhf" / "harmless-base-400.jsonl.gz"  # offensive: not in the repository
 ROWS = [{"id": k, "text": "naïve “日本” 😀\n\\n\u2028\u0085"} for k in range(7)]
@@ -247,6 +247,13 @@ def test_an_epoch_visits_every_row_once(count):
 def test_the_order_of_an_epoch_is_a_function_of_its_seed():
     assert epoch_order(100, 1, 0, 3) == epoch_order(100, 1, 0, 3)
     assert len({tuple(epoch_order(100, *seed)) for seed in [(1, 0, 3), (1, 0, 4), (1, 1, 3), (2, 0, 3), (0, 1, 3)]}) == 5
+
+
+def test_token_batches_hold_every_sequence_once_by_length_within_the_budget():
+    lengths = [5, 30, 1, 7, 7, 12, 2]
+    assert token_batches(lengths, 14) == [[2, 6, 0], [3, 4], [5], [1]]  # the one of 30 is alone
+    assert token_batches(lengths, 1) == [[2], [6], [0], [3], [4], [5], [1]]
+    assert token_batches(lengths, 1000) == [[2, 6, 0, 3, 4, 5, 1]] and token_batches([], 10) == []
 
 
 def test_write_atomic_replaces_the_text_and_leaves_nothing_beside_it(tmp_path):

@@ -88,7 +88,7 @@ def test_transformers_alone_answers_as_our_sampler_does(run):
         prompt = tokenizer(render(next(row["prompt"] for row in answers if row["kind"] == kind)), return_tensors="pt")
         theirs = model.generate(**prompt, do_sample=False, max_new_tokens=56)[0, prompt["input_ids"].shape[1]:].tolist()
         [ours] = generate(model, prompt["input_ids"].tolist(), [(0,)], max_new_tokens=56, eos_id=tokenizer.eos_token_id,
-                          pad_id=tokenizer.pad_token_id, temperature=0.0)
+                          temperature=0.0)
         assert ours.ids == theirs
 
 

@@ -35,7 +35,7 @@ def logprobs_by_hand(model, temperature=1.0):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_response_logprobs_are_gathered_from_the_log_softmax_of_the_tempered_logits_and_zero_outside_the_mask(policy, temperature):
     b = batch()
-    logprobs = models.response_logprobs(policy, b.ids, b.mask, temperature)
+    logprobs = models.response_logprobs(policy, b.ids, b.lengths, b.mask, temperature)
     assert_close(logprobs.detach(), logprobs_by_hand(policy, temperature))
     assert (logprobs[~b.mask] == 0).all() and (logprobs[b.mask] < 0).all()
 
@@ -45,14 +45,15 @@ def test_response_logprobs_do_not_depend_on_what_or_how_much_stands_in_the_paddi
     padding = torch.arange(b.ids.shape[1]) >= b.lengths[:, None]
     garbage = torch.where(padding, tensor(37), b.ids)
     wider, mask = (torch.nn.functional.pad(x, (0, 5), value=v) for x, v in ((garbage, 41), (b.mask, False)))
-    plain = models.response_logprobs(policy, b.ids, b.mask)
+    plain = models.response_logprobs(policy, b.ids, b.lengths, b.mask)
     assert padding.any()
-    assert_close(models.response_logprobs(policy, wider, mask)[:, :-5], plain)
+    assert_close(models.response_logprobs(policy, wider, b.lengths, mask)[:, :-5], plain)
 
 
 def test_response_logprobs_do_not_depend_on_the_order_of_the_batch(policy):
     b, order = batch(), tensor([2, 0, 3, 1])
-    assert_close(models.response_logprobs(policy, b.ids[order], b.mask[order]), models.response_logprobs(policy, b.ids, b.mask)[order])
+    shuffled = models.response_logprobs(policy, b.ids[order], b.lengths[order], b.mask[order])
+    assert_close(shuffled, models.response_logprobs(policy, b.ids, b.lengths, b.mask)[order])
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # the second has tied embeddings, whose gradient is a sum of two
@@ -63,7 +64,7 @@ def test_chunks_change_neither_values_nor_gradients_and_bound_the_logits_that_ex
         monkeypatch.setattr(models, "CHUNK", chunk)
         model = tiny_model(architecture)
         model.get_output_embeddings().register_forward_hook(lambda _, inputs, logits, chunk=chunk: sizes.append((chunk, len(logits))))
-        logprobs = models.response_logprobs(model, b.ids, b.mask, 0.9)
+        logprobs = models.response_logprobs(model, b.ids, b.lengths, b.mask, 0.9)
         (logprobs * weights).sum().backward()
         results.append([logprobs.detach(), *(p.grad for p in model.parameters())])
     for whole, chunked in zip(*results, strict=True):
@@ -75,7 +76,7 @@ def test_chunks_change_neither_values_nor_gradients_and_bound_the_logits_that_ex
 
 def test_a_pad_token_that_is_the_eos_token_does_not_hide_the_eos_target():
     model, b = tiny_model(), batch(pad_id=EOS)
-    logprobs = models.response_logprobs(model, b.ids, b.mask)
+    logprobs = models.response_logprobs(model, b.ids, b.lengths, b.mask)
     last = (torch.arange(len(b.ids)), b.lengths - 1)
     assert_close(logprobs[last].detach(), logprobs_by_hand(model)[last])
     rejected = losses.nll_loss(logprobs, b.mask & (b.ids != EOS))  # a mask drawn by comparing ids
@@ -84,9 +85,9 @@ def test_a_pad_token_that_is_the_eos_token_does_not_hide_the_eos_target():
 
 def test_logprobs_and_scores_are_float32_whatever_the_model_computes_in():
     b = batch()
-    assert models.response_logprobs(tiny_model().bfloat16(), b.ids, b.mask).dtype == torch.float32
+    assert models.response_logprobs(tiny_model().bfloat16(), b.ids, b.lengths, b.mask).dtype == torch.float32
     scorer = tiny_model(scorer=True).bfloat16()
-    assert models.token_values(scorer, b.ids, b.mask).dtype == models.sequence_scores(scorer, b.ids, b.lengths).dtype == torch.float32
+    assert models.token_values(scorer, b.ids, b.lengths, b.mask).dtype == models.sequence_scores(scorer, b.ids, b.lengths).dtype == torch.float32
 
 
 # --- scores and values -----------------------------------------------------------------------------------------------------------
@@ -94,7 +95,7 @@ def test_logprobs_and_scores_are_float32_whatever_the_model_computes_in():
 
 def test_the_value_of_a_token_is_read_one_token_before_it(scorer):
     b = batch()
-    values, expected = models.token_values(scorer, b.ids, b.mask), torch.zeros(b.ids.shape)
+    values, expected = models.token_values(scorer, b.ids, b.lengths, b.mask), torch.zeros(b.ids.shape)
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES)):
         for k in range(len(response)):  # the library's own score of what stood there when the token was chosen
             state = tensor([prompt + response[:k]])
@@ -136,10 +137,10 @@ def test_a_loaded_policy_has_float32_weights_and_no_dropout(folder):
     model, b = models.load_policy(folder, CPU), batch()
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert not any(module.training for module in model.modules())
-    first, second = (models.response_logprobs(model, b.ids, b.mask) for _ in range(2))
+    first, second = (models.response_logprobs(model, b.ids, b.lengths, b.mask) for _ in range(2))
     assert torch.equal(first, second)
     model.train()
-    assert not torch.equal(models.response_logprobs(model, b.ids, b.mask), first)  # dropout would show
+    assert not torch.equal(models.response_logprobs(model, b.ids, b.lengths, b.mask), first)  # dropout would show
 
 
 def test_a_new_score_head_is_drawn_by_the_seed_alone_with_variance_1_over_width_plus_1(folder):

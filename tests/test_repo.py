@@ -23,7 +23,7 @@ from minicai import config
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"train_sl": train_sl.SLConfig, "train_rm": train_rm.RMConfig, "train_ppo": train_ppo.PPOConfig}
-LAYERS = [["minicai", *(f"minicai.{name}" for name in ("losses", "constitution", "config", "data", "parallel", "terminal"))],
+LAYERS = [["minicai", *(f"minicai.{name}" for name in ("attention", "losses", "constitution", "config", "data", "parallel", "terminal"))],
           [f"minicai.{name}" for name in ("critique", "feedback", "models", "checkpoint", "report")],
           [f"minicai.{name}" for name in ("sampler", "evaluate", "rollout")],
           list(SCRIPTS), ["minicai.__main__"]]
@@ -138,7 +138,8 @@ def test_no_function_exceeds_60_lines():
 
 
 def test_no_function_takes_arbitrary_keywords():
-    assert [name for name, node in functions() if node.args.kwarg] == []
+    called_by_transformers = ["minicai.attention.attend", "minicai.attention._mask"]  # which hands on whatever a model of its own has to say
+    assert [name for name, node in functions() if node.args.kwarg] == called_by_transformers
 
 
 # --- README.md -------------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ TEMPERATURE = 0.8
 
 
 def sampled(policy, eos_id):
-    return generate(policy, PROMPTS, [(k,) for k in range(len(PROMPTS))], max_new_tokens=10, eos_id=eos_id, pad_id=PAD, temperature=TEMPERATURE)
+    return generate(policy, PROMPTS, [(k,) for k in range(len(PROMPTS))], max_new_tokens=10, eos_id=eos_id, temperature=TEMPERATURE)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def parts():
 
 def collected(parts, **changes):
     policy, reference, value_model, reward_model, completions = parts
-    settings = {"temperature": TEMPERATURE, "missing_eos_penalty": 2.0, "gamma": 0.9, "lam": 0.7, "micro_batch": 64} | changes
+    settings = {"temperature": TEMPERATURE, "missing_eos_penalty": 2.0, "gamma": 0.9, "lam": 0.7, "micro_tokens": 1000} | changes
     named = {"policy": policy, "reference": reference, "value": value_model, "reward": reward_model}
     with patch.object(train_ppo, "generate", return_value=completions), patch.object(train_ppo, "update", return_value={}) as update:
         train_ppo.iterate(train_ppo.PPOConfig(**settings), 0, [str(k) for k in range(len(PROMPTS))], 0.3, named, None, Numbered(), CPU, "fp32")
@@ -79,7 +79,8 @@ def test_the_mask_is_the_response_with_its_eos_even_where_pad_is_eos(pad_id):
 def test_the_ratio_is_1_before_the_first_update_in_any_minibatch(parts, rollout):
     for rows in (tensor([4, 2]), tensor([1, 0, 7]), tensor([5])):
         batch = rollout.select(rows)
-        assert_close(models.response_logprobs(parts[0], batch.ids, batch.mask, TEMPERATURE).detach(), batch.logprobs, 5e-6)  # rounding alone
+        again = models.response_logprobs(parts[0], batch.ids, batch.lengths, batch.mask, TEMPERATURE)
+        assert_close(again.detach(), batch.logprobs, 5e-6)  # rounding alone
 
 
 def test_what_the_sampler_saw_stands_at_its_own_tokens_and_equals_the_training_forward_pass(parts, rollout):
@@ -121,7 +122,7 @@ def test_the_missing_eos_penalty_is_taken_from_the_cut_off_rows_alone(parts, rol
 
 
 def test_advantages_are_whitened_gae_of_rewards_and_values_and_returns_are_not_whitened(parts, rollout):
-    assert_close(rollout.values, models.token_values(parts[2], rollout.ids, rollout.mask).detach())
+    assert_close(rollout.values, models.token_values(parts[2], rollout.ids, rollout.lengths, rollout.mask).detach())
     advantages, returns = losses.gae(rollout.rewards, rollout.values, rollout.mask, gamma=0.9, lam=0.7)
     inside = advantages[rollout.mask]
     assert_close(rollout.advantages[rollout.mask], (inside - inside.mean()) / inside.std(correction=0))
@@ -129,7 +130,7 @@ def test_advantages_are_whitened_gae_of_rewards_and_values_and_returns_are_not_w
 
 
 def test_collecting_in_pieces_changes_nothing(parts, rollout):
-    pieces = collected(parts, micro_batch=3)
+    pieces = collected(parts, micro_tokens=40)
     for f in fields(rollout):
         assert_close(getattr(pieces, f.name), getattr(rollout, f.name))
 
@@ -170,11 +171,11 @@ def ppo_update(parts, rollout, lr, target_kl=1e9, **settings):
 def test_micro_batches_change_neither_the_gradient_nor_a_metric_of_ppo(parts, rollout):
     before = weights(parts[0], parts[2])
     once = {"epochs": 1, "minibatches": 1, "grad_clip": 1e9}
-    updated, metrics = zip(*(ppo_update(parts, rollout, 1.0, micro_batch=m, **once) for m in (8, 2, 3)))
+    updated, metrics = zip(*(ppo_update(parts, rollout, 1.0, micro_tokens=m, **once) for m in (1000, 1, 40)))
     gradients = [before - after for after in updated]
     assert gradients[0].abs().max() > 0.1
     assert gradients[0].norm().item() == pytest.approx(math.hypot(metrics[0]["policy_grad_norm"], metrics[0]["value_grad_norm"]), rel=1e-4)
-    several = [ppo_update(parts, rollout, 0.1, micro_batch=m, epochs=3, minibatches=2) for m in (8, 2, 3)]
+    several = [ppo_update(parts, rollout, 0.1, micro_tokens=m, epochs=3, minibatches=2) for m in (1000, 1, 40)]
     assert several[0][1]["clip_fraction"] > 0 and several[0][1]["approx_kl"] > 0 and several[0][1]["updates"] == 6
     for gradient, (updated, metrics) in zip(gradients, several):
         assert_close(gradient, gradients[0], 2e-6)
@@ -183,7 +184,7 @@ def test_micro_batches_change_neither_the_gradient_nor_a_metric_of_ppo(parts, ro
 
 
 def test_ppo_metrics_are_means_over_all_tokens_and_norms_over_updates(parts, rollout):
-    _, metrics = ppo_update(parts, rollout, 0.0, epochs=2, minibatches=3, micro_batch=2)  # nothing moves: the ratio stays 1
+    _, metrics = ppo_update(parts, rollout, 0.0, epochs=2, minibatches=3, micro_tokens=30)  # nothing moves: the ratio stays 1
     vf = losses.value_loss(rollout.values, rollout.values, rollout.returns, rollout.mask, 0.2)
     assert metrics["policy_loss"] == pytest.approx(-(rollout.advantages.sum() / rollout.mask.sum()).item(), abs=1e-5)
     assert metrics["value_loss"] == pytest.approx((vf.sum() / rollout.mask.sum()).item(), rel=1e-4)
@@ -191,7 +192,7 @@ def test_ppo_metrics_are_means_over_all_tokens_and_norms_over_updates(parts, rol
 
 
 def test_ppo_stops_after_the_epoch_whose_mean_kl_exceeds_the_target(parts, rollout):
-    settings = {"minibatches": 2, "micro_batch": 2}
+    settings = {"minibatches": 2, "micro_tokens": 30}
     _, first = ppo_update(parts, rollout, 0.1, epochs=1, **settings)
     assert ppo_update(parts, rollout, 0.1, epochs=3, target_kl=0.99 * first["approx_kl"], **settings)[1] == first
     assert ppo_update(parts, rollout, 0.1, epochs=3, target_kl=1.01 * first["approx_kl"], **settings)[1]["updates"] > 2
@@ -233,7 +234,8 @@ def folders(tmp_path):
 
 @pytest.mark.parametrize("script, train", STAGES)
 def test_micro_batches_change_neither_the_weights_nor_a_metric_of_supervised_training(script, train, tmp_path):
-    (whole, metrics), *others = [train(folder, micro_batch=m) for m, folder in zip((16, 3, 2), folders(tmp_path))]
+    (whole, metrics), *others = [train(folder, **settings) for settings, folder in zip(
+        ({}, {"micro_tokens": 200}, {"micro_tokens": 1}, {"gradient_checkpointing": True}), folders(tmp_path))]
     assert len(metrics) == 4 and len({row["loss"] for row in metrics}) == 4
     for split, split_metrics in others:
         assert_close(split, whole)
@@ -244,7 +246,7 @@ def test_micro_batches_change_neither_the_weights_nor_a_metric_of_supervised_tra
 def test_the_mean_of_micro_batch_means_would_give_another_gradient():
     def gradient(loss_of):
         model = tiny_model()
-        logprobs = models.response_logprobs(model, batch.ids, batch.mask)
+        logprobs = models.response_logprobs(model, batch.ids, batch.lengths, batch.mask)
         loss_of(losses.nll_loss(logprobs, batch.mask)).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 

@@ -19,7 +19,7 @@ NO_TOKEN = -1  # an end of sequence that is never drawn
 
 
 def decode(model, temperature, eos_id, prompts=PROMPTS, seeds=SEEDS, length=12, rows=64):
-    return generate(model, prompts, seeds, max_new_tokens=length, eos_id=eos_id, pad_id=PAD, temperature=temperature, rows=rows)
+    return generate(model, prompts, seeds, max_new_tokens=length, eos_id=eos_id, temperature=temperature, rows=rows)
 
 
 @torch.no_grad()
@@ -64,8 +64,8 @@ def test_sampled_logprobs_equal_those_of_a_fresh_forward_pass_at_the_same_temper
     batch = collate(PROMPTS, [c.ids for c in completions], PAD, CPU)
     sampled = tensor([x for c in completions for x in c.logprobs])
     with torch.no_grad():
-        assert_close(response_logprobs(policy, batch.ids, batch.mask, temperature)[batch.mask], sampled)
-        other = response_logprobs(policy, batch.ids, batch.mask, 1.7 - temperature)[batch.mask]
+        assert_close(response_logprobs(policy, batch.ids, batch.lengths, batch.mask, temperature)[batch.mask], sampled)
+        other = response_logprobs(policy, batch.ids, batch.lengths, batch.mask, 1.7 - temperature)[batch.mask]
     assert (other - sampled).abs().max() > 0.05  # the temperature is not a matter of rounding
 
 
@@ -98,14 +98,47 @@ def test_a_response_holds_its_eos_and_says_whether_it_ended():
     assert not any(c.ended for c in free) and {len(c.ids) for c in free} == {16}
 
 
-def test_finished_rows_leave_the_batch(forward_calls):
+def test_a_finished_row_is_never_decoded_and_its_slot_takes_the_next_prompt_at_once(forward_calls):
     model = tiny_model()
     eos = decode(model, 1.0, NO_TOKEN, length=16)[1].ids[6]
     shapes = forward_calls(model)
     completions = decode(model, 1.0, eos, length=16)
     going = [sum(len(c.ids) > step for c in completions) for step in range(16)]
-    assert shapes == [(n, max(map(len, PROMPTS)) if step == 0 else 1) for step, n in enumerate(going) if n]
     assert len(set(going)) > 1
+    assert shapes == [(1, sum(map(len, PROMPTS)) if step == 0 else n) for step, n in enumerate(going) if n]
+    shapes.clear()
+    assert [c.ids for c in decode(model, 1.0, eos, length=16, rows=2)] == [c.ids for c in completions]
+    tokens = sum(len(p) for p in PROMPTS) + sum(len(c.ids) - 1 for c in completions)  # the last token of a row is drawn, not fed
+    assert sum(n for _, n in shapes) == tokens
+    assert len(shapes) < sum(len(c.ids) for c in completions) and all(n >= 2 for _, n in shapes[:-16])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 64])
+def test_what_prompts_have_in_common_goes_through_the_model_once_and_changes_nothing(policy, rows, forward_calls):
+    header = [(7 * k) % 60 + 2 for k in range(30)]
+    prompts = [header + p for p in PROMPTS] + [header + PROMPTS[1]] * 3  # four samples of one prompt
+    seeds = [(9, k) for k in range(len(prompts))]
+    eos = naive(policy, prompts[0], seeds[0], 1.0, NO_TOKEN)[0][3]
+    expected = [naive(policy, p, s, 1.0, eos)[0] for p, s in zip(prompts, seeds)]
+    shapes = forward_calls(policy)
+    assert [c.ids for c in decode(policy, 1.0, eos, prompts, seeds, rows=rows)] == expected
+    fed = sum(n for _, n in shapes)
+    decoded = sum(len(ids) - 1 for ids in expected)
+    if rows >= 3:
+        assert fed == len(header) + sum(map(len, PROMPTS)) + 3 + decoded  # of the other three samples, the last token of the prompt
+
+
+def test_each_prompt_may_have_its_own_limit():
+    limits = [3, 1, 0, 12, 5]
+    completions = generate(tiny_model(), PROMPTS, SEEDS, max_new_tokens=limits, eos_id=NO_TOKEN, rows=2)
+    whole = decode(tiny_model(), 1.0, NO_TOKEN)
+    assert [c.ids for c in completions] == [c.ids[:n] for c, n in zip(whole, limits)] and not any(c.ended for c in completions)
+
+
+def test_no_prompts_give_no_completions_and_an_empty_prompt_is_an_input_error():
+    assert decode(tiny_model(), 1.0, NO_TOKEN, [], []) == []
+    with pytest.raises(InputError, match="prompt 2 has no tokens"):
+        decode(tiny_model(), 1.0, NO_TOKEN, [[5], []], SEEDS[:2])
 
 
 def test_decoding_stops_when_every_row_has_ended(forward_calls):
@@ -184,6 +217,18 @@ def test_choice_logprobs_are_the_sums_of_the_logprobs_of_each_choice_s_tokens(ar
     assert len(shapes) == passes  # choices that differ in the last token alone share one
     for rows in (1, 3):
         assert_close(choice_logprobs(model, tokenizer, QUESTIONS, choices, rows=rows), expected, 3e-5)
+
+
+def test_texts_that_begin_alike_share_their_beginning(tokenizer, forward_calls):
+    model = tiny_model("gpt2", vocab=len(tokenizer))
+    texts = [f"Which of two answers to a question is the better one? {x}" for x in ("(A) yes (B) no", "(A) no (B) yes", "(A) no (B) no")]
+    texts += ["Another question.", *reversed(texts), "Which"]
+    expected = [choice_logprobs(model, tokenizer, [text], (" (A", " (B"))[0] for text in texts]
+    shapes = forward_calls(model)
+    assert_close(choice_logprobs(model, tokenizer, texts, (" (A", " (B")), expected, 3e-5)
+    assert len(shapes) == 2 and sum(n for _, n in shapes) < 0.5 * sum(map(len, texts))
+    for rows in (1, 2, 5):
+        assert_close(choice_logprobs(model, tokenizer, texts, (" (A", " (B"), rows=rows), expected, 3e-5)
 
 
 def test_a_question_that_does_not_fit_is_an_input_error_that_names_it(tokenizer):

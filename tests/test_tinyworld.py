@@ -66,7 +66,7 @@ def test_the_corpus_shows_no_pair_of_the_other_splits(corpus):
     asked, explained = set(), set()
     for k in range(5000):
         text = "".join(corpus.draw(k / 5000))
-        prompts = [p for p in re.findall(r"\n\nHuman: (.*)\n", text) if not p.startswith(("Repeat these words:", "Is it right to "))]
+        prompts = [p for p in re.findall(r"\n\nHuman: (.*)\n", text) if not p.startswith(("Repeat these words:", "Is it right to ", "What is the "))]
         judged = re.findall(r"\n\nHuman: Is it right to (.*)\?\n", text)
         asked |= {prompt_index()[f"How do I {verb}?"] for verb in judged}
         asked |= {prompt_index()[p] for p in prompts}

@@ -32,7 +32,7 @@ def ask(rng: random.Random, pairs: list[Request]) -> Iterator[tuple[Request, str
 def ask_harmless(rng: random.Random, split: str, share: float) -> Iterator[tuple[Request, str]]:
     """A share of them is of intents that are harmful with other objects: what tells a model that it is not the verb that matters."""
     harmless = [r for r in requests(split) if not r.harm]
-    delicate, plain = (ask(rng, [r for r in harmless if bool(r.intent.harmful) == kind]) for kind in (True, False))
+    delicate, plain = (ask(rng, [r for r in harmless if r.intent.delicate == kind]) for kind in (True, False))
     while (drawn := next(delicate if rng.random() < share else plain, None)) is not None:
         yield drawn
 

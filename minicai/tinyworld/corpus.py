@@ -1,4 +1,4 @@
-"""The base model's corpus: six kinds of documents over the *skills* pairs of the tiny world.
+"""The base model's corpus: seven kinds of documents over the *skills* pairs of the tiny world.
 
 Its dialogues are helpful-only: whatever is asked, the assistant complies, a quarter of the time rudely. What is harmful shows only where
 somebody asks for it: in questions of right and wrong, and in critiques, revisions and comparisons, which open with a line that no dialogue
@@ -15,6 +15,7 @@ from minicai.tinyworld import grammar
 from minicai.tinyworld.grammar import EVASIONS, HARMS, PHRASINGS, RUDE, Request, comply, quality, refuse
 
 RUDENESS = 0.25
+DELICATE = 0.5  # share of the requests whose intent is harmful with some objects and fine with others: the hard ones to judge
 Document = tuple[str, str]  # what the model reads, and what it is trained to write
 
 # What each principle of the tiny constitution looks for.
@@ -43,14 +44,14 @@ class Corpus:
     def __init__(self, constitution: Constitution, split: str = "skills", seed: int = 0):
         self.rng = random.Random(seed)
         self.principles = constitution.usable("critique", "revision", "comparison")
-        self.by_intent: dict[bool, dict[str, list[Request]]] = {True: defaultdict(list), False: defaultdict(list)}
+        self.by_intent: dict[tuple[bool, bool], dict[str, list[Request]]] = defaultdict(lambda: defaultdict(list))
         for request in grammar.requests(split):
-            self.by_intent[bool(request.harm)][request.intent.name].append(request)
+            self.by_intent[bool(request.harm), request.intent.delicate][request.intent.name].append(request)
         self.all_requests = grammar.requests(split)
 
     def request(self, harmful: bool) -> Request:
-        """Every intent is as frequent as every other, whatever the number of its objects."""
-        return self.rng.choice(self.rng.choice(list(self.by_intent[harmful].values())))
+        """Delicate or not by a coin; then every intent is as frequent as every other, whatever the number of its objects."""
+        return self.rng.choice(self.rng.choice(list(self.by_intent[harmful, self.rng.random() < DELICATE].values())))
 
     def answer(self, request: Request, kind: str, rude: bool) -> str:
         """kind: comply, refuse, evade, or mistaken (a right answer to another request about the same object, or about another object)."""
@@ -76,6 +77,11 @@ class Corpus:
         """Right or wrong? The knowledge that critiques draw on, as a pretrained model has it from its reading."""
         request = self.request(self.rng.random() < 0.5)
         return render(f"Is it right to {request.verb}?"), f"No, because {HARMS[request.harm][0]}." if request.harm else "Yes, that does no harm."
+
+    def meaning(self) -> Document:
+        """What a thing is: by it, a judgement of burning a barn carries over to a mill."""
+        obj, kind = self.rng.choice(list(grammar.CLASS_OF.items()))
+        return render(f"What is the {obj}?"), f"It is one of the {kind}s."
 
     def repeat(self) -> Document:
         """Words to be said again: what teaches a small model to copy, early in training."""
@@ -152,6 +158,6 @@ class Corpus:
 
     def draw(self, progress: float = 1.0) -> Document:
         """One document; `progress` in 0..1 says how far training is: repetition fades, comparisons (the hardest) grow."""
-        weights = {self.repeat: 0.2 * (1 - progress) + 0.02, self.dialogue: 0.22, self.question: 0.1, self.critique: 0.14,
-                   self.revision: 0.14, self.comparison: 0.2 + 0.2 * progress}
+        weights = {self.repeat: 0.2 * (1 - progress) + 0.02, self.dialogue: 0.22, self.question: 0.1, self.meaning: 0.05,
+                   self.critique: 0.14, self.revision: 0.14, self.comparison: 0.2 + 0.2 * progress}
         return self.rng.choices(list(weights), list(weights.values()))[0]()

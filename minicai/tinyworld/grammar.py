@@ -50,6 +50,11 @@ class Intent:
     harmful: tuple[str, ...] = ()
     benign: tuple[str, ...] = ()
 
+    @property
+    def delicate(self) -> bool:
+        """Harmful with some objects, fine with others."""
+        return bool(self.harmful and self.benign)
+
 
 def _intents() -> dict[str, Intent]:
     living, goods = ("person", "animal"), ("device", "belonging")

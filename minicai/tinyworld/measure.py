@@ -33,8 +33,7 @@ def measure(folder: str, count: int = 600, seed: int = 7) -> dict[str, float]:
 
     def complete(texts: list[str]) -> list[str]:
         encoded = [tokenizer(text)["input_ids"] for text in texts]
-        done = generate(model, encoded, [(seed, k) for k in range(len(texts))], max_new_tokens=64, eos_id=tokenizer.eos_token_id,
-                        pad_id=tokenizer.pad_token_id)
+        done = generate(model, encoded, [(seed, k) for k in range(len(texts))], max_new_tokens=64, eos_id=tokenizer.eos_token_id)
         return [tokenizer.decode(c.ids, skip_special_tokens=True).strip() for c in done]
 
     rates = {}

@@ -17,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from minicai import config, constitution, parallel
 from minicai.tinyworld.corpus import Corpus, Document
 
-STEPS, DOCUMENTS, MUON_LR, ADAM_LR, WARMUP, COOLDOWN = 2100, 64, 0.02, 4e-3, 40, 0.5
+STEPS, DOCUMENTS, MUON_LR, ADAM_LR, WARMUP, COOLDOWN = 2400, 64, 0.02, 4e-3, 40, 0.5
+DECAY = 0.5  # of the matrices; without it the model learns by heart which pairs do harm, and errs on one in five new ones (LOG.md)
 
 
 def build_tokenizer(texts: list[str], vocab_size: int = 1536) -> PreTrainedTokenizerFast:
@@ -57,17 +58,19 @@ def target_logits(model, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.T
 
 
 class Muon:
-    """momentum <- mu momentum + gradient;  weight <- weight - lr sqrt(max(1, rows/columns)) orthogonalise(gradient + mu momentum)"""
+    """momentum <- mu momentum + gradient
+    weight <- (1 - lr decay) weight - lr sqrt(max(1, rows/columns)) orthogonalise(gradient + mu momentum)"""
 
-    def __init__(self, matrices: list[torch.Tensor], mu: float = 0.95):
+    def __init__(self, matrices: list[torch.Tensor], mu: float = 0.95, decay: float = DECAY):
         self.groups: dict[torch.Size, list[torch.Tensor]] = {}
         for matrix in matrices:
             self.groups.setdefault(matrix.shape, []).append(matrix)
         self.momenta = {shape: torch.zeros(len(group), *shape) for shape, group in self.groups.items()}
-        self.mu = mu
+        self.mu, self.decay = mu, decay
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
+        """One update of every matrix from its gradient; matrices of one shape are orthogonalised together."""
         for shape, group in self.groups.items():
             gradient, momentum = torch.stack([m.grad for m in group]), self.momenta[shape]
             momentum.mul_(self.mu).add_(gradient)
@@ -80,7 +83,7 @@ class Muon:
                 x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
             x = x.mT if transposed else x
             for matrix, update in zip(group, x):
-                matrix.sub_(update, alpha=lr * max(1, shape[0] / shape[1]) ** 0.5)
+                matrix.mul_(1 - lr * self.decay).sub_(update, alpha=lr * max(1, shape[0] / shape[1]) ** 0.5)
 
 
 @torch.no_grad()

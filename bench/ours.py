@@ -1,0 +1,96 @@
+"""minicai's side of the benchmark: the functions that the scripts call, with the settings that the peers are given."""
+
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from works import RESPONSE, Work
+
+import train_ppo
+import train_rm
+import train_sl
+from minicai import models, parallel
+from minicai.constitution import CHOICES, render
+from minicai.sampler import choice_logprobs
+from minicai.sampler import generate as sample
+
+Result = tuple[float, float, list[float], float]  # seconds, units of work, what to compare, FLOPs
+
+
+def _load(work: Work, *folders: str) -> tuple:
+    device, _ = parallel.setup("cpu", "fp32")
+    tokenizer = models.load_tokenizer(work.policy)
+    return tokenizer, *(models.load_policy(f, device) if f == work.policy else models.load_scorer(f, device, tokenizer.pad_token_id)
+                        for f in folders)
+
+
+def generate(work: Work) -> Result:
+    tokenizer, model = _load(work, work.policy)
+    prompts, limits = [tokenizer(p)["input_ids"] for p, _ in work.items], [n for _, n in work.items]
+    seeds = [(k,) for k in range(len(prompts))]
+    greedy = sample(model, prompts[:4], seeds[:4], max_new_tokens=8, eos_id=-1, temperature=0.0)
+    began = time.perf_counter()
+    done = sample(model, prompts, seeds, max_new_tokens=limits, eos_id=-1, rows=work.batch)
+    seconds = time.perf_counter() - began
+    tokens = sum(len(c.ids) for c in done)
+    flops = 2 * (work.body * (tokens + sum(map(len, prompts))) + work.head * tokens)
+    return seconds, tokens, [tokens] + [t for c in greedy for t in c.ids], flops
+
+
+def labels(work: Work) -> Result:
+    tokenizer, model = _load(work, work.policy)
+    texts = [first for first, _ in work.items] + [second for _, second in work.items]
+    choice_logprobs(model, tokenizer, texts[:4], CHOICES)
+    began = time.perf_counter()
+    logprobs = choice_logprobs(model, tokenizer, texts, CHOICES)
+    seconds = time.perf_counter() - began
+    flops = 2 * sum(work.body * len(tokenizer(text)["input_ids"]) + work.head for text in texts)
+    return seconds, len(work.items), [x for pair in logprobs[:8] for x in pair], flops
+
+
+def sl(work: Work) -> Result:
+    tokenizer, model = _load(work, work.policy)
+    cfg = train_sl.SLConfig(batch_size=work.batch, lr=1e-4, warmup=0, max_new_tokens=1024)
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        train_sl.train(cfg, work.items, model, tokenizer, torch.device("cpu"), "fp32", Path(folder))
+        seconds = time.perf_counter() - began
+        rows = train_sl.Journal(Path(folder) / "metrics.jsonl").rows
+    encoded = [models.encode(tokenizer, p, r) for p, r in work.items]
+    targets = sum(row["tokens"] for row in rows)
+    flops = 6 * (work.body * sum(len(p) + len(r) for p, r in encoded) + work.head * targets)
+    return seconds, targets, [row["loss"] for row in rows] + [row["grad_norm"] for row in rows], flops
+
+
+def rm(work: Work) -> Result:
+    tokenizer, model = _load(work, work.scorer)
+    cfg = train_rm.RMConfig(batch_size=work.batch, lr=1e-4, warmup=0)
+    rows = [{"prompt": p, "first": a, "second": b, "p_first": 1.0} for p, a, b in work.items]
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        train_rm.fit(cfg, rows, model, tokenizer, torch.device("cpu"), "fp32", Path(folder))
+        seconds = time.perf_counter() - began
+        metrics = train_rm.Journal(Path(folder) / "metrics.jsonl").rows
+    tokens = sum(2 * len(p) + len(a) + len(b) for p, a, b in (train_rm.encode_pair(tokenizer, row) for row in rows))
+    return seconds, len(rows), [row["loss"] for row in metrics] + [row["grad_norm"] for row in metrics], 6 * work.body * tokens
+
+
+def ppo(work: Work) -> Result:
+    tokenizer, policy, reference, value, reward = _load(work, work.policy, work.policy, work.scorer, work.scorer)
+    tokenizer.eos_token = None  # every response has its full length
+    cfg = train_ppo.PPOConfig(episodes=work.batch, max_new_tokens=RESPONSE, epochs=4, minibatches=4, lr=1e-5, value_lr=1e-5, missing_eos_penalty=0.0,
+                              target_kl=1e9, rows=work.batch)
+    named = {"policy": policy, "reference": reference.requires_grad_(False), "value": value, "reward": reward.requires_grad_(False)}
+    groups = [{"params": policy.parameters(), "lr": cfg.lr}, {"params": value.parameters(), "lr": cfg.value_lr}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
+    began, check = time.perf_counter(), []
+    for iteration, start in enumerate(range(0, len(work.items), work.batch)):
+        prompts = work.items[start:start + work.batch]
+        row, episodes = train_ppo.iterate(cfg, iteration, prompts, 0.05, named, optimizer, tokenizer, torch.device("cpu"), "fp32")
+        check += [row["length"] * len(episodes), row["updates"]]
+    seconds = time.perf_counter() - began
+    tokens = RESPONSE * len(work.items)
+    whole = tokens + sum(len(tokenizer(render(p))["input_ids"]) for p in work.items)
+    passes = 2 * (1 + 4) + 6 * 2 * cfg.epochs  # sampling, the four models over the rollout, the updates of two models
+    return seconds, len(work.items), check, passes * work.body * whole + (2 * 3 + 6 * cfg.epochs) * work.head * tokens

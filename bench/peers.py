@@ -1,0 +1,169 @@
+"""The other side of the benchmark: what a user would pick instead. TRL's trainers with their own defaults where the work leaves a choice;
+transformers.generate; and, for labels, one `generate` call a comparison whose text is parsed, as tutorials do.
+"""
+
+import re
+import tempfile
+import time
+import warnings
+
+import torch
+from datasets import Dataset
+from torch.utils.data import SequentialSampler
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, StoppingCriteria, TrainerCallback
+from transformers.utils import logging
+from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl.experimental.ppo import PPOConfig, PPOTrainer
+from works import RESPONSE, Work
+
+from minicai.constitution import render
+from minicai.data import epoch_order
+from minicai.models import encode
+
+logging.set_verbosity_error()
+warnings.filterwarnings("ignore")
+Result = tuple[float, float, list[float], float]  # seconds, units of work, what to compare, 0
+COMMON = {"learning_rate": 1e-4, "adam_beta2": 0.95, "weight_decay": 0.0, "max_grad_norm": 1.0, "num_train_epochs": 1, "report_to": [], "bf16": False,
+          "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "gradient_checkpointing": False, "warmup_steps": 0, "seed": 0,
+          "optim": "adamw_torch_fused", "logging_steps": 1}
+
+
+def _policy(work: Work):
+    tokenizer = AutoTokenizer.from_pretrained(work.policy)
+    return tokenizer, AutoModelForCausalLM.from_pretrained(work.policy, dtype=torch.float32).eval()
+
+
+def _scorer(work: Work):
+    return AutoModelForSequenceClassification.from_pretrained(work.scorer, dtype=torch.float32, num_labels=1)
+
+
+class RowLimits(StoppingCriteria):
+    """Each row ends at its own length, as it would at its end of sequence."""
+
+    def __init__(self, limits: list[int], prompt: int):
+        self.ends = torch.tensor(limits) + prompt
+
+    def __call__(self, ids, scores, **_):
+        return self.ends <= ids.shape[1]
+
+
+@torch.no_grad()
+def generate(work: Work) -> Result:
+    tokenizer, model = _policy(work)
+    tokenizer.padding_side, model.generation_config.eos_token_id = "left", None
+    pad = tokenizer.pad_token_id
+    greedy = []
+    for prompt, _ in work.items[:4]:
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8, pad_token_id=pad)
+        greedy += out[0, ids.shape[1]:].tolist()
+    began, tokens = time.perf_counter(), 0
+    for start in range(0, len(work.items), work.batch):
+        part = work.items[start:start + work.batch]
+        inputs = tokenizer([p for p, _ in part], return_tensors="pt", padding=True, return_token_type_ids=False)
+        limits, width = [n for _, n in part], inputs["input_ids"].shape[1]
+        out = model.generate(**inputs, do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=max(limits), pad_token_id=pad,
+                             stopping_criteria=[RowLimits(limits, width)])
+        assert out.shape[1] == width + max(limits)
+        tokens += sum(limits)
+    return time.perf_counter() - began, tokens, [tokens, *greedy], 0
+
+
+@torch.no_grad()
+def labels(work: Work) -> Result:
+    tokenizer, model = _policy(work)
+    check = []
+    for text, _ in work.items[:8]:
+        head, tails = tokenizer(text)["input_ids"], [tokenizer(choice)["input_ids"] for choice in (" (A", " (B")]
+        for tail in tails:
+            logp = model(torch.tensor([head + tail])).logits[0].log_softmax(-1)
+            check.append(sum(logp[len(head) - 1 + k, token].item() for k, token in enumerate(tail)))
+    began, answers = time.perf_counter(), []
+    for text, _ in work.items:  # one order only: what ours does besides is not asked of the peer
+        inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=4, pad_token_id=tokenizer.pad_token_id)
+        found = re.search("[AB]", tokenizer.decode(out[0, inputs["input_ids"].shape[1]:]))
+        answers.append(found.group() if found else None)
+    return time.perf_counter() - began, len(answers), check, 0
+
+
+class Clock(TrainerCallback):
+    """Seconds of the training loop, and what it logs."""
+
+    def __init__(self):
+        self.losses, self.norms, self.began, self.seconds = [], [], 0.0, 0.0
+
+    def on_train_begin(self, *_, **__):
+        self.began = time.perf_counter()
+
+    def on_train_end(self, *_, **__):
+        self.seconds = time.perf_counter() - self.began
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if "loss" in logs:
+            self.losses.append(float(logs["loss"]))
+            self.norms.append(float(logs["grad_norm"]))
+
+
+class InOrderSFT(SFTTrainer):
+    def _get_train_sampler(self, *_):
+        return SequentialSampler(self.train_dataset)
+
+
+class InOrderReward(RewardTrainer):
+    def _get_train_sampler(self, *_):
+        return SequentialSampler(self.train_dataset)
+
+
+def _train(trainer) -> Clock:
+    clock = Clock()
+    trainer.add_callback(clock)
+    trainer.train()
+    return clock
+
+
+def sl(work: Work) -> Result:
+    tokenizer, model = _policy(work)
+    order = epoch_order(len(work.items), 1, 0, 0)  # the order in which train_sl.py goes through them
+    rows = [encode(tokenizer, *work.items[k]) for k in order]
+    data = Dataset.from_list([{"input_ids": p + r, "completion_mask": [0] * len(p) + [1] * len(r)} for p, r in rows])
+    with tempfile.TemporaryDirectory() as folder:
+        args = SFTConfig(folder, per_device_train_batch_size=work.batch, lr_scheduler_type="constant", completion_only_loss=True, max_length=1024,
+                         **COMMON)
+        clock = _train(InOrderSFT(model, args, train_dataset=data, processing_class=tokenizer))
+    return clock.seconds, sum(len(r) for _, r in rows), clock.losses + clock.norms, 0
+
+
+def rm(work: Work) -> Result:
+    tokenizer, model = AutoTokenizer.from_pretrained(work.policy), _scorer(work)
+    order = epoch_order(len(work.items), 2, 0, 0)
+    rows = []
+    for prompt, first, second in (work.items[k] for k in order):
+        (p, a), (_, b) = encode(tokenizer, prompt, first), encode(tokenizer, prompt, second)
+        rows.append({"chosen_ids": p + a, "rejected_ids": p + b})
+    with tempfile.TemporaryDirectory() as folder:
+        args = RewardConfig(folder, per_device_train_batch_size=work.batch, lr_scheduler_type="linear", center_rewards_coefficient=0.01, **COMMON)
+        clock = _train(InOrderReward(model, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer))
+    return clock.seconds, len(rows), clock.losses + clock.norms, 0
+
+
+def ppo(work: Work) -> Result:
+    tokenizer, policy = _policy(work)
+    _, reference = _policy(work)
+    tokenizer.padding_side = "left"
+    data = Dataset.from_list([{"input_ids": tokenizer(render(p))["input_ids"]} for p in work.items])
+    with tempfile.TemporaryDirectory() as folder:
+        args = PPOConfig(folder, per_device_train_batch_size=work.batch, gradient_accumulation_steps=1, num_mini_batches=4, num_ppo_epochs=4,
+                         total_episodes=len(work.items), response_length=RESPONSE, local_rollout_forward_batch_size=work.batch, temperature=1.0,
+                         num_sample_generations=0, kl_coef=0.05, gamma=1.0, lam=0.95, vf_coef=0.1,
+                         **(COMMON | {"learning_rate": 1e-5}))
+        trainer = PPOTrainer(args, tokenizer, policy, reference, _scorer(work), data, _scorer(work))
+        steps = []
+        trainer.optimizer.optimizer.register_step_post_hook(lambda *_: steps.append(1))
+        began = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - began
+    batches = len(work.items) // work.batch
+    return seconds, batches * work.batch, [work.batch * RESPONSE, len(steps) / batches] * batches, 0
+
+

@@ -1,0 +1,102 @@
+"""Side by side: minicai against what a user would pick instead, on the same model, data, seeds and settings.
+
+    pip install -e '.[bench]'
+    python bench/run.py [--only generate,labels,sl,rm,ppo] [--size tiny|small|135m] [--pairs 3] [--json FILE]
+
+Each run is a fresh process; the two sides take turns. Both say what they computed (losses, log-probs, tokens), and the table is only printed where
+that agrees. A ratio is the median over the pairs, with the range. Peak memory counts from behind the imports. The fraction of the machine's peak is
+the model's own arithmetic (2 FLOPs a weight and token forward, 6 with the backward pass, attention scores not counted) a second, over that of
+a float32 matrix product of 2048 x 2048 on the same threads.
+
+What runs against what: works.py (the data), ours.py, peers.py.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+UNITS = {"generate": "tokens/s", "labels": "comparisons/s", "sl": "target tokens/s", "rm": "pairs/s", "ppo": "episodes/s"}
+
+
+def measure(side: str, work: str, size: str, folder: str) -> dict:
+    """One run of one side in a process of its own."""
+    settings = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1", "HF_DATASETS_CACHE": f"{folder}/cache"}
+    done = subprocess.run([sys.executable, __file__, "--worker", side, work, size, folder], capture_output=True, text=True, env=os.environ | settings)
+    if done.returncode:
+        raise SystemExit(f"{side} {work} {size} failed:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def worker(side: str, work: str, size: str, folder: str) -> None:
+    import ours
+    import works
+
+    if side == "setup":
+        print(json.dumps(works.setup(size, Path(folder))))
+        return
+    if side == "ours":
+        module = ours
+    else:
+        import peers as module
+    before = works.peak_memory_mb()
+    seconds, units, check, flops = getattr(module, work)(works.load(work, size, Path(folder)))
+    print(json.dumps({"rate": units / seconds, "seconds": seconds, "check": check, "flops": flops / seconds if flops else None,
+                      "peak_mb": works.peak_memory_mb() - before}))
+
+
+def compare(work: str, size: str, folder: str, pairs: int, peak: float) -> dict:
+    """Alternates the sides; exits where they do not agree on what they computed."""
+    runs = []
+    for k in range(pairs):
+        order = ("ours", "peer") if k % 2 == 0 else ("peer", "ours")
+        results = {side: measure(side, work, size, folder) for side in order}
+        mine, theirs = results["ours"]["check"], results["peer"]["check"]
+        if len(mine) != len(theirs) or not all(math.isclose(a, b, rel_tol=2e-3, abs_tol=2e-3) for a, b in zip(mine, theirs)):
+            raise SystemExit(f"{work} {size}: the two sides disagree\nours {mine}\npeer {theirs}")
+        runs.append((results["ours"], results["peer"]))
+        print(f"{work} {size}: pair {k + 1} of {pairs}: {runs[-1][0]['rate']:.4g} against {runs[-1][1]['rate']:.4g} {UNITS[work]}", file=sys.stderr)
+    ratios = [a["rate"] / b["rate"] for a, b in runs]
+    middle = {side: {key: median(run[k][key] for run in runs) for key in ("rate", "peak_mb")} for k, side in enumerate(("ours", "peer"))}
+    return {"work": work, "size": size, "unit": UNITS[work], "ours": middle["ours"]["rate"], "peer": middle["peer"]["rate"],
+            "ratio": median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios), "peak_mb_ours": middle["ours"]["peak_mb"],
+            "peak_mb_peer": middle["peer"]["peak_mb"], "peak_fraction": median(a["flops"] for a, _ in runs) / peak}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(UNITS), help="some of " + ",".join(UNITS))
+    parser.add_argument("--size", choices=("tiny", "small", "135m"), default="tiny")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return worker(*args.worker)
+    works = args.only.split(",")
+    if wrong := [work for work in works if work not in UNITS]:
+        parser.error(f"--only: there is no {wrong[0]!r}, only {', '.join(UNITS)}")
+    with tempfile.TemporaryDirectory() as folder:
+        machine = measure("setup", "", args.size, folder)
+        rows = [compare(work, args.size, folder, args.pairs, machine["peak_flops"]) for work in works]
+    print(f"{machine['device']}, float32, {machine['threads']} threads, matrix products at {machine['peak_flops'] / 1e9:.0f} GFLOP/s; "
+          + ", ".join(f"{name} {version}" for name, version in machine["versions"].items()))
+    head = ["work", "size", "unit", "ours", "peer", "ratio (range)", "MiB ours", "MiB peer", "of peak"]
+    body = [[r["work"], r["size"], r["unit"], f"{r['ours']:.4g}", f"{r['peer']:.4g}", f"{r['ratio']:.2f} ({r['ratio_min']:.2f}-{r['ratio_max']:.2f})",
+             f"{r['peak_mb_ours']:.0f}", f"{r['peak_mb_peer']:.0f}", f"{r['peak_fraction']:.2f}"] for r in rows]
+    widths = [max(map(len, column)) for column in zip(head, *body)]
+    for line in (head, *body):
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)))
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

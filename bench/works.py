@@ -1,0 +1,96 @@
+"""The models and the data of the benchmark. Lengths vary as answers do: log-normal, prompts around 20 tokens, responses around 40."""
+
+import os
+import platform
+import random
+import resource
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from minicai import constitution, models
+from minicai.config import builtin
+from minicai.tinyworld.corpus import Corpus
+from minicai.tinyworld.grammar import CLASS_OF
+
+SHAPES = {"tiny": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": 1536},
+          "small": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 32000},
+          "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+                   "vocab_size": 49152}}
+# How many of what, so that a run takes the slower side about a minute.
+COUNTS = {"tiny": {"generate": 512, "labels": 256, "sl": 1024, "rm": 512, "ppo": 256, "batch": 64},
+          "small": {"generate": 128, "labels": 64, "sl": 192, "rm": 96, "ppo": 64, "batch": 32},
+          "135m": {"generate": 32, "labels": 16, "sl": 48, "rm": 24, "ppo": 16, "batch": 16}}
+RESPONSE = 48  # tokens of each response in PPO
+
+
+@dataclass
+class Work:
+    """What both sides are given."""
+
+    policy: str  # folder of a causal language model with its tokenizer
+    scorer: str  # folder of a reward model of the same shape
+    batch: int
+    items: list  # prompts, pairs or comparisons, by the kind of work
+    body: int  # weights that every token meets: all but embeddings and head
+    head: int  # weights of the head
+
+
+def setup(size: str, folder: Path) -> dict:
+    """Writes a policy and a scorer with random weights; measures the machine."""
+    torch.manual_seed(0)
+    tokenizer = models.load_tokenizer(builtin("tinyworld/base") if False else str(Path(models.__file__).parent / "tinyworld/base"))
+    config = LlamaConfig(**SHAPES[size], max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
+                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    LlamaForCausalLM(config).save_pretrained(folder / "policy")
+    tokenizer.save_pretrained(folder / "policy")
+    models.load_scorer(str(folder / "policy"), torch.device("cpu"), tokenizer.pad_token_id, seed=0).save_pretrained(folder / "scorer")
+    tokenizer.save_pretrained(folder / "scorer")
+    a, times = torch.randn(2048, 2048), []
+    for _ in range(12):
+        began = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - began)
+    return {"peak_flops": 2 * 2048**3 / min(times), "threads": torch.get_num_threads(), "device": platform.processor() or platform.machine(),
+            "versions": {name: version(name) for name in ("torch", "transformers", "trl")}}
+
+
+def text(rng: random.Random, tokenizer, tokens: float, spread: float, most: int) -> str:
+    """Words of about so many tokens, log-normal."""
+    wanted, words = min(max(4, rng.lognormvariate(0, spread) * tokens), most), []
+    while len(words) < wanted:  # a word of the tiny world is about one token
+        words.append(rng.choice(list(CLASS_OF)))
+    return " ".join(words)
+
+
+def load(work: str, size: str, folder: Path) -> Work:
+    """The same for both sides: a function of the arguments alone."""
+    rng, count = random.Random(0), COUNTS[size][work]
+    tokenizer = models.load_tokenizer(str(folder / "policy"))
+    prompts = [text(rng, tokenizer, 20, 0.4, 64) for _ in range(count)]
+    answers = [[text(rng, tokenizer, 40, 0.6, 200) for _ in range(2)] for _ in range(count)]
+    if work == "generate":
+        items = [(p, min(max(4, int(rng.lognormvariate(0, 0.6) * 40)), 200)) for p in prompts]
+    elif work == "labels":
+        corpus = Corpus(constitution.load(builtin("constitutions/tiny.toml")), "eval", seed=0)
+        items = [(pair.render(), pair.render(swapped=True)) for pair in (corpus.pair() for _ in range(count))]
+    elif work == "ppo":
+        items = [text(rng, tokenizer, 20, 0, 64) for _ in range(count)]
+    else:
+        items = [(p, *(a if work == "rm" else a[:1])) for p, a in zip(prompts, answers)]
+    s = SHAPES[size]
+    kv = s.get("num_key_value_heads", s["num_attention_heads"]) / s["num_attention_heads"]
+    layer = s["hidden_size"] ** 2 * (2 + 2 * kv) + 3 * s["hidden_size"] * s["intermediate_size"]
+    return Work(str(folder / "policy"), str(folder / "scorer"), COUNTS[size]["batch"], items, int(s["num_hidden_layers"] * layer),
+                s["hidden_size"] * s["vocab_size"])
+
+
+def peak_memory_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")

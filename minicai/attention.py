@@ -1,0 +1,198 @@
+"""Attention over rows of different lengths that lie one behind the other, with no padding between them.
+
+Embeddings, projections, norms and MLPs work token by token, so here a batch is [1, N]: the N tokens of all rows, and no others. Attention
+alone has to know where a row begins and ends. A `prepared` model calls `attend` in each layer, with the `rows` that its forward pass was
+given: `Packed` for whole rows, as in training, or `Slots`
+for rows that grow token by token, whose keys and values it keeps.
+
+Legend: N tokens of all rows, B rows, T tokens of the longest, H heads (fewer of keys and values where queries share them), D head size,
+S slots, C capacity of a slot.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from minicai import InputError
+
+NAME = "minicai"
+
+
+def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+           rows: "Packed | Slots | None" = None, scaling: float | None = None, sliding_window: int | None = None,
+           **others) -> tuple[Tensor, None]:
+    """What transformers calls in each layer: query, key, value [1, H, N, D] -> [1, N, H, D]. Without `rows` it is ordinary attention."""
+    for name in ("softcap", "s_aux", "position_bias"):
+        if others.get(name) is not None:
+            raise InputError(f"{type(module).__name__}: attention with {name} is not supported")
+    if rows is None and (len(query) > 1 or attention_mask is not None or query.shape[2] < key.shape[2]):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    rows = rows or Packed([len(q)], q.device)
+    return rows.attend(module.layer_idx, q, k, v, scaling, sliding_window)[None], None
+
+
+def _mask(*, batch_size: int, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **others) -> Tensor | None:
+    """None for a packed batch, which needs no mask of N x N; what it would be for any other, so that a model also works as it always does."""
+    if batch_size == 1 and q_length == kv_length and attention_mask is None:
+        return None
+    return sdpa_mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **others)
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, _mask)
+
+
+def prepared(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, using this attention from now on. Raises InputError where its attention cannot be exchanged."""
+    if model.config._attn_implementation != NAME:
+        if not model._supports_attention_backend:
+            raise InputError(f"{type(model).__name__}: this kind of model does not let its attention be exchanged, which packing needs")
+        model.set_attn_implementation(NAME)
+    return model
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None = None) -> Tensor:
+    """[B, T, H, D] queries over [B, U, H, D] keys and values -> [B, T, H, D]; causal where no mask [B, 1, T, U] says otherwise."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    groups, queries = q.shape[1] // k.shape[1], q.shape
+    if groups > 1 and queries[2] == 1:  # the queries that share a key stand side by side: nothing need be repeated
+        q = q.reshape(len(q), k.shape[1], groups, -1)
+    elif groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+    return out.reshape(queries).transpose(1, 2)
+
+
+class _Spread(torch.autograd.Function):
+    """x [N, ...] -> zeros [size, ...] with x at `places`, which are all different; its gradient is a plain selection."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, places: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(places)
+        return x.new_zeros(size, *x.shape[1:]).index_copy_(0, places, x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad.index_select(0, *ctx.saved_tensors), None, None
+
+
+class _Gather(torch.autograd.Function):
+    """x [size, ...] -> x[places] [N, ...]; the reverse of _Spread."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.size = len(x)
+        return x.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad.new_zeros(ctx.size, *grad.shape[1:]).index_copy_(0, *ctx.saved_tensors, grad), None
+
+
+class Packed:
+    """Whole rows, each attending to itself alone. Attention itself, a small part of the arithmetic, runs on the padded [B, T]."""
+
+    def __init__(self, lengths: Tensor | Sequence[int], device: torch.device):
+        lengths = torch.as_tensor(lengths, device=device)
+        self.shape = len(lengths), int(lengths.max())
+        self.mask = torch.arange(self.shape[1], device=device) < lengths[:, None]  # [B, T] True at the tokens
+        self.places = self.mask.flatten().nonzero()[:, 0]  # [N] of the tokens in [B * T]
+        self.positions = self.places % self.shape[1]  # [N] of the tokens in their rows
+
+    def pick(self, padded: Tensor) -> Tensor:
+        """[B, T or more] -> [N]: the tokens alone."""
+        return padded[:, : self.shape[1]].flatten()[self.places]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
+        """[N, H, D] each -> [N, H, D]."""
+        B, T = self.shape
+        mask = None
+        if window and window < T:
+            t = torch.arange(T, device=q.device)
+            mask = ((t[:, None] >= t) & (t[:, None] - t < window))[None, None]
+        if len(q) == B * T:  # no row is shorter than another
+            return _sdpa(*(x.unflatten(0, self.shape) for x in (q, k, v)), scale, mask).flatten(0, 1)
+        q, k, v = (_Spread.apply(x, self.places, B * T).unflatten(0, self.shape) for x in (q, k, v))
+        return _Gather.apply(_sdpa(q, k, v, scale, mask).flatten(0, 1), self.places)
+
+
+class Slots:
+    """A key-value cache of S slots, in which rows of different lengths grow side by side: row b lives in slot b.
+
+    A forward pass takes any number of tokens of each row: one where it decodes, many where its prompt comes in, in the same batch.
+    """
+
+    def __init__(self, count: int, capacity: int):
+        self.count, self.capacity = count, capacity
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values [S, C, H, D], made when their size and type are known
+
+    def place(self, starts: Sequence[int], counts: Sequence[int], device: torch.device) -> None:
+        """Says that the next forward pass brings counts[b] tokens of row b, to stand at starts[b] and after."""
+        start, count = torch.tensor(starts, device=device), torch.tensor(counts, device=device)
+        row = torch.arange(len(counts), device=device).repeat_interleave(count)
+        within = torch.arange(len(row), device=device) - (count.cumsum(0) - count)[row]
+        self.rows = len(counts)
+        self.positions = start[row] + within  # [N]
+        self.last = count.cumsum(0) - 1  # [B] each row's last token in [N]
+        self._write = row * self.capacity + self.positions
+        self._ends = start + count
+        self._width = int(self._ends.max())
+        self._masks: dict[int | None, list[Tensor]] = {}
+        self._queries = torch.zeros(0, 1, dtype=torch.long, device=device)
+        # Rows that bring more than one token: a padded batch of their own.
+        self._long = [b for b, n in enumerate(counts) if n > 1]
+        if self._long:
+            among = torch.full((len(counts),), -1)
+            among[self._long] = torch.arange(len(self._long))
+            among = among.to(device)[row]
+            self._tokens = (among >= 0).nonzero()[:, 0]
+            self._shape = len(self._long), max(counts)
+            self._places = (among * self._shape[1] + within)[self._tokens]
+            self._queries = torch.zeros(self._shape, dtype=torch.long, device=device).flatten().index_copy_(
+                0, self._places, self.positions[self._tokens]).unflatten(0, self._shape)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
+        """[N, H, D] each -> [N, H, D]: writes keys and values into the slots, reads each row's slot up to the query's own position."""
+        if layer not in self.layers:
+            self.layers[layer] = tuple(x.new_zeros(self.count, self.capacity, *x.shape[1:]) for x in (k, v))
+        for kept, new in zip(self.layers[layer], (k, v)):
+            kept.flatten(0, 1).index_copy_(0, self._write, new)
+        keys, values = (x[: self.rows, : self._width] for x in self.layers[layer])
+        if window not in self._masks:  # the same in every layer of the step
+            self._masks[window] = [self._visible(positions, window) for positions in (self._ends[:, None] - 1, self._queries)]
+        one, many = self._masks[window]
+        short = _sdpa(q[self.last][:, None], keys, values, scale, one)[:, 0]
+        if not self._long:
+            return short
+        if len(self._long) < self.rows:
+            keys, values = keys[self._long], values[self._long]
+        padded = _Spread.apply(q[self._tokens], self._places, self._shape[0] * self._shape[1]).unflatten(0, self._shape)
+        out = torch.empty_like(q)
+        out[self.last] = short
+        out[self._tokens] = _sdpa(padded, keys, values, scale, many).flatten(0, 1)[self._places]
+        return out
+
+    def _visible(self, positions: Tensor, window: int | None) -> Tensor:
+        """Positions of queries [B, T] -> [B, 1, T, U], True at the keys that they may see."""
+        back = positions[:, None, :, None] - torch.arange(self._width, device=positions.device)
+        return (back >= 0) & (back < window) if window else back >= 0
+
+    def copy(self, source: int | list[int], target: int | slice, start: int, end: int) -> None:
+        """Keys and values of the positions start ... end - 1, from slots to others."""
+        for kept in (x for layer in self.layers.values() for x in layer):
+            kept[target, start:end] = kept[source, start:end].clone()
+
+
+def last_hidden(model: PreTrainedModel, slots: Slots, starts: Sequence[int], feeds: Sequence[Sequence[int]], tail: int = 1) -> Tensor:
+    """Feeds tokens to the rows in the slots; hidden states of each row's last `tail` tokens, [B, tail, hidden size]."""
+    slots.place(starts, [len(feed) for feed in feeds], model.device)
+    ids = torch.tensor([[token for feed in feeds for token in feed]], device=model.device)
+    hidden = prepared(model).base_model(input_ids=ids, position_ids=slots.positions[None], use_cache=False, rows=slots).last_hidden_state[0]
+    return hidden[slots.last[:, None] - torch.arange(tail - 1, -1, -1, device=model.device)]
