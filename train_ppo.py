@@ -48,7 +48,7 @@ class PPOConfig(config.Run):
     lam: float = 0.95  # GAE lambda
     epochs: int = 4  # passes over a rollout
     minibatches: int = 4  # updates a pass
-    micro_tokens: int = 8192  # tokens a forward pass; memory, not results
+    micro_tokens: int = 4096  # tokens a forward pass; memory, not results
     gradient_checkpointing: bool = False  # compute the layers again in the backward pass: less memory, a third more arithmetic
     clip_range: float = 0.2  # of the ratio (HH)
     value_clip_range: float = 0.2  # of the value's change

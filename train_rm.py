@@ -49,7 +49,7 @@ class RMConfig(config.Run):
     heldout: float = 0.1  # share of the prompts whose pairs are kept from training
     epochs: int = 1
     batch_size: int = 64  # pairs a step
-    micro_tokens: int = 8192  # tokens a forward pass; memory, not results
+    micro_tokens: int = 4096  # tokens a forward pass; memory, not results
     gradient_checkpointing: bool = False  # compute the layers again in the backward pass: less memory, a third more arithmetic
     lr: float = 1e-5  # falls linearly to 0
     warmup: int = 10  # steps
@@ -209,7 +209,7 @@ def fit(cfg: RMConfig, rows: list[dict], model, tokenizer, device, precision: st
 
 
 @torch.no_grad()
-def score_pairs(rows: list[dict], model, tokenizer, device, precision: str, micro_tokens: int = 8192) -> list[list[float]]:
+def score_pairs(rows: list[dict], model, tokenizer, device, precision: str, micro_tokens: int = 4096) -> list[list[float]]:
     """Scores of the first and of the second responses of the rows, in their order."""
     encoded, scores = [encode_pair(tokenizer, row) for row in rows], torch.zeros(2, len(rows), device=device)
     for part in _pair_batches(encoded, micro_tokens):

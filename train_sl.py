@@ -43,7 +43,7 @@ class SLConfig(config.Run):
     rows: int = 256  # sequences decoded side by side; memory, not results
     epochs: int = 1  # (3.2)
     batch_size: int = 64  # sequences a step (paper: 1024)
-    micro_tokens: int = 8192  # tokens a forward pass; memory, not results
+    micro_tokens: int = 4096  # tokens a forward pass; memory, not results
     gradient_checkpointing: bool = False  # compute the layers again in the backward pass: less memory, a third more arithmetic
     lr: float = 1e-5  # (3.2: half the pretraining rate)
     schedule: str = config.choice_field("constant", "constant", "linear")  # after the warmup: constant (3.2), or falling to 0

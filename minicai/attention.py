@@ -97,30 +97,54 @@ class _Gather(torch.autograd.Function):
 
 
 class Packed:
-    """Whole rows, each attending to itself alone. Attention itself, a small part of the arithmetic, runs on the padded [B, T]."""
+    """Whole rows, each attending to itself alone; the shorter rows stand first. Attention itself, a small part of the arithmetic, runs on
+    padded batches of rows of about the same length."""
 
     def __init__(self, lengths: Tensor | Sequence[int], device: torch.device):
         lengths = torch.as_tensor(lengths, device=device)
         self.shape = len(lengths), int(lengths.max())
-        self.mask = torch.arange(self.shape[1], device=device) < lengths[:, None]  # [B, T] True at the tokens
-        self.places = self.mask.flatten().nonzero()[:, 0]  # [N] of the tokens in [B * T]
+        order = lengths.argsort(stable=True)
+        sizes = lengths[order].tolist()
+        column = torch.arange(self.shape[1], device=device)
+        self.places = (order[:, None] * self.shape[1] + column)[column < lengths[order, None]]  # [N] of the tokens in [B * T]
         self.positions = self.places % self.shape[1]  # [N] of the tokens in their rows
+        self.last = torch.empty_like(order).index_copy_(0, order, lengths[order].cumsum(0) - 1)  # [B] of each row's last token in [N]
+        self._groups: list[tuple[tuple[int, int], Tensor]] = []  # the shape of a padded batch, and the places of its tokens in it
+        first = 0
+        for row in range(1, len(sizes) + 1):
+            if row == len(sizes) or sizes[row] > 1.25 * sizes[first] + 8:
+                shape = row - first, sizes[row - 1]
+                inside = torch.arange(shape[1], device=device) < lengths[order[first:row], None]
+                self._groups.append((shape, inside.flatten().nonzero()[:, 0]))
+                first = row
 
     def pick(self, padded: Tensor) -> Tensor:
         """[B, T or more] -> [N]: the tokens alone."""
         return padded[:, : self.shape[1]].flatten()[self.places]
 
+    def put(self, values: Tensor, chosen: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Values of the chosen of the N tokens, back to their places in [B, T or more], zero elsewhere."""
+        places = self.places[chosen]
+        at = places // self.shape[1] * shape[1] + places % self.shape[1]
+        return values.new_zeros(shape).flatten().index_put((at,), values).unflatten(0, shape)
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
         """[N, H, D] each -> [N, H, D]."""
-        B, T = self.shape
-        mask = None
-        if window and window < T:
-            t = torch.arange(T, device=q.device)
-            mask = ((t[:, None] >= t) & (t[:, None] - t < window))[None, None]
-        if len(q) == B * T:  # no row is shorter than another
-            return _sdpa(*(x.unflatten(0, self.shape) for x in (q, k, v)), scale, mask).flatten(0, 1)
-        q, k, v = (_Spread.apply(x, self.places, B * T).unflatten(0, self.shape) for x in (q, k, v))
-        return _Gather.apply(_sdpa(q, k, v, scale, mask).flatten(0, 1), self.places)
+        sizes = [len(places) for _, places in self._groups]
+        parts = zip(self._groups, *(x.split(sizes) for x in (q, k, v)))
+        return torch.cat([_whole_rows(*group, x, scale, window) for group, *x in parts])
+
+
+def _whole_rows(shape: tuple[int, int], places: Tensor, qkv: list[Tensor], scale: float | None, window: int | None) -> Tensor:
+    """Causal attention of rows of about one length, packed: q, k, v [n, H, D] -> [n, H, D]; `places` [n] in the padded [B * T]."""
+    B, T = shape
+    mask = None
+    if window and window < T:
+        t = torch.arange(T, device=places.device)
+        mask = ((t[:, None] >= t) & (t[:, None] - t < window))[None, None]
+    if len(places) == B * T:  # no row is shorter than another
+        return _sdpa(*(x.unflatten(0, shape) for x in qkv), scale, mask).flatten(0, 1)
+    return _Gather.apply(_sdpa(*(_Spread.apply(x, places, B * T).unflatten(0, shape) for x in qkv), scale, mask).flatten(0, 1), places)
 
 
 class Slots:
@@ -143,8 +167,7 @@ class Slots:
         self.last = count.cumsum(0) - 1  # [B] each row's last token in [N]
         self._write = row * self.capacity + self.positions
         self._ends = start + count
-        self._width = int(self._ends.max())
-        self._masks: dict[int | None, list[Tensor]] = {}
+        self._masks: dict[int | None, tuple[Tensor, Tensor]] = {}
         self._queries = torch.zeros(0, 1, dtype=torch.long, device=device)
         # Rows that bring more than one token: a padded batch of their own.
         self._long = [b for b, n in enumerate(counts) if n > 1]
@@ -164,15 +187,14 @@ class Slots:
             self.layers[layer] = tuple(x.new_zeros(self.count, self.capacity, *x.shape[1:]) for x in (k, v))
         for kept, new in zip(self.layers[layer], (k, v)):
             kept.flatten(0, 1).index_copy_(0, self._write, new)
-        keys, values = (x[: self.rows, : self._width] for x in self.layers[layer])
         if window not in self._masks:  # the same in every layer of the step
-            self._masks[window] = [self._visible(positions, window) for positions in (self._ends[:, None] - 1, self._queries)]
+            self._masks[window] = self._visible(self._ends[:, None] - 1, window), self._visible(self._queries, window)
         one, many = self._masks[window]
+        keys, values = (x[: self.rows, : one.shape[-1]] for x in self.layers[layer])
         short = _sdpa(q[self.last][:, None], keys, values, scale, one)[:, 0]
         if not self._long:
             return short
-        if len(self._long) < self.rows:
-            keys, values = keys[self._long], values[self._long]
+        keys, values = (x[self._long if len(self._long) < self.rows else slice(self.rows), : many.shape[-1]] for x in self.layers[layer])
         padded = _Spread.apply(q[self._tokens], self._places, self._shape[0] * self._shape[1]).unflatten(0, self._shape)
         out = torch.empty_like(q)
         out[self.last] = short
@@ -180,8 +202,10 @@ class Slots:
         return out
 
     def _visible(self, positions: Tensor, window: int | None) -> Tensor:
-        """Positions of queries [B, T] -> [B, 1, T, U], True at the keys that they may see."""
-        back = positions[:, None, :, None] - torch.arange(self._width, device=positions.device)
+        """Positions of queries [B, T] -> [B, 1, T, U], True at the keys that they may see; U is as far as any of them sees."""
+        if not positions.numel():
+            return positions
+        back = positions[:, None, :, None] - torch.arange(int(positions.max()) + 1, device=positions.device)
         return (back >= 0) & (back < window) if window else back >= 0
 
     def copy(self, source: int | list[int], target: int | slice, start: int, end: int) -> None:

@@ -110,35 +110,28 @@ def response_logprobs(model: PreTrainedModel, ids: Tensor, lengths: Tensor, mask
     so that memory does not grow with tokens times vocabulary.
     """
     hidden_ND, rows = hidden_states(model, ids, lengths)
-    hidden_ND, targets_N = _states_before(hidden_ND, rows, mask), ids[mask]
+    chosen = rows.pick(mask).nonzero()[:, 0]
+    hidden_ND, targets_N = hidden_ND[chosen - 1], rows.pick(ids)[chosen]
     head = model.get_output_embeddings()
 
     def chunk(hidden: Tensor, targets: Tensor) -> Tensor:
-        return -F.cross_entropy(apply_head(head, hidden) / temperature, targets, reduction="none")
+        logits = apply_head(head, hidden)
+        return -F.cross_entropy(logits if temperature == 1 else logits / temperature, targets, reduction="none")
 
     again = torch.is_grad_enabled() and len(targets_N) > CHUNK
     parts = [checkpoint(chunk, h, t, use_reentrant=False) if again else chunk(h, t)
              for h, t in zip(hidden_ND.split(CHUNK), targets_N.split(CHUNK))]
-    return _scatter(torch.cat(parts), mask)
+    return rows.put(torch.cat(parts), chosen, mask.shape)
 
 
 def token_values(model: PreTrainedModel, ids: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
     """Values [B, T] float32: values[b, t] is that of the state in which token t was chosen, so it is read at token t - 1."""
     hidden_ND, rows = hidden_states(model, ids, lengths)
-    return _scatter(apply_head(model.score, _states_before(hidden_ND, rows, mask)).squeeze(-1), mask)
+    chosen = rows.pick(mask).nonzero()[:, 0]
+    return rows.put(apply_head(model.score, hidden_ND[chosen - 1]).squeeze(-1), chosen, mask.shape)
 
 
 def sequence_scores(model: PreTrainedModel, ids: Tensor, lengths: Tensor) -> Tensor:
     """Scores [B] float32 at the last token of each row; the lengths count prompt and response, never the padding."""
-    hidden_ND, _ = hidden_states(model, ids, lengths)
-    return apply_head(model.score, hidden_ND[lengths.cumsum(0) - 1]).squeeze(-1)
-
-
-def _states_before(hidden_ND: Tensor, rows: Packed, mask: Tensor) -> Tensor:
-    """Of each masked token, the state that chose it: that of the token before."""
-    return hidden_ND[rows.pick(mask).nonzero()[:, 0] - 1]
-
-
-def _scatter(picked: Tensor, mask: Tensor) -> Tensor:
-    """Flat values of the masked tokens back to their places in [B, T]."""
-    return torch.zeros(mask.shape, dtype=picked.dtype, device=mask.device).masked_scatter(mask, picked)
+    hidden_ND, rows = hidden_states(model, ids, lengths)
+    return apply_head(model.score, hidden_ND[rows.last]).squeeze(-1)

@@ -63,7 +63,7 @@ class Rollout:
 @torch.no_grad()
 def collect(prompts: Sequence[Sequence[int]], completions: Sequence[Completion], policy: PreTrainedModel, reference: PreTrainedModel,
             value_model: PreTrainedModel, reward_model: PreTrainedModel, *, pad_id: int, temperature: float,
-            micro_tokens: int = 8192) -> Rollout:
+            micro_tokens: int = 4096) -> Rollout:
     """Runs sampled completions through the four models, `micro_tokens` at a time; rewards, advantages and returns are left to the caller.
 
     The old log-probs are those of the training forward pass, so that the first ratio of an update is exactly 1; policy and reference
