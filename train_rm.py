@@ -137,7 +137,7 @@ def label(cfg: RMConfig, rules: constitution.Constitution, pairs: list[dict], gi
             parallel.autocast(device, precision):
         while (first := len(journal.rows)) < len(different):
             group = [(pair["id"], pair["prompt"], pair["first"], pair["second"]) for pair in different[first:first + cfg.rows]]
-            journal.append(label_pairs(group, lambda texts: choice_logprobs(model, tokenizer, texts, CHOICES), rules, swap=cfg.swap,
+            journal.append(label_pairs(group, lambda texts: choice_logprobs(model, tokenizer, texts, CHOICES, cfg.rows), rules, swap=cfg.swap,
                                        seed=cfg.seed, judge=path))
             progress.update(len(group))
     journal.append(given[len(journal.rows) - len(different):])

@@ -2,10 +2,11 @@
 
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
-from works import RESPONSE, Work
+from works import LONGEST, Work
 
 import train_ppo
 import train_rm
@@ -40,13 +41,14 @@ def generate(work: Work) -> Result:
 
 def labels(work: Work) -> Result:
     tokenizer, model = _load(work, work.policy)
-    texts = [first for first, _ in work.items] + [second for _, second in work.items]
-    choice_logprobs(model, tokenizer, texts[:4], CHOICES)
+    choice_logprobs(model, tokenizer, work.items[:4], CHOICES)
+    tokens = []  # that went through the model: what texts share, once
+    model.base_model.register_forward_pre_hook(lambda _, args, inputs: tokens.append(inputs["input_ids"].numel()), with_kwargs=True)
     began = time.perf_counter()
-    logprobs = choice_logprobs(model, tokenizer, texts, CHOICES)
+    logprobs = choice_logprobs(model, tokenizer, work.items, CHOICES)
     seconds = time.perf_counter() - began
-    flops = 2 * sum(work.body * len(tokenizer(text)["input_ids"]) + work.head for text in texts)
-    return seconds, len(work.items), [x for pair in logprobs[:8] for x in pair], flops
+    flops = 2 * (work.body * sum(tokens) + work.head * 2 * len(work.items))
+    return seconds, len(work.items) / 2, [x for pair in logprobs[:8] for x in pair], flops
 
 
 def sl(work: Work) -> Result:
@@ -76,21 +78,26 @@ def rm(work: Work) -> Result:
     return seconds, len(rows), [row["loss"] for row in metrics] + [row["grad_norm"] for row in metrics], 6 * work.body * tokens
 
 
+def _sample_to(limits: list[int], *args, **settings):
+    """Each response ends at a length given for it, as it would at its end of sequence."""
+    return sample(*args, **(settings | {"max_new_tokens": limits, "eos_id": -1}))
+
+
 def ppo(work: Work) -> Result:
     tokenizer, policy, reference, value, reward = _load(work, work.policy, work.policy, work.scorer, work.scorer)
-    tokenizer.eos_token = None  # every response has its full length
-    cfg = train_ppo.PPOConfig(episodes=work.batch, max_new_tokens=RESPONSE, epochs=4, minibatches=4, lr=1e-5, value_lr=1e-5, missing_eos_penalty=0.0,
+    cfg = train_ppo.PPOConfig(episodes=work.batch, max_new_tokens=LONGEST, epochs=4, minibatches=4, lr=1e-5, value_lr=1e-5, missing_eos_penalty=0.0,
                               target_kl=1e9, rows=work.batch)
     named = {"policy": policy, "reference": reference.requires_grad_(False), "value": value, "reward": reward.requires_grad_(False)}
     groups = [{"params": policy.parameters(), "lr": cfg.lr}, {"params": value.parameters(), "lr": cfg.value_lr}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
     began, check = time.perf_counter(), []
     for iteration, start in enumerate(range(0, len(work.items), work.batch)):
-        prompts = work.items[start:start + work.batch]
-        row, episodes = train_ppo.iterate(cfg, iteration, prompts, 0.05, named, optimizer, tokenizer, torch.device("cpu"), "fp32")
-        check += [row["length"] * len(episodes), row["updates"]]
+        prompts, limits = zip(*work.items[start:start + work.batch])
+        train_ppo.generate = partial(_sample_to, limits)
+        row, _ = train_ppo.iterate(cfg, iteration, list(prompts), 0.05, named, optimizer, tokenizer, torch.device("cpu"), "fp32")
+        check += [row["length"] * len(prompts), row["updates"]]
     seconds = time.perf_counter() - began
-    tokens = RESPONSE * len(work.items)
-    whole = tokens + sum(len(tokenizer(render(p))["input_ids"]) for p in work.items)
+    tokens = sum(n for _, n in work.items)
+    whole = tokens + sum(len(tokenizer(render(p))["input_ids"]) for p, _ in work.items)
     passes = 2 * (1 + 4) + 6 * 2 * cfg.epochs  # sampling, the four models over the rollout, the updates of two models
     return seconds, len(work.items), check, passes * work.body * whole + (2 * 3 + 6 * cfg.epochs) * work.head * tokens

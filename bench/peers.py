@@ -10,11 +10,11 @@ import warnings
 import torch
 from datasets import Dataset
 from torch.utils.data import SequentialSampler
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, StoppingCriteria, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LogitsProcessor, StoppingCriteria, TrainerCallback
 from transformers.utils import logging
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from trl.experimental.ppo import PPOConfig, PPOTrainer
-from works import RESPONSE, Work
+from works import LONGEST, Work
 
 from minicai.constitution import render
 from minicai.data import epoch_order
@@ -73,18 +73,32 @@ def generate(work: Work) -> Result:
 def labels(work: Work) -> Result:
     tokenizer, model = _policy(work)
     check = []
-    for text, _ in work.items[:8]:
+    for text in work.items[:8]:
         head, tails = tokenizer(text)["input_ids"], [tokenizer(choice)["input_ids"] for choice in (" (A", " (B")]
         for tail in tails:
             logp = model(torch.tensor([head + tail])).logits[0].log_softmax(-1)
             check.append(sum(logp[len(head) - 1 + k, token].item() for k, token in enumerate(tail)))
     began, answers = time.perf_counter(), []
-    for text, _ in work.items:  # one order only: what ours does besides is not asked of the peer
+    for text in work.items:
         inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
         out = model.generate(**inputs, do_sample=False, max_new_tokens=4, pad_token_id=tokenizer.pad_token_id)
         found = re.search("[AB]", tokenizer.decode(out[0, inputs["input_ids"].shape[1]:]))
         answers.append(found.group() if found else None)
-    return time.perf_counter() - began, len(answers), check, 0
+    return time.perf_counter() - began, len(answers) / 2, check, 0
+
+
+class EndAt(LogitsProcessor):
+    """Each row draws its end of sequence at its own length, and not before."""
+
+    def __init__(self, limits: torch.Tensor, prompt: int, eos_id: int, pad_id: int):
+        self.ends, self.eos_id, self.pad_id = limits + prompt - 1, eos_id, pad_id
+
+    def __call__(self, ids, logits):
+        logits = logits.clone()
+        logits[:, [self.eos_id, self.pad_id]] = -torch.inf
+        logits[self.ends <= ids.shape[1]] = -torch.inf
+        logits[self.ends <= ids.shape[1], self.eos_id] = 0
+        return logits
 
 
 class Clock(TrainerCallback):
@@ -151,10 +165,22 @@ def ppo(work: Work) -> Result:
     tokenizer, policy = _policy(work)
     _, reference = _policy(work)
     tokenizer.padding_side = "left"
-    data = Dataset.from_list([{"input_ids": tokenizer(render(p))["input_ids"]} for p in work.items])
+    data = Dataset.from_list([{"input_ids": tokenizer(render(p))["input_ids"]} for p, _ in work.items])
+    limits = torch.tensor([n for _, n in work.items]).split(work.batch)
+    sample, rollouts = policy.generate, iter(limits)
+    counted = []
+
+    def generate_to(**inputs):
+        prompt = inputs["input_ids"].shape[1]
+        out = sample(**inputs, logits_processor=[EndAt(next(rollouts), prompt, tokenizer.eos_token_id, tokenizer.pad_token_id)])
+        counted.append(int((out.sequences[:, prompt:] != tokenizer.pad_token_id).sum()))
+        return out
+
+    policy.generate = generate_to
     with tempfile.TemporaryDirectory() as folder:
         args = PPOConfig(folder, per_device_train_batch_size=work.batch, gradient_accumulation_steps=1, num_mini_batches=4, num_ppo_epochs=4,
-                         total_episodes=len(work.items), response_length=RESPONSE, local_rollout_forward_batch_size=work.batch, temperature=1.0,
+                         total_episodes=len(work.items), response_length=LONGEST, stop_token="eos",
+                         local_rollout_forward_batch_size=work.batch, temperature=1.0,
                          num_sample_generations=0, kl_coef=0.05, gamma=1.0, lam=0.95, vf_coef=0.1,
                          **(COMMON | {"learning_rate": 1e-5}))
         trainer = PPOTrainer(args, tokenizer, policy, reference, _scorer(work), data, _scorer(work))
@@ -164,6 +190,6 @@ def ppo(work: Work) -> Result:
         trainer.train()
         seconds = time.perf_counter() - began
     batches = len(work.items) // work.batch
-    return seconds, batches * work.batch, [work.batch * RESPONSE, len(steps) / batches] * batches, 0
+    return seconds, batches * work.batch, [x for tokens in counted for x in (tokens, len(steps) / batches)], 0
 
 

@@ -3,15 +3,19 @@
     pip install -e '.[bench]'
     python bench/run.py [--only generate,labels,sl,rm,ppo] [--size tiny|small|135m] [--pairs 3] [--json FILE]
 
-Each run is a fresh process; the two sides take turns. Both say what they computed (losses, log-probs, tokens), and the table is only printed where
-that agrees. A ratio is the median over the pairs, with the range. Peak memory counts from behind the imports. The fraction of the machine's peak is
-the model's own arithmetic (2 FLOPs a weight and token forward, 6 with the backward pass, attention scores not counted) a second, over that of
-a float32 matrix product of 2048 x 2048 on the same threads.
+Each run is a fresh process; the two sides take turns, and the table is only printed where they computed the same: in training, the loss and the
+gradient's norm of every step; for labels, log-probs of the options; in sampling, greedy tokens and the number of sampled ones; in PPO the numbers of
+tokens and updates (what is sampled differs). Only our side tunes the memory allocator (minicai/parallel.py), as it does for every user.
+
+A ratio is the median over the pairs, with the range. Peak memory counts from behind the imports. The fraction of the machine's peak is the model's
+own arithmetic (2 FLOPs a weight and token forward, 6 with the backward pass, attention scores not counted) a second, over that of a float32
+matrix product of 2048 x 2048 on the same threads.
 
 What runs against what: works.py (the data), ours.py, peers.py.
 """
 
 import argparse
+import datetime
 import json
 import math
 import os
@@ -86,8 +90,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         machine = measure("setup", "", args.size, folder)
         rows = [compare(work, args.size, folder, args.pairs, machine["peak_flops"]) for work in works]
-    print(f"{machine['device']}, float32, {machine['threads']} threads, matrix products at {machine['peak_flops'] / 1e9:.0f} GFLOP/s; "
-          + ", ".join(f"{name} {version}" for name, version in machine["versions"].items()))
+    where = (f"{machine['device']}, float32, {machine['threads']} threads, matrix products at {machine['peak_flops'] / 1e9:.0f} GFLOP/s; "
+             + ", ".join(f"{name} {version}" for name, version in machine["versions"].items()))
+    print(where)
     head = ["work", "size", "unit", "ours", "peer", "ratio (range)", "MiB ours", "MiB peer", "of peak"]
     body = [[r["work"], r["size"], r["unit"], f"{r['ours']:.4g}", f"{r['peer']:.4g}", f"{r['ratio']:.2f} ({r['ratio_min']:.2f}-{r['ratio_max']:.2f})",
              f"{r['peak_mb_ours']:.0f}", f"{r['peak_mb_peer']:.0f}", f"{r['peak_fraction']:.2f}"] for r in rows]
@@ -95,6 +100,7 @@ def main() -> None:
     for line in (head, *body):
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)))
     if args.json:
+        rows = [row | {"pairs": args.pairs, "where": where, "date": datetime.date.today().isoformat()} for row in rows]
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 

@@ -21,12 +21,11 @@ SHAPES = {"tiny": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_lay
           "small": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 32000},
           "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
                    "vocab_size": 49152}}
+LONGEST = 200  # tokens of a response
 # How many of what, so that a run takes the slower side about a minute.
 COUNTS = {"tiny": {"generate": 512, "labels": 256, "sl": 1024, "rm": 512, "ppo": 256, "batch": 64},
           "small": {"generate": 128, "labels": 64, "sl": 192, "rm": 96, "ppo": 64, "batch": 32},
           "135m": {"generate": 32, "labels": 16, "sl": 48, "rm": 24, "ppo": 16, "batch": 16}}
-RESPONSE = 48  # tokens of each response in PPO
-
 
 @dataclass
 class Work:
@@ -43,7 +42,7 @@ class Work:
 def setup(size: str, folder: Path) -> dict:
     """Writes a policy and a scorer with random weights; measures the machine."""
     torch.manual_seed(0)
-    tokenizer = models.load_tokenizer(builtin("tinyworld/base") if False else str(Path(models.__file__).parent / "tinyworld/base"))
+    tokenizer = models.load_tokenizer(str(Path(models.__file__).parent / "tinyworld/base"))
     config = LlamaConfig(**SHAPES[size], max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
                          eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     LlamaForCausalLM(config).save_pretrained(folder / "policy")
@@ -67,6 +66,11 @@ def text(rng: random.Random, tokenizer, tokens: float, spread: float, most: int)
     return " ".join(words)
 
 
+def length(rng: random.Random) -> int:
+    """Tokens of a sampled response."""
+    return min(max(4, int(rng.lognormvariate(0, 0.6) * 40)), LONGEST)
+
+
 def load(work: str, size: str, folder: Path) -> Work:
     """The same for both sides: a function of the arguments alone."""
     rng, count = random.Random(0), COUNTS[size][work]
@@ -74,12 +78,12 @@ def load(work: str, size: str, folder: Path) -> Work:
     prompts = [text(rng, tokenizer, 20, 0.4, 64) for _ in range(count)]
     answers = [[text(rng, tokenizer, 40, 0.6, 200) for _ in range(2)] for _ in range(count)]
     if work == "generate":
-        items = [(p, min(max(4, int(rng.lognormvariate(0, 0.6) * 40)), 200)) for p in prompts]
+        items = [(p, length(rng)) for p in prompts]
     elif work == "labels":
         corpus = Corpus(constitution.load(builtin("constitutions/tiny.toml")), "eval", seed=0)
-        items = [(pair.render(), pair.render(swapped=True)) for pair in (corpus.pair() for _ in range(count))]
+        items = [order for pair in (corpus.pair() for _ in range(count)) for order in (pair.render(), pair.render(swapped=True))]
     elif work == "ppo":
-        items = [text(rng, tokenizer, 20, 0, 64) for _ in range(count)]
+        items = [(p, length(rng)) for p in prompts]
     else:
         items = [(p, *(a if work == "rm" else a[:1])) for p, a in zip(prompts, answers)]
     s = SHAPES[size]

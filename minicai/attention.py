@@ -196,7 +196,7 @@ class Slots:
             return short
         keys, values = (x[self._long if len(self._long) < self.rows else slice(self.rows), : many.shape[-1]] for x in self.layers[layer])
         padded = _Spread.apply(q[self._tokens], self._places, self._shape[0] * self._shape[1]).unflatten(0, self._shape)
-        out = torch.empty_like(q)
+        out = short.new_empty(q.shape)  # under autocast attention is bfloat16 where a rotated query is float32
         out[self.last] = short
         out[self._tokens] = _sdpa(padded, keys, values, scale, many).flatten(0, 1)[self._places]
         return out

@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from minicai import InputError
-from minicai.attention import Packed, prepared
+from minicai.attention import Packed, Slots, last_hidden, prepared
 from minicai.checkpoint import require_folder
 from minicai.constitution import Prompt, render
 
@@ -73,7 +73,34 @@ def _load(auto: type, path: str, device: torch.device, settings: dict, new_head:
     if missing:
         hint = "; it is not a reward model" if missing[0].startswith("score.") else ""
         raise InputError(f"{path}: the weights of {', '.join(missing[:3])} are missing{hint}")
-    return prepared(model.to(device).eval())
+    return _checked(model.to(device).eval(), path)
+
+
+@torch.no_grad()
+def _checked(model: PreTrainedModel, path: str) -> PreTrainedModel:
+    """The model with our attention in it, once two rows packed and decoded give what the model gave for each by itself.
+
+    Raises InputError where they do not: some models do more with their logits than apply a head, or mix tokens outside attention.
+    """
+    head = model.get_output_embeddings()
+    ids = (torch.arange(12, device=model.device) + torch.tensor([[0], [7]], device=model.device)) % model.config.get_text_config().vocab_size
+    lengths = torch.tensor([12, 7], device=model.device)
+
+    def alone(row: Tensor) -> Tensor:
+        return model(input_ids=row[None]).logits[0] if head else model.base_model(input_ids=row[None]).last_hidden_state[0]
+
+    expected = torch.cat([alone(ids[1, :7]), alone(ids[0])])  # packed, the shorter row comes first
+    hidden, _ = hidden_states(prepared(model), ids, lengths)
+    slots = Slots(2, 12)
+    starts, feeds = [[0, 0], [5, 11]], [[ids[1, :5].tolist(), ids[0, :11].tolist()], [ids[1, 5:7].tolist(), ids[0, 11:].tolist()]]
+    grown = torch.stack([last_hidden(model, slots, start, feed)[:, 0] for start, feed in zip(starts, feeds)], 1).flatten(0, 1)
+    packed, decoded = (apply_head(head, x) if head else x for x in (hidden, grown))
+    limit = 1e-3 * max(1.0, expected.abs().max().item())
+    for ours, theirs in ((packed, expected), (decoded, expected[[4, 6, 17, 18]])):
+        if not (ours - theirs).abs().max() <= limit:
+            raise InputError(f"{path}: {type(model).__name__} is a kind of model that cannot be packed: its logits differ by "
+                             f"{(ours - theirs).abs().max().item():.2g} from those of each row by itself")
+    return model
 
 
 def checkpoint_layers(model: PreTrainedModel) -> None:
@@ -81,7 +108,8 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
     model.activation_checkpointing_enable({"use_reentrant": False})
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
-            layer.training = True  # transformers asks for it; what is inside, dropout for one, stays in eval mode
+            layer.training = True  # transformers asks for it; the modules inside stay in eval mode, and a dropout of the layer's own is off
+            vars(layer).update({name: 0.0 for name, value in vars(layer).items() if "drop" in name and isinstance(value, float)})
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str) -> tuple[list[int], list[int]]:
@@ -97,7 +125,7 @@ def hidden_states(model: PreTrainedModel, ids: Tensor, lengths: Tensor) -> tuple
 
 
 def apply_head(head: torch.nn.Module, hidden: Tensor) -> Tensor:
-    """A head in float32 whatever the precision of the layers before it: bfloat16 logits would drown a KL of 0.01 nats."""
+    """A head in the precision of its weights, float32 as loaded, under autocast too: bfloat16 logits would drown a KL of 0.01 nats."""
     with torch.autocast(hidden.device.type, enabled=False):
         return head(hidden.to(head.weight.dtype)).float()
 

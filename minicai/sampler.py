@@ -186,7 +186,7 @@ def choice_logprobs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     for group in shared:
         head = group[0][:-1]
         texts = [list(prompt) + head for prompt in encoded]
-        families = sorted(_families(texts, len(head) + 1), key=lambda family: len(texts[family[0][0]]))
+        families = sorted(_families(texts, len(head) + 1, rows), key=lambda family: len(texts[family[0][0]]))
         for batch in _batches(families, rows):
             members, hidden = _tails(model, texts, batch, len(head) + 1)
             logp_BTV = apply_head(model.get_output_embeddings(), hidden).log_softmax(-1)
@@ -199,14 +199,14 @@ def choice_logprobs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 Family = tuple[list[int], int]  # the numbers of texts that begin alike, and the length of their common beginning
 
 
-def _families(texts: list[list[int]], tail: int) -> list[Family]:
-    """Texts that begin alike, as the two orders of a pair and its other principles do, but for their last `tail` tokens at least."""
+def _families(texts: list[list[int]], tail: int, rows: int) -> list[Family]:
+    """Texts that begin alike, as the two orders of a pair and its other principles do, but for their last `tail` tokens at least; `rows` at most."""
     families: list[Family] = []
     for k in sorted(range(len(texts)), key=texts.__getitem__):  # in dictionary order kin are neighbours
         if families:
             kin, common = families[-1]
             alike = min(_alike(texts[kin[-1]], texts[k]), len(texts[kin[-1]]) - tail, len(texts[k]) - tail)
-            if alike >= max(SHARE, len(texts[k]) // 4):
+            if alike >= max(SHARE, len(texts[k]) // 4) and len(kin) < rows:
                 families[-1] = [*kin, k], min(alike, common) if len(kin) > 1 else alike
                 continue
         families.append(([k], 0))

@@ -1,7 +1,9 @@
-"""Gathers finished runs into results/tiny.json and writes the README's result table from it.
+"""Gathers finished runs into results/tiny.json, and writes the README's tables from that and from bench-*.json.
 
     for seed in 0 1 2; do python -m minicai demo --seed $seed --out out/seed$seed; done
     python results/collect.py out/seed0 out/seed1 out/seed2
+    for size in tiny small; do python bench/run.py --size $size --json results/bench-$size.json; done
+    python results/collect.py
 """
 
 import datetime
@@ -11,8 +13,9 @@ from pathlib import Path
 from statistics import fmean
 
 HERE = Path(__file__).parent
-BEGIN, END = "<!-- results/tiny.json: begin -->", "<!-- results/tiny.json: end -->"
 STAGES = {"base": "base", "sl": "SL-CAI", "ppo": "RL-CAI"}
+WORKS = {"generate": "rollouts", "labels": "AI labels", "sl": "SL", "rm": "reward model", "ppo": "PPO"}
+SIZES = ("tiny", "small", "135m")
 RATES = ("harmful", "helpful", "over_refusal", "evasive", "rude")
 
 
@@ -43,15 +46,33 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def fill(readme: str, results: dict) -> str:
-    """The README with its table replaced."""
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table(results)}\n{END}{after}"
+def bench_table(rows: list[dict]) -> str:
+    """What bench/run.py --json wrote, as a table."""
+    lines = ["| work | model | minicai | peer | ratio, median (range) | peak MiB, minicai : peer | of the machine's peak |",
+             "|---|---|---|---|---|---|---|"]
+    for r in rows:
+        lines.append(f"| {WORKS[r['work']]} | {r['size']} | {r['ours']:,.4g} {r['unit']} | {r['peer']:,.4g} | **{r['ratio']:.2f}** ("
+                     f"{r['ratio_min']:.2f}–{r['ratio_max']:.2f}) | {r['peak_mb_ours']:,.0f} : {r['peak_mb_peer']:,.0f} | "
+                     f"{r['peak_fraction']:.2f} |")
+    places = sorted({f"{r['where']}; {r['pairs']} pairs, {r['date']}" for r in rows})
+    return "\n".join([*lines, "", " ".join(f"{place}." for place in places)])
+
+
+def fill(readme: str) -> str:
+    """The README with its tables replaced."""
+    files = [path for size in SIZES if (path := HERE / f"bench-{size}.json").exists()]
+    tables = {"tiny": table(json.loads((HERE / "tiny.json").read_text(encoding="utf-8"))),
+              "bench": bench_table([row for path in files for row in json.loads(path.read_text(encoding="utf-8"))])}
+    for name, text in tables.items():
+        begin, end = (f"<!-- results/{name}: {edge} -->" for edge in ("begin", "end"))
+        before, _, rest = readme.partition(begin)
+        _, _, after = rest.partition(end)
+        readme = f"{before}{begin}\n{text}\n{end}{after}"
+    return readme
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         (HERE / "tiny.json").write_text(json.dumps(gather(sys.argv[1:]), indent=1) + "\n", encoding="utf-8")
     page = HERE.parent / "README.md"
-    page.write_text(fill(page.read_text(encoding="utf-8"), json.loads((HERE / "tiny.json").read_text(encoding="utf-8"))), encoding="utf-8")
+    page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")

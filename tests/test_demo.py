@@ -119,6 +119,14 @@ def test_the_report_asks_for_nothing_and_escapes_what_models_wrote(run):
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page)
 
 
+def test_the_committed_runs_are_of_three_seeds_and_meet_the_bars():
+    runs = json.loads((ROOT / "results" / "tiny.json").read_text())["runs"]
+    assert [run["seed"] for run in runs] == [0, 1, 2]
+    for run in runs:
+        check(run)
+        assert run["seconds"]["total"] <= 360 and run["peak_rss_mb"] <= 2048
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_demo_makes_the_model_harmless_without_making_it_useless(seed, tmp_path):

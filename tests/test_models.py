@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import tensor
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, GraniteConfig, GraniteForCausalLM
 
 from minicai import InputError, losses, models
 from minicai.rollout import collate
@@ -12,6 +12,15 @@ from tests.conftest import CPU, EOS, PAD, assert_close, byte_tokenizer, tiny_mod
 PROMPTS = [[5, 9, 17], [33, 12, 8, 40, 51, 7, 22], [60], [11, 11, 30]]
 RESPONSES = [[20, 31, EOS], [EOS], [44, 2, 9, 13, 50, 6], [3, 3, 3, EOS]]
 TOKENS = sum(map(len, RESPONSES))
+
+
+def test_a_model_that_does_more_with_its_logits_than_apply_a_head_is_refused(tmp_path):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    for scaling in (1.0, 3.0):
+        GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=scaling, initializer_range=0.25)).save_pretrained(tmp_path / str(scaling))
+    assert models.load_policy(str(tmp_path / "1.0"), CPU)
+    with pytest.raises(InputError, match=r"GraniteForCausalLM is a kind of model that cannot be packed"):
+        models.load_policy(str(tmp_path / "3.0"), CPU)
 
 
 def batch(pad_id=PAD):

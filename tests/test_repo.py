@@ -6,7 +6,6 @@ Imports are read from the syntax trees, those inside functions included.
 import ast
 import graphlib
 import importlib.util
-import json
 import re
 import shlex
 import subprocess
@@ -205,9 +204,10 @@ def test_each_equation_of_the_readme_points_to_one_function_and_its_test():
         assert f"{'L' if module == 'losses' else 'feedback'}.{function}" in tests or f"{function}(" in tests or f'"{function}"' in tests
 
 
-def test_the_result_table_of_the_readme_is_made_from_the_committed_results():
+def test_the_tables_of_the_readme_are_made_from_the_committed_results():
     spec = importlib.util.spec_from_file_location("collect", ROOT / "results" / "collect.py")
     collect = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(collect)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme == collect.fill(readme, json.loads((ROOT / "results" / "tiny.json").read_text(encoding="utf-8")))
+    assert readme == collect.fill(readme)
+    assert len(re.findall(r"(?m)^\| \*\*.*1\.000", readme)) and len(re.findall(r"(?m)^\| PPO \|", readme)) >= 2  # neither table is empty

@@ -1,13 +1,14 @@
 """minicai/sampler.py against naive decoding: one prompt at a time, no cache, no padding, and a second way of drawing."""
 
 import math
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from torch import tensor
 
-from minicai import InputError
+from minicai import InputError, sampler
 from minicai.models import response_logprobs
 from minicai.rollout import collate
 from minicai.sampler import choice_logprobs, draw, generate
@@ -67,6 +68,19 @@ def test_sampled_logprobs_equal_those_of_a_fresh_forward_pass_at_the_same_temper
         assert_close(response_logprobs(policy, batch.ids, batch.lengths, batch.mask, temperature)[batch.mask], sampled)
         other = response_logprobs(policy, batch.ids, batch.lengths, batch.mask, 1.7 - temperature)[batch.mask]
     assert (other - sampled).abs().max() > 0.05  # the temperature is not a matter of rounding
+
+
+def test_sampling_and_scoring_agree_under_bfloat16(policy):
+    with torch.autocast("cpu", torch.bfloat16):
+        completions = decode(policy, 1.0, NO_TOKEN, rows=2)
+        batch = collate(PROMPTS, [c.ids for c in completions], PAD, CPU)
+        logprobs = response_logprobs(policy, batch.ids, batch.lengths, batch.mask)
+    logprobs.sum().backward()
+    exact = response_logprobs(policy, batch.ids, batch.lengths, batch.mask)
+    policy.zero_grad(set_to_none=True)
+    sampled = tensor([x for c in completions for x in c.logprobs])
+    assert_close(logprobs[batch.mask].detach(), sampled, 0.5)  # these models' weights are ten times the usual size
+    assert 0 < (logprobs - exact).abs().max() < 0.5
 
 
 def test_the_same_seeds_give_the_same_tokens_whatever_else_is_in_the_batch(policy):
@@ -228,7 +242,9 @@ def test_texts_that_begin_alike_share_their_beginning(tokenizer, forward_calls):
     assert_close(choice_logprobs(model, tokenizer, texts, (" (A", " (B")), expected, 3e-5)
     assert len(shapes) == 2 and sum(n for _, n in shapes) < 0.5 * sum(map(len, texts))
     for rows in (1, 2, 5):
-        assert_close(choice_logprobs(model, tokenizer, texts, (" (A", " (B"), rows=rows), expected, 3e-5)
+        with patch.object(sampler, "Slots", wraps=sampler.Slots) as slots:
+            assert_close(choice_logprobs(model, tokenizer, texts, (" (A", " (B"), rows=rows), expected, 3e-5)
+        assert max(call.args[0] for call in slots.call_args_list) <= rows  # memory does not grow with the texts
 
 
 def test_a_question_that_does_not_fit_is_an_input_error_that_names_it(tokenizer):
