@@ -162,6 +162,7 @@ def _joined(arguments: list[str]) -> list[str]:
 
 
 def main(arguments: list[str]) -> None:
+    """Runs the command that the first argument names. Raises InputError where there is no such command."""
     command, *rest = arguments or [""]
     if command == "demo":
         demo(rest)

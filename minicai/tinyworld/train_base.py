@@ -102,6 +102,7 @@ def exact_rates(model, tokenizer, constitution_, split: str, count: int = 256) -
 
 
 def train(out: Path, steps: int, seed: int, threads: int) -> None:
+    """Tokenizer and model from nothing, written to `out` as a Hugging Face folder; prints its skills on evaluation documents as it goes."""
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
     parallel.setup("cpu", "fp32")
