@@ -86,6 +86,7 @@ def main(cfg: PPOConfig) -> dict:
 
     with terminal.Progress("ppo", cfg.iterations * cfg.episodes, "episodes", iteration * cfg.episodes) as progress:
         while iteration < cfg.iterations:
+            # The prompts of this iteration and its learning rates; the numbered steps are in `iterate`.
             prompts = draw_prompts(cfg, harmful, helpful, iteration)
             left = 1 - iteration / cfg.iterations if cfg.schedule == "linear" else 1.0
             for group, lr in zip(optimizer.param_groups, (cfg.lr, cfg.value_lr)):

@@ -1,6 +1,5 @@
 """The models and the data of the benchmark. Lengths vary as answers do: log-normal, prompts around 20 tokens, responses around 40."""
 
-import os
 import platform
 import random
 import resource
@@ -58,7 +57,7 @@ def setup(size: str, folder: Path) -> dict:
             "versions": {name: version(name) for name in ("torch", "transformers", "trl")}}
 
 
-def text(rng: random.Random, tokenizer, tokens: float, spread: float, most: int) -> str:
+def text(rng: random.Random, tokens: float, spread: float, most: int) -> str:
     """Words of about so many tokens, log-normal."""
     wanted, words = min(max(4, rng.lognormvariate(0, spread) * tokens), most), []
     while len(words) < wanted:  # a word of the tiny world is about one token
@@ -74,9 +73,8 @@ def length(rng: random.Random) -> int:
 def load(work: str, size: str, folder: Path) -> Work:
     """The same for both sides: a function of the arguments alone."""
     rng, count = random.Random(0), COUNTS[size][work]
-    tokenizer = models.load_tokenizer(str(folder / "policy"))
-    prompts = [text(rng, tokenizer, 20, 0.4, 64) for _ in range(count)]
-    answers = [[text(rng, tokenizer, 40, 0.6, 200) for _ in range(2)] for _ in range(count)]
+    prompts = [text(rng, 20, 0.4, 64) for _ in range(count)]
+    answers = [[text(rng, 40, 0.6, 200) for _ in range(2)] for _ in range(count)]
     if work == "generate":
         items = [(p, length(rng)) for p in prompts]
     elif work == "labels":
@@ -95,6 +93,3 @@ def load(work: str, size: str, folder: Path) -> Work:
 
 def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")

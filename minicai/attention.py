@@ -2,8 +2,7 @@
 
 Embeddings, projections, norms and MLPs work token by token, so here a batch is [1, N]: the N tokens of all rows, and no others. Attention
 alone has to know where a row begins and ends. A `prepared` model calls `attend` in each layer, with the `rows` that its forward pass was
-given: `Packed` for whole rows, as in training, or `Slots`
-for rows that grow token by token, whose keys and values it keeps.
+given: `Packed` for whole rows, as in training, or `Slots` for rows that grow token by token, whose keys and values it keeps.
 
 Legend: N tokens of all rows, B rows, T tokens of the longest, H heads (fewer of keys and values where queries share them), D head size,
 S slots, C capacity of a slot.
@@ -167,8 +166,7 @@ class Slots:
         self.last = count.cumsum(0) - 1  # [B] each row's last token in [N]
         self._write = row * self.capacity + self.positions
         self._ends = start + count
-        self._masks: dict[int | None, tuple[Tensor, Tensor]] = {}
-        self._queries = torch.zeros(0, 1, dtype=torch.long, device=device)
+        self._masks: dict[int | None, tuple[Tensor, Tensor | None]] = {}
         # Rows that bring more than one token: a padded batch of their own.
         self._long = [b for b, n in enumerate(counts) if n > 1]
         if self._long:
@@ -188,7 +186,8 @@ class Slots:
         for kept, new in zip(self.layers[layer], (k, v)):
             kept.flatten(0, 1).index_copy_(0, self._write, new)
         if window not in self._masks:  # the same in every layer of the step
-            self._masks[window] = self._visible(self._ends[:, None] - 1, window), self._visible(self._queries, window)
+            many = self._visible(self._queries, window) if self._long else None
+            self._masks[window] = self._visible(self._ends[:, None] - 1, window), many
         one, many = self._masks[window]
         keys, values = (x[: self.rows, : one.shape[-1]] for x in self.layers[layer])
         short = _sdpa(q[self.last][:, None], keys, values, scale, one)[:, 0]
@@ -203,8 +202,6 @@ class Slots:
 
     def _visible(self, positions: Tensor, window: int | None) -> Tensor:
         """Positions of queries [B, T] -> [B, 1, T, U], True at the keys that they may see; U is as far as any of them sees."""
-        if not positions.numel():
-            return positions
         back = positions[:, None, :, None] - torch.arange(int(positions.max()) + 1, device=positions.device)
         return (back >= 0) & (back < window) if window else back >= 0
 
