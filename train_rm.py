@@ -169,11 +169,12 @@ def sample_pairs(cfg: RMConfig, prompts: list[Prompt], path: str, tokenizer, dev
     with terminal.Progress("rm: sample pairs", len(prompts) * cfg.candidates, "responses", round(len(journal.rows) / each)) as progress, \
             parallel.autocast(device, precision), parallel.gathered(model):
         for first, last in parallel.turns(len(journal.rows) // len(choices), len(prompts), size):
-            group = prompts[first:last]
+            group, n = prompts[first:last], last - first
             seeds = [(STREAM, cfg.seed, i, candidate) for candidate in range(cfg.candidates) for i in range(first, last)]
-            texts, _ = respond(model, tokenizer, [as_turns(p) for p in group] * cfg.candidates, seeds, max_new_tokens=cfg.max_new_tokens,
-                               temperature=cfg.temperature, rows=cfg.rows, progress=progress)
-            rows = [{"id": (first + k) * len(choices) + c, "prompt": p, "first": texts[a * len(group) + k], "second": texts[b * len(group) + k]}
+            texts, ended = respond(model, tokenizer, [as_turns(p) for p in group] * cfg.candidates, seeds, max_new_tokens=cfg.max_new_tokens,
+                                   temperature=cfg.temperature, rows=cfg.rows, progress=progress)
+            rows = [{"id": (first + k) * len(choices) + c, "prompt": p, "first": texts[a * n + k], "second": texts[b * n + k],
+                     "cut": [side for side, candidate in (("first", a), ("second", b)) if not ended[candidate * n + k]]}  # by the length limit
                     for k, p in enumerate(group) for c, (a, b) in enumerate(choices)]
             journal.append(parallel.joined(rows))
             progress.update(round(len(journal.rows) / each) - progress.done)
@@ -194,7 +195,8 @@ def label(cfg: RMConfig, rules: constitution.Constitution, examples: tuple[Compa
                 group = [(pair["id"], pair["prompt"], pair["first"], pair["second"]) for pair in different[first:last]]
                 found = [judge_pairs(cfg, rules, examples, group, *judge) for judge in judges]
                 rows = join_judges(found, cfg.vote) if cfg.jury else found[0]
-                journal.append(rows := parallel.joined(hard_labels(rows) if cfg.labels == "hard" else rows))
+                rows = hard_labels(rows) if cfg.labels == "hard" else rows
+                journal.append(rows := parallel.joined([row | {"cut": pair.get("cut", [])} for row, pair in zip(rows, different[first:last])]))
                 progress.update(len(rows))
     journal.append(given[len(journal.rows) - len(different):])
     return journal.rows

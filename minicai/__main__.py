@@ -88,6 +88,7 @@ def evaluate(cfg: EvalConfig, command: str) -> None:
     prompts, kinds = read_prompts(cfg.prompts), [row.get("kind") for row in read_jsonl(cfg.prompts)]
     answers = [{"id": k, "prompt": p, "kind": kind} for k, (p, kind) in enumerate(zip(prompts, kinds))]
     past = [{**row, "prompt": prompt} for row, prompt in zip(read_jsonl(cfg.failures), read_prompts(cfg.failures))] if cfg.failures else []
+    judged.require_known([row["prompt"] for row in answers + past], " or ".join(filter(None, (cfg.prompts, cfg.failures))))
     harmful, benign = ([row["prompt"] for row in answers if row["kind"] == kind] for kind in ("harmful", "benign"))
     phrased = jailbreaks(harmful[:cfg.jailbreaks], benign)
     out, began = Path(cfg.out), time.monotonic()
@@ -135,10 +136,11 @@ def evaluate(cfg: EvalConfig, command: str) -> None:
 def _reward_model_agrees(folder: Path, comparisons: list[dict], device, precision: str) -> list[bool]:
     """For each held-out pair between which the judge has a preference, whether the reward model has the same."""
     from minicai import evaluate as judged
+    from minicai.data import read_record
     from minicai.models import load_scorer, load_tokenizer
     from train_rm import score_pairs
 
-    heldout = set(map(str, json.loads((folder / "stage.json").read_text(encoding="utf-8"))["heldout_ids"]))
+    heldout = set(map(str, read_record(folder / "stage.json")["heldout_ids"]))
     preferences, tokenizer = judged.judged_preferences([row for row in comparisons if str(row["id"]) in heldout]), load_tokenizer(str(folder))
     scores = score_pairs([row for row, _ in preferences], load_scorer(str(folder), device, tokenizer.pad_token_id), tokenizer, device, precision)
     return [(a > b) == first for a, b, (_, first) in zip(*scores, preferences)]

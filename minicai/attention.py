@@ -198,6 +198,7 @@ class Slots:
         ends, cut = [start + count for start, count in zip(starts, counts)], len(starts) * 3 // 4
         apart = cut and 4 * max(ends[:cut]) < 3 * max(ends[cut:])
         self._parts = [slice(0, cut), slice(cut, len(ends))] if apart else [slice(0, len(ends))]
+        self._widths = [max(ends[part]) for part in self._parts]  # how far each part is read
         start, count = torch.tensor(starts, device=device), torch.tensor(counts, device=device)
         self._row = torch.arange(len(counts), device=device).repeat_interleave(count)
         within = torch.arange(len(self._row), device=device) - (count.cumsum(0) - count)[self._row]
@@ -212,10 +213,16 @@ class Slots:
             among[self._long] = torch.arange(len(self._long))
             among = among.to(device)[self._row]
             self._tokens = (among >= 0).nonzero()[:, 0]
-            self._shape = len(self._long), max(counts)
+            self._shape, self._reach = (len(self._long), max(counts)), max(ends[b] for b in self._long)
             self._places = (among * self._shape[1] + within)[self._tokens]
             self._source = torch.zeros(self._shape, dtype=torch.long, device=device).flatten().index_copy_(0, self._places, self._tokens)
             self._queries = self.positions[self._source].unflatten(0, self._shape)
+
+    def place_one_each(self, positions: Tensor, width: int) -> None:
+        """The same for one token of each row, whose slots are read as far as `width`. It asks nothing of the host, so that it can be recorded."""
+        self._row = self.last = torch.arange(len(positions), device=positions.device)
+        self.positions, self._ends = positions, positions + 1
+        self._parts, self._widths, self._long, self._masks = [slice(0, len(positions))], [width], [], {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
         """[N, H, D] each -> [N, H, D]: writes keys and values into the slots, reads each row's slot up to the query's own position."""
@@ -225,8 +232,9 @@ class Slots:
         keys.index_put_((self._row, self.positions), k)
         values.index_put_((self._row, self.positions), v)
         if window not in self._masks:  # the same in every layer of the step
-            many = self._visible(self._queries, window) if self._long else None
-            self._masks[window] = [self._visible(self._ends[part, None] - 1, window) for part in self._parts], many
+            many = self._visible(self._queries, self._reach, window) if self._long else None
+            one = [self._visible(self._ends[part, None] - 1, width, window) for part, width in zip(self._parts, self._widths)]
+            self._masks[window] = one, many
         one, many = self._masks[window]
         last = q[self.last] if self._long else q
         short = torch.cat([_sdpa(last[part, None], keys[part, : mask.shape[-1]], values[part, : mask.shape[-1]], scale, mask)[:, 0]
@@ -240,9 +248,9 @@ class Slots:
         out[self._tokens] = _sdpa(padded, keys, values, scale, many).flatten(0, 1)[self._places]
         return out
 
-    def _visible(self, positions: Tensor, window: int | None) -> Tensor:
-        """Positions of queries [B, T] -> [B, 1, T, U], True at the keys that they may see; U is as far as any of them sees."""
-        back = positions[:, None, :, None] - torch.arange(int(positions.max()) + 1, device=positions.device)
+    def _visible(self, positions: Tensor, width: int, window: int | None) -> Tensor:
+        """Positions of queries [B, T] -> [B, 1, T, U], True at the keys that they may see, of the first U = `width`."""
+        back = positions[:, None, :, None] - torch.arange(width, device=positions.device)
         return (back >= 0) & (back < window) if window else back >= 0
 
     def copy(self, source: int | list[int], target: int | slice, start: int, end: int) -> None:
@@ -251,9 +259,13 @@ class Slots:
             kept[target, start:end] = kept[source, start:end].clone()
 
 
+def step_hidden(model: PreTrainedModel, slots: Slots, ids: Tensor) -> Tensor:
+    """Hidden states [N, D] of tokens [N] that go to the places which were said last."""
+    return prepared(model).base_model(input_ids=ids[None], position_ids=slots.positions[None], use_cache=False, rows=slots).last_hidden_state[0]
+
+
 def last_hidden(model: PreTrainedModel, slots: Slots, starts: Sequence[int], feeds: Sequence[Sequence[int]], tail: int = 1) -> Tensor:
     """Feeds tokens to the rows in the slots; hidden states of each row's last `tail` tokens, [B, tail, hidden size]."""
     slots.place(starts, [len(feed) for feed in feeds], model.device)
-    ids = torch.tensor([[token for feed in feeds for token in feed]], device=model.device)
-    hidden = prepared(model).base_model(input_ids=ids, position_ids=slots.positions[None], use_cache=False, rows=slots).last_hidden_state[0]
+    hidden = step_hidden(model, slots, torch.tensor([token for feed in feeds for token in feed], device=model.device))
     return hidden[slots.last[:, None] - torch.arange(tail - 1, -1, -1, device=model.device)]

@@ -26,7 +26,7 @@ from transformers.core_model_loading import WeightConverter, rename_source_key
 
 from minicai import InputError, hub, mirror, parallel
 from minicai.audit import weights_sha256
-from minicai.data import Journal, finite, raise_interrupt, room, write_atomic
+from minicai.data import Journal, finite, raise_interrupt, read_record, room, write_atomic
 from minicai.dialogue import ending
 from minicai.guard import refuse_code
 
@@ -73,7 +73,7 @@ def _open_stage(folder: Path, config_text: str, overwrite: bool) -> dict | None:
     if not record.exists():
         return None
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a run that was killed between its record and this
-    return json.loads(record.read_text(encoding="utf-8"))
+    return read_record(record)
 
 
 def fingerprint(folder: str) -> str:

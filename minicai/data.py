@@ -65,6 +65,17 @@ def write_atomic(path: Path, text: str) -> None:
         os.replace(temporary, path)
 
 
+def read_record(path: Path) -> dict:
+    """What a finished stage wrote of itself. Raises InputError where it is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: is not the record of a stage")
+    return found
+
+
 def finite(value):
     """NaN and the infinities are not JSON: null instead, in dicts and lists too."""
     if isinstance(value, dict):

@@ -78,8 +78,9 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], ended: bool) 
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, row: dict) -> tuple[list[int], list[int], list[int]]:
-    """Token ids of the prompt, the first and the second response."""
-    return *encode(tokenizer, row["prompt"], row["first"]), encode(tokenizer, row["prompt"], row["second"])[1]
+    """Token ids of the prompt, the first and the second response. One that the length limit cut off (row["cut"]) does not end, as PPO will see it."""
+    first, second = (encode(tokenizer, row["prompt"], row[side], side not in row.get("cut", ())) for side in ("first", "second"))
+    return *first, second[1]
 
 
 def encode_options(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Asked], encoded: Sequence[list[int]],

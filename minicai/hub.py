@@ -14,6 +14,7 @@ from minicai import InputError
 
 MODEL = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")  # and tokenizers; "*.txt": merges and vocabularies
+TOKENIZER = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")  # another program may have left the config alone in the cache
 COPIES = ("*/*", "consolidated*")  # other programs' copies of the same weights
 
 
@@ -27,12 +28,14 @@ def model_folder(path: str, weights: bool) -> Path:
 
     Raises InputError where it is neither here nor to be had.
     """
+    if path.startswith("minicai:"):
+        return Path(__file__).parent / path.removeprefix("minicai:")
     if not is_name(path):
         return Path(path)
     name = MODEL.fullmatch(path)
     what = {"repo_id": name["repo"], "revision": name["revision"], "ignore_patterns": list(COPIES),
             "allow_patterns": [*SETTINGS, *(["*.safetensors"] if weights else [])]}
-    found = _fetch(f"{path} is not a model folder", what, lambda folder: _whole(folder, weights))
+    found = _fetch(f"{path} is not a model folder", what, lambda folder: _whole(folder, weights) and any(map(any, map(folder.glob, TOKENIZER))))
     if not _whole(found, weights):
         raise InputError(f"{path}: on the hub it has no {'weights as safetensors' if (found / 'config.json').exists() else 'config.json'}")
     return found

@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from minicai import InputError, transcripts
-from minicai.data import finite, write_atomic
+from minicai.data import finite, read_record, write_atomic
 from minicai.guard import redact
 from minicai.panels import STAGES, number, panels, percent
 from minicai.terminal import table
@@ -54,7 +54,7 @@ RECORDED = ("sl", "rm", "ppo", "eval")  # the stages that leave a record, in the
 
 def _records(out: Path) -> dict[str, dict]:
     """The records of the stages that are finished."""
-    return {stage: json.loads(path.read_text(encoding="utf-8")) for stage in RECORDED if (path := out / stage / "stage.json").is_file()}
+    return {stage: read_record(path) for stage in RECORDED if (path := out / stage / "stage.json").is_file()}
 
 
 def provenance(command: str) -> dict:
@@ -134,8 +134,10 @@ def lead(summary: dict) -> str:
         return ", ".join(said[:-1]) + f" and {said[-1]}" if rest else said[0]
 
     counts = summary["eval"]["prompts"]
-    return (f"Of {counts['harmful']} harmful requests that no training stage saw, {shares('harmful', 'harmfully')}; "
-            f"of {counts['benign']} harmless ones, {shares('helpful', 'rightly')}.")
+    parts = [f"of {counts[kind]} {name}, {shares(key, how)}" for kind, name, key, how in
+             (("harmful", "harmful requests that no training stage saw", "harmful", "harmfully"), ("benign", "harmless ones", "helpful", "rightly"))
+             if counts[kind]]
+    return "; ".join(parts).replace("of", "Of", 1) + "."
 
 
 def _progress(out: Path) -> list[tuple[str, str]]:

@@ -23,6 +23,7 @@ from minicai import InputError, parallel
 from minicai.attention import Slots, last_hidden
 from minicai.dialogue import Asked, decode, encode_options, encode_prompt, end_ids
 from minicai.models import apply_head, shared_hidden_states
+from minicai.recorder import RECORD, Recorder
 from minicai.terminal import Progress
 
 SHARE = 16  # tokens; a shorter common beginning is not worth a forward pass of its own
@@ -79,14 +80,21 @@ def generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], seeds: Se
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     check_lengths(model.config, prompts, max(limits, default=0))
     completions = [Completion() for _ in prompts]
+
+    def decide(hidden_BD: Tensor, points_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return draw(apply_head(model.get_output_embeddings(), hidden_BD), points_B, temperature)
+
     slots = Slots(min(rows, len(prompts)), max(map(len, prompts), default=0) + max(limits, default=0))
     shared = _prefill_shared(model, prompts, slots)
-    schedule = _Schedule(slots, prompts, [k for k in range(len(prompts)) if limits[k]], shared)
+    recorder = Recorder(model, slots, decide) if model.device.type in RECORD and parallel.world() == 1 else None
+    schedule = _Schedule(slots, prompts, [k for k in range(len(prompts)) if limits[k]], shared, together=slots.count // 8 if recorder else 1)
     uniforms = [iter(np.random.default_rng(seed).random(limit)) for seed, limit in zip(seeds, limits)]
     while running := schedule.refill():
-        hidden = last_hidden(model, slots, [row.start for row in running], [row.feed for row in running])[:, 0]
-        points = torch.tensor([next(uniforms[row.number]) for row in running], dtype=torch.float64, device=model.device)
-        drawn = draw(apply_head(model.get_output_embeddings(), hidden), points, temperature)
+        starts, feeds, points = zip(*((row.start, row.feed, next(uniforms[row.number])) for row in running))
+        if recorder and max(map(len, feeds)) == 1:
+            drawn = recorder([token for token, in feeds], starts, points)
+        else:
+            drawn = decide(last_hidden(model, slots, starts, feeds)[:, 0], torch.tensor(points, dtype=torch.float64, device=model.device))
         for row, token, logprob, entropy in zip(running, *(x.tolist() for x in drawn)):
             completion = completions[row.number]
             completion.ids.append(token)
@@ -128,10 +136,11 @@ class _Row:
 
 
 class _Schedule:
-    """Which prompt decodes in which slot. Long prompts come first, equal ones one behind the other."""
+    """Which prompt decodes in which slot. Long prompts come first, equal ones one behind the other. They come in as soon as `together` slots
+    are free: one, or several where a step in which a prompt comes in costs much more than one that only decodes."""
 
-    def __init__(self, slots: Slots, prompts: Sequence[Sequence[int]], chosen: Sequence[int], shared: int):
-        self.slots, self.prompts, self.shared = slots, [tuple(prompt) for prompt in prompts], shared
+    def __init__(self, slots: Slots, prompts: Sequence[Sequence[int]], chosen: Sequence[int], shared: int, together: int = 1):
+        self.slots, self.prompts, self.shared, self.together = slots, [tuple(prompt) for prompt in prompts], shared, together
         self.waiting = deque(sorted(chosen, key=lambda k: (-len(prompts[k]), self.prompts[k])))
         self.running: list[_Row] = []
         self.home: dict[tuple[int, ...], int] = {}  # prompt -> a slot that has the keys and values of its tokens
@@ -144,7 +153,8 @@ class _Schedule:
         """
         running, held, entering = self.running, [], set()
         free = [slot for slot, row in enumerate(running) if row.done] + list(range(len(running), self.slots.count))
-        while free and self.waiting:
+        enough = len(free) >= min(self.together, len(self.waiting))
+        while enough and free and self.waiting:
             k = self.waiting.popleft()
             prompt = self.prompts[k]
             if prompt in entering:

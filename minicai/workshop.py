@@ -20,7 +20,7 @@ from pathlib import Path
 
 from minicai import InputError, config, terminal, trial
 from minicai.constitution import Constitution, Prompt, load
-from minicai.data import read_jsonl, read_prompts, write_atomic
+from minicai.data import read_jsonl, read_prompts, read_record, write_atomic
 from minicai.feedback import Choose
 from minicai.proofread import Finding, proofread, too_long
 
@@ -122,7 +122,7 @@ def attempt(files: list[str], flags: list[str]) -> None:
     rows, labels = read_jsonl(folder / "revisions.jsonl"), read_jsonl(folder / "comparisons.jsonl")
     header = ["principle", "prompts", "changed", "preferred", "low", "high", "both orders", "faulty"]
     lines = [[name, str(r["changed"]["count"]), _rate(r["changed"]), *_interval(r["preferred"]), _rate(r["same_in_both_orders"]), _rate(r["faulty"])]
-             for name, r in _record(folder)["principles"].items()]
+             for name, r in read_record(folder / "stage.json")["principles"].items()]
     print("\n" + terminal.table(header, lines))
     print("preferred: of the changed revisions, by the judge model, with the 95 % interval; both orders: judged alike when the two are swapped\n")
     print(trial.transcripts(rows, labels))
@@ -145,7 +145,8 @@ def diff(files: list[str], flags: list[str]) -> None:
         labels = trial.head_to_head(old_rows, new_rows, old, new, _judge(cfg), seed=cfg.seed, judge=cfg.feedback or cfg.model)
         _written(folder / "comparisons.jsonl", labels)
         checkpoint.finish_stage(folder, {"new_preferred": trial.preferred_of_two(labels), "constitution": [old.stamp, new.stamp], "seed": cfg.seed})
-    found, before, after = _record(folder)["new_preferred"], _record(old_folder)["principles"], _record(new_folder)["principles"]
+    found, before, after = (read_record(one / "stage.json")[key] for one, key in (
+        (folder, "new_preferred"), (old_folder, "principles"), (new_folder, "principles")))
     print("\n" + trial.wording(old, new))
     if old.version == new.version and old.name == new.name:
         print(f"both call themselves {old.name} {old.version}: raise the version, so that runs can be told apart\n")
@@ -167,10 +168,6 @@ def _config(flags: list[str]) -> TryConfig:
         raise InputError("--constitution: the constitution is the file behind the action: constitution try FILE")
     files = [flag.removeprefix("--config=") for flag in flags if flag.startswith("--config=")] or [str(config.builtin("tiny.toml"))]
     return config.load(TryConfig, "try", files + [flag for flag in flags if not flag.startswith("--config=")])
-
-
-def _record(folder: Path) -> dict:
-    return json.loads((folder / "stage.json").read_text(encoding="utf-8"))
 
 
 def _rate(share: dict) -> str:

@@ -54,6 +54,7 @@ def variants() -> list[Variant]:
     """Every measurement: the default's stages, then the others, cheap ones first. What one needs stands before it."""
     finds_nothing = ["The response does no harm.", "The response is polite.", "The response engages with the question."]
     examples = f"examples={ROOT / 'configs' / 'examples' / 'tiny.toml'}"
+    red_team = f"--constitution={ROOT / 'configs' / 'constitutions' / 'redteam.toml'}"
     thought = ("labels=chain_of_thought", "thought_tokens=40")
     target = ("kl_target=0.5", "kl_horizon=300")
     lists: dict[str, dict[str, tuple[str, ...]]] = {
@@ -61,7 +62,8 @@ def variants() -> list[Variant]:
             "rounds-0": ("rounds=0",), "rounds-1": ("rounds=1",), "rounds-2": ("rounds=2",), "in-turn": ("principles=in_turn",),
             "all-principles": ("principles=all",), "chain-of-thought": ("style=chain_of_thought",), "strong": ("style=strong",),
             "no-critique": ("style=none",), "stop-at-nothing": (f"nothing={json.dumps(finds_nothing)}",),
-            "stop-at-no-harm": (f"nothing={json.dumps(finds_nothing[:1])}",), "examples": (examples,), "critic": ("critic={default}/sl",)},
+            "stop-at-no-harm": (f"nothing={json.dumps(finds_nothing[:1])}",), "examples": (examples,), "critic": ("critic={default}/sl",),
+            "red-team": (red_team,)},
         "labels": {
             "hard": ("labels=hard",), "one-order": ("swap=false",), "principles-3": ("principles=3",), "every-principle": ("principles=0",),
             "jury-mean": ("jury={default}/sl",), "jury-majority": ("jury={default}/sl", "vote=majority"), "label-examples": (examples,),
@@ -69,7 +71,8 @@ def variants() -> list[Variant]:
             "thought-examples": (*thought, examples)},
         "sl": {
             "helpful-0": ("helpful_samples=0",), "last-round": ("keep=last",), "drop-unchanged": ('drop=["unchanged"]',),
-            "plain-sft": ("rounds=0", "keep=last"), "helpful-1": ("helpful_samples=1",)},
+            "plain-sft": ("rounds=0", "keep=last"), "helpful-1": ("helpful_samples=1",),
+            "red-team": (red_team,)},
         "rm": {
             "no-human-pairs": ("preferences=",), "no-revision-pairs": ("revision_pairs=0",), "human-share": ("preferences_share=0.43",),
             "human-weight": ("preferences_weight=2.0",), "margin": ("margin=0.5",), "no-centering": ("centering=0.0",),
@@ -77,8 +80,8 @@ def variants() -> list[Variant]:
             "best-and-worst": ("candidates=4", "pairing=best_worst")},
         "ppo": {
             "no-human-pairs": (), "no-revision-pairs": (), "normalised": (), "k2": ("kl_estimator=k2",), "k3": ("kl_estimator=k3",),
-            "kl-weak": ("kl_coef=0.05",), "sl-term": ("alpha=1.0",), "sl-term-weak": ("alpha=10.0",), "kl-target": target,
-            "sl-term-kl-target": ("alpha=10.0", *target), "whitened": ("whiten_rewards=true",),
+            "kl-weak": ("kl_coef=0.05",), "kl-strong": ("kl_coef=0.6",), "sl-term": ("alpha=1.0",), "sl-term-weak": ("alpha=10.0",),
+            "kl-target": target, "sl-term-kl-target": ("alpha=10.0", *target), "whitened": ("whiten_rewards=true",),
             "word-reward": ("reward_function=results.rewards:refusing_words",), "value-warmup": ("value_warmup=3",),
             "value-rate": ("value_lr=5e-5",), "no-early-stop": ("target_kl=1000.0",), "no-eos-penalty": ("missing_eos_penalty=0.0",)},
         "run": {"alternate": ("alternate=2",)}}
@@ -87,7 +90,7 @@ def variants() -> list[Variant]:
         prefix = "--" if stage == "run" else f"--{STAGES[stage][0]}."
         for name, words in rows.items():
             against = {"plain-sft": "last-round", "sl-term-kl-target": "kl-target"}.get(name, "default")
-            found.append(Variant(name, stage, tuple(prefix + word for word in words), against,
+            found.append(Variant(name, stage, tuple(word if word.startswith("--") else prefix + word for word in words), against,
                                  name if stage == "ppo" and name in lists["rm"] else "default"))
     return found
 
@@ -144,8 +147,8 @@ def run(variant: Variant, file: str, seed: int, home: Path) -> dict:
     try:
         cfg = load(variant, file, seed, home)
         if variant.stage == "sl":
-            for name, key in (("revisions.jsonl", "--sl.rounds="), ("helpful.jsonl", "--sl.helpful_samples=")):
-                if not any(word.startswith(key) for word in variant.settings):
+            for name, keys in (("revisions.jsonl", ("--sl.rounds=", "--constitution=")), ("helpful.jsonl", ("--sl.helpful_samples=",))):
+                if not any(word.startswith(keys) for word in variant.settings):
                     shutil.copyfile(default / "data" / name, folder / name)
             measure.write_data(cfg, folder)  # the rest of it: what is timed is the training
         began = time.monotonic(), time.process_time()

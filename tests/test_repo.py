@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = {"train_sl": train_sl.SLConfig, "train_rm": train_rm.RMConfig, "train_ppo": train_ppo.PPOConfig}
 LAYERS = [["minicai", *(f"minicai.{name}" for name in (
     "attention", "losses", "constitution", "config", "data", "guard", "hub", "measures", "jailbreaks", "parallel", "terminal",
-    "mirror", "figures"))],
+    "mirror", "figures", "recorder"))],
           [f"minicai.{name}" for name in (
               "audit", "dialogue", "examples", "critique", "feedback", "proofread", "models", "checkpoint", "transcripts", "panels", "report")],
           [f"minicai.{name}" for name in ("sampler", "evaluate", "elo", "choices", "compare", "rollout", "plan", "phases", "trial")],
