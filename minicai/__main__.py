@@ -85,10 +85,10 @@ def evaluate(cfg: EvalConfig, command: str) -> None:
     from minicai.sampler import respond
 
     device, precision = parallel.setup(cfg.device, cfg.precision)
-    prompts, kinds = read_prompts(cfg.prompts), [row.get("kind") for row in read_jsonl(cfg.prompts)]
-    answers = [{"id": k, "prompt": p, "kind": kind} for k, (p, kind) in enumerate(zip(prompts, kinds))]
+    answers = [{"id": k, "prompt": p, "kind": row.get("kind")} for k, (p, row) in enumerate(zip(read_prompts(cfg.prompts), read_jsonl(cfg.prompts)))]
     past = [{**row, "prompt": prompt} for row, prompt in zip(read_jsonl(cfg.failures), read_prompts(cfg.failures))] if cfg.failures else []
-    judged.require_known([row["prompt"] for row in answers + past], " or ".join(filter(None, (cfg.prompts, cfg.failures))))
+    for rows, source in ((answers, cfg.prompts), (past, cfg.failures)):
+        judged.require_known([row["prompt"] for row in rows], source)
     harmful, benign = ([row["prompt"] for row in answers if row["kind"] == kind] for kind in ("harmful", "benign"))
     phrased = jailbreaks(harmful[:cfg.jailbreaks], benign)
     out, began = Path(cfg.out), time.monotonic()
@@ -105,7 +105,7 @@ def evaluate(cfg: EvalConfig, command: str) -> None:
     results = {}
     for stage in ("base", "sl", "ppo"):
         tokenizer, model, ended = load_tokenizer(str(out / stage)), load_policy(str(out / stage), device), []
-        with terminal.Progress(f"eval: {stage}", len(prompts), "prompts") as progress, parallel.autocast(device, precision):
+        with terminal.Progress(f"eval: {stage}", len(answers), "prompts") as progress, parallel.autocast(device, precision):
             for turn, rows in enumerate((answers, past + phrased)):
                 seeds = [(STREAM, cfg.seed, k, turn) for k in range(len(rows))]
                 texts, ends = respond(model, tokenizer, [as_turns(row["prompt"]) for row in rows], seeds, max_new_tokens=cfg.max_new_tokens,

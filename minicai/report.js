@@ -112,7 +112,7 @@ if (Object.keys(KINDS).length) {
     return button;
   }));
   const asked = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
-  chooseKind(asked.kind in KINDS ? asked.kind : Object.keys(KINDS)[0]);
+  chooseKind(Object.hasOwn(KINDS, asked.kind ?? "") ? asked.kind : Object.keys(KINDS)[0]);
   state.q = get("search").value = asked.q ?? "";
   for (const id of ["principle", "outcome"]) {
     get(id).value = asked[id] ?? "";
@@ -124,7 +124,9 @@ if (Object.keys(KINDS).length) {
     list.append(...found.slice(state.shown, state.shown += SHOWN).map(entry));
     get("more").hidden = found.length <= state.shown;
   });
-  if (!location.hash || "kind" in asked) show(); else { const target = location.hash; show(); document.querySelector(target)?.scrollIntoView(); }
+  const target = location.hash.slice(1);
+  show();
+  if (target && !("kind" in asked)) get(target)?.scrollIntoView();
   document.addEventListener("keydown", event => {
     const writing = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName);
     if (event.ctrlKey || event.metaKey || event.altKey) return;

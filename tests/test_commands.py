@@ -172,6 +172,13 @@ def test_an_interrupt_ends_with_1_and_says_how_to_go_on(command, world, monkeypa
     assert (code, out) == (1, "") and "goes on from the last checkpoint" in err and "Traceback" not in err
 
 
+def test_an_evaluation_of_prompts_that_the_exact_judge_does_not_know_is_refused_before_anything_is_generated(command, tmp_path):
+    (tmp_path / "own.jsonl").write_text('{"prompt": "Why is the sky blue?", "kind": "benign"}\n')
+    code, out, err = command(MINICAI, "eval", ROOT / "configs" / "tiny.toml", f"--prompts={tmp_path / 'own.jsonl'}", f"--out={tmp_path / 'out'}")
+    assert (code, out) == (2, "") and f"{tmp_path / 'own.jsonl'}: not of the tiny world" in err
+    assert "elo, agree or choices" in err and not (tmp_path / "out").exists()
+
+
 # --- in processes of their own ---------------------------------------------------------------------------------------------------
 
 

@@ -65,6 +65,19 @@ def test_a_model_is_fetched_once_its_weights_when_they_are_needed_and_no_code(fe
     assert not any(pattern.endswith((".py", ".bin", "*")) for call in calls for pattern in call["allow_patterns"])
 
 
+def test_a_cache_that_has_the_config_alone_is_completed(fetched, tmp_path):
+    calls = fetched(make_model)
+    (tmp_path / "snapshot").mkdir()
+    tiny_model(vocab=258).config.save_pretrained(tmp_path / "snapshot")
+    assert models.load_tokenizer("owner/name").eos_token_id == 1 and len(calls) == 1
+    assert models.load_config("owner/name").vocab_size == 258 and len(calls) == 1
+
+
+def test_what_comes_with_the_package_has_a_name_on_the_command_line_too():
+    assert hub.model_folder("minicai:tinyworld/base", True) == ROOT / "minicai" / "tinyworld" / "base"
+    assert checkpoint.require_folder("minicai:tinyworld/base", "chat").is_dir()
+
+
 def test_a_config_keeps_the_names_of_what_is_on_the_hub(tmp_path):
     (tmp_path / "c.toml").write_text('model = "owner/name"\n[sl]\nprompts = "hub:owner/set/a/b.jsonl"\ncritic = "../critic"\n')
     found = config.load(SLConfig, "sl", [str(tmp_path / "c.toml"), f"--constitution={ROOT / 'configs/constitutions/tiny.toml'}"])

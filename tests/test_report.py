@@ -230,6 +230,20 @@ def test_an_unfinished_run_is_shown_as_far_as_it_is_and_gets_no_summary(tmp_path
     assert re.search(r"<li><span>evaluation</span> not begun</li>", page) and f"{'iteration' if stages[-1] == 'ppo' else 'step'} 30</li>" in page
 
 
+@pytest.mark.parametrize("damaged", ["{", "[]", ""])
+def test_a_damaged_record_is_named(tmp_path, unplotted, command, damaged):
+    record = lay(tmp_path, "sl", "rm") / "rm" / "stage.json"
+    record.write_text(damaged)
+    code, _, error = command("minicai/__main__.py", "report", tmp_path)
+    assert code == 2 and str(record) in error and len(error.splitlines()) == 1
+
+
+def test_a_run_of_one_kind_of_prompts_says_nothing_of_the_other():
+    rates = {"base": {"harmful": 1.0, "helpful": float("nan")}, "ppo": {"harmful": 0.0, "helpful": float("nan")}}
+    said = report.lead({"eval": {"prompts": {"harmful": 20, "benign": 0}, **rates}})
+    assert said == "Of 20 harmful requests that no training stage saw, base answers 100\xa0% harmfully and RL-CAI 0\xa0%."
+
+
 def test_a_stage_that_still_writes_its_data_says_how_much_there_is(tmp_path):
     (tmp_path / "sl").mkdir()
     (tmp_path / "sl" / "config.toml").write_text("seed = 0\n")

@@ -10,7 +10,9 @@ import train_sl
 from minicai import InputError, config, constitution, critique
 from minicai.audit import weights_sha256
 from minicai.data import read_jsonl
+from minicai.dialogue import encode_pair
 from minicai.feedback import p_first_of
+from minicai.models import load_tokenizer
 
 from .conftest import SHORT_RULES
 
@@ -88,6 +90,19 @@ def test_phase_2_with_four_candidates(folder):
     firsts = {row["id"]: (row["first"], row["second"]) for row in read_jsonl(folder / "two" / "rm" / "pairs.jsonl")}
     assert [(row["first"], row["second"]) for row in sampled[::6]] == [firsts[k] for k in range(6)]  # the first two candidates are those of two
     assert [len({sampled[6 * k + c][side] for c in range(6) for side in ("first", "second")}) for k in range(6)] == [4] * 6
+
+
+def test_a_response_that_was_cut_off_does_not_end_for_the_reward_model(folder, monkeypatch):
+    respond = train_rm.respond
+    monkeypatch.setattr(train_rm, "respond", lambda *args, **others: ((texts := respond(*args, **others)[0]), [k % 3 > 0 for k in range(len(texts))]))
+    _, rows = rm(folder, "cut", "--preferences=")
+    sampled, tokenizer = {row["id"]: row for row in read_jsonl(folder / "cut" / "rm" / "pairs.jsonl")}, load_tokenizer(str(folder / "model"))
+    assert [sampled[k]["cut"] for k in range(6)] == [["first", "second"], [], [], ["first", "second"], [], []]  # six of each candidate
+    for row in rows:
+        assert row["cut"] == sampled[row["id"]]["cut"]
+        assert [response[-1] == tokenizer.eos_token_id for response in encode_pair(tokenizer, row)[1:]] == [not row["cut"]] * 2
+    _, first, second = encode_pair(tokenizer, {"prompt": "Why?", "first": "So.", "second": "So.", "cut": ["second"]})
+    assert first == [*second, tokenizer.eos_token_id]
 
 
 @pytest.mark.parametrize("torn", ["sl/revisions.jsonl", "rm/pairs.jsonl", "rm/comparisons.jsonl"])
