@@ -8,32 +8,64 @@ Legend: B rows that are being decoded, S slots, D hidden size.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from minicai import terminal
 from minicai.attention import Slots, step_hidden
 
 WIDTH = 128  # tokens
 Step = Callable[[], tuple[Tensor, ...]]
+Recording = tuple[Callable[[], None], tuple[Tensor, ...]]  # what replays a step, and the tensors in which its results then stand
+warn_once = cache(terminal.warn)  # of every phase the first says it
 
 
-def cuda_graph(step: Step) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
-    """What replays a step, and the tensors in which its results then stand. The first run is a real one: libraries get their workspaces in it."""
+def repeated(step: Step) -> Recording:
+    """A step that is simply taken again, where it cannot be recorded."""
+    results = step()
+
+    def again() -> None:
+        for old, new in zip(results, step()):
+            old.copy_(new)
+
+    return again, results
+
+
+def graph(step: Step, pool: tuple[int, int]) -> Recording:
+    """A step as a CUDA graph. The first time is a real one: libraries get their workspaces in it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    recording = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(recording, pool=pool, capture_error_mode="thread_local"):
         results = step()
-    return graph.replay, results
+    return recording.replay, results
 
 
-RECORD = {"cuda": cuda_graph}  # by the type of device; on a CPU there is nothing to gain
+def graphs() -> Callable[[Step], Recording]:
+    """Records steps in one pool of memory: they are replayed one after the other, and none reads what another left. Some models ask the host within
+    a step (mixtures of experts: how many tokens go to each): their steps are repeated instead."""
+    pool, failed = torch.cuda.graph_pool_handle(), []
+
+    def record(step: Step) -> Recording:
+        try:
+            return repeated(step) if failed else graph(step, pool)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            failed.append(error)
+            warn_once(f"decoding steps cannot be recorded, and are launched one by one: {next(iter(str(error).splitlines()), '')}")
+            return repeated(step)
+
+    return record
+
+
+RECORDERS = {"cuda": graphs}  # by the type of device; on a CPU there is nothing to gain
 
 
 class Recorder:
@@ -43,7 +75,8 @@ class Recorder:
         self.model, self.slots, self.decide = model, slots, decide
         self.inputs = torch.zeros(2, slots.count, dtype=torch.long, device=model.device)  # token ids and their positions
         self.points = torch.zeros(slots.count, dtype=torch.float64, device=model.device)
-        self.recordings: dict[tuple[int, int], tuple[Callable[[], None], tuple[Tensor, ...]]] = {}
+        self.record = RECORDERS[model.device.type]()
+        self.recordings: dict[tuple[int, int], Recording] = {}
 
     def __call__(self, ids: Sequence[int], positions: Sequence[int], points: Sequence[float]) -> list[Tensor]:
         """Feeds ids[b] to row b, to stand at positions[b] of slot b: -> what `decide` gives, of B rows."""
@@ -56,7 +89,7 @@ class Recorder:
         self.inputs[:, :rows].copy_(torch.tensor([[*ids, *[0] * idle], [*positions, *[capacity - 1] * idle]]))
         self.points[:rows].copy_(torch.tensor([*points, *[0.0] * idle], dtype=torch.float64))
         if (rows, width) not in self.recordings:
-            self.recordings[rows, width] = RECORD[self.inputs.device.type](partial(self._step, rows, width))
+            self.recordings[rows, width] = self.record(partial(self._step, rows, width))
         replay, results = self.recordings[rows, width]
         replay()
         return [result[: len(ids)] for result in results]

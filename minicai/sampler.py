@@ -23,7 +23,7 @@ from minicai import InputError, parallel
 from minicai.attention import Slots, last_hidden
 from minicai.dialogue import Asked, decode, encode_options, encode_prompt, end_ids
 from minicai.models import apply_head, shared_hidden_states
-from minicai.recorder import RECORD, Recorder
+from minicai.recorder import RECORDERS, Recorder
 from minicai.terminal import Progress
 
 SHARE = 16  # tokens; a shorter common beginning is not worth a forward pass of its own
@@ -86,7 +86,7 @@ def generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], seeds: Se
 
     slots = Slots(min(rows, len(prompts)), max(map(len, prompts), default=0) + max(limits, default=0))
     shared = _prefill_shared(model, prompts, slots)
-    recorder = Recorder(model, slots, decide) if model.device.type in RECORD and parallel.world() == 1 else None
+    recorder = Recorder(model, slots, decide) if model.device.type in RECORDERS and parallel.world() == 1 else None
     schedule = _Schedule(slots, prompts, [k for k in range(len(prompts)) if limits[k]], shared, together=slots.count // 8 if recorder else 1)
     uniforms = [iter(np.random.default_rng(seed).random(limit)) for seed, limit in zip(seeds, limits)]
     while running := schedule.refill():

@@ -23,14 +23,9 @@ def recorded(monkeypatch):
 
     def record(step):
         made.append(step.args)  # rows, width
-        results = tuple(torch.zeros_like(result) for result in step())
+        return recorder.repeated(step)
 
-        def replay():
-            for old, new in zip(results, step()):
-                old.copy_(new)  # the addresses stay
-        return replay, results
-
-    monkeypatch.setitem(recorder.RECORD, "cpu", record)
+    monkeypatch.setitem(recorder.RECORDERS, "cpu", lambda: record)
     monkeypatch.setattr(recorder, "WIDTH", 8)
     return made
 
@@ -41,7 +36,7 @@ def both(model, monkeypatch, eos=NO_TOKEN, rows=4, temperature=1.0, device=CPU):
         return generate(model, PROMPTS, SEEDS, max_new_tokens=[12, 12, 30, 3, 12, 12, 7, 12], eos_id=eos, temperature=temperature, rows=rows)
 
     with_them = run()
-    monkeypatch.delitem(recorder.RECORD, device.type)
+    monkeypatch.delitem(recorder.RECORDERS, device.type)
     return with_them, run()
 
 
@@ -106,18 +101,34 @@ def test_prompts_come_in_together_where_steps_are_recorded(recorded, forward_cal
         return found, [(n - 32) // 2 for _, n in shapes if n > 32]  # how many prompts of three tokens came in at a time
 
     found, together = run()
-    monkeypatch.delitem(recorder.RECORD, "cpu")
+    monkeypatch.delitem(recorder.RECORDERS, "cpu")
     expected, at_once = run()
     assert_equal_completions(found, expected)
     assert min(together[:-1]) >= 4 > min(at_once[:-1]) and sum(together) > 60
+
+
+def test_steps_that_cannot_be_recorded_are_repeated(recorded, monkeypatch, capsys):
+    tried = []
+
+    def refuse(step, pool):
+        tried.append(step)
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nCUDA kernel errors might be reported later")
+
+    monkeypatch.setattr(recorder, "graph", refuse)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setitem(recorder.RECORDERS, "cpu", recorder.graphs)
+    assert_equal_completions(*both(tiny_model(), monkeypatch))
+    assert len(tried) == 1  # the others are not tried
+    assert capsys.readouterr().err.count("launched one by one: CUDA error: operation not permitted") == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("temperature", [1.0, 0.0])
 def test_a_gpu_replays_what_it_would_do_step_by_step(policy, monkeypatch, temperature):
     monkeypatch.setattr(recorder, "WIDTH", 8)
-    made, record = [], recorder.cuda_graph
-    monkeypatch.setitem(recorder.RECORD, "cuda", lambda step: made.append(step.args) or record(step))
+    made, graph = [], recorder.graph
+    monkeypatch.setattr(recorder, "graph", lambda step, pool: made.append(step.args) or graph(step, pool))
+    monkeypatch.setattr(recorder, "repeated", None)
     model = tiny_model(policy.config.model_type.replace("gpt_neox", "neox")).cuda()
     assert_equal_completions(*both(model, monkeypatch, temperature=temperature, device=torch.device("cuda")))
     assert made
