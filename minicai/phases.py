@@ -59,7 +59,7 @@ def sl(cfg, rules: Constitution, prompts: list[Prompt], shown: str, tokenizer, p
     models = {"model": model} | ({"reviser": plan.policy(cfg.model)} if cfg.policy else {})
     models |= {"critic": plan.policy(cfg.critic)} if cfg.critic else {}
     sampling = plan.generation("generation", models, "model", precision, cfg.plan, rows=min(cfg.rows, len(prompts)), fed=mean + around,
-                               capacity=longest + around)
+                               capacity=longest + around, beside=models)
     if cfg.gradient_checkpointing:
         checkpoint_layers(model)
     tokens = -(-cfg.batch_size // cfg.plan) * longest  # of this process in a batch
@@ -77,10 +77,13 @@ def rm(cfg, rules: Constitution, prompts: list[Prompt], human: list[dict], examp
     asked = [len(encode_prompt(tokenizer, as_turns(prompt))) for prompt in prompts]
     given = [(len(p), max(map(len, pair))) for row in human for p, *pair in [encode_pair(tokenizer, row)]]
     answer = min(new, max((response for _, response in given), default=new))  # in labelling; human answers tell what is usual
-    shown = [len(encode_prompt(feedback_tokenizer, compared(examples, rule, render_comparison("", "", "", rule))))
-             for rule in rules.usable("comparison")]
+    thinking, rules = cfg.labels == "chain_of_thought", rules.usable("comparison")
+    shown = [compared_by_thinking(examples, rule, render_conclusion("", "", "", rule, "")) if thinking else
+             compared(examples, rule, render_comparison("", "", "", rule)) for rule in rules]
+    around = max(len(encode_prompt(feedback_tokenizer, text)) for text in shown)
     mean, longest, rows = round(sum(asked) / len(asked)), max(asked), min(cfg.rows, 2 * len(prompts))
-    before, whole = mean + max(shown), longest + max(shown) + 2 * answer  # what both orders of a pair begin with, and the longest text
+    before, whole = mean + around, longest + around + 2 * answer  # what both orders of a pair begin with, and the longest text
+    whole += cfg.thought_tokens if thinking else 0
     sampling = plan.generation("sampling", {"policy": plan.policy(policy_path)}, "policy", precision, cfg.plan, rows=rows, fed=mean,
                                capacity=longest + new)
     judges = {"feedback": plan.policy(cfg.feedback or cfg.model)} | {f"jury {k + 1}": plan.policy(path) for k, path in enumerate(cfg.jury)}
@@ -90,7 +93,10 @@ def rm(cfg, rules: Constitution, prompts: list[Prompt], human: list[dict], examp
     def compare() -> None:
         final_logprobs(judges["feedback"], texts, 2)
 
-    labelling = plan.asking("labelling", judges, "feedback", precision, cfg.plan, compare)
+    labelling = [plan.asking("labelling", judges, precision, cfg.plan, compare)]
+    if thinking:
+        labelling.insert(0, plan.generation("thinking", judges, "feedback", precision, cfg.plan, rows=rows, fed=before + 2 * answer, capacity=whole,
+                                            beside=judges))
     model = plan.scorer(policy_path, tokenizer.pad_token_id)
     if cfg.gradient_checkpointing:
         checkpoint_layers(model)
@@ -99,7 +105,7 @@ def rm(cfg, rules: Constitution, prompts: list[Prompt], human: list[dict], examp
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     update = plan.update(optimizer, -(-tokens // cfg.micro_tokens), lambda: losses.preference_loss(
         *pair_scores(model, pairs), torch.ones(len(pairs)), cfg.margin).sum().backward())
-    return [sampling, labelling, plan.phase("training", {"reward": model}, ["reward"], optimizer, precision, cfg.plan, update)]
+    return [sampling, *labelling, plan.phase("training", {"reward": model}, ["reward"], optimizer, precision, cfg.plan, update)]
 
 
 def ppo(cfg, prompts: list[Prompt], precision: str) -> list[plan.Phase]:

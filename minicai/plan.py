@@ -57,7 +57,7 @@ def _shape(auto: type, path: str, settings: dict) -> PreTrainedModel:
 
 def stand_in(folder: str, base: str) -> str:
     """A folder that an earlier stage makes, or while it is not there the base model's, which has the same shape."""
-    return folder if Path(folder).exists() else base
+    return folder if (Path(folder) / "config.json").exists() else base
 
 
 # --- what the phases do ----------------------------------------------------------------------------------------------------------
@@ -78,22 +78,23 @@ def decoding(model: PreTrainedModel, rows: int, fed: int, capacity: int) -> Slot
 
 
 def generation(name: str, models: dict[str, PreTrainedModel], by: str, precision: str, world: int, *, rows: int, fed: int,
-               capacity: int, optimizer: torch.optim.Optimizer | None = None) -> Phase:
-    """The phase in which model `by` decodes in `rows` slots of `capacity` tokens, while the others and the optimizer's state stand by."""
+               capacity: int, optimizer: torch.optim.Optimizer | None = None, beside: Iterable[str] = ()) -> Phase:
+    """The phase in which model `by` decodes in `rows` slots of `capacity` tokens, while the others and the optimizer's state stand by; of several
+    processes each then has it whole, and those `beside` it."""
     counted = min(rows, FEW)
     with torch.no_grad():
         alive, slots = _count(models, optimizer, precision, lambda: decoding(models[by], counted, fed, capacity))
     kept = sum(x.nbytes for layer in slots.layers.values() for x in layer)
     passing = {"key-value slots": kept, "activations": alive["other"] - kept, "logits": alive["logits"]}
     every = {component: size * rows // counted for component, size in passing.items()}
-    return name, _standing(models, optimizer, world) | every | {"gathered weights": _whole(models[by], precision) if world > 1 else 0,
+    return name, _standing(models, optimizer, world) | every | {"gathered weights": _whole(models, {by, *beside}, precision, world),
                                                                 "allocator slack": _slack(models, every["activations"])}
 
 
-def asking(name: str, models: dict[str, PreTrainedModel], by: str, precision: str, world: int, work: Callable[[], object]) -> Phase:
-    """A phase in which model `by` does `work` without learning, whole in each process, while the others stand by."""
+def asking(name: str, models: dict[str, PreTrainedModel], precision: str, world: int, work: Callable[[], object]) -> Phase:
+    """A phase of `work` without learning, for which all models are whole in each process."""
     name, rows = phase(name, models, [], None, precision, world, work)
-    return name, rows | {"gathered weights": _whole(models[by], precision) if world > 1 else 0}
+    return name, rows | {"gathered weights": _whole(models, models, precision, world)}
 
 
 def update(optimizer: torch.optim.Optimizer, passes: int, work: Callable[[], object]) -> Callable[[], None]:
@@ -187,10 +188,11 @@ def _layers(model: PreTrainedModel) -> list[int]:
     return [sum(p.numel() for p in m.parameters()) for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
 
 
-def _whole(model: PreTrainedModel, precision: str) -> int:
-    """The whole model as processes hand it round: layers in the precision of the products, the rest in float32."""
-    inside = sum(_layers(model))
-    return inside * (2 if precision == "bf16" else 4) + (model.num_parameters() - inside) * 4
+def _whole(models: dict[str, PreTrainedModel], names: Iterable[str], precision: str, world: int) -> int:
+    """Whole models as several processes hand them round: layers in the precision of the products, the rest in float32."""
+    inside = sum(sum(_layers(models[name])) for name in names)
+    outside = sum(models[name].num_parameters() for name in names) - inside
+    return inside * (2 if precision == "bf16" else 4) + outside * 4 if world > 1 else 0
 
 
 def _ahead(model: PreTrainedModel, precision: str) -> int:

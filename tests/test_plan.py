@@ -72,6 +72,13 @@ def test_slots_of_generation_by_hand(folder):
         4 * WEIGHTS - 2 * (WEIGHTS - 2 * 64 * 32 - 32)
 
 
+def test_several_processes_gather_all_the_models_that_a_phase_asks(folder):
+    models = {name: plan.policy(folder) for name in ("feedback", "jury 1", "jury 2")}
+    one = plan.generation("thinking", {"it": plan.policy(folder)}, "it", "fp32", 2, rows=10, fed=5, capacity=30)[1]["gathered weights"]
+    assert plan.generation("thinking", models, "feedback", "fp32", 2, rows=10, fed=5, capacity=30, beside=models)[1]["gathered weights"] == 3 * one
+    assert plan.asking("labelling", models, "fp32", 2, lambda: None)[1]["gathered weights"] == 3 * one == 3 * 4 * WEIGHTS
+
+
 def test_logits_of_generation_are_counted(tmp_path):
     tiny_model(vocab=4096).config.save_pretrained(tmp_path)
     rows = plan.generation("sampling", {"it": plan.policy(str(tmp_path))}, "it", "fp32", 1, rows=10, fed=1, capacity=30)[1]
@@ -117,6 +124,14 @@ def test_a_planned_stage_loads_and_writes_nothing(stage, tmp_path, monkeypatch, 
                 assert 0.5 * size <= two["phases"][name][row] <= 0.501 * size
     shown = capsys.readouterr().out
     assert f"The largest phase takes {one['total'] / 2**30:.3f} GiB in each of 1 process, on cpu in fp32.\n" in shown and "allocator slack" in shown
+
+
+def test_rationales_are_planned_for_and_make_comparisons_longer(tmp_path):
+    arguments = [str(ROOT / "configs/tiny.toml"), f"--out={tmp_path}", "--rows=8", "--micro_tokens=200", "--plan"]
+    plain, thought = (train_rm.main(config.load(train_rm.RMConfig, "rm", [*arguments, *more]))["phases"]
+                      for more in ([], ["--labels=chain_of_thought", "--thought_tokens=40"]))
+    assert thought.keys() - plain.keys() == {"thinking"} and thought["thinking"]["key-value slots"] > plain["sampling"]["key-value slots"]
+    assert thought["labelling"]["activations"] > plain["labelling"]["activations"]
 
 
 @pytest.mark.parametrize("stage, override", [("rm", "--preferences="), ("ppo", "--precision=bf16")])
