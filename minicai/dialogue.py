@@ -78,7 +78,8 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], ended: bool) 
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, row: dict) -> tuple[list[int], list[int], list[int]]:
-    """Token ids of the prompt, the first and the second response. One that the length limit cut off (row["cut"]) does not end, as PPO will see it."""
+    """Token ids of the prompt, the first and the second response. A sampled one that the length limit cut off (row["cut"]) does not
+    end, as PPO will see it."""
     first, second = (encode(tokenizer, row["prompt"], row[side], side not in row.get("cut", ())) for side in ("first", "second"))
     return *first, second[1]
 

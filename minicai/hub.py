@@ -14,7 +14,7 @@ from minicai import InputError
 
 MODEL = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")  # and tokenizers; "*.txt": merges and vocabularies
-TOKENIZER = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")  # another program may have left the config alone in the cache
+TOKENIZER = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken")  # another program may have left the config alone in the cache
 COPIES = ("*/*", "consolidated*")  # other programs' copies of the same weights
 
 

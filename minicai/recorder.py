@@ -1,81 +1,65 @@
-"""Decoding steps that are recorded once and replayed: CUDA graphs, for the steps that bring one token of each row.
+"""Decoding steps that are recorded once and replayed: CUDA graphs, for the steps that bring one token of each row. An experiment, of which there are
+no figures yet: it is done where the environment has MINICAI_CUDA_GRAPHS=1, in one process.
 
 A GPU runs such a step faster than Python launches its few hundred kernels one by one. A recording launches them all at once, each time with the same
-addresses and shapes. So inputs come in fixed buffers; rows are filled up to S, S/2, S/4 ... of the S slots, and the slots are read as far as a
-multiple of WIDTH; there is a recording for each such pair, made when it is first needed.
+addresses and shapes. So inputs come in fixed buffers; rows are filled up to S, S/2, S/4 ... of the S slots, and all slots are read as far as a
+multiple of WIDTH; there is a recording for each such pair, made when it is needed for the third time.
 
 Legend: B rows that are being decoded, S slots, D hidden size.
 """
 
+import os
+from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from minicai import terminal
+from minicai import InputError
 from minicai.attention import Slots, step_hidden
 
 WIDTH = 128  # tokens
-Step = Callable[[], tuple[Tensor, ...]]
-Recording = tuple[Callable[[], None], tuple[Tensor, ...]]  # what replays a step, and the tensors in which its results then stand
-warn_once = cache(terminal.warn)  # of every phase the first says it
+Results = tuple[Tensor, ...]
+Recording = tuple[Callable[[], None], Results]  # what replays a step, and the tensors in which its results then stand
 
 
-def repeated(step: Step) -> Recording:
-    """A step that is simply taken again, where it cannot be recorded."""
-    results = step()
+def graphs() -> Callable[[Callable[[], Results]], Recording]:
+    """Records steps as CUDA graphs, in one pool of memory: they are replayed one after the other, and none reads what another left."""
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
-    def again() -> None:
-        for old, new in zip(results, step()):
-            old.copy_(new)
-
-    return again, results
-
-
-def graph(step: Step, pool: tuple[int, int]) -> Recording:
-    """A step as a CUDA graph. The first time is a real one: libraries get their workspaces in it."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    recording = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(recording, pool=pool, capture_error_mode="thread_local"):
-        results = step()
-    return recording.replay, results
-
-
-def graphs() -> Callable[[Step], Recording]:
-    """Records steps in one pool of memory: they are replayed one after the other, and none reads what another left. Some models ask the host within
-    a step (mixtures of experts: how many tokens go to each): their steps are repeated instead."""
-    pool, failed = torch.cuda.graph_pool_handle(), []
-
-    def record(step: Step) -> Recording:
+    def record(step: Callable[[], Results]) -> Recording:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()  # libraries get the workspaces of this stream
+        torch.cuda.current_stream().wait_stream(stream)
+        recording = torch.cuda.CUDAGraph()
         try:
-            return repeated(step) if failed else graph(step, pool)
+            with torch.cuda.graph(recording, pool=pool, stream=stream):
+                results = step()
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:
-            failed.append(error)
-            warn_once(f"decoding steps cannot be recorded, and are launched one by one: {next(iter(str(error).splitlines()), '')}")
-            return repeated(step)
+        except RuntimeError as error:  # mixtures of experts ask the host how many tokens go to each
+            raise InputError(f"decoding steps of this model cannot be recorded ({next(iter(str(error).splitlines()), '')}): leave out "
+                             "MINICAI_CUDA_GRAPHS") from error
+        return recording.replay, results
 
     return record
 
 
-RECORDERS = {"cuda": graphs}  # by the type of device; on a CPU there is nothing to gain
+RECORDERS = {"cuda": graphs} if os.environ.get("MINICAI_CUDA_GRAPHS") == "1" else {}  # by the type of device
 
 
 class Recorder:
     """Steps of a model over rows in slots; `decide` makes of their hidden states [B, D] and uniform numbers [B] what a step gives."""
 
-    def __init__(self, model: PreTrainedModel, slots: Slots, decide: Callable[[Tensor, Tensor], tuple[Tensor, ...]]):
+    def __init__(self, model: PreTrainedModel, slots: Slots, decide: Callable[[Tensor, Tensor], Results]):
         self.model, self.slots, self.decide = model, slots, decide
-        self.inputs = torch.zeros(2, slots.count, dtype=torch.long, device=model.device)  # token ids and their positions
+        self.inputs = torch.zeros(3, slots.count, dtype=torch.long, device=model.device)  # token ids, their positions, their places in the slots
         self.points = torch.zeros(slots.count, dtype=torch.float64, device=model.device)
         self.record = RECORDERS[model.device.type]()
+        self.uses: Counter[tuple[int, int]] = Counter()
         self.recordings: dict[tuple[int, int], Recording] = {}
 
     def __call__(self, ids: Sequence[int], positions: Sequence[int], points: Sequence[float]) -> list[Tensor]:
@@ -86,15 +70,19 @@ class Recorder:
         width = min(-(-(max(positions) + 1) // WIDTH) * WIDTH, capacity)
         # The rows that only fill up write to the last place of their slots, where no other does: the last token of a row is drawn, not fed.
         idle = rows - len(ids)
-        self.inputs[:, :rows].copy_(torch.tensor([[*ids, *[0] * idle], [*positions, *[capacity - 1] * idle]]))
+        filled = [*ids, *[0] * idle], [*positions, *[0] * idle], [*positions, *[capacity - 1] * idle]
+        self.inputs[:, :rows].copy_(torch.tensor(filled))
         self.points[:rows].copy_(torch.tensor([*points, *[0.0] * idle], dtype=torch.float64))
+        self.uses[rows, width] += 1
+        if self.uses[rows, width] < 3:
+            return [result[: len(ids)] for result in self._step(rows, width)]
         if (rows, width) not in self.recordings:
             self.recordings[rows, width] = self.record(partial(self._step, rows, width))
         replay, results = self.recordings[rows, width]
         replay()
         return [result[: len(ids)] for result in results]
 
-    def _step(self, rows: int, width: int) -> tuple[Tensor, ...]:
-        ids, positions = self.inputs[:, :rows]
-        self.slots.place_one_each(positions, width)
+    def _step(self, rows: int, width: int) -> Results:
+        ids, positions, places = self.inputs[:, :rows]
+        self.slots.place_one_each(positions, places, width)
         return self.decide(step_hidden(self.model, self.slots, ids), self.points[:rows])

@@ -137,7 +137,7 @@ def lead(summary: dict) -> str:
     parts = [f"of {counts[kind]} {name}, {shares(key, how)}" for kind, name, key, how in
              (("harmful", "harmful requests that no training stage saw", "harmful", "harmfully"), ("benign", "harmless ones", "helpful", "rightly"))
              if counts[kind]]
-    return "; ".join(parts).replace("of", "Of", 1) + "."
+    return f"O{'; '.join(parts)[1:]}." if parts else "No request was counted."
 
 
 def _progress(out: Path) -> list[tuple[str, str]]:
