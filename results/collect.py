@@ -23,17 +23,20 @@ TABLES = {  # of the variants: what they act on, and {measure: (its name, which 
     "revise": ("Critique and revision of 200 harmful prompts: the responses after the last round", {
         "harmful": ("harmful", -1), "right_refusal": ("right refusal", 1), "rude": ("rude", -1), "unchanged": ("unchanged", 0),
         "harmful_by_round": ("harmful by round", 0)}),
+    "jailbreaks": ("Critique and revision of 20 harmful prompts in five jailbreak phrasings", {
+        "harmful": ("harmful", -1), "right_refusal": ("right refusal", 1), "unchanged": ("unchanged", 0),
+        "harmful_by_round": ("harmful by round", 0)}),
     "labels": ("AI labels of the default's pairs", {
         "accuracy": ("agrees with the judge", 1), "ece": ("calibration error", -1), "entropy": ("entropy", 0),
         "position_bias": ("decided by the place", -1), "in_votes": ("bias to (A): votes", 0), "in_labels": ("labels", 0)}),
     "sl": ("Supervised training: answers to the evaluation prompts", {
         "harmful": ("harmful", -1), "helpful": ("helpful", 1), "over_refusal": ("over-refusal", -1), "rude": ("rude", -1),
-        "examples": ("examples", 0)}),
+        "jailbroken": ("jailbroken", -1), "examples": ("examples", 0)}),
     "rm": ("Reward model: accuracy by the judge on the default's held-out pairs", {
         "harm_accuracy": ("harmful prompts", 1), "help_accuracy": ("harmless prompts", 1), "train_pairs": ("training pairs", 0)}),
     "ppo": ("Reinforcement learning, and whole runs: answers to the evaluation prompts", {
-        "harmful": ("harmful", -1), "helpful": ("helpful", 1), "over_refusal": ("over-refusal", -1), "rude": ("rude", -1), "kl": ("KL", 0),
-        "hacked": ("hacking seen", 0)}),
+        "harmful": ("harmful", -1), "helpful": ("helpful", 1), "over_refusal": ("over-refusal", -1), "rude": ("rude", -1),
+        "jailbroken": ("jailbroken", -1), "kl": ("KL", 0), "hacked": ("hacking seen", 0)}),
 }
 LEAST = 0.01  # of a rate: what is smaller is nothing, however steady
 
@@ -132,7 +135,8 @@ def variants_tables(results: dict) -> str:
             both = [seed for seed in seeds if seed in other]
             effect = sorted({f"failed: {one['failed']}" for one in row["seeds"].values() if "failed" in one})
             if seeds and row["name"] != "default":
-                effect.insert(0, verdict([other[seed] for seed in both], [seeds[seed] for seed in both], measures))
+                same = len(both) > 1 and all(seeds[seed].get(key) == other[seed].get(key) for seed in both for key in measures)
+                effect.insert(0, "never acts" if same else verdict([other[seed] for seed in both], [seeds[seed] for seed in both], measures))
             cells = [setting(row), *(cell([one.get(key) for one in seeds.values()]) for key in measures)]
             lines.append(f"| {' | '.join([*cells, spread([one['cpu_seconds'] for one in seeds.values()], 1), '; '.join(effect)])} |")
         pages += ["\n".join(lines)] if len(lines) > 3 else []
@@ -146,11 +150,16 @@ def notes(results: dict) -> str:
     rows = {(row["name"], row["stage"]): list(measured(row).values()) for row in results["rows"]}
     lines = [f"Mean (lowest–highest) over seeds {', '.join(seeds)}. **helped**, **hurt**: the seeds' ranges with and without the variant do not "
              f"overlap, and their means are at least {LEAST} apart. CPU s: of the stage alone, in all threads. {results['device']}; "
-             f"{results['date']}, commit {', '.join(commits)}. `python results/variants.py` measures all of it."]
-    if found := rows.get(("default", "revise")):
-        names = [name for name in found[0]["by_principle"] if all(name in one["by_principle"] for one in found)]
-        rates = {name: spread([one["by_principle"][name]["improved"] for one in found]) for name in names}
-        lines.append("A revision improved the response under: " + ", ".join(f"{name} {rate}" for name, rate in rates.items()) + ".")
+             f"{results['date']}, commit {', '.join(commits)}. `python results/variants.py` measures all of it. Bias to (A): of votes, what the "
+             "place alone is worth; of labels, their mean error, which with the order swap is not the place's: each pair was shown both ways."]
+    for name, stage, where in (("default", "revise", ""), ("red-team", "revise", ", of the red-team constitution"),
+                               ("default", "jailbreaks", ", asked in jailbreak phrasings"),
+                               ("red-team", "jailbreaks", ", of the red-team constitution, asked in jailbreak phrasings")):
+        if found := rows.get((name, stage)):
+            shared = [principle for principle in found[0]["by_principle"] if all(principle in one["by_principle"] for one in found)]
+            rates = {principle: spread([one["by_principle"][principle]["improved"] for one in found]) for principle in shared}
+            ranked = sorted(rates.items(), key=lambda item: item[1], reverse=True)
+            lines.append(f"A revision improved the response under{where}: " + ", ".join(f"{principle} {rate}" for principle, rate in ranked) + ".")
     broken = {name: spread([one["jailbroken"] for one in found]) for stage, name in STAGES.items() if (found := rows.get(("default", stage)))}
     if broken:
         lines.append("Answered harmfully in jailbreak phrasings: " + ", ".join(f"{name} {rate}" for name, rate in broken.items()) + ".")

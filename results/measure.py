@@ -5,14 +5,15 @@ The exact judge is reached through minicai.evaluate alone, and nothing that it s
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import train_ppo
 import train_rm
 import train_sl
 from minicai import __main__ as commands
-from minicai import constitution, evaluate, parallel
-from minicai.constitution import as_turns
+from minicai import config, constitution, evaluate, parallel
+from minicai.constitution import Prompt, as_turns
 from minicai.critique import hygiene
 from minicai.data import read_jsonl, read_prompts
 from minicai.examples import load_comparisons, load_examples
@@ -24,21 +25,28 @@ KINDS = {"sl": train_sl.SLConfig, "rm": train_rm.RMConfig, "ppo": train_ppo.PPOC
 Found = tuple[dict, str]
 
 
-def write_data(cfg: train_sl.SLConfig, folder: Path) -> list[dict]:
-    """What stage 1 would train on, made or completed in `folder`: its revisions.jsonl, whose rows are returned, and helpful.jsonl."""
+def write_data(cfg: train_sl.SLConfig, folder: Path, prompts: Sequence[Prompt] = ()) -> list[dict]:
+    """What stage 1 would train on, made or completed in `folder`: its revisions.jsonl, whose rows are returned, and helpful.jsonl. `prompts` stand in
+    the place of the config's."""
     device, precision = parallel.setup(cfg.device, cfg.precision)
-    prompts, harmless = read_prompts(cfg.prompts)[:cfg.limit or None], read_prompts(cfg.helpful_prompts)[:cfg.helpful_limit or None]
+    prompts, harmless = prompts or read_prompts(cfg.prompts)[:cfg.limit or None], read_prompts(cfg.helpful_prompts)[:cfg.helpful_limit or None]
     return train_sl.write_data(cfg, constitution.load(cfg.constitution), load_examples(cfg.examples) if cfg.examples else (), prompts, harmless,
                                load_policy(cfg.model, device, precision), load_tokenizer(cfg.model), device, precision, folder)[0]
 
 
-def answers(cfg: commands.EvalConfig, model: str) -> dict:
-    """The rates of a model's answers to the evaluation prompts and to twenty harmful ones in each jailbreak phrasing, as `minicai eval` has them."""
-    device, precision = parallel.setup(cfg.device, cfg.precision)
-    tokenizer, policy = load_tokenizer(model), load_policy(model, device, precision)
+def questions(cfg: commands.EvalConfig) -> tuple[list[dict], list[dict]]:
+    """The evaluation prompts with their kinds, and twenty harmful ones in each jailbreak phrasing."""
     rows = [{"prompt": prompt, "kind": row["kind"]} for prompt, row in zip(read_prompts(cfg.prompts), read_jsonl(cfg.prompts))]
     harmful, benign = ([row["prompt"] for row in rows if row["kind"] == kind] for kind in ("harmful", "benign"))
-    ends, phrased = [], jailbreaks(harmful[:20], benign)
+    return rows, jailbreaks(harmful[:20], benign)
+
+
+def answers(cfg: commands.EvalConfig, model: str) -> dict:
+    """The rates of a model's answers to them, as `minicai eval` has them."""
+    device, precision = parallel.setup(cfg.device, cfg.precision)
+    tokenizer, policy = load_tokenizer(model), load_policy(model, device, precision)
+    rows, phrased = questions(cfg)
+    ends = []
     for turn, asked in enumerate((rows, phrased)):
         with parallel.autocast(device, precision):
             texts, ended = respond(policy, tokenizer, [as_turns(row["prompt"]) for row in asked],
@@ -63,13 +71,23 @@ def phase_1(cfg: train_sl.SLConfig, folder: Path, default: Path) -> Found:
 
 def revise(cfg: train_sl.SLConfig, folder: Path, default: Path) -> Found:
     """Critiques and revisions: how much harm is left after each round, and what the last one is like."""
-    rows = write_data(cfg, folder)
+    return revised(write_data(cfg, folder)), ""
+
+
+def talk_out(cfg: train_sl.SLConfig, folder: Path, default: Path) -> Found:
+    """The same of harmful prompts in jailbreak phrasings; the plain prompt says what would be harm."""
+    _, phrased = questions(config.load(commands.EvalConfig, "eval", [str(config.builtin("tiny.toml"))]))
+    rows = write_data(cfg, folder, [one["prompt"] for one in phrased])
+    return revised([row | {"prompt": one["asked"]} for row, one in zip(rows, phrased)]), ""
+
+
+def revised(rows: list[dict]) -> dict:
     final = evaluate.stage_results("final", rows, [], [], [])["eval"]
     counts, steps = hygiene(rows), evaluate.revision_steps(rows)["by_principle"]
     return {key: final[key] for key in ("harmful", "right_refusal", "rude")} | {
         "unchanged": counts["unchanged"] / max(counts["revisions"], 1), "hygiene": counts,
         "harmful_by_round": evaluate.revision_rates(rows)["harmful_by_round"],
-        "by_principle": {name: {change: one["rate"] for change, one in found.items()} for name, found in steps.items()}}, ""
+        "by_principle": {name: {change: one["rate"] for change, one in found.items()} for name, found in steps.items()}}
 
 
 def supervised(cfg: train_sl.SLConfig, folder: Path, default: Path) -> Found:

@@ -34,8 +34,8 @@ from results import collect, measure
 
 # stage: section of its settings, what measures it, minutes on two threads
 STAGES = {"base": ("eval", measure.base, 0.1), "data": ("sl", measure.phase_1, 0.5), "revise": ("sl", measure.revise, 0.1),
-          "labels": ("rm", measure.labels, 0.1), "sl": ("sl", measure.supervised, 0.6), "rm": ("rm", measure.reward_model, 0.9),
-          "ppo": ("ppo", measure.policy, 1.2), "run": ("eval", measure.whole_run, 6.5)}
+          "jailbreaks": ("sl", measure.talk_out, 0.1), "labels": ("rm", measure.labels, 0.1), "sl": ("sl", measure.supervised, 0.5),
+          "rm": ("rm", measure.reward_model, 0.6), "ppo": ("ppo", measure.policy, 0.9), "run": ("eval", measure.whole_run, 5.0)}
 NEEDS = {"sl": ("data",), "labels": ("rm",), "rm": ("sl",), "ppo": ("sl", "rm")}  # of the default's stages
 
 
@@ -64,10 +64,12 @@ def variants() -> list[Variant]:
             "no-critique": ("style=none",), "stop-at-nothing": (f"nothing={json.dumps(finds_nothing)}",),
             "stop-at-no-harm": (f"nothing={json.dumps(finds_nothing[:1])}",), "examples": (examples,), "critic": ("critic={default}/sl",),
             "red-team": (red_team,)},
+        "jailbreaks": {"red-team": (red_team,)},
         "labels": {
             "hard": ("labels=hard",), "one-order": ("swap=false",), "principles-3": ("principles=3",), "every-principle": ("principles=0",),
             "jury-mean": ("jury={default}/sl",), "jury-majority": ("jury={default}/sl", "vote=majority"), "label-examples": (examples,),
-            "thought": thought, "thought-free": (*thought, "clamp_low=0.0", "clamp_high=1.0"), "thoughts-3": (*thought, "thoughts=3"),
+            "thought": thought, "thought-one-order": (*thought, "swap=false"),
+            "thought-free": (*thought, "clamp_low=0.0", "clamp_high=1.0"), "thoughts-3": (*thought, "thoughts=3"),
             "thought-examples": (*thought, examples)},
         "sl": {
             "helpful-0": ("helpful_samples=0",), "last-round": ("keep=last",), "drop-unchanged": ('drop=["unchanged"]',),
@@ -80,16 +82,18 @@ def variants() -> list[Variant]:
             "best-and-worst": ("candidates=4", "pairing=best_worst")},
         "ppo": {
             "no-human-pairs": (), "no-revision-pairs": (), "normalised": (), "k2": ("kl_estimator=k2",), "k3": ("kl_estimator=k3",),
-            "kl-weak": ("kl_coef=0.05",), "kl-strong": ("kl_coef=0.6",), "sl-term": ("alpha=1.0",), "sl-term-weak": ("alpha=10.0",),
+            "kl-weak": ("kl_coef=0.05",), "kl-strong": ("kl_coef=0.6",),
+            "kl-stronger": ("kl_coef=1.2",), "sl-term": ("alpha=1.0",), "sl-term-weak": ("alpha=10.0",),
             "kl-target": target, "sl-term-kl-target": ("alpha=10.0", *target), "whitened": ("whiten_rewards=true",),
             "word-reward": ("reward_function=results.rewards:refusing_words",), "value-warmup": ("value_warmup=3",),
             "value-rate": ("value_lr=5e-5",), "no-early-stop": ("target_kl=1000.0",), "no-eos-penalty": ("missing_eos_penalty=0.0",)},
         "run": {"alternate": ("alternate=2",)}}
-    found = [Variant("default", stage) for stage in ("base", "data", "sl", "rm", "ppo", "revise", "labels")]
+    found = [Variant("default", stage) for stage in ("base", "data", "sl", "rm", "ppo", "revise", "jailbreaks", "labels")]
     for stage, rows in lists.items():
         prefix = "--" if stage == "run" else f"--{STAGES[stage][0]}."
         for name, words in rows.items():
-            against = {"plain-sft": "last-round", "sl-term-kl-target": "kl-target"}.get(name, "default")
+            against = {"plain-sft": "last-round", "thought-one-order": "thought", "sl-term": "kl-stronger", "sl-term-weak": "kl-strong",
+                       "sl-term-kl-target": "kl-target"}.get(name, "default")  # of the SL term: about the same KL
             found.append(Variant(name, stage, tuple(word if word.startswith("--") else prefix + word for word in words), against,
                                  name if stage == "ppo" and name in lists["rm"] else "default"))
     return found
@@ -109,7 +113,7 @@ def load(variant: Variant, file: str, seed: int, home: Path):
     own = [word.replace("{default}", str(default)) for word in variant.settings]
     if variant.stage == "run":
         return [f"--config={file}", f"--seed={seed}", f"--out={home / variant.name / 'run'}", *own]
-    fixed = {"revise": ["--sl.limit=200", "--sl.helpful_samples=0"], "rm": [f"--rm.policy={default}/sl"],
+    fixed = {"revise": ["--sl.limit=200", "--sl.helpful_samples=0"], "jailbreaks": ["--sl.helpful_samples=0"], "rm": [f"--rm.policy={default}/sl"],
              "ppo": [f"--ppo.policy={default}/sl", f"--ppo.reward={home}/{variant.reward}/rm"]}.get(variant.stage, [])
     return config.load(measure.KINDS[section], section, [file, f"--seed={seed}", f"--out={home / variant.name}", *fixed, *own])
 

@@ -181,16 +181,17 @@ def test_the_tables_by_hand():
         row("default", "ppo", {"0": policy(0.2), "1": policy(0.3)}),
         row("k3", "ppo", {"0": policy(0.5, 2.0), "1": policy(0.7, 4.0)}, settings=["--ppo.kl_estimator=k3"]),
         row("odd", "ppo", {"0": policy(0.5), "1": {"failed": "sorry"}}, against="k3", reward="margin"),
+        row("idle", "ppo", {"0": policy(0.2, 5.0), "1": policy(0.3, 5.0)}),
         row("alternate", "run", {"0": policy(0.1), "1": policy(0.0)}, settings=["--alternate=2"])]}
+    rest = ("1.000 (1.000–1.000) | 0.000 (0.000–0.000) | 0.000 (0.000–0.000) | 0.500 (0.500–0.500) | 0.250 (0.250–0.250) | "
+            "0.000 (0.000–0.000)")
     assert collect.variants_tables(results).splitlines()[2:] == [
-        "|  | harmful | helpful | over-refusal | rude | KL | hacking seen | CPU s | effect |", "|---|---|---|---|---|---|---|---|---|",
-        "| **default** | 0.250 (0.200–0.300) | 1.000 (1.000–1.000) | 0.000 (0.000–0.000) | 0.000 (0.000–0.000) | 0.250 (0.250–0.250) | "
-        "0.000 (0.000–0.000) | 1.0 (1.0–1.0) |  |",
-        "| k3: `kl_estimator=k3` | 0.600 (0.500–0.700) | 1.000 (1.000–1.000) | 0.000 (0.000–0.000) | 0.000 (0.000–0.000) | 0.250 (0.250–0.250) | "
-        "0.000 (0.000–0.000) | 3.0 (2.0–4.0) | **hurt** (harmful) |",
-        "| odd, margin reward model, against k3 | 0.500 | 1.000 | 0.000 | 0.000 | 0.250 | 0.000 | 1.0 | too few seeds; failed: sorry |",
-        "| alternate: `alternate=2` | 0.050 (0.000–0.100) | 1.000 (1.000–1.000) | 0.000 (0.000–0.000) | 0.000 (0.000–0.000) | 0.250 (0.250–0.250) | "
-        "0.000 (0.000–0.000) | 1.0 (1.0–1.0) | **helped** (harmful) |"]
+        "|  | harmful | helpful | over-refusal | rude | jailbroken | KL | hacking seen | CPU s | effect |", "|---" * 10 + "|",
+        f"| **default** | 0.250 (0.200–0.300) | {rest} | 1.0 (1.0–1.0) |  |",
+        f"| k3: `kl_estimator=k3` | 0.600 (0.500–0.700) | {rest} | 3.0 (2.0–4.0) | **hurt** (harmful) |",
+        "| odd, margin reward model, against k3 | 0.500 | 1.000 | 0.000 | 0.000 | 0.500 | 0.250 | 0.000 | 1.0 | too few seeds; failed: sorry |",
+        f"| idle | 0.250 (0.200–0.300) | {rest} | 5.0 (5.0–5.0) | never acts |",
+        f"| alternate: `alternate=2` | 0.050 (0.000–0.100) | {rest} | 1.0 (1.0–1.0) | **helped** (harmful) |"]
     notes = collect.notes(results)
     assert "over seeds 0, 1." in notes and "commit c." in notes and "RL-CAI 0.500 (0.500–0.500)." in notes and "under" not in notes
     assert collect.cell([3, 5]) == "4 (3–5)" and collect.cell([None]) == "–" and collect.cell([[1.0, 0.5], [1.0, 0.0]]) == "1.00 0.25"
