@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from minicai import checkpoint, config, constitution, guard, parallel, phases, plan, terminal
-from minicai.audit import models_record
+from minicai.audit import models_record, stamp
 from minicai.constitution import CHOICES, Prompt, as_turns
 from minicai.critique import revision_pairs
 from minicai.data import epoch_order, read_jsonl, read_preferences, read_prompts, split, token_batches
@@ -165,7 +165,7 @@ def sample_pairs(cfg: RMConfig, prompts: list[Prompt], path: str, tokenizer, dev
     journal = checkpoint.journal(folder / "pairs.jsonl", size * len(choices), len(prompts) * len(choices))
     if len(journal.rows) == len(prompts) * len(choices):
         return journal.rows
-    model = load_policy(path, device, precision)
+    model, made = load_policy(path, device, precision), {"seed": cfg.seed} | stamp(path)
     with terminal.Progress("rm: sample pairs", len(prompts) * cfg.candidates, "responses", round(len(journal.rows) / each)) as progress, \
             parallel.autocast(device, precision), parallel.gathered(model):
         for first, last in parallel.turns(len(journal.rows) // len(choices), len(prompts), size):
@@ -176,7 +176,7 @@ def sample_pairs(cfg: RMConfig, prompts: list[Prompt], path: str, tokenizer, dev
             rows = [{"id": (first + k) * len(choices) + c, "prompt": p, "first": texts[a * n + k], "second": texts[b * n + k],
                      "cut": [side for side, candidate in (("first", a), ("second", b)) if not ended[candidate * n + k]]}  # by the length limit
                     for k, p in enumerate(group) for c, (a, b) in enumerate(choices)]
-            journal.append(parallel.joined(rows))
+            journal.append(parallel.joined([row | made for row in rows]))
             progress.update(round(len(journal.rows) / each) - progress.done)
     return journal.rows
 
@@ -189,6 +189,7 @@ def label(cfg: RMConfig, rules: constitution.Constitution, examples: tuple[Compa
     if len(journal.rows) < len(different):
         judges = [(path, load_policy(path, device, precision), tokenizer)]
         judges += [(other, load_policy(other, device, precision), load_tokenizer(other)) for other in cfg.jury]
+        made = stamp(*(name for name, *_ in judges))["models"]
         with terminal.Progress("rm: AI labels", len(different), "pairs", len(journal.rows)) as progress, parallel.autocast(device, precision), \
                 parallel.gathered(*(model for _, model, _ in judges)):
             for first, last in parallel.turns(len(journal.rows), len(different), cfg.rows):
@@ -196,7 +197,8 @@ def label(cfg: RMConfig, rules: constitution.Constitution, examples: tuple[Compa
                 found = [judge_pairs(cfg, rules, examples, group, *judge) for judge in judges]
                 rows = join_judges(found, cfg.vote) if cfg.jury else found[0]
                 rows = hard_labels(rows) if cfg.labels == "hard" else rows
-                journal.append(rows := parallel.joined([row | {"cut": pair.get("cut", [])} for row, pair in zip(rows, different[first:last])]))
+                journal.append(rows := parallel.joined([
+                    pair | row | {"models": pair.get("models", {}) | made} for pair, row in zip(different[first:last], rows)]))
                 progress.update(len(rows))
     journal.append(given[len(journal.rows) - len(different):])
     return journal.rows

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from minicai import checkpoint, config, constitution, guard, parallel, phases, plan, terminal
-from minicai.audit import models_record
+from minicai.audit import models_record, stamp
 from minicai.constitution import Prompt, as_turns
 from minicai.critique import all_at_once, at_random, critique_and_revise, hygiene, in_turn, training_pairs
 from minicai.data import epoch_order, read_prompts, token_batches
@@ -55,6 +55,7 @@ class SLConfig(config.Run):
     drop: tuple[str, ...] = config.words_field("unchanged", "leaked", "boilerplate")  # faults of revisions that are not trained on; an extension
     keep: str = config.choice_field("all", "all", "last")  # train on the revisions of all rounds (3.2), or of the last
     helpful_samples: int = 2  # responses sampled for each harmless prompt and mixed in (3.2)
+    helpful_share: float = 0.0  # of the sequences that are trained on: so many of the samples, the first ones, are taken; 0 = all; an extension
     temperature: float = 1.0  # of all sampling (3.2)
     max_new_tokens: int = 256  # length limit of a response, a critique, a revision
     rows: int = 256  # sequences decoded side by side; memory, not results
@@ -76,6 +77,8 @@ def main(cfg: SLConfig) -> dict:
     """Runs or resumes the stage and returns its record, which is also in OUT/sl/stage.json."""
     device, precision = parallel.setup(cfg.device, cfg.precision, 0 if cfg.plan else cfg.timeout)
     parallel.require(cfg.batch_size, "[sl]: batch_size")
+    if cfg.helpful_share == 1:
+        raise config.InputError("[sl] helpful_share must be less than 1: with helpful samples alone nothing is learned from the revisions")
     rules = constitution.load(cfg.constitution)
     usable = rules.usable(*(["critique"] if cfg.style != "none" else []), "revision")
     examples = load_examples(cfg.examples) if cfg.examples else ()
@@ -109,7 +112,8 @@ def main(cfg: SLConfig) -> dict:
     revisions, helpful = write_data(cfg, rules, examples, prompts, helpful_prompts, model, tokenizer, device, precision, folder)
     generated = time.monotonic()
     pairs = [pair for row in revisions for pair in training_pairs(row, cfg.keep, cfg.drop)]
-    pairs += [(row["prompt"], row["response"]) for row in helpful]
+    taken = round(len(pairs) * cfg.helpful_share / (1 - cfg.helpful_share)) if cfg.helpful_share else len(helpful)
+    pairs += [(row["prompt"], row["response"]) for row in helpful[:taken]]
     train(cfg, pairs, model, tokenizer, device, precision, folder)
     checkpoint.export(folder, model, tokenizer, precision)
     record = {"seconds": {"generate": generated - began, "train": time.monotonic() - generated}, "examples": len(pairs),
@@ -123,7 +127,7 @@ def main(cfg: SLConfig) -> dict:
 def write_data(cfg: SLConfig, rules: constitution.Constitution, examples: Sequence[Example], prompts: list[Prompt], helpful_prompts: list[Prompt],
                model, tokenizer, device: torch.device, precision: str, folder: Path) -> tuple[list[dict], list[dict]]:
     """revisions.jsonl (one line a red-team prompt) and helpful.jsonl (one line a sample), in groups of several times `rows` prompts."""
-    group = turn_size(cfg.rows)
+    group, made = turn_size(cfg.rows), {"seed": cfg.seed} | stamp(cfg.model, cfg.policy, cfg.critic)
     steps = 1 + cfg.rounds * (1 if cfg.style == "none" else 2)  # of a prompt: response, critiques, revisions
 
     def complete(texts, seeds, who=(model, tokenizer)) -> list[str]:
@@ -142,7 +146,7 @@ def write_data(cfg: SLConfig, rules: constitution.Constitution, examples: Sequen
                 prompts[first:last], first, partial(complete, who=reviser), rules, rounds=cfg.rounds, seed=cfg.seed, model=cfg.model,
                 choose=CHOOSE[cfg.principles], style=STYLES[cfg.style], critic=partial(complete, who=critic) if critic else None,
                 critic_name=cfg.critic, policy=complete if cfg.policy else None, policy_name=cfg.policy, examples=examples, nothing=cfg.nothing)
-            revisions.append(rows := parallel.joined(rows))
+            revisions.append(rows := parallel.joined([row | made for row in rows]))
             found = hygiene(rows)
             shares = {"changed": found["revisions"] - found["unchanged"], "leaked": found["leaked"]}
             progress.update(steps * len(revisions.rows) - progress.done,  # what other ranks wrote, and what was left out
@@ -154,7 +158,7 @@ def write_data(cfg: SLConfig, rules: constitution.Constitution, examples: Sequen
             parallel.autocast(device, precision), parallel.gathered(model):
         for first, last in parallel.turns(len(helpful.rows), len(wanted), group):
             responses = complete([as_turns(p) for p in wanted[first:last]], [(cfg.seed, i, 999) for i in range(first, last)])
-            rows = [{"id": i, "prompt": p, "response": r} for i, p, r in zip(range(first, last), wanted[first:last], responses)]
+            rows = [{"id": i, "prompt": p, "response": r} | made for i, p, r in zip(range(first, last), wanted[first:last], responses)]
             helpful.append(parallel.joined(rows))
             progress.update(len(helpful.rows) - progress.done)
     return revisions.rows, helpful.rows

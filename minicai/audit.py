@@ -1,9 +1,10 @@
-"""What was a model, to the byte: the lines of the journals name models by their folders, and a stage's record says what was in these."""
+"""What was a model, to the byte: the lines of the journals name models by their folders, and say with a stage's record what was in these."""
 
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from minicai import parallel
 from minicai.hub import model_folder
 
 
@@ -20,3 +21,8 @@ def weights_sha256(folder: str | Path) -> str:
 def models_record(folders: Iterable[str]) -> dict[str, str]:
     """{folder: weights_sha256} of each model that took part in a stage."""
     return {folder: weights_sha256(folder) for folder in folders if folder}
+
+
+def stamp(*folders: str) -> dict[str, dict[str, str]]:
+    """{"models": {folder: the first twelve digits of its sha256}}: what a line says of the models that it was made with. One process reads them."""
+    return {"models": {folder: sha[:12] for folder, sha in parallel.once(models_record, folders).items()}}

@@ -89,7 +89,8 @@ def revision_pairs(rows: Sequence[dict]) -> list[dict]:
     """(initial response, final revision) of rows of revisions.jsonl, as rows of comparisons.jsonl with the revision preferred: contrasts that
     sampling one model twice seldom finds. An extension."""
     return [{"id": f"revision:{row['id']}", "prompt": row["prompt"], "first": row["initial"], "second": row["final"], "p_first": 0.0,
-             "votes": [], "source": "critique", "clamped": False} for row in rows if row["kept"] and row["initial"] != row["final"]]
+             "votes": [], "source": "critique", "clamped": False, **{key: row[key] for key in ("seed", "constitution", "models") if key in row}}
+            for row in rows if row["kept"] and row["initial"] != row["final"]]
 
 
 # --- hygiene ---------------------------------------------------------------------------------------------------------------------

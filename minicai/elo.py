@@ -31,7 +31,7 @@ def play(answers: dict[str, Sequence[str]], prompts: Sequence[Prompt], choose: C
         pairs = [(n, prompts[n], answers[a][n], answers[b][n]) for n in numbers]
         asked = dict(zip(numbers, label_pairs(pairs, choose, constitution, swap=True, seed=seed, judge=judge)))
         for n, prompt in enumerate(prompts):
-            same = {"prompt": prompt, "first": answers[a][n], "second": answers[b][n], "p_first": 0.5, "votes": [], "source": "equal"}
+            same = {"prompt": prompt, "first": answers[a][n], "second": answers[b][n], "p_first": 0.5, "votes": [], "source": "equal", "seed": seed}
             rows.append({**asked.get(n, same), "id": len(rows), "number": n, "players": [a, b]})
     return rows
 
