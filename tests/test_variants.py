@@ -24,7 +24,10 @@ def run(module, kind, section, folder, name, *arguments):
     record = module.main(cfg)
     assert all(weights_sha256(path) == sha for path, sha in record["models"].items()) and str(folder / "model") in record["models"]
     assert json.loads((out / section / "stage.json").read_text()).keys() == record.keys()
-    return record, read_jsonl(out / section / ("revisions.jsonl" if section == "sl" else "comparisons.jsonl"))
+    rows = read_jsonl(out / section / ("revisions.jsonl" if section == "sl" else "comparisons.jsonl"))
+    short = {path: sha[:12] for path, sha in record["models"].items()}
+    assert all(row["models"] == short for row in rows if row.get("source", "ai") == "ai")  # a line says what it was made with
+    return record, rows
 
 
 def sl(folder, name, *arguments):
@@ -43,6 +46,18 @@ def test_phase_1_with_another_critic_principles_in_turn_and_strong_critiques(fol
     assert [step["principle"] for step in variant[1]["rounds"]] == ["brief", "kind"]
     assert variant[0]["critic"] == str(folder / "other") in other["models"] and set(plain["models"]) == {str(folder / "model")}
     assert plain["hygiene"]["revisions"] == 12 and "critic" not in rows[0]
+
+
+def test_helpful_samples_are_cut_to_their_share(folder):
+    samples = f"--helpful_prompts={folder / 'prompts.txt'}"
+    whole, _ = sl(folder, "all-samples", samples)
+    part, _ = sl(folder, "a-quarter", samples, "--helpful_share=0.25")
+    revisions = sum(2 for row in read_jsonl(folder / "a-quarter" / "sl" / "revisions.jsonl") if row["kept"])
+    helpful = read_jsonl(folder / "a-quarter" / "sl" / "helpful.jsonl")
+    assert part["examples"] - revisions == round(revisions / 3) < len(helpful) == whole["examples"] - revisions
+    assert all(row["models"] and row["seed"] == 0 for row in helpful)
+    with pytest.raises(InputError, match="helpful_share must be less than 1"):
+        sl(folder, "none", samples, "--helpful_share=1.0")
 
 
 def test_phase_1_drops_what_it_is_told_to_from_training_alone(folder, monkeypatch):
