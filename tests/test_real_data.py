@@ -47,19 +47,20 @@ def test_the_papers_instructions_and_examples_drive_a_critique_and_a_revision(pl
     assert len(load_examples(PAPER / "CritiqueRevisionFewShotPrompts.json")) == 5
 
 
-@pytest.mark.parametrize("labels, examples, limit", [
-    ("soft", "RLMadisonFewShotPrompts", 3), ("chain_of_thought", "RLMadisonPrecogFewShotPrompts", 1)])
-def test_the_papers_comparisons_label_pairs_and_a_reward_model_learns_them_mixed_with_peoples(place, labels, examples, limit):
-    out = place / labels
+@pytest.mark.parametrize("labels, examples, limit, people", [
+    ("soft", "RLMadisonFewShotPrompts", 3, 12), ("chain_of_thought", "RLMadisonPrecogFewShotPrompts", 1, 12),
+    pytest.param("soft", "RLMadisonFewShotPrompts", 3, 400, marks=pytest.mark.slow)])
+def test_the_papers_comparisons_label_pairs_and_a_reward_model_learns_them_mixed_with_peoples(place, labels, examples, limit, people):
+    out = place / f"{labels}-{people}"
     record = train_rm.main(load(train_rm.RMConfig, "rm", place, "--policy=model", f"--constitution={PAPER / 'RLMadisonInstructions.json'}",
                                 "--prompts=prompts.txt", f"--examples={PAPER / f'{examples}.json'}", f"--labels={labels}", f"--preferences={HH}",
-                                "--preferences_limit=12", "--max_new_tokens=8", "--thought_tokens=8", "--batch_size=4", f"--limit={limit}",
+                                f"--preferences_limit={people}", "--max_new_tokens=8", "--thought_tokens=8", "--batch_size=4", f"--limit={limit}",
                                 "--heldout=0", f"--out={out}"))
     rows = read_jsonl(out / "rm" / "comparisons.jsonl")
-    assert [row["source"] for row in rows] == ["ai"] * limit + ["human"] * 12
-    assert record["train_sources"] == {"ai": limit, "human": 12} and all(0 < row["p_first"] < 1 for row in rows[:limit])
+    assert [row["source"] for row in rows] == ["ai"] * limit + ["human"] * people
+    assert record["train_sources"] == {"ai": limit, "human": people} and all(0 < row["p_first"] < 1 for row in rows[:limit])
     assert len({row["examples"] for row in rows[:limit]}) == 1 and len(load_comparisons(PAPER / f"{examples}.json")) in (5, 6)
-    assert len(read_jsonl(out / "rm" / "metrics.jsonl")) == -(-(12 + limit) // 4)
+    assert len(read_jsonl(out / "rm" / "metrics.jsonl")) == -(-(people + limit) // 4)
 
 
 @pytest.mark.parametrize("name", ["HHHEvaluations-60", "HarmfulVsEthical-40"])

@@ -49,15 +49,15 @@ def test_phase_1_with_another_critic_principles_in_turn_and_strong_critiques(fol
 
 
 def test_helpful_samples_are_cut_to_their_share(folder):
-    samples = f"--helpful_prompts={folder / 'prompts.txt'}"
-    whole, _ = sl(folder, "all-samples", samples)
-    part, _ = sl(folder, "a-quarter", samples, "--helpful_share=0.25")
+    samples = (f"--helpful_prompts={folder / 'prompts.txt'}", "--helpful_samples=2")
+    whole, _ = sl(folder, "all-samples", *samples)
+    part, _ = sl(folder, "a-quarter", *samples, "--helpful_share=0.25")
     revisions = sum(2 for row in read_jsonl(folder / "a-quarter" / "sl" / "revisions.jsonl") if row["kept"])
     helpful = read_jsonl(folder / "a-quarter" / "sl" / "helpful.jsonl")
     assert part["examples"] - revisions == round(revisions / 3) < len(helpful) == whole["examples"] - revisions
     assert all(row["models"] and row["seed"] == 0 for row in helpful)
     with pytest.raises(InputError, match="helpful_share must be less than 1"):
-        sl(folder, "none", samples, "--helpful_share=1.0")
+        sl(folder, "none", *samples, "--helpful_share=1.0")
 
 
 def test_phase_1_drops_what_it_is_told_to_from_training_alone(folder, monkeypatch):
