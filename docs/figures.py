@@ -14,7 +14,7 @@ import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from minicai import feedback, losses
+from minicai import feedback, losses, sampler
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "figures"
@@ -25,10 +25,11 @@ STYLE = {"svg.fonttype": "none", "svg.hashsalt": "minicai", "font.size": 9, "fon
 THIN = {"color": GREY, "linewidth": 0.8, "linestyle": "--"}
 
 
-def panels(count: int) -> tuple[Figure, list]:
-    figure = Figure(figsize=(3.4 * count, 2.7), layout="constrained")
+def panels(count: int, rows: int = 1) -> tuple[Figure, list]:
+    columns = count // rows
+    figure = Figure(figsize=(3.4 * columns, 2.7 * rows), layout="constrained")
     figure.patch.set_alpha(0)
-    axes = [figure.add_subplot(1, count, k + 1, facecolor="none") for k in range(count)]
+    axes = [figure.add_subplot(rows, columns, k + 1, facecolor="none") for k in range(count)]
     return figure, axes
 
 
@@ -39,6 +40,21 @@ def rounds() -> Figure:
     for run, color in zip(runs, (BLUE, ORANGE, GREEN)):
         axis.plot(run["revision"]["harmful_by_round"], "o-", color=color, markersize=4, label=f"seed {run['seed']}")
     axis.set(xlabel="revisions (0 = first response)", ylabel="harmful responses", ylim=(0, 1.05), xticks=range(5))
+    axis.legend()
+    return figure
+
+
+def nll() -> Figure:
+    """What the tokens of a prompt and a response cost: outlined, how unlikely the model finds them; filled, the loss, which has a mask."""
+    figure, (axis,) = panels(1)
+    logprobs, mask = torch.tensor([[-9.0, -7.0, 0.5, 0.25]]), torch.tensor([[False, False, True, True]])
+    logprobs[mask] = logprobs[mask].log()
+    tokens = ("prompt\n1", "prompt\n2", "response\n1", "response\n2")
+    axis.bar(tokens, (-logprobs[0]).tolist(), width=0.6, facecolor="none", edgecolor=GREY, linewidth=0.8, linestyle="--", label="-log P")
+    bars = axis.bar(tokens, losses.nll_loss(logprobs, mask)[0].tolist(), width=0.6, color=BLUE, label="loss", zorder=2)
+    axis.bar_label(bars, fmt="%.2f", color=BLUE, padding=2)
+    axis.set(xlabel="token", ylabel="nats", ylim=(0, 10))
+    axis.grid(axis="x", visible=False)
     axis.legend()
     return figure
 
@@ -55,6 +71,21 @@ def label() -> Figure:
     return figure
 
 
+def votes() -> Figure:
+    """Three votes made one label, against the third of them: where the other two agree, and where all depends on it."""
+    figure, axes = panels(2)
+    x = torch.linspace(0, 1, 201).tolist()
+    for axis, others in zip(axes, ((0.9, 0.8), (0.9, 0.1))):
+        mean, most = [[combine([*others, p]) for p in x] for combine in (feedback.ensemble_mean, feedback.majority)]
+        axis.plot(x, most, color=ORANGE, label="majority", drawstyle="steps-mid")
+        axis.plot(x, mean, color=BLUE, label="mean")
+        axis.plot(x, [feedback.clamp(p, 0.4, 0.6) for p in mean], color=GREEN, linestyle="--", label="mean, clamped to 40-60 %")
+        axis.set(title=f"the other two: {others[0]:g} and {others[1]:g}", xlabel="third vote", ylabel="label", ylim=(-0.03, 1.05))
+    axes[0].plot([0.1, 0.1], [feedback.ensemble_mean([0.9, 0.8, 0.1]), feedback.majority([0.9, 0.8, 0.1])], "o", color=GREY, markersize=5)
+    axes[0].legend(loc="lower right")
+    return figure
+
+
 def preference() -> Figure:
     """The Bradley-Terry loss with soft labels: each label has its own best difference of scores, the log of its odds; a hard one has none."""
     figure, (axis,) = panels(1)
@@ -66,6 +97,42 @@ def preference() -> Figure:
             axis.plot(best, losses.preference_loss(best, torch.zeros(()), torch.tensor(p)), "o", color=color, markersize=5)
     axis.set(xlabel="score of the first minus score of the second", ylabel="loss, nats", ylim=(0, 3))
     axis.legend()
+    return figure
+
+
+def centering() -> Figure:
+    """The loss of a pair with the scores 1.5 and -0.5, whose first is the better, when a number is added to both."""
+    figure, (axis,) = panels(1)
+    for weight, color, name in ((0, BLUE, "preference loss"), (0.01, ORANGE, "with 0.01 of centering")):
+        for shift, style, label in ((torch.linspace(-7, 7, 141), "-", name), (torch.tensor([0.0, 5.0]), "o", None)):
+            first, second = 1.5 + shift, -0.5 + shift
+            loss = losses.preference_loss(first, second, torch.ones_like(shift)) + weight * losses.centering_loss(first, second)
+            axis.plot(shift, loss, style, color=color, markersize=5, label=label)
+    axis.set(xlabel="added to both scores", ylabel="loss", ylim=(0, 2.6), xticks=(-5, 0, 5))
+    axis.legend(loc="upper center")
+    return figure
+
+
+def temperature() -> Figure:
+    """Which of three tokens a uniform number draws at which temperature, and how much doubt there is."""
+    figure, axes = panels(2)
+    x, logits, colors = torch.linspace(0.1, 2, 191), torch.tensor([[0.5, 0.25, 0.25]]).log(), (BLUE, ORANGE, GREEN)
+    drawn = [sampler.draw(logits.expand(2, 3), torch.tensor([0.0, 0.9999]), t) for t in x.tolist()]  # tokens 0 and 2, the ends of the cdf
+    first, last = torch.stack([logprobs for _, logprobs, _ in drawn], 1).exp()
+    bounds = (torch.zeros_like(x), first, 1 - last, torch.ones_like(x))
+    for k, color in enumerate(colors):
+        axes[0].fill_between(x, bounds[k], bounds[k + 1], color=color, alpha=0.35, linewidth=0)
+        axes[0].annotate(f"token {k}", (1.95, (bounds[k] + bounds[k + 1])[-1] / 2), ha="right", va="center", color=color)
+    axes[0].axhline(0.6, **THIN)
+    axes[1].plot(x, [entropies[0] for _, _, entropies in drawn], color=VIOLET)
+    axes[1].axhline(torch.tensor(3.0).log(), **THIN)
+    axes[1].annotate("log 3: all alike", (0.13, torch.tensor(3.0).log()), (0, 3), textcoords="offset points", color=GREY)
+    for t in (0.5, 1.0):
+        token, _, entropy = sampler.draw(logits, torch.tensor([0.6]), t)
+        axes[0].plot(t, 0.6, "o", color=colors[token], markersize=5)
+        axes[1].plot(t, entropy, "o", color=VIOLET, markersize=5)
+    for axis, name, top in zip(axes, ("uniform number", "entropy, nats"), (1, 1.25)):
+        axis.set(xlabel="temperature", ylabel=name, xlim=(0.1, 2), ylim=(0, top), xticks=(0.1, 0.5, 1, 1.5, 2))
     return figure
 
 
@@ -90,6 +157,22 @@ def kl() -> Figure:
     return figure
 
 
+def rewards() -> Figure:
+    """The rewards of three tokens, the last of which has the score; and what beta, now 0.3, becomes after a rollout of 64 episodes."""
+    figure, axes = panels(2)
+    shaped = losses.shaped_rewards(torch.tensor([2.0]), torch.tensor([[0.5, -0.1, 0.2]]), torch.ones(1, 3, dtype=torch.bool), kl_coef=0.1)[0].tolist()
+    axes[0].axhline(0, color=GREY, linewidth=0.8)
+    axes[0].bar((1, 2, 3), shaped, width=0.5, color=(ORANGE, ORANGE, BLUE), zorder=2)
+    for token, reward in enumerate(shaped, 1):
+        axes[0].annotate(f"{reward:+.2f}", (token, max(reward, 0)), (0, 3), textcoords="offset points", ha="center")
+    axes[0].set(title="score 2, beta 0.1", xlabel="token", ylabel="reward", xticks=(1, 2, 3), ylim=(-0.3, 2.4))
+    for kl, style in (([k / 100 for k in range(101)], "-"), ([0.9], "o")):
+        axes[1].plot(kl, [losses.adaptive_kl_coef(0.3, nats, target=0.5, horizon=640, episodes=64) for nats in kl], style, color=GREEN, markersize=5)
+    axes[1].axvline(0.5, **THIN)
+    axes[1].set(title="target 0.5, horizon 640", xlabel="KL, nats per response", ylabel="beta after the rollout", yticks=(0.294, 0.3, 0.306))
+    return figure
+
+
 def gae() -> Figure:
     """What a score of 1 at the last of 20 tokens is worth to the tokens before it, where the value model knows nothing yet (V = 0)."""
     figure, (axis,) = panels(1)
@@ -103,6 +186,21 @@ def gae() -> Figure:
     return figure
 
 
+def whitening() -> Figure:
+    """Four advantages as they are, shifted and scaled, and scaled alone: what is above 0 is encouraged."""
+    figure, (axis,) = panels(1)
+    a, everywhere = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.ones(4, dtype=torch.bool)
+    m = losses.moments(a, everywhere)
+    rows = torch.stack([losses.whiten_scale(a, everywhere, m), a, losses.whiten(a, everywhere, m)])
+    axis.plot(rows, range(3), color=GREY, linewidth=0.6, zorder=1)
+    axis.axvline(0, color=GREY, linewidth=0.8)
+    for height, row in enumerate(rows):
+        axis.scatter(row, [height] * 4, c=[BLUE if value > 0 else ORANGE for value in row], s=28, zorder=2)
+    axis.set(xlabel="advantage", yticks=range(3), yticklabels=("whiten_scale", "as it is", "whiten"), ylim=(-0.4, 2.4), xlim=(-2, 4.5))
+    axis.grid(axis="y", visible=False)
+    return figure
+
+
 def clip() -> Figure:
     """The clipped objective (minus the policy loss) against the ratio, for a token that turned out well and for one that did not."""
     figure, axes = panels(2)
@@ -113,6 +211,53 @@ def clip() -> Figure:
         axis.plot(ratio[0], objective[0], color=color)
         axis.plot([1], [advantage], "o", color=color, markersize=5)
         axis.set(title=f"A = {advantage:+g}", xlabel="ratio pi(y) / pi_old(y)", ylabel="objective", xticks=(0.4, 0.8, 1, 1.2, 1.6))
+    return figure
+
+
+def value() -> Figure:
+    """The value loss against the new prediction, the old one being 1: for a return that is far from it, and for one that is near."""
+    figure, axes = panels(2)
+    new, old, true = torch.linspace(0.4, 2.4, 201), torch.tensor(1.0), torch.tensor(True)
+    for axis, target, color in zip(axes, (2.0, 1.1), (BLUE, ORANGE)):
+        axis.plot(new, losses.value_loss(new, old, torch.tensor(target), true, clip_range=9), **THIN)
+        for values, style in ((new, "-"), (torch.tensor(1.5), "o")):
+            axis.plot(values, losses.value_loss(values, old, torch.tensor(target), true, clip_range=0.2), style, color=color, markersize=5)
+        axis.set(title=f"R = {target:g}", xlabel="V, where V_old = 1", ylabel="loss", xticks=(0.4, 0.8, 1.2, 1.6, 2, 2.4), ylim=(-0.03, 1))
+    return figure
+
+
+def mix() -> Figure:
+    """One parameter between two wishes, that of the examples at +1 and that of the reward at -1: the sum of the losses for three alphas."""
+    figure, (axis,) = panels(1)
+    w = torch.linspace(-2, 2, 241)
+    for alpha, color in ((0.0, GREEN), (0.5, ORANGE), (1.0, BLUE)):
+        loss = losses.cai_loss((w - 1) ** 2 / 2, (w + 1) ** 2 / 2, alpha)
+        axis.plot(w, loss, color=color, label=f"alpha = {alpha:g}")
+        axis.plot(w[loss.argmin()], loss.min(), "o", color=color, markersize=5)
+    axis.set(xlabel="w", ylabel="L_CAI", ylim=(-0.1, 4), xticks=(-2, -1, 0, 1, 2))
+    axis.legend()
+    return figure
+
+
+def dials() -> Figure:
+    """The four dials, each against what moves it; the dots are the section's numbers."""
+    figure, axes = panels(4, rows=2)
+    x, zero, true, returns = torch.linspace(1e-3, 1 - 1e-3, 999), torch.tensor(0.0), torch.tensor(True), torch.tensor([0.0, 2.0, 4.0])
+
+    def explained(sizes: torch.Tensor) -> list:
+        return [losses.explained_variance(size * returns, returns, true.expand(3)) for size in sizes]
+
+    half, three, ratios = torch.tensor([0.5]), torch.tensor([0.5, 1.0, 1.5]), "ratio pi(y) / pi_old(y)"
+    for axis, color, dial, where, dots, below, beside in (
+            (axes[0], VIOLET, lambda p: losses.entropy(torch.stack([p, (1 - p) / 2, (1 - p) / 2], 1).log()), x, half, "P(token 0)", "entropy, nats"),
+            (axes[1], BLUE, lambda ratio: losses.approx_kl(ratio.log(), zero, true), 2 * x, three, ratios, "approx-KL, nats"),
+            (axes[2], ORANGE, lambda ratio: losses.clip_fraction(ratio.log(), zero, true, 0.2), 2 * x, three, ratios, "clip fraction"),
+            (axes[3], GREEN, explained, 2.4 * x - 0.2, half, "values / returns", "explained variance")):
+        axis.plot(where, dial(where), color=color)
+        axis.plot(dots, dial(dots), "o", color=color, markersize=5)
+        axis.set(xlabel=below, ylabel=beside)
+    axes[1].set(ylim=(-0.03, 1))
+    axes[2].set(xticks=(0, 0.5, 0.8, 1, 1.2, 1.5, 2))
     return figure
 
 
@@ -131,7 +276,8 @@ def plane() -> Figure:
     return figure
 
 
-FIGURES = {f.__name__: f for f in (rounds, label, preference, kl, gae, clip, plane)}
+FIGURES = {f.__name__: f for f in (rounds, nll, label, votes, preference, centering, temperature, kl, rewards, gae, whitening, clip, value, mix,
+                                   dials, plane)}
 
 
 def draw(folder: Path) -> None:

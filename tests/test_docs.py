@@ -70,11 +70,12 @@ def test_each_equation_of_the_readme_has_its_place_in_the_walkthrough():
     assert [name for name in named if f"[`{name}`](" not in WALKTHROUGH] == []
 
 
-def test_each_section_has_an_equation_its_function_an_example_and_an_exercise_with_its_answer():
+def test_each_section_has_an_equation_its_function_an_example_a_figure_and_an_exercise_with_its_answer():
     _, *sections = re.split(r"^### ", WALKTHROUGH, flags=re.M)
     assert [int(section.partition(".")[0]) for section in sections] == list(range(1, len(sections) + 1)) and len(sections) >= 15
     for section in sections:
         exercise = section.index("**Exercise.**")
+        assert re.search(r"^!\[.{20,}\]\(figures/\w+\.svg\)$", section[:exercise], re.M), section[:40]
         assert blocks(section[:exercise], "text") and re.search(r"\[`\w+\.(?!py`)\w+`\]\(", section[:exercise]), section[:40]
         assert ">>> " in section[:exercise] and re.search(r"<details><summary>.*</summary>\n\n.+\n</details>", section[exercise:], re.S), section[:40]
 
@@ -102,7 +103,7 @@ def test_the_figures_are_what_their_code_draws_and_the_walkthrough_shows_each(fi
     committed = sorted(path.name for path in (DOCS / "figures").iterdir())
     assert committed == sorted(path.name for path in tmp_path.iterdir())
     for name in committed:
-        assert f"](figures/{name})" in WALKTHROUGH
+        assert WALKTHROUGH.count(f"](figures/{name})") == 1
         words, curves = drawn(tmp_path / name)
         there, old = drawn(DOCS / "figures" / name)
         same = words == there and list(map(len, curves)) == list(map(len, old))
