@@ -98,7 +98,7 @@ def principles(title: str, found: dict[str, tuple[tuple[float, float, float], tu
             points = [found[name][k] for name in names]
             errors = _errors(points)
             axes.barh(names, [sign * p[0] for p in points], height=0.55, color=colour, alpha=0.55)
-            axes.errorbar([sign * p[0] for p in points], names, xerr=errors[::sign], fmt="none", ecolor=INK, elinewidth=0.9)
+            axes.errorbar([sign * p[0] for p in points], names, xerr=errors[::sign], fmt="none", ecolor=colour, elinewidth=1.1)
         axes.axvline(0, color=MUTED, linewidth=0.7)
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0, labelcolor=INK)
