@@ -114,14 +114,14 @@ def ratings(title: str, models: Sequence[tuple[str, str, float, tuple[float, flo
     """Elo of models with intervals, one below the other: (stage or "", name, rating, interval)."""
 
     def paint(axes) -> None:
-        names = [name for _, name, _, _ in models]
-        for stage, name, value, interval in models:
-            axes.errorbar(value, name, xerr=_errors([(value, *interval)]), fmt="o", color=STAGE.get(stage, INK), markersize=6, elinewidth=1.2)
+        for k, (stage, _, value, interval) in enumerate(models):
+            axes.errorbar(value, k, xerr=_errors([(value, *interval)]), fmt="o", color=STAGE.get(stage, INK), markersize=6, elinewidth=1.2)
         axes.axvline(0, color=MUTED, linewidth=0.7)
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.spines["left"].set_visible(False)
-        axes.set(xlabel="Elo", ylim=(len(names) - 0.5, -0.5))
+        axes.set(xlabel="Elo", ylim=(len(models) - 0.5, -0.5))
+        axes.set_yticks(range(len(models)), [name for _, name, _, _ in models])
 
     return _draw(title, (4.4, max(1.5, 0.8 + 0.36 * len(models))), paint)
 

@@ -130,7 +130,8 @@ def _compared(out: Path) -> dict:
         folders = {Path(root) / stage: stage for root in (out, config.get("out", out)) for stage in STAGES} | {Path(config.get("model", "")): "base"}
         for model in record["elo"]:
             stage = next((stage for folder, stage in folders.items() if Path(model) == folder or Path(model).resolve() == folder.resolve()), "")
-            names[model] = {"stage": stage, "name": model if not stage or STAGES[stage] in (n["name"] for n in names.values()) else STAGES[stage]}
+            taken, short = [row["name"] for row in names.values()], "/".join(Path(model).parts[-2:])
+            names[model] = {"stage": stage, "name": next(name for name in (STAGES.get(stage, short), short, model) if name not in taken)}
         found["elo"] = {"ratings": {model: row | names[model] for model, row in record["elo"].items()},
                         **_some(record, "prompts", "feedback", "constitution")}
     if (path := out / "agree" / "stage.json").is_file():

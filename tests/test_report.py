@@ -400,7 +400,8 @@ def test_ratings_and_the_agreement_with_people_stand_where_no_judge_is(tmp_path,
     page = report.page(out, summary)
     assert {row["name"]: row["stage"] for row in summary["elo"]["ratings"].values()} == {"base": "base", "RL-CAI": "ppo"}
     assert "base wins 20.0\u00a0% and RL-CAI wins 80.0\u00a0%; AI labels agree with people on 70.0\u00a0% of 20 pairs." in page
-    assert "<tr class=\"stage-ppo\"><th>RL-CAI</th><td>241<small>180 to 310</small></td><td>0.800</td></tr>" in page and "own 2" in page
+    row = f'<tr class="stage-ppo"><th title="{out}/ppo">RL-CAI</th><td>241<small>180 to 310</small></td><td>0.800</td></tr>'
+    assert row in page and "own 2" in page
     by_title = {panel["title"]: panel for panel in report.panels(out, summary)}
     assert by_title["Elo of the models"]["rows"][1] == ["RL-CAI", "241 (180 to 310)", "0.800"]
     assert by_title["Calibration of the AI labels, by people"]["rows"] == [["0.6–0.7", "20", "0.650", "0.250 (0.110–0.470)"]]
@@ -415,11 +416,11 @@ def test_of_a_judged_run_the_answers_are_those_that_the_judge_saw(tmp_path, unpl
     assert rows_of(page := report.page(out, report.summarise(out)))["answers"]["file"] == "eval/answers.jsonl" and "Elo of the models" in page
 
 
-def test_a_model_from_elsewhere_keeps_its_path_and_no_name_stands_twice(tmp_path):
+def test_a_model_from_elsewhere_has_the_end_of_its_path_and_no_name_stands_twice(tmp_path):
     out = lay_own(tmp_path, "elo")
-    record = ELO | {"elo": dict.fromkeys((str(out / "base"), "/m/base", "/else/ppo"), ELO["elo"]["/m/base"])}
+    record = ELO | {"elo": dict.fromkeys((str(out / "base"), "/m/base", "/else/ppo", "/b/else/ppo"), ELO["elo"]["/m/base"])}
     (out / "elo" / "stage.json").write_text(json.dumps(record))
-    assert [row["name"] for row in report.so_far(out)["elo"]["ratings"].values()] == ["base", "/m/base", "/else/ppo"]
+    assert [row["name"] for row in report.so_far(out)["elo"]["ratings"].values()] == ["base", "m/base", "else/ppo", "/b/else/ppo"]
 
 
 def test_what_rounds_and_principles_changed_and_what_the_place_was_worth_are_counted_from_the_journals(tmp_path, unplotted):
