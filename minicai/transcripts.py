@@ -47,7 +47,7 @@ def gather(out: Path, names: dict[str, str]) -> dict[str, dict]:
     else:
         with as_written(out / "elo" / "comparisons.jsonl"):
             preferred = preferences(read(out / "elo" / "comparisons.jsonl")[1], names)
-        answers = "elo/answers.jsonl", lambda row: (made := answer(row, names, {})) | {"tags": made["tags"] + preferred.get(row["id"], [])}
+        answers = "elo/answers.jsonl", lambda row: (shown := answer(row, names, {})) | {"tags": shown["tags"] + preferred.get(row["id"], [])}
     made = {"answers": answers,
             "revisions": ("sl/revisions.jsonl", lambda row: revision(row, judged.get(("revision", row["id"]), {}))),
             "comparisons": ("rm/comparisons.jsonl", lambda row: comparison(row, judged.get(("comparison", row["id"]), {}))),
