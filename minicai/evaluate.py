@@ -10,7 +10,7 @@ from statistics import fmean
 
 from minicai import InputError
 from minicai.constitution import Constitution
-from minicai.feedback import Choose, label_pairs, p_first_from_logprobs
+from minicai.feedback import Choose, at_a, in_both_orders, label_pairs
 from minicai.measures import agreement, counted, hacked, wilson_interval
 from minicai.tinyworld.judge import Verdict, judge, meaning
 
@@ -86,13 +86,8 @@ def label_rates(rows: Sequence[dict]) -> dict[str, float]:
     of the labels in nats."""
     rows = [row for row in rows if row["source"] == "ai"]
     preferences = judged_preferences(rows)
-    same_position = []
-    for row in rows:
-        orders = [[p_first_from_logprobs(v["logp_first"], v["logp_second"]) for v in row["votes"] if v["order"] == order]
-                  for order in ("first,second", "second,first")]
-        if all(orders):
-            forward, backward = (fmean(votes) > 0.5 for votes in orders)
-            same_position.append(forward != backward)  # the first response wins in one order only: the position decided
+    shown = [both for row in rows if (both := in_both_orders(row["votes"]))]
+    same_position = [(forward > 0.5) != (backward > 0.5) for forward, backward in shown]  # it wins in one order only: the position decided
     return {"accuracy_vs_judge": share((row["p_first"] > 0.5) == first for row, first in preferences if row["p_first"] != 0.5),
             "judged_pairs": len(preferences), "position_bias": share(same_position),
             "entropy": share(binary_entropy(row["p_first"]) for row in rows)}
@@ -107,15 +102,9 @@ def place_bias(rows: Sequence[dict]) -> dict[str, float]:
     of (first, second) says 1 - p of (second, first): the bias cancels, and in_labels is what the errors that are left happen to sum to.
     """
     rows = [row for row in rows if row["source"] == "ai"]
-    at_a = []
-    for row in rows:
-        found = {order: [p_first_from_logprobs(v["logp_first"], v["logp_second"]) for v in row["votes"] if v["order"] == order]
-                 for order in ("first,second", "second,first")}
-        if all(found.values()):
-            forward, backward = map(fmean, found.values())
-            at_a.append((forward + 1 - backward) / 2 - 0.5)
+    votes = [at_a(*both) - 0.5 for row in rows if (both := in_both_orders(row["votes"]))]
     gaps = [judge(row["prompt"], row["first"]).score - judge(row["prompt"], row["second"]).score for row in rows]
-    return {"in_votes": share(at_a), "in_labels": share(row["p_first"] - (1 + (gap > 0) - (gap < 0)) / 2 for row, gap in zip(rows, gaps))}
+    return {"in_votes": share(votes), "in_labels": share(row["p_first"] - (1 + (gap > 0) - (gap < 0)) / 2 for row, gap in zip(rows, gaps))}
 
 
 def binary_entropy(p: float) -> float:

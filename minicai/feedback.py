@@ -13,6 +13,7 @@ from minicai import InputError
 from minicai.constitution import Constitution, Principle, Prompt, render_comparison, render_conclusion, render_thinking
 from minicai.critique import Generate, draw_principle
 from minicai.examples import Comparison, compared, compared_by_thinking, fingerprint
+from minicai.measures import counted
 
 Choose = Callable[[Sequence[str]], Sequence[Sequence[float]]]
 Pair = tuple[int, Prompt, str, str]  # id, prompt, first response, second response
@@ -172,3 +173,38 @@ def best_against_worst(rows: Sequence[dict], pairs_a_prompt: int) -> list[dict]:
         ranked = sorted(worth, key=lambda response: fmean(worth[response]))
         kept.append(next(row for row in group if {row["first"], row["second"]} == {ranked[0], ranked[-1]}))
     return kept
+
+
+# --- what the place does ---------------------------------------------------------------------------------------------------------
+
+
+def in_both_orders(votes: Sequence[dict]) -> tuple[float, float] | None:
+    """P(first is better), the mean of the votes that saw the first response at (A), and of those that saw it at (B); None without either."""
+    orders = [[p_first_from_logprobs(v["logp_first"], v["logp_second"]) for v in votes if v["order"] == order]
+              for order in ("first,second", "second,first")]
+    return (fmean(orders[0]), fmean(orders[1])) if all(orders) else None
+
+
+def at_a(forward: float, backward: float) -> float:
+    """P(A) of a pair that was shown in both orders, so that each response stood at (A) once: 1/2 where the place is worth nothing.
+
+    P(A) = (forward + 1 - backward) / 2
+    """
+    return (forward + 1 - backward) / 2
+
+
+def places(rows: Sequence[dict]) -> dict:
+    """What the place in the prompt was worth, over the pairs of comparisons.jsonl that were shown in both orders: "p_a", the mean of at_a (None of no
+    pair); "to_a" and "to_b", the shares that went to whatever stood at (A), at (B), both times, as measures.counted; the same "by_principle"."""
+    every, by_principle = [], {}
+    for row in rows:
+        every.append(in_both_orders(row["votes"]))
+        for name in {vote["principle"] for vote in row["votes"]}:
+            by_principle.setdefault(name, []).append(in_both_orders([vote for vote in row["votes"] if vote["principle"] == name]))
+
+    def shares(found: list[tuple[float, float] | None]) -> dict:
+        shown = [both for both in found if both]
+        return {"p_a": fmean(at_a(*both) for both in shown) if shown else None, "to_a": counted([a > 0.5 >= b for a, b in shown]),
+                "to_b": counted([a <= 0.5 < b for a, b in shown])}
+
+    return shares(every) | {"by_principle": {name: shares(found) for name, found in sorted(by_principle.items()) if any(found)}}

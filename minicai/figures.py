@@ -73,51 +73,68 @@ def plane(title: str, stages: dict[str, tuple[str, tuple[float, float, float], t
     return _draw(title, (4.4, 3.5), paint)
 
 
-def rounds(title: str, harmful: Points, improved: Points, worsened: Points) -> str:
-    """By critique-revision round: the harmful share of the responses, and the shares of the revisions that improved or worsened what they revise."""
+def rounds(title: str, lines: dict[str, tuple[str, int, Points]]) -> str:
+    """Shares by critique-revision round: {name: (colour, the first point's round, points)}."""
 
     def paint(axes) -> None:
-        after = range(1, len(improved) + 1)
-        for x, points, colour, name in ((range(len(harmful)), harmful, INK, "harmful after the round"),
-                                        (after, improved, GOOD, "improved in the round"), (after, worsened, BAD, "worsened in the round")):
+        for name, (colour, first, points) in lines.items():
             if points:
+                x = range(first, first + len(points))
                 axes.errorbar(x, [p[0] for p in points], yerr=_errors(points), fmt="o-", color=colour, markersize=4, elinewidth=1, label=name)
-        axes.set(xlabel="round", ylim=(-0.03, 1.05), xticks=range(len(harmful)))
+        begin, end = min(first for _, first, _ in lines.values()), max(first + len(points) for _, first, points in lines.values())
+        axes.set(xlabel="round", ylim=(-0.03, 1.05), xticks=range(begin, end), xlim=(begin - 0.2, end - 0.8))
         axes.legend()
 
     return _draw(title, (4.4, 3.1), paint)
 
 
-def principles(title: str, found: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]]) -> str:
-    """Shares of each principle's revisions: improved to the right, worsened to the left."""
+def principles(title: str, found: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]], words: tuple[str, str],
+               colours: tuple[str, str] = (GOOD, BAD)) -> str:
+    """Two shares of each principle, the first to the right and the second to the left; `words` say what they are of."""
 
     def paint(axes) -> None:
         names = list(found)[::-1]
-        for k, (sign, colour) in enumerate(((1, GOOD), (-1, BAD))):
+        for k, (sign, colour) in enumerate(zip((1, -1), colours)):
             points = [found[name][k] for name in names]
             errors = _errors(points)
             axes.barh(names, [sign * p[0] for p in points], height=0.55, color=colour, alpha=0.55)
-            axes.errorbar([sign * p[0] for p in points], names, xerr=errors[::sign], fmt="none", ecolor=INK, elinewidth=0.9)
+            axes.errorbar([sign * p[0] for p in points], names, xerr=errors[::sign], fmt="none", ecolor=colour, elinewidth=1.1)
         axes.axvline(0, color=MUTED, linewidth=0.7)
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.spines["left"].set_visible(False)
         axes.xaxis.set_major_formatter(lambda x, _: f"{abs(x):.2g}")
-        for words, side, shift in (("improved →", "left", 4), ("← worsened", "right", -4)):
-            axes.annotate(words, (0, 0), (shift, -25), xycoords=("data", "axes fraction"), textcoords="offset points", ha=side, color=MUTED)
+        for text, side, shift in ((f"{words[0]} →", "left", 4), (f"← {words[1]}", "right", -4)):
+            axes.annotate(text, (0, 0), (shift, -25), xycoords=("data", "axes fraction"), textcoords="offset points", ha=side, color=MUTED)
 
     return _draw(title, (4.4, max(1.6, 0.9 + 0.36 * len(found))), paint)
 
 
-def calibration(title: str, parts: Sequence[dict]) -> str:
-    """How often the judge prefers the first response, over what the labels say of it; below, how many labels say so."""
+def ratings(title: str, models: Sequence[tuple[str, str, float, tuple[float, float]]]) -> str:
+    """Elo of models with intervals, one below the other: (stage or "", name, rating, interval)."""
+
+    def paint(axes) -> None:
+        for k, (stage, _, value, interval) in enumerate(models):
+            axes.errorbar(value, k, xerr=_errors([(value, *interval)]), fmt="o", color=STAGE.get(stage, INK), markersize=6, elinewidth=1.2)
+        axes.axvline(0, color=MUTED, linewidth=0.7)
+        axes.grid(False, axis="y")
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.spines["left"].set_visible(False)
+        axes.set(xlabel="Elo", ylim=(len(models) - 0.5, -0.5))
+        axes.set_yticks(range(len(models)), [name for _, name, _, _ in models])
+
+    return _draw(title, (4.4, max(1.5, 0.8 + 0.36 * len(models))), paint)
+
+
+def calibration(title: str, parts: Sequence[dict], who: str) -> str:
+    """How often `who` (the judge, people) prefer the first response, over what the labels say of it; below, how many labels say so."""
 
     def paint(axes, counts) -> None:
         points = [(part["rate"], *part["interval"]) for part in parts]
         axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
         predicted, middles, sizes = zip(*((part["predicted"], (part["low"] + part["high"]) / 2, part["count"]) for part in parts))
         axes.errorbar(predicted, [p[0] for p in points], yerr=_errors(points), fmt="o", color=PPO, markersize=5, elinewidth=1.1)
-        axes.set(ylim=(-0.04, 1.04), ylabel="judge prefers the first")
+        axes.set(ylim=(-0.04, 1.04), ylabel=f"{who} the first")
         counts.bar(middles, sizes, width=0.092, color=PPO, alpha=0.55)
         counts.set(xlim=(-0.03, 1.03), ylabel="labels", xlabel="P(first is better) in the label")
 

@@ -12,7 +12,7 @@ STAGES = {"base": "base", "sl": "SL-CAI", "ppo": "RL-CAI"}
 CURVES = (  # of metrics.jsonl: stage, title, keys in one plot
     ("sl", "SL-CAI: loss, nats a token", ("loss",)), ("rm", "reward model: loss, nats a pair", ("loss",)),
     ("rm", "reward model: accuracy on the batch", ("accuracy",)),
-    ("ppo", "learned reward", ("reward",)), ("ppo", "score by a held-out judge", ("judge",)),
+    ("ppo", "learned reward", ("reward",)), ("ppo", "score by a held-out judge", ("judge",)), ("ppo", "score by the exact judge", ("exact_judge",)),
     ("ppo", "KL from SL-CAI, nats a response", ("kl", "kl_k3")),
     ("ppo", "length, tokens a response", ("length",)), ("ppo", "entropy, nats a token", ("entropy",)), ("ppo", "ends by itself", ("eos_rate",)),
     ("ppo", "distinct bigrams", ("distinct_2",)), ("ppo", "clip fraction", ("clip_fraction",)),
@@ -40,11 +40,15 @@ def _panel(section: str, title: str, caption: str, svg: str, header: list[str], 
 
 def panels(out: Path, summary: dict) -> list[dict]:
     """All figures that there are data for: of the models, the revisions, the labels, the reward, and the curves of training."""
+    labels, people = summary.get("labels", {}), summary.get("agree", {})
     made = [_plane(summary)] if "eval" in summary else []
+    made += [_ratings(summary["elo"])] if "elo" in summary else []
     made += _revision_panels(summary.get("revision", {}))
-    made += [_calibration(labels)] if (labels := summary.get("labels", {})).get("calibration") else []
+    made += [_calibration("Calibration of the AI labels", "judge prefers", labels)] if labels.get("calibration") else []
+    made += [_calibration("Calibration of the AI labels, by people", "people prefer", people)] if people.get("calibration") else []
+    made += [_places(labels["places"])] if labels.get("places") else []
     made += [_hacking(summary["hacking"])] if summary.get("hacking") else []
-    return made + _curve_panels(out)
+    return made + _curve_panels(out, summary.get("hacking") or {})
 
 
 def _plane(summary: dict) -> dict:
@@ -55,8 +59,40 @@ def _plane(summary: dict) -> dict:
                   figures.plane(title, points), ["", "helpful", "harmless"], rows)
 
 
+def _ratings(elo: dict) -> dict:
+    models = [(row["stage"], row["name"], row["elo"], tuple(row["interval"])) for row in elo["ratings"].values()]
+    title, first = "Elo of the models", models[0][1]
+    caption = f"Only differences mean anything: {first} stands at 0, and 400 points are odds of ten to one. Lines are 95 % intervals."
+    rows = [[row["name"], f"{row['elo']:.0f} ({row['interval'][0]:.0f} to {row['interval'][1]:.0f})", number(row["win_rate"])]
+            for row in elo["ratings"].values()]
+    return _panel("elo", title, caption, figures.ratings(title, models), ["model", "Elo", "win rate"], rows)
+
+
 def _revision_panels(revision: dict) -> list[dict]:
-    """By round, and by principle."""
+    """By round, and by principle: what they changed, and what the exact judge thinks of it."""
+    return _judged_revisions(revision) + (_changes(revision["changes"]) if revision.get("changes", {}).get("by_round") else [])
+
+
+def _changes(changes: dict) -> list[dict]:
+    """What needs no judge: how often a revision differs from what it revises, and how often it is faulty as text."""
+    keys, made = ("changed", "faulty"), []
+    by_round = {str(k): step for k, step in enumerate(changes["by_round"], 1)}
+    for what, steps in (("round", by_round), ("principle", changes["by_principle"])):
+        sides = {name: tuple(_counted(step[key]) for key in keys) for name, step in steps.items()}
+        rows = [[name, str(steps[name]["changed"]["count"]), *(rate(p[0], p[1:]) for p in both)] for name, both in sides.items()]
+        title, colours = f"How many responses each {what} changed", (figures.SL, figures.BAD)
+        if what == "round":
+            caption = ("Shares of the round's revisions. Faulty ones are empty, open with boilerplate, or have the critique in them. "
+                       "Lines are 95 % intervals.")
+            svg = figures.rounds(title, {key: (colour, 1, points) for key, colour, points in zip(keys, colours, zip(*sides.values()))})
+        else:
+            caption = "Shares of the principle's revisions in all rounds; a response that follows it already has nothing to change."
+            svg = figures.principles(title, sides, keys, colours)
+        made.append(_panel("revisions", title, caption, svg, [what, "revisions", *keys], rows))
+    return made
+
+
+def _judged_revisions(revision: dict) -> list[dict]:
     steps, by, made = revision.get("by_round", []), revision.get("by_principle", {}), []
     if shares := revision.get("harmful_by_round"):
         count = steps[0]["improved"]["count"] if steps else 0
@@ -66,24 +102,37 @@ def _revision_panels(revision: dict) -> list[dict]:
                 for k, h in enumerate(harmful)]
         title = "Critique and revision, round by round"
         caption = f"Of {count or 'all'} responses to red-team prompts, by the exact judge; round 0 is the initial response. Lines are 95 % intervals."
-        svg = figures.rounds(title, harmful, better, worse)
+        svg = figures.rounds(title, {"harmful after the round": (figures.INK, 0, harmful), "improved in the round": (figures.GOOD, 1, better),
+                                     "worsened in the round": (figures.BAD, 1, worse)})
         made.append(_panel("revisions", title, caption, svg, ["round", "harmful", "improved", "worsened"], rows))
     if by:
         sides = {name: tuple(_counted(step[key]) for key in ("improved", "worsened")) for name, step in by.items()}
         rows = [[name, str(by[name]["improved"]["count"]), *(rate(p[0], p[1:]) for p in both)] for name, both in sides.items()]
         title = "What each principle's revisions did"
         caption = "Shares that are better or worse, by the exact judge, than the response that was revised; it sees no difference in the rest."
-        made.append(_panel("revisions", title, caption, figures.principles(title, sides), ["principle", "revisions", "improved", "worsened"], rows))
+        svg = figures.principles(title, sides, ("improved", "worsened"))
+        made.append(_panel("revisions", title, caption, svg, ["principle", "revisions", "improved", "worsened"], rows))
     return made
 
 
-def _calibration(labels: dict) -> dict:
+def _calibration(title: str, who: str, labels: dict) -> dict:
     parts = labels["calibration"]
     rows = [[f"{part['low']:.1f}–{part['high']:.1f}", str(part["count"]), number(part["predicted"]), rate(part["rate"], part["interval"])]
             for part in parts]
-    title = "Calibration of the AI labels"
     caption = f"Labels on the dashed line mean what they say (expected calibration error {number(labels.get('ece'))}). Below: how many there are."
-    return _panel("labels", title, caption, figures.calibration(title, parts), ["label", "pairs", "mean label", "judge prefers the first"], rows)
+    return _panel("labels", title, caption, figures.calibration(title, parts, who), ["label", "pairs", "mean label", f"{who} the first"], rows)
+
+
+def _places(places: dict) -> dict:
+    """What the place in the prompt does to labels, by principle."""
+    keys, title = ("to_a", "to_b"), "Labels that follow the place, not the response"
+    sides = {name: tuple(_counted(found[key]) for key in keys) for name, found in places["by_principle"].items()}
+    rows = [[name, str(found["to_a"]["count"]), number(found["p_a"]), *(rate(found[key]["rate"], found[key]["interval"]) for key in keys)]
+            for name, found in [*places["by_principle"].items(), ("all", places)]]
+    caption = (f"Shares of {places['to_a']['count']} pairs, shown in both orders, that went to whatever stood at one place both times. (A) got "
+               f"{number(places['p_a'])} of the probability; 0.5 is no preference for a place.")
+    svg = figures.principles(title, sides, ("always (A)", "always (B)"), (figures.PPO, figures.BASE))
+    return _panel("labels", title, caption, svg, ["principle", "pairs", "P(A)", "always (A)", "always (B)"], rows)
 
 
 def _hacking(hacking: dict) -> dict:
@@ -111,10 +160,11 @@ def _evenly(rows: list, count: int = 9) -> list:
     return [rows[round(k * (len(rows) - 1) / max(count - 1, 1))] for k in range(count)] if len(rows) > count else rows
 
 
-def _curve_panels(out: Path) -> list[dict]:
-    """The curves of training, of what metrics.jsonl has."""
-    found = []
+def _curve_panels(out: Path, hacking: dict) -> list[dict]:
+    """The curves of training, of what metrics.jsonl has, and of what the exact judge thinks of each iteration's responses."""
+    found, judged = [], dict(zip(hacking.get("steps", []), hacking.get("judge", [])))
     metrics = {stage: transcripts.read(out / stage / "metrics.jsonl")[1] for stage in ("sl", "rm", "ppo")}
+    metrics["ppo"] = [row | {"exact_judge": judged.get(row["step"])} for row in metrics["ppo"]]
     for stage, title, keys in CURVES:
         rows = metrics[stage]
         lines = {key.replace("_", " "): ([row["step"] for row in rows], [math.nan if row.get(key) is None else row[key] for row in rows])

@@ -12,13 +12,14 @@ import platform
 import subprocess
 import time
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import jinja2
 import torch
 import transformers
 
-from minicai import InputError, transcripts
+from minicai import InputError, critique, feedback, transcripts
 from minicai.data import finite, read_record, write_atomic
 from minicai.guard import redact
 from minicai.panels import STAGES, number, panels, percent
@@ -42,6 +43,12 @@ GLOSSARY = {
     "jailbreaks": "share of harmful prompts answered harmfully when they are asked in a phrasing that tries to talk the model out of its principles",
     "outcome": "of an answer, by the exact judge: harmful, refused (a harmless request) or mistaken, and good where it is none of these, if rude",
     "replayed": "past failures, asked again: how many there are and the share that fails still",
+    "elo": "rating from comparisons of two models' answers by a feedback model: 400 points are odds of ten to one; the first model stands at 0",
+    "win_rate": "share of its comparisons that a model wins in `elo`, each counted as the probability that the feedback model gives it",
+    "agree": "share of pairs of which a feedback model prefers the response that people prefer; where it takes no side, half",
+    "changed": "share of the revisions that differ from the response that they revise, and are not empty",
+    "faulty": "share of the revisions that are empty, open with boilerplate, or have the critique in them",
+    "P(A)": "mean probability that a feedback model gives to the response at (A), each response of a pair standing there once: 0.5 without a bias",
     "position_bias": "share of the pairs whose order in the prompt, not their content, decides which one the feedback model prefers",
     "entropy": "mean over the response tokens of PPO of the entropy of the policy's next-token distribution, in nats",
     "eos_rate": "share of the responses of a rollout that end by themselves",
@@ -50,6 +57,20 @@ GLOSSARY = {
     "explained_variance": "1 - var(return - value) / var(return): 1 is a perfect value model, 0 no better than a constant",
 }
 RECORDED = ("sl", "rm", "ppo", "eval")  # the stages that leave a record, in their order
+
+
+def _config(out: Path, stage: str) -> dict:
+    """The config that a stage stored; {} where it has not begun."""
+    path = out / stage / "config.toml"
+    return tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def awaited(out: Path) -> tuple[str, ...]:
+    """The stages whose records make a run finished: the exact judge's evaluation among them where SL-CAI's prompts lie in the tiny world's folder, or
+    an evaluation has begun; nobody can judge others exactly."""
+    parts = Path(_config(out, "sl").get("sl", {}).get("prompts", "minicai/tinyworld")).parts
+    judged = (out / "eval" / "config.toml").is_file() or ("minicai", "tinyworld") in pairwise(parts)
+    return RECORDED if judged else RECORDED[:-1]
 
 
 def _records(out: Path) -> dict[str, dict]:
@@ -76,7 +97,7 @@ def _commit() -> str | None:
 
 def summarise(out: Path) -> dict:
     """Gathers the records of the stages into the content of summary.json. Raises InputError where a stage is missing."""
-    if missing := [stage for stage in RECORDED if stage not in _records(out)]:
+    if missing := [stage for stage in awaited(out) if stage not in _records(out)]:
         raise InputError(f"{out / missing[0] / 'stage.json'}: missing; {out} does not hold a finished run (run the same command again to finish it)")
     return so_far(out)
 
@@ -97,7 +118,39 @@ def so_far(out: Path) -> dict:
         summary["rm"] = _some(rm, "train_pairs", "heldout_pairs", "accuracy_vs_labels") | judged
     summary |= _some(evaluation, "intervals", "jailbreaks", "replayed", "hacking", "labels")
     summary |= {"ppo": _some(ppo, "kl", "reward", "episodes")} if ppo else {}
+    summary |= _compared(out) | _from_journals(out, summary)
     return summary | {"seconds": seconds, "peak_rss_mb": max((record.get("peak_rss_mb", 0) for record in found.values()), default=0)}
+
+
+def _compared(out: Path) -> dict:
+    """What `elo` and `agree` found in this run's folder: the ratings with the models' names, and the agreement with people."""
+    found, config = {}, _config(out, "elo")
+    if (path := out / "elo" / "stage.json").is_file():
+        record, names = read_record(path), {}
+        folders = {Path(root) / stage: stage for root in (out, config.get("out", out)) for stage in STAGES} | {Path(config.get("model", "")): "base"}
+        for model in record["elo"]:
+            stage = next((stage for folder, stage in folders.items() if Path(model) == folder or Path(model).resolve() == folder.resolve()), "")
+            taken, short = [row["name"] for row in names.values()], "/".join(Path(model).parts[-2:])
+            names[model] = {"stage": stage, "name": next(name for name in (STAGES.get(stage, short), short, model) if name not in taken)}
+        found["elo"] = {"ratings": {model: row | names[model] for model, row in record["elo"].items()},
+                        **_some(record, "prompts", "feedback", "constitution")}
+    if (path := out / "agree" / "stage.json").is_file():
+        found["agree"] = _some(read_record(path), "count", "rate", "interval", "by_confidence", "calibration", "ece", "feedback", "constitution")
+    return found
+
+
+def _from_journals(out: Path, summary: dict) -> dict:
+    """What the journals say without a judge, beside what is known already: what revisions changed, and what the place did to labels."""
+    journals, found = (out / "sl" / "revisions.jsonl", out / "rm" / "comparisons.jsonl"), {}
+    (_, revisions), (_, comparisons) = map(transcripts.read, journals)
+    with transcripts.as_written(journals[0]):
+        found |= {"revision": summary.get("revision", {}) | {"changes": critique.changes(revisions)}} if revisions else {}
+    with transcripts.as_written(journals[1]):
+        places = feedback.places(comparisons)
+    if places["to_a"]["count"]:
+        bias = places["to_a"]["rate"] + places["to_b"]["rate"]
+        found["labels"] = {"position_bias": bias} | summary.get("labels", {}) | {"places": places}
+    return found
 
 
 def _some(record: dict, *keys: str) -> dict:
@@ -122,10 +175,10 @@ def headline(summary: dict) -> str:
         "seconds                             " + "  ".join(f"{k} {v:.0f}" for k, v in seconds.items() if v >= 0.5)])
 
 
-def lead(summary: dict) -> str:
-    """The headline in a sentence or two."""
+def lead(summary: dict, progress: list[tuple[str, str]]) -> str:
+    """The headline in a sentence or two; `progress` is that of a run that is not finished."""
     if "eval" not in summary:
-        return "This run is not finished; here is what it has shown so far."
+        return "This run is not finished; here is what it has shown so far." if progress else _lead_without_judge(summary)
     stages = {STAGES.get(stage, stage): rates for stage, rates in summary["eval"].items() if stage != "prompts"}
 
     def shares(key: str, how: str) -> str:
@@ -140,17 +193,28 @@ def lead(summary: dict) -> str:
     return f"O{'; '.join(parts)[1:]}." if parts else "No request was counted."
 
 
+def _lead_without_judge(summary: dict) -> str:
+    """The headline of a finished run whose prompts no exact judge knows: what a feedback model and people say of it, if they were asked."""
+    said = ["All stages are finished. No exact judge knows this run's prompts"]
+    if elo := summary.get("elo"):
+        wins = [f"{row['name']} wins {percent(row['win_rate'])}" for row in elo["ratings"].values()]
+        said.append(f"by a feedback model's comparisons on {elo['prompts']} prompts, {', '.join(wins[:-1])} and {wins[-1]}")
+    if agree := summary.get("agree"):
+        said.append(f"AI labels agree with people on {percent(agree['rate'])} of {agree['count']} pairs")
+    return "; ".join(said) + ("." if said[1:] else ", so that nothing here says yet which model is the better one.")
+
+
 def _progress(out: Path) -> list[tuple[str, str]]:
     """How far each stage is, of a run that is not finished; empty of one that is."""
     found, lines = _records(out), []
-    for stage, name in (("sl", "SL-CAI"), ("rm", "reward model"), ("ppo", "RL-CAI"), ("eval", "evaluation")):
+    for stage, name in zip(awaited(out), ("SL-CAI", "reward model", "RL-CAI", "evaluation")):
         journals = [(path, transcripts.read(path, 1)[0]) for path in sorted((out / stage).glob("*.jsonl"))]
         steps = transcripts.read(out / stage / "metrics.jsonl")[1][-1:]
         state = "finished" if stage in found else f"{'iteration' if stage == 'ppo' else 'step'} {steps[0]['step']}" if steps else "not begun"
         if state == "not begun" and journals:
             state = ", ".join(f"{count} {path.stem}" for path, count in journals)
         lines.append((name, state))
-    return [] if len(found) == len(RECORDED) else lines
+    return [] if finished(out) else lines
 
 
 def page(out: Path, summary: dict, live: float = 0) -> str:
@@ -160,11 +224,13 @@ def page(out: Path, summary: dict, live: float = 0) -> str:
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
     source, style, script = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("report.html.j2", "report.css", "report.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    found = panels(out, summary)
+    found, progress, elo = panels(out, summary), _progress(out), summary.get("elo", {"ratings": {}})
+    names, base = STAGES | {model: row["name"] for model, row in elo["ratings"].items()}, _config(out, "sl").get("model", "BASE")
     return environment.from_string(source).render(
-        summary=summary, stages=STAGES, glossary=GLOSSARY, panels=found, plotted=any(panel["svg"] for panel in found), lead=lead(summary),
-        facts=_facts(summary), progress=_progress(out), live=live, drawn=time.strftime("%Y-%m-%d %H:%M:%S"),
-        transcripts=transcripts.gather(out, STAGES), digest=digest, style=jinja2.filters.Markup(style), script=jinja2.filters.Markup(script))
+        summary=summary, stages=STAGES, glossary=GLOSSARY, panels=found, plotted=any(panel["svg"] for panel in found),
+        lead=lead(summary, progress), facts=_facts(summary), progress=progress, live=live, drawn=time.strftime("%Y-%m-%d %H:%M:%S"),
+        out=out, base=base, transcripts=transcripts.gather(out, names), digest=digest, style=jinja2.filters.Markup(style),
+        script=jinja2.filters.Markup(script))
 
 
 def write(out: Path, summary: dict) -> None:
@@ -174,7 +240,7 @@ def write(out: Path, summary: dict) -> None:
 
 
 def finished(out: Path) -> bool:
-    return len(_records(out)) == len(RECORDED)
+    return set(awaited(out)) <= _records(out).keys()
 
 
 def draw(out: Path) -> None:
@@ -206,7 +272,7 @@ def watch(out: Path, seconds: float = 5) -> None:
                 seen = now
             time.sleep(max(seconds, 5 * (time.monotonic() - began)))  # drawing takes a core from the training for a sixth of the time at most
         record, summary = out / "eval" / "stage.json", out / "summary.json"
-        for _ in range(int(60 / seconds)):
+        for _ in range(int(60 / seconds) if record.is_file() else 0):  # the demo's is always judged
             if summary.exists() and summary.stat().st_mtime_ns >= record.stat().st_mtime_ns:
                 return print(f"finished  {out / 'report.html'}")
             time.sleep(seconds)

@@ -4,13 +4,13 @@ Journals of a run that is still writing are read as far as their lines are whole
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
 
 from minicai import InputError
-from minicai.feedback import p_first_from_logprobs
+from minicai.feedback import in_both_orders
 
 LIMIT = 3000  # rows of a kind in the page; of more, evenly spaced ones
 FAULTS = {"harmful": "harmful", "refused": "refused", "mistaken": "mistaken", "": "good"}
@@ -27,20 +27,36 @@ def read(path: Path, limit: int = 0) -> tuple[int, list[dict]]:
         raise InputError(f"{path}, line {number + 1}: not valid JSON ({error})") from error
 
 
+@contextmanager
+def as_written(path: Path) -> Iterator[None]:
+    """Raises InputError where what is done with the rows of a journal meets one that no stage writes."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise InputError(f"{path}: a line is not as the stage writes it ({type(error).__name__}: {error})") from error
+
+
 def gather(out: Path, names: dict[str, str]) -> dict[str, dict]:
-    """{kind: {"count", "file", "rows"}} for the kinds of which there are any; `names` are the stages' names."""
+    """{kind: {"count", "file", "rows"}} for the kinds of which there are any; `names` are those of the stages, and of model folders in `elo`.
+
+    Answers are those of the evaluation by the exact judge, or, where there is none, those that `elo` compared.
+    """
     judged = {(row["of"], row["id"]): row for row in read(out / "eval" / "verdicts.jsonl")[1]}
-    made = {"answers": ("eval/answers.jsonl", lambda row: answer(row, names, judged.get(("answer", row["id"]), {}))),
+    if (out / "eval" / "answers.jsonl").is_file():
+        answers = "eval/answers.jsonl", lambda row: answer(row, names, judged.get(("answer", row["id"]), {}))
+    else:
+        with as_written(out / "elo" / "comparisons.jsonl"):
+            preferred = preferences(read(out / "elo" / "comparisons.jsonl")[1], names)
+        answers = "elo/answers.jsonl", lambda row: (shown := answer(row, names, {})) | {"tags": shown["tags"] + preferred.get(row["id"], [])}
+    made = {"answers": answers,
             "revisions": ("sl/revisions.jsonl", lambda row: revision(row, judged.get(("revision", row["id"]), {}))),
             "comparisons": ("rm/comparisons.jsonl", lambda row: comparison(row, judged.get(("comparison", row["id"]), {}))),
             "episodes": ("ppo/episodes.jsonl", episode)}
     found = {}
     for kind, (file, make) in made.items():
         count, rows = read(out / file, LIMIT)
-        try:
+        with as_written(out / file):
             made_rows = [make(row) for row in rows]
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise InputError(f"{out / file}: a line is not as the stage writes it ({type(error).__name__}: {error})") from error
         if rows:
             found[kind] = {"count": count, "file": file, "rows": made_rows}
     scores = sorted(row["score"] for row in found.get("episodes", {"rows": []})["rows"] if row["score"] is not None)
@@ -53,6 +69,17 @@ def gather(out: Path, names: dict[str, str]) -> dict[str, dict]:
 def turns(prompt: str | Sequence[dict]) -> list[list[str]]:
     """A prompt as [role, text] of each turn."""
     return [["user", prompt]] if isinstance(prompt, str) else [[turn["role"], turn["content"]] for turn in prompt]
+
+
+def preferences(rows: Sequence[dict], names: dict[str, str]) -> dict[int, list[str]]:
+    """By prompt, whose answer the feedback model of `elo` preferred to whose."""
+    found: dict[int, list[str]] = {}
+    for row in rows:
+        a, b = (names.get(player, player) for player in row["players"])
+        found.setdefault(row["number"], []).append(
+            f"{a} and {b} say the same" if row["first"] == row["second"] else f"{a} preferred to {b}" if row["p_first"] > 0.6 else
+            f"{b} preferred to {a}" if row["p_first"] < 0.4 else f"{a} or {b}: unsure (40–60 %)")
+    return found
 
 
 def answer(row: dict, names: dict[str, str], verdict: dict) -> dict:
@@ -88,11 +115,10 @@ def revision(row: dict, verdict: dict) -> dict:
 def comparison(row: dict, verdict: dict) -> dict:
     """One pair of responses, its votes in both orders, and its label."""
     p, votes, better = row["p_first"], row["votes"], verdict.get("better")
-    orders = [[p_first_from_logprobs(v["logp_first"], v["logp_second"]) for v in votes if v["order"] == order]
-              for order in ("first,second", "second,first")]
+    both = in_both_orders(votes)
     tags = [SOURCES.get(row["source"], row["source"]), "takes no side" if p == 0.5 else "unsure (40–60 %)" if 0.4 <= p <= 0.6 else
             f"prefers the {'first' if p > 0.5 else 'second'}"]
-    tags += ["decided by the order shown"] if all(orders) and (fmean(orders[0]) > 0.5) != (fmean(orders[1]) > 0.5) else []
+    tags += ["decided by the order shown"] if both and (both[0] > 0.5) != (both[1] > 0.5) else []
     tags += ["clamped"] if row.get("clamped") else []
     tags += ["against the judge"] if better and p != 0.5 and (p > 0.5) != (better == "first") else []
     return {"prompt": turns(row["prompt"]), "tags": tags, "principles": sorted({v["principle"] for v in votes if v["principle"]}),

@@ -21,7 +21,7 @@ from minicai.constitution import (
     strong,
     together,
 )
-from minicai.critique import FAULTS, all_at_once, critique_and_revise, faults, hygiene, in_turn, training_pairs
+from minicai.critique import FAULTS, all_at_once, changes, critique_and_revise, faults, hygiene, in_turn, training_pairs
 from minicai.examples import Example, fingerprint, in_front
 
 RULES = Constitution("rules", "1.0", (*(Principle(f"p{k}", f"Criticise {k}.", f"Revise {k}.") for k in range(4)),
@@ -293,3 +293,14 @@ def test_revisions_with_a_fault_are_left_out_one_by_one():
     assert training_pairs(row, "all", ["unchanged"]) == [("?", "No."), ("?", "Sure, never.")]
     assert training_pairs(row, "all", ["unchanged", "boilerplate"]) == [("?", "No.")]
     assert training_pairs(row, "last", ["boilerplate"]) == []
+
+
+def test_changes_by_round_and_by_principle_by_hand():
+    def row(initial, *steps):
+        return {"initial": initial, "rounds": [{"principle": p, "critique": "", "revision": text} for p, text in steps]}
+
+    found = changes([row("a", ("kind", "b"), ("brief", "B ")), row("a", ("brief", ""), ("kind", "Here is b")), row("a", ("kind", "a"))])
+    shares = [[(step[key]["count"], step[key]["rate"]) for key in ("changed", "faulty")] for step in found["by_round"]]
+    assert shares == [[(3, 1 / 3), (3, 1 / 3)], [(2, 1 / 2), (2, 1 / 2)]]  # "" is faulty and no change; boilerplate is a change, and faulty
+    assert {name: step["changed"]["rate"] for name, step in found["by_principle"].items()} == {"brief": 0, "kind": 2 / 3}
+    assert changes([]) == {"by_round": [], "by_principle": {}}

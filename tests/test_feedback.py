@@ -12,6 +12,7 @@ import pytest
 from minicai import InputError
 from minicai.constitution import Constitution, Principle, render_comparison, render_conclusion, render_thinking
 from minicai.feedback import (
+    at_a,
     best_against_worst,
     clamp,
     drawn_principles,
@@ -23,6 +24,7 @@ from minicai.feedback import (
     majority,
     p_first_from_logprobs,
     p_first_of,
+    places,
 )
 
 RULES = Constitution("rules", "1.0", (*(Principle(f"p{k}", comparison=f"Which one is better, {k}?") for k in range(4)),
@@ -326,3 +328,26 @@ def test_best_against_worst_by_hand():
             row(5, "x", "z", 0.3), row(6, "p", "q", 0.5), row(7, "p", "r", 0.5), row(8, "q", "r", 0.1)]  # r 0.7, p 0.5, q 0.3
     assert [r["id"] for r in best_against_worst(rows, 3)] == [0, 4, 8]
     assert best_against_worst(rows[:1], 1) == rows[:1]
+
+
+# --- the place -------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_place_was_worth_by_hand():
+    def vote(principle, order, p):
+        return {"principle": principle, "order": order, "logp_first": math.log(p), "logp_second": math.log(1 - p)}
+
+    def pair(principle, forward, backward):
+        return {"votes": [vote(principle, "first,second", forward), vote(principle, "second,first", backward)]}
+
+    one_order = {"votes": [vote("kind", "first,second", 0.9)]}
+    found = places([pair("kind", 0.9, 0.2), pair("kind", 0.8, 0.7), pair("brief", 0.4, 0.6), one_order, {"votes": []}])
+    assert found["p_a"] == pytest.approx((0.85 + 0.55 + 0.4) / 3)  # (0.9 + 1 - 0.2) / 2, and so on
+    assert (found["to_a"]["count"], found["to_a"]["rate"], found["to_b"]["rate"]) == (3, 1 / 3, 1 / 3)
+    own = found["by_principle"]
+    assert list(own) == ["brief", "kind"] and own["kind"]["p_a"] == pytest.approx(0.7) and own["kind"]["to_a"]["rate"] == 1 / 2
+    assert own["brief"]["to_b"]["rate"] == 1 and places([])["p_a"] is None
+
+
+def test_the_place_is_worth_nothing_where_both_orders_agree():
+    assert at_a(0.7, 0.7) == pytest.approx(0.5) and at_a(1.0, 0.0) == 1 and at_a(0.0, 1.0) == 0

@@ -1,14 +1,20 @@
-"""The report in a browser: Debian's chromium without a window, by Selenium; skipped where either is missing."""
+"""The report in a browser: Debian's chromium without a window, by Selenium; skipped where either is missing.
 
+MINICAI_SCREENSHOTS=DIR saves there what the pages look like, whole, on a phone and on a desk, light and dark.
+"""
+
+import base64
 import json
+import os
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 
 from minicai import report
 
-from .test_report import HOSTILE, lay
+from .test_report import HOSTILE, lay, lay_own
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs pip install -e '.[test]'")
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
@@ -19,6 +25,13 @@ pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs apt-get
 def address(tmp_path_factory):
     """The page of a run in which a model wrote a script."""
     report.draw(out := lay(tmp_path_factory.mktemp("page"), *report.RECORDED))
+    return (out / "report.html").as_uri()
+
+
+@pytest.fixture(scope="module")
+def own_address(tmp_path_factory):
+    """The page of a run that no exact judge knows, its models compared by `elo` and its labels by `agree`."""
+    report.draw(out := lay_own(tmp_path_factory.mktemp("own"), "elo", "agree"))
     return (out / "report.html").as_uri()
 
 
@@ -36,9 +49,9 @@ def browser():
 
 @pytest.fixture
 def page(browser, address):
-    """page(width, dark, part) opens the page anew; page.script(text) runs a script in it."""
+    """page(width, dark, part) opens the page anew and gives a function that runs a script in it."""
 
-    def open_page(width=1280, dark=False, part=""):
+    def open_page(width=1280, dark=False, part="", address=address):
         phone = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -55,10 +68,20 @@ TYPE = "const box = document.getElementById(arguments[0]); box.value = arguments
 PRESS = "document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {key: arguments[0], bubbles: true, cancelable: true}))"
 
 
+def screenshot(browser, name: str) -> None:
+    """The whole page as a PNG, in the folder that MINICAI_SCREENSHOTS names."""
+    if folder := os.environ.get("MINICAI_SCREENSHOTS"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        png = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})["data"]
+        (Path(folder) / f"{name}.png").write_bytes(base64.b64decode(png))
+
+
+@pytest.mark.parametrize("run", ["address", "own_address"])
 @pytest.mark.parametrize("width, dark", [(1280, False), (1280, True), (390, False), (390, True)])
-def test_the_page_asks_for_nothing_complains_of_nothing_and_fits(browser, page, address, width, dark):
+def test_the_page_asks_for_nothing_complains_of_nothing_and_fits(browser, page, request, run, width, dark):
     browser.get_log("browser"), browser.get_log("performance")
-    script = page(width, dark)
+    script = page(width, dark, address=(address := request.getfixturevalue(run)))
+    screenshot(browser, f"{'report' if run == 'address' else 'own'}-{width}-{'dark' if dark else 'light'}")
     for kind in ("answers", "revisions", "comparisons", "episodes"):
         script("document.querySelector(`#kinds [value=${arguments[0]}]`).click()", kind)
         script("document.querySelectorAll('#list details').forEach(row => row.open = true)")
@@ -140,7 +163,7 @@ def test_without_javascript_there_are_tables_and_plots_and_where_the_transcripts
         page()
         text = browser.find_element("tag name", "body").text
         assert "SL-CAI" in text and "0.750" not in text and "needs JavaScript" in text and "sl/revisions.jsonl" in text
-        assert len(browser.find_elements("css selector", "figure svg")) == 16
+        assert len(browser.find_elements("css selector", "figure svg")) == 19
         assert not browser.find_element("id", "browser").is_displayed()
     finally:
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})

@@ -43,6 +43,11 @@ ROWS = {
                      for k in range(3)],
     "eval/verdicts": [{"of": "answer", "id": k, "outcomes": {"base": "harmful", "sl": "harmful", "ppo": ""}} for k in range(3)] + [
         {"of": "revision", "id": k, "outcomes": ["harmful", ""]} for k in range(59)] + [{"of": "comparison", "id": 7, "better": "second"}]}
+ELO = {"elo": {"/m/base": {"elo": 0.0, "interval": [0.0, 0.0], "win_rate": 0.2},
+               "OUT/ppo": {"elo": 240.6, "interval": [180.2, 310.0], "win_rate": 0.8}},
+       "prompts": 3, "feedback": "/m/base", "constitution": {"name": "own", "version": "2"}}
+AGREE = {"count": 20, "rate": 0.7, "interval": [0.48, 0.85], "by_confidence": [], "ece": 0.125, "feedback": "/m/base", "calibration": [
+    {"low": 0.6, "high": 0.7, "predicted": 0.65, **COUNTED}]}
 METRICS = {"sl": ("loss",), "rm": ("loss", "accuracy"), "ppo": ("reward", "kl", "kl_k3", "judge", "length", "entropy", "eos_rate", "distinct_2",
                                                                 "clip_fraction", "explained_variance")}
 
@@ -61,6 +66,25 @@ def lay(out, *stages):
     return out
 
 
+def lay_own(out, *compared):
+    """What the three scripts leave of a run on prompts that the exact judge does not know, and `elo` and `agree` after them."""
+    lay(out, "sl", "rm", "ppo")
+    (out / "sl" / "config.toml").write_text('model = "/m/base"\nseed = 3\n\n[sl]\nprompts = "/data/tinyworld/red_team.jsonl"\n')
+    for name, record in (("elo", ELO), ("agree", AGREE)):
+        if name in compared:
+            (out / name).mkdir()
+            (out / name / "stage.json").write_text(json.dumps(record).replace("OUT", str(out)))
+    if "elo" in compared:
+        ours = str(out / "ppo")
+        (out / "elo" / "config.toml").write_text('model = "/m/base"\n')
+        Journal(out / "elo" / "answers.jsonl").append([{"id": k, "prompt": f"Question {k}?", "/m/base": "yes", ours: "yes" if k == 2 else "no"}
+                                                       for k in range(3)])
+        Journal(out / "elo" / "comparisons.jsonl").append([
+            {"id": k, "number": k, "players": ["/m/base", ours], "first": "yes", "second": "yes" if k == 2 else "no", "p_first": p, "votes": []}
+            for k, p in enumerate((0.1, 0.45, 0.5))])
+    return out
+
+
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     """The page of a finished run, its plots by Matplotlib."""
@@ -70,7 +94,7 @@ def drawn(tmp_path_factory):
 
 @pytest.fixture
 def unplotted(monkeypatch):
-    """Plots are empty: sixteen of them take Matplotlib seconds."""
+    """Plots are empty: nineteen of them take Matplotlib seconds."""
     monkeypatch.setattr(figures, "_draw", lambda title, *given, **named: "<svg ></svg>\n")
 
 
@@ -94,7 +118,7 @@ def test_a_finished_run_gets_every_part(drawn, out):
     assert summary["seed"] == 3 and summary["rm"]["accuracy_vs_judge"] == 0.9 and summary["peak_rss_mb"] == 200
     for part in ("result", "revisions", "labels", "training", "attacks", "transcripts", "words", "run"):
         assert f'<section id="{part}">' in page
-    assert page.count("<svg ") == 4 + 1 + 2 + 9 and "This run is not finished" not in page and "data-live" not in page
+    assert page.count("<svg ") == 4 + 3 + 1 + 2 + 9 and "This run is not finished" not in page and "data-live" not in page
     assert "base answers 100\u00a0% harmfully, SL-CAI 25.0\u00a0% and RL-CAI 0\u00a0%; of 30 harmless ones, base answers 90.0\u00a0% rightly" in page
     assert "stacked" in page and "python -m minicai demo" in page
 
@@ -113,7 +137,7 @@ def test_without_matplotlib_the_page_has_tables_in_the_places_of_plots(tmp_path,
     out = lay(tmp_path, *report.RECORDED)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     page = report.page(out, report.summarise(out))
-    assert "<svg" not in page and page.count("<details open>") == page.count("<figure>") == 16 and "pip install -e" in page
+    assert "<svg" not in page and page.count("<details open>") == page.count("<figure>") == 19 and "pip install -e" in page
     assert "<td>kind</td><td>20</td><td>0.250 (0.110–0.470)</td>" in page
 
 
@@ -240,16 +264,16 @@ def test_a_damaged_record_is_named(tmp_path, unplotted, command, damaged):
 
 def test_a_run_of_one_kind_of_prompts_says_nothing_of_the_other():
     rates = {"base": {"harmful": 1.0, "helpful": float("nan")}, "ppo": {"harmful": 0.0, "helpful": float("nan")}}
-    said = report.lead({"eval": {"prompts": {"harmful": 20, "benign": 0}, **rates}})
+    said = report.lead({"eval": {"prompts": {"harmful": 20, "benign": 0}, **rates}}, [])
     assert said == "Of 20 harmful requests that no training stage saw, base answers 100\xa0% harmfully and RL-CAI 0\xa0%."
 
 
-def test_a_stage_that_still_writes_its_data_says_how_much_there_is(tmp_path):
+def test_a_stage_that_still_writes_its_data_says_how_much_there_is(tmp_path, unplotted):
     (tmp_path / "sl").mkdir()
     (tmp_path / "sl" / "config.toml").write_text("seed = 0\n")
     Journal(tmp_path / "sl" / "revisions.jsonl").append(ROWS["sl/revisions"][:5])
     assert report._progress(tmp_path)[0] == ("SL-CAI", "5 revisions")
-    assert "<svg" not in report.page(tmp_path, report.so_far(tmp_path))
+    assert [panel["section"] for panel in report.panels(tmp_path, report.so_far(tmp_path))] == ["revisions"] * 2
 
 
 @pytest.mark.parametrize("words", [[], ["--watch"], [".", "--wacth"], [".", "."], ["no/such"]])
@@ -329,3 +353,102 @@ def test_a_line_that_no_stage_writes_is_refused_with_its_file(tmp_path, line):
     (tmp_path / "sl" / "revisions.jsonl").write_text(line + "\n")
     with pytest.raises(InputError, match=r"revisions\.jsonl: a line is not as the stage writes it"):
         transcripts.gather(tmp_path, {})
+
+
+# --- what needs no judge ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_on_prompts_that_no_exact_judge_knows_is_finished_with_its_three_stages(tmp_path, unplotted, capsys):
+    report.draw(out := lay_own(tmp_path))
+    page, summary = (out / "report.html").read_text(), json.loads((out / "summary.json").read_text())
+    assert "not finished" not in capsys.readouterr().out + page and "evaluation</span>" not in page
+    assert "eval" not in summary and summary["ppo"]["episodes"] == 3 and summary["revision"]["changes"]["by_round"][0]["changed"]["count"] == 60
+    assert "No exact judge knows this run&#39;s prompts, so that nothing here says yet" in page and '<section id="result">' in page
+    assert f"python -m minicai elo CONFIG /m/base {out}/sl {out}/ppo --prompts=FILE" in page and "agree with the judge" not in page
+    assert "answers" not in rows_of(page)
+
+
+@pytest.mark.parametrize("prompts, stages", [
+    ("/x/site-packages/minicai/tinyworld/data/red_team.jsonl", report.RECORDED), ("/data/minicai/tinyworld.jsonl", report.RECORDED[:-1])])
+def test_the_tiny_worlds_run_is_finished_when_it_is_judged(tmp_path, prompts, stages):
+    (lay_own(tmp_path) / "sl" / "config.toml").write_text(f'seed = 3\n[sl]\nprompts = "{prompts}"\n')
+    assert report.awaited(tmp_path) == stages and report.finished(tmp_path) == (len(stages) == 3)
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "config.toml").write_text("")  # an evaluation has begun, so that there is a judge
+    assert report.awaited(tmp_path) == report.RECORDED and not report.finished(tmp_path)
+
+
+def test_a_run_of_ones_own_that_is_not_finished_waits_for_no_judge(tmp_path, unplotted):
+    (lay_own(tmp_path) / "ppo" / "stage.json").unlink()
+    assert report._progress(tmp_path) == [("SL-CAI", "finished"), ("reward model", "finished"), ("RL-CAI", "iteration 30")]
+    assert "This run is not finished" in report.page(tmp_path, report.so_far(tmp_path))
+    with pytest.raises(InputError, match=r"ppo/stage\.json: missing"):
+        report.summarise(tmp_path)
+
+
+def test_watching_ends_with_the_last_stage_where_there_is_no_judge(tmp_path, unplotted, monkeypatch, capsys):
+    (lay_own(tmp_path) / "ppo" / "stage.json").unlink()
+    record = tmp_path / "ppo" / "stage.json"
+    monkeypatch.setattr(report, "time", clock := Clock(lambda: None, lambda: record.write_text(json.dumps(RECORDS["ppo"]))))
+    report.watch(tmp_path)
+    assert len(clock.slept) == 2 and (tmp_path / "summary.json").exists() and "data-live" not in (tmp_path / "report.html").read_text()
+    assert f"wrote  {tmp_path / 'report.html'}" in capsys.readouterr().out
+
+
+def test_ratings_and_the_agreement_with_people_stand_where_no_judge_is(tmp_path, unplotted):
+    summary = report.summarise(out := lay_own(tmp_path, "elo", "agree"))
+    page = report.page(out, summary)
+    assert {row["name"]: row["stage"] for row in summary["elo"]["ratings"].values()} == {"base": "base", "RL-CAI": "ppo"}
+    assert "base wins 20.0\u00a0% and RL-CAI wins 80.0\u00a0%; AI labels agree with people on 70.0\u00a0% of 20 pairs." in page
+    row = f'<tr class="stage-ppo"><th title="{out}/ppo">RL-CAI</th><td>241<small>180 to 310</small></td><td>0.800</td></tr>'
+    assert row in page and "own 2" in page
+    by_title = {panel["title"]: panel for panel in report.panels(out, summary)}
+    assert by_title["Elo of the models"]["rows"][1] == ["RL-CAI", "241 (180 to 310)", "0.800"]
+    assert by_title["Calibration of the AI labels, by people"]["rows"] == [["0.6–0.7", "20", "0.650", "0.250 (0.110–0.470)"]]
+    found = rows_of(page)["answers"]
+    assert found["file"] == "elo/answers.jsonl" and found["rows"][0]["answers"] == [["base", "yes", None], ["RL-CAI", "no", None]]
+    assert [row["tags"] for row in found["rows"]] == [
+        ["RL-CAI preferred to base"], ["base or RL-CAI: unsure (40–60 %)"], ["base and RL-CAI say the same"]]
+
+
+def test_of_a_judged_run_the_answers_are_those_that_the_judge_saw(tmp_path, unplotted):
+    out = lay(lay_own(tmp_path, "elo"), "eval")
+    assert rows_of(page := report.page(out, report.summarise(out)))["answers"]["file"] == "eval/answers.jsonl" and "Elo of the models" in page
+
+
+def test_a_model_from_elsewhere_has_the_end_of_its_path_and_no_name_stands_twice(tmp_path):
+    out = lay_own(tmp_path, "elo")
+    record = ELO | {"elo": dict.fromkeys((str(out / "base"), "/m/base", "/else/ppo", "/b/else/ppo"), ELO["elo"]["/m/base"])}
+    (out / "elo" / "stage.json").write_text(json.dumps(record))
+    assert [row["name"] for row in report.so_far(out)["elo"]["ratings"].values()] == ["base", "m/base", "else/ppo", "/b/else/ppo"]
+
+
+def test_what_rounds_and_principles_changed_and_what_the_place_was_worth_are_counted_from_the_journals(tmp_path, unplotted):
+    out = lay_own(tmp_path)
+    Journal(out / "sl" / "revisions.jsonl").append([{"id": 60, "prompt": "p", "initial": "a", "final": "", "rounds": [
+        {"principle": "brief", "critique": "c", "revision": "a"}, {"principle": "kind", "critique": "c", "revision": ""}]}])
+    summary = report.so_far(out)
+    by_title = {panel["title"]: panel["rows"] for panel in report.panels(out, summary)}
+    first, second = by_title["How many responses each round changed"]
+    assert first[:3] == ["1", "61", "0.984 (0.913–0.997)"] and second == ["2", "1", "0.000 (0.000–0.793)", "1.000 (0.207–1.000)"]
+    assert [row[1:3] for row in by_title["How many responses each principle changed"]] == [
+        ["31", "0.968 (0.838–0.994)"], ["31", "0.968 (0.838–0.994)"]]
+    p_a = (1 / (1 + math.exp(-2.9)) + 1 - 1 / (1 + math.exp(1))) / 2  # the votes of ROWS, by hand
+    assert by_title["Labels that follow the place, not the response"] == [
+        [name, "1", f"{p_a:.3f}", "1.000 (0.207–1.000)", "0.000 (0.000–0.793)"] for name in ("kind", "all")]
+    assert summary["labels"]["position_bias"] == 1
+
+
+def test_votes_of_one_order_say_nothing_of_the_place(tmp_path, unplotted):
+    path = lay_own(tmp_path) / "rm" / "comparisons.jsonl"
+    path.write_text(json.dumps(ROWS["rm/comparisons"][0] | {"votes": ROWS["rm/comparisons"][0]["votes"][:1]}) + "\n")
+    assert "labels" not in (summary := report.so_far(tmp_path)) and "follow the place" not in report.page(tmp_path, summary)
+
+
+def test_the_exact_judge_has_a_curve_over_training(out):
+    summary = report.summarise(out)
+    assert "score by the exact judge" not in [panel["title"] for panel in report.panels(out, summary)]
+    summary["hacking"] = {"steps": [1, 2, 30], "sqrt_kl": [0.0, 0.5, 0.7], "reward": [1.0, 2.0, 2.5], "judge": [0.9, 0.8, 0.25], "warning": None}
+    [curve] = [panel for panel in report.panels(out, summary) if panel["title"] == "score by the exact judge"]
+    assert curve["section"] == "ppo" and curve["header"] == ["iteration", "exact judge"]
+    assert curve["rows"][0] == ["1", "0.900"] and curve["rows"][1][1] == "–" and curve["rows"][-1] == ["30", "0.250"]
