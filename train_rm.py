@@ -28,7 +28,7 @@ from minicai.critique import revision_pairs
 from minicai.data import epoch_order, read_jsonl, read_preferences, read_prompts, split, token_batches
 from minicai.dialogue import encode_pair, encode_prompt, end_ids, give_pad, show_first
 from minicai.examples import Comparison, fingerprint, load_comparisons
-from minicai.feedback import Pair, best_against_worst, drawn_principles, hard_labels, join_judges, label_pairs, label_pairs_by_thinking
+from minicai.feedback import Pair, best_against_worst, drawn_principles, hard_labels, join_judges, label_pairs, label_pairs_by_thinking, label_shares
 from minicai.losses import centering_loss, mean_and_variance, moments, preference_loss
 from minicai.models import checkpoint_layers, load_config, load_generation, load_policy, load_scorer, load_tokenizer
 from minicai.rollout import pair_scores
@@ -197,7 +197,7 @@ def label(cfg: RMConfig, rules: constitution.Constitution, examples: tuple[Compa
                 rows = join_judges(found, cfg.vote) if cfg.jury else found[0]
                 rows = hard_labels(rows) if cfg.labels == "hard" else rows
                 journal.append(rows := parallel.joined([row | {"cut": pair.get("cut", [])} for row, pair in zip(rows, different[first:last])]))
-                progress.update(len(rows))
+                progress.update(len(rows), label_shares(rows))
     journal.append(given[len(journal.rows) - len(different):])
     return journal.rows
 
@@ -242,7 +242,8 @@ def fit(cfg: RMConfig, rows: list[dict], model, tokenizer, device, precision: st
             epoch, k = divmod(step, steps_per_epoch)
             batch = epoch_order(len(encoded), STREAM, cfg.seed, epoch)[k * cfg.batch_size:(k + 1) * cfg.batch_size]
             if step == 0:
-                show_first("rm: train, first responses", tokenizer, [encoded[r][:2] for r in batch])
+                show_first(f"rm: train, the first of two preferred with {rows[batch[0]]['p_first']:.2f}", tokenizer,
+                           [(prompt, response) for r in batch for prompt, *pair in [encoded[r]] for response in pair])
             # 2. Sum of pair losses over the micro-batches of this process, divided once by the pairs of the whole batch.
             total, correct, decided, mine = 0.0, 0.0, 0.0, parallel.share(batch)
             for part in parallel.level(_pair_batches([encoded[r] for r in mine], cfg.micro_tokens)):

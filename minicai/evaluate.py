@@ -10,7 +10,7 @@ from statistics import fmean
 
 from minicai import InputError
 from minicai.constitution import Constitution
-from minicai.feedback import Choose, label_pairs, p_first_from_logprobs
+from minicai.feedback import Choose, by_place, label_pairs, p_first_from_logprobs
 from minicai.measures import agreement, counted, hacked, wilson_interval
 from minicai.tinyworld.judge import Verdict, judge, meaning
 
@@ -86,15 +86,8 @@ def label_rates(rows: Sequence[dict]) -> dict[str, float]:
     of the labels in nats."""
     rows = [row for row in rows if row["source"] == "ai"]
     preferences = judged_preferences(rows)
-    same_position = []
-    for row in rows:
-        orders = [[p_first_from_logprobs(v["logp_first"], v["logp_second"]) for v in row["votes"] if v["order"] == order]
-                  for order in ("first,second", "second,first")]
-        if all(orders):
-            forward, backward = (fmean(votes) > 0.5 for votes in orders)
-            same_position.append(forward != backward)  # the first response wins in one order only: the position decided
     return {"accuracy_vs_judge": share((row["p_first"] > 0.5) == first for row, first in preferences if row["p_first"] != 0.5),
-            "judged_pairs": len(preferences), "position_bias": share(same_position),
+            "judged_pairs": len(preferences), "position_bias": share(found for row in rows if (found := by_place(row)) is not None),
             "entropy": share(binary_entropy(row["p_first"]) for row in rows)}
 
 

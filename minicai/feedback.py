@@ -118,6 +118,21 @@ def join_judges(rows_by_judge: Sequence[Sequence[dict]], combine: str) -> list[d
     return [_labelled(rows[0] | {"votes": [vote for row in rows for vote in row["votes"]], "combine": combine}) for rows in zip(*rows_by_judge)]
 
 
+def by_place(row: dict) -> bool | None:
+    """Whether the place of a response, not its words, decides a row's votes: the mean vote of one order prefers the first response, that of the
+    other the second. None where the pair was shown in one order only."""
+    orders = [[p_first_from_logprobs(v["logp_first"], v["logp_second"]) for v in row["votes"] if v["order"] == order]
+              for order in ("first,second", "second,first")]
+    return (fmean(orders[0]) > 0.5) != (fmean(orders[1]) > 0.5) if all(orders) else None
+
+
+def label_shares(rows: Sequence[dict]) -> dict[str, float]:
+    """How sure labels are: the share "by place" of the pairs shown in both orders, where there are such, and the mean "sure" = max(p, 1 - p)."""
+    placed = [found for row in rows if (found := by_place(row)) is not None]
+    sure = [max(row["p_first"], 1 - row["p_first"]) for row in rows]
+    return {name: fmean(found) for name, found in (("by place", placed), ("sure", sure)) if found}
+
+
 def hard_labels(rows: Sequence[dict]) -> list[dict]:
     """The rows with the preferred side for certain (4.3: without chain of thought far worse than soft labels)."""
     return [_labelled(row | {"labels": "hard"}) for row in rows]

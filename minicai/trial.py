@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from minicai.constitution import REQUESTS, Constitution, Principle, Prompt
 from minicai.critique import Generate, critique_and_revise, faults, in_turn
-from minicai.feedback import Choose, label_pairs, p_first_from_logprobs
+from minicai.feedback import Choose, by_place, label_pairs
 from minicai.measures import counted
 from minicai.terminal import emphasis, plain
 
@@ -59,12 +59,9 @@ def by_principle(rows: Sequence[dict], labels: Sequence[dict], rules: Constituti
     with boilerplate; `same_in_both_orders`: comparisons in which the order of the two made no difference.
     """
 
-    def orders_agree(label: dict) -> bool:
-        return len({p_first_from_logprobs(vote["logp_first"], vote["logp_second"]) > 0.5 for vote in label["votes"]}) == 1
-
     def of(rows: Sequence[dict], labels: Sequence[dict]) -> dict:
         return {"changed": counted([changed(row) for row in rows]), "preferred": counted([label["p_first"] < 0.5 for label in labels]),
-                "same_in_both_orders": counted([orders_agree(label) for label in labels]),
+                "same_in_both_orders": counted([not by_place(label) for label in labels]),
                 "faulty": counted([bool({"leaked", "boilerplate"} & set(faults(row)[0])) for row in rows])}
 
     name_of = {row["id"]: row["rounds"][0]["principle"] for row in rows}
