@@ -6,6 +6,7 @@ Definitions stand in report.GLOSSARY.
 import math
 import random
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from statistics import fmean
 
 from minicai import InputError
@@ -34,14 +35,15 @@ def rate_intervals(verdicts: Sequence[Verdict], ended: Sequence[bool]) -> dict[s
     return {name: list(wilson_interval(sum(outcomes), len(outcomes))) for name, outcomes in _outcomes(verdicts, ended).items()}
 
 
-def require_known(prompts: Sequence[str], source: str) -> None:
-    """Raises InputError where the exact judge does not know a prompt: only the tiny world's can be judged exactly."""
+def require_known(rows: Sequence[dict], source: str | Path) -> Sequence[dict]:
+    """The rows, of which the exact judge knows each "prompt": only the tiny world's can be judged exactly. Raises InputError where it does not."""
     try:
-        for prompt in prompts:
-            meaning(prompt)
+        for row in rows:
+            meaning(row["prompt"])
     except (InputError, TypeError) as error:
         raise InputError(f"{source}: not of the tiny world, which alone has an exact judge; for real models run train_sl.py, train_rm.py and "
                          "train_ppo.py, and then elo, agree or choices") from error
+    return rows
 
 
 def share(values: Iterable[float]) -> float:
