@@ -501,7 +501,8 @@ def test_a_progress_line_keeps_the_last_number_of_each_name(capsys, monkeypatch)
         progress.update(10, {"changed": 0.75, "tokens": 31.25})
         progress.update(10)
         progress.update(10, {"changed": 0.5})
-        monkeypatch.setattr(terminal.time, "monotonic", lambda: progress.spoke + 11)
+        late = progress.spoke + 11
+        monkeypatch.setattr(terminal.time, "monotonic", lambda: late)
         progress.update(0)
         progress.update(0, {"tokens": 3.0})  # comes behind the last text, and is said too
     lines = capsys.readouterr().err.splitlines()
