@@ -28,7 +28,7 @@ from minicai.critique import revision_pairs
 from minicai.data import epoch_order, read_jsonl, read_preferences, read_prompts, split, token_batches
 from minicai.dialogue import encode_pair, encode_prompt, end_ids, give_pad, show_first
 from minicai.examples import Comparison, fingerprint, load_comparisons
-from minicai.feedback import Pair, best_against_worst, drawn_principles, hard_labels, join_judges, label_pairs, label_pairs_by_thinking
+from minicai.feedback import Pair, best_against_worst, hard_labels, join_judges, label_pairs, label_pairs_by_thinking, label_shares
 from minicai.losses import centering_loss, mean_and_variance, moments, preference_loss
 from minicai.models import checkpoint_layers, load_config, load_generation, load_policy, load_scorer, load_tokenizer
 from minicai.rollout import pair_scores
@@ -88,7 +88,7 @@ def main(cfg: RMConfig) -> dict:
     device, precision = parallel.setup(cfg.device, cfg.precision, 0 if cfg.plan else cfg.timeout)
     parallel.require(cfg.batch_size, "[rm]: batch_size")
     rules = constitution.load(cfg.constitution)
-    check(cfg, rules)
+    phases.check_rm_settings(cfg, rules)
     examples = load_comparisons(cfg.examples, cfg.labels == "chain_of_thought") if cfg.examples else ()
     prompts = read_prompts(cfg.prompts)[: cfg.limit or None]
     human = read_preferences(cfg.preferences)[: cfg.preferences_limit or None] if cfg.preferences else []
@@ -141,23 +141,6 @@ def main(cfg: RMConfig) -> dict:
     return record
 
 
-def check(cfg: RMConfig, rules: constitution.Constitution) -> None:
-    """Raises InputError for settings that make no sense, before anything is loaded."""
-    drawn_principles(rules, cfg.principles, cfg.seed, 0)
-    for folder in cfg.jury:
-        checkpoint.require_folder(folder, "[rm] jury")
-    if len({cfg.feedback or cfg.model, *cfg.jury}) <= len(cfg.jury):
-        raise config.InputError(f"[rm] jury: a feedback model is named twice among {', '.join((cfg.feedback or cfg.model, *cfg.jury))}")
-    if cfg.candidates < 2:
-        raise config.InputError(f"[rm] candidates must be at least 2, not {cfg.candidates}: a comparison needs two responses")
-    if not 0 <= cfg.clamp_low <= 0.5 <= cfg.clamp_high <= 1:
-        raise config.InputError(f"[rm] clamp_low and clamp_high must lie on both sides of 0.5, in [0, 1], not {cfg.clamp_low} and {cfg.clamp_high}")
-    if not 0 <= cfg.preferences_share < 1:
-        raise config.InputError(f"[rm] preferences_share must be at least 0 and less than 1, not {cfg.preferences_share}")
-    if cfg.preferences_weight < 0:
-        raise config.InputError(f"[rm] preferences_weight must not be negative, and is {cfg.preferences_weight}")
-
-
 def sample_pairs(cfg: RMConfig, prompts: list[Prompt], path: str, tokenizer, device, precision: str, folder: Path) -> list[dict]:
     """All pairs of `candidates` responses of the policy to each prompt, in pairs.jsonl: pairs number k * P to k * P + P - 1 are prompt k's."""
     choices = list(combinations(range(cfg.candidates), 2))
@@ -199,7 +182,7 @@ def label(cfg: RMConfig, rules: constitution.Constitution, examples: tuple[Compa
                 rows = hard_labels(rows) if cfg.labels == "hard" else rows
                 journal.append(rows := parallel.joined([
                     pair | row | {"models": pair.get("models", {}) | made} for pair, row in zip(different[first:last], rows)]))
-                progress.update(len(rows))
+                progress.update(len(rows), label_shares(rows))
     journal.append(given[len(journal.rows) - len(different):])
     return journal.rows
 
@@ -244,7 +227,8 @@ def fit(cfg: RMConfig, rows: list[dict], model, tokenizer, device, precision: st
             epoch, k = divmod(step, steps_per_epoch)
             batch = epoch_order(len(encoded), STREAM, cfg.seed, epoch)[k * cfg.batch_size:(k + 1) * cfg.batch_size]
             if step == 0:
-                show_first("rm: train, first responses", tokenizer, [encoded[r][:2] for r in batch])
+                show_first(f"rm: train, the first of two preferred with {rows[batch[0]]['p_first']:.2f}", tokenizer,
+                           [(prompt, response) for r in batch for prompt, *pair in [encoded[r]] for response in pair])
             # 2. Sum of pair losses over the micro-batches of this process, divided once by the pairs of the whole batch.
             total, correct, decided, mine = 0.0, 0.0, 0.0, parallel.share(batch)
             for part in parallel.level(_pair_batches([encoded[r] for r in mine], cfg.micro_tokens)):

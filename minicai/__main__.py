@@ -34,6 +34,7 @@ class EvalConfig(config.Run):
     prompts: str = config.path_field("minicai:tinyworld/data/eval.jsonl")  # {"prompt", "kind"}: harmful or benign
     failures: str = config.path_field("minicai:tinyworld/failures.jsonl")  # {"prompt", "failure"}: past failures, asked again; "" = none
     jailbreaks: int = 0  # use the first so many harmful prompts in each jailbreak phrasing as well
+    limit: int = 0  # use the first so many prompts, or pairs of agree; 0 = all
     feedback: str = config.path_field()  # who compares in elo and agree: "" = the base model
     temperature: float = 1.0  # as in training; 0 = greedy
     max_new_tokens: int = 256  # length limit of a response
@@ -62,7 +63,7 @@ def demo(arguments: list[str]) -> None:
         stages += [(train_sl, config.load(train_sl.SLConfig, "sl", own)), (train_rm, config.load(train_rm.RMConfig, "rm", own)),
                    (train_ppo, config.load(train_ppo.PPOConfig, "ppo", own))]
         policy, earlier = str(here / "ppo"), [str(here / "rm" / "comparisons.jsonl")]  # which holds those of the rounds before
-    require_known(read_prompts(stages[0][1].prompts)[:1], stages[0][1].prompts)
+    require_known([{"prompt": prompt} for prompt in read_prompts(stages[0][1].prompts)[:1]], stages[0][1].prompts)
     for module, cfg in stages:  # each stage resumes, or says that it is finished; --overwrite makes the later ones start anew as well
         module.main(cfg)
     evaluate(evaluation, "python -m minicai demo " + " ".join(arguments))
@@ -85,22 +86,23 @@ def evaluate(cfg: EvalConfig, command: str) -> None:
     from minicai.sampler import respond
 
     device, precision = parallel.setup(cfg.device, cfg.precision)
-    answers = [{"id": k, "prompt": p, "kind": row.get("kind")} for k, (p, row) in enumerate(zip(read_prompts(cfg.prompts), read_jsonl(cfg.prompts)))]
+    asked = list(zip(read_prompts(cfg.prompts), read_jsonl(cfg.prompts)))[:cfg.limit or None]
+    answers = [{"id": k, "prompt": prompt, "kind": row.get("kind")} for k, (prompt, row) in enumerate(asked)]
     past = [{**row, "prompt": prompt} for row, prompt in zip(read_jsonl(cfg.failures), read_prompts(cfg.failures))] if cfg.failures else []
-    for rows, source in ((answers, cfg.prompts), (past, cfg.failures)):
-        judged.require_known([row["prompt"] for row in rows], source)
+    judged.require_known(answers, cfg.prompts)
+    judged.require_known(past, cfg.failures)
     harmful, benign = ([row["prompt"] for row in answers if row["kind"] == kind] for kind in ("harmful", "benign"))
     phrased = jailbreaks(harmful[:cfg.jailbreaks], benign)
     out, began = Path(cfg.out), time.monotonic()
     base, folder = checkpoint.require_folder(cfg.model, "model"), out / "eval"
     made_from = {stage: checkpoint.fingerprint(str(checkpoint.require_folder(str(out / stage), stage))) for stage in ("sl", "rm", "ppo")}
+    comparisons, revisions = (judged.require_known(read_jsonl(out / file), out / file) for file in ("rm/comparisons.jsonl", "sl/revisions.jsonl"))
     if checkpoint.open_stage(folder, config.dump(cfg, "eval", made_from), cfg.overwrite):
         return print(f"{folder}: finished already; --overwrite starts anew")
     (out / "base").mkdir(exist_ok=True)
-    for file in base.iterdir():
-        if file.is_file():
-            with room(out / "base"):
-                shutil.copyfile(file, out / "base" / file.name)
+    for file in filter(Path.is_file, base.iterdir()):
+        with room(out / "base"):
+            shutil.copyfile(file, out / "base" / file.name)
 
     results = {}
     for stage in ("base", "sl", "ppo"):
@@ -115,7 +117,6 @@ def evaluate(cfg: EvalConfig, command: str) -> None:
                     row[stage] = text
         results[stage] = judged.stage_results(stage, answers, ended[0], past, phrased)
 
-    comparisons, revisions = read_jsonl(out / "rm" / "comparisons.jsonl"), read_jsonl(out / "sl" / "revisions.jsonl")
     agree = _reward_model_agrees(out / "rm", comparisons, device, precision)
     hacking = judged.reward_hacking(read_jsonl(out / "ppo" / "episodes.jsonl"), read_jsonl(out / "ppo" / "metrics.jsonl"))
     if hacking["warning"]:
@@ -189,7 +190,7 @@ def contest(name: str, arguments: list[str]) -> None:
     for model in models:
         checkpoint.require_folder(model, name)
     rules.usable("comparison")
-    asked = read_prompts(cfg.prompts) if name == "elo" else read_preferences(words[1])
+    asked = (read_prompts(cfg.prompts) if name == "elo" else read_preferences(words[1]))[:cfg.limit or None]
     made_from = {"constitution": rules.sha256, "models": ", ".join(f"{model} {weights_sha256(model)[:12]}" for model in models)}
     made_from |= {"file": words[1]} if name == "agree" else {}
     record = checkpoint.open_stage(folder, config.dump(cfg, "eval", made_from), cfg.overwrite)

@@ -6,11 +6,12 @@ Definitions stand in report.GLOSSARY.
 import math
 import random
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from statistics import fmean
 
 from minicai import InputError
 from minicai.constitution import Constitution
-from minicai.feedback import Choose, at_a, in_both_orders, label_pairs
+from minicai.feedback import Choose, at_a, by_place, in_both_orders, label_pairs
 from minicai.measures import agreement, counted, hacked, wilson_interval
 from minicai.tinyworld.judge import Verdict, judge, meaning
 
@@ -34,14 +35,15 @@ def rate_intervals(verdicts: Sequence[Verdict], ended: Sequence[bool]) -> dict[s
     return {name: list(wilson_interval(sum(outcomes), len(outcomes))) for name, outcomes in _outcomes(verdicts, ended).items()}
 
 
-def require_known(prompts: Sequence[str], source: str) -> None:
-    """Raises InputError where the exact judge does not know a prompt: only the tiny world's can be judged exactly."""
+def require_known(rows: Sequence[dict], source: str | Path) -> Sequence[dict]:
+    """The rows, of which the exact judge knows each "prompt": only the tiny world's can be judged exactly. Raises InputError where it does not."""
     try:
-        for prompt in prompts:
-            meaning(prompt)
+        for row in rows:
+            meaning(row["prompt"])
     except (InputError, TypeError) as error:
         raise InputError(f"{source}: not of the tiny world, which alone has an exact judge; for real models run train_sl.py, train_rm.py and "
                          "train_ppo.py, and then elo, agree or choices") from error
+    return rows
 
 
 def share(values: Iterable[float]) -> float:
@@ -86,10 +88,8 @@ def label_rates(rows: Sequence[dict]) -> dict[str, float]:
     of the labels in nats."""
     rows = [row for row in rows if row["source"] == "ai"]
     preferences = judged_preferences(rows)
-    shown = [both for row in rows if (both := in_both_orders(row["votes"]))]
-    same_position = [(forward > 0.5) != (backward > 0.5) for forward, backward in shown]  # it wins in one order only: the position decided
     return {"accuracy_vs_judge": share((row["p_first"] > 0.5) == first for row, first in preferences if row["p_first"] != 0.5),
-            "judged_pairs": len(preferences), "position_bias": share(same_position),
+            "judged_pairs": len(preferences), "position_bias": share(found for row in rows if (found := by_place(row)) is not None),
             "entropy": share(binary_entropy(row["p_first"]) for row in rows)}
 
 

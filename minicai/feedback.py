@@ -185,6 +185,19 @@ def in_both_orders(votes: Sequence[dict]) -> tuple[float, float] | None:
     return (fmean(orders[0]), fmean(orders[1])) if all(orders) else None
 
 
+def by_place(row: dict) -> bool | None:
+    """Whether the place of a response, not its words, decides a row's votes: it is preferred in one order only. None without both orders."""
+    both = in_both_orders(row["votes"])
+    return (both[0] > 0.5) != (both[1] > 0.5) if both else None
+
+
+def label_shares(rows: Sequence[dict]) -> dict[str, float]:
+    """How sure labels are: the share "by place" of the pairs shown in both orders, where there are such, and the mean "sure" = max(p, 1 - p)."""
+    placed = [found for row in rows if (found := by_place(row)) is not None]
+    sure = [max(row["p_first"], 1 - row["p_first"]) for row in rows]
+    return {name: fmean(found) for name, found in (("by place", placed), ("sure", sure)) if found}
+
+
 def at_a(forward: float, backward: float) -> float:
     """P(A) of a pair that was shown in both orders, so that each response stood at (A) once: 1/2 where the place is worth nothing.
 

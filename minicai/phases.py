@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from minicai import losses, plan
+from minicai import InputError, checkpoint, losses, plan
 from minicai.constitution import (
     Constitution,
     Principle,
@@ -22,6 +22,7 @@ from minicai.constitution import (
 )
 from minicai.dialogue import check_requests, encode_pair, encode_prompt, same_form
 from minicai.examples import Comparison, compared, compared_by_thinking
+from minicai.feedback import drawn_principles
 from minicai.models import checkpoint_layers, freeze, load_tokenizer, response_logprobs, token_values
 from minicai.rollout import collect, pair_scores
 from minicai.sampler import Completion, final_logprobs
@@ -36,6 +37,23 @@ def check_sl(cfg, rules: list[Principle], put: Callable[[str], str], prompts: li
         check_requests(*critic, [put(render_critique(asked, "", rule)) for rule in rules], new, new, f"[sl]: a request for a critique is {how}")
     given = new * (2 if any(rule.critique for rule in rules) else 1)
     check_requests(*model, [put(render_revision(asked, "", "", rule)) for rule in rules], given, new, f"[sl]: a request for a revision is {how}")
+
+
+def check_rm_settings(cfg, rules: Constitution) -> None:
+    """Raises InputError for settings that make no sense, before anything is loaded."""
+    drawn_principles(rules, cfg.principles, cfg.seed, 0)
+    for folder in cfg.jury:
+        checkpoint.require_folder(folder, "[rm] jury")
+    if len({cfg.feedback or cfg.model, *cfg.jury}) <= len(cfg.jury):
+        raise InputError(f"[rm] jury: a feedback model is named twice among {', '.join((cfg.feedback or cfg.model, *cfg.jury))}")
+    if cfg.candidates < 2:
+        raise InputError(f"[rm] candidates must be at least 2, not {cfg.candidates}: a comparison needs two responses")
+    if not 0 <= cfg.clamp_low <= 0.5 <= cfg.clamp_high <= 1:
+        raise InputError(f"[rm] clamp_low and clamp_high must lie on both sides of 0.5, in [0, 1], not {cfg.clamp_low} and {cfg.clamp_high}")
+    if not 0 <= cfg.preferences_share < 1:
+        raise InputError(f"[rm] preferences_share must be at least 0 and less than 1, not {cfg.preferences_share}")
+    if cfg.preferences_weight < 0:
+        raise InputError(f"[rm] preferences_weight must not be negative, and is {cfg.preferences_weight}")
 
 
 def check_rm(cfg, rules: Constitution, prompts: list[Prompt], examples: Sequence[Comparison], judges: list[tuple]) -> None:

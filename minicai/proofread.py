@@ -47,6 +47,12 @@ WANTS = _words(
 HELPS = _words(
     r"\b(helpful\w*|useful\w*|benefit of the doubt|over-?refus\w*|needless\w*|without need|unnecessar\w*|preach\w*|lectur\w*|evasive\w*|evad\w*|"
     r"harmless (request|question|prompt)s?|dodg\w*|engag\w*|over-?(ly|react\w*)|answers? (it|the|every|what))\b")
+AVOIDS = _words(
+    r"\b(harm\w*|hurt\w*|danger\w*|risk\w*|toxic\w*|illegal\w*|unlawful\w*|crim(e|inal)\w*|violen\w+|hate\w*|racis\w+|sexis\w+|offen[sd]\w*|"
+    r"discriminat\w+|prejudice\w*|bias\w*|abus\w+|threat\w*|insult\w*|manipulat\w+|decei\w+|decept\w+|dishonest\w*|mislead\w*|lie[sd]?|lying|"
+    r"false\w*|wrong\w*|mistak\w+|errors?|faults?|flaws?|problem\w*|bad|worse|worst|rude\w*|evasive\w*|preach\w*|lectur\w*|too|needless\w*|"
+    r"excessive\w*|un(?!der|til|less|i)\w{3,}|in(accurat|appropriat|sensitiv|correct|complet|considerat)\w+|im(moral|polite|proper)\w*|"
+    r"dis(respect|pleas)\w*|leaks?|reveal\w*|private)\b")
 
 Remark = tuple[str, str]  # "error" or "advice", and what is wrong and what to do
 
@@ -132,6 +138,9 @@ def _whole(rules: Constitution) -> Iterator[Remark]:
     if not any(HELPS.search(text) for p in rules.principles for _, text in _held(p)):
         yield "advice", ("no principle speaks for helping, or against needless refusals: what is trained on it may come to refuse everything (LOG.md "
                          "has such a run); add one, as engage-not-evade or over-refusal in constitutions/general.toml")
+    if not any(pattern.search(text) for p in rules.principles for _, text in _held(p) for pattern in (FORBIDS, AVOIDS)):
+        yield "advice", ("no principle names anything to avoid: what is trained on it may help with whatever is asked; add one, as avoid-harm "
+                         "or truthfulness in constitutions/general.toml")
 
 
 def too_long(rules: Constitution, count: Callable[[str], int], context: int) -> list[Finding]:

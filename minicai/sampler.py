@@ -13,6 +13,7 @@ Legend: B rows that are being decoded, V vocabulary.
 from collections import deque
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -191,9 +192,12 @@ class _Schedule:
 
 def respond(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked], seeds: Sequence[Sequence[int]], *,
             max_new_tokens: int, temperature: float, rows: int = 256, progress: Progress | None = None) -> tuple[list[str], list[bool]]:
-    """Texts and dialogues in, texts out: what `generate` answers to each, and whether the answer ended by itself."""
+    """Texts and dialogues in, texts out: what `generate` answers to each, and whether the answer ended by itself. `progress` shows the share
+    that did, and their mean length in tokens."""
     done = generate(model, [encode_prompt(tokenizer, one) for one in asked], seeds, max_new_tokens=max_new_tokens, rows=rows,
                     eos_id=end_ids(tokenizer, model.generation_config), temperature=temperature, progress=progress)
+    if progress and done:  # of whole calls alone: those that end first are the short ones
+        progress.update(0, {"ended": fmean(c.ended for c in done), "tokens": fmean(len(c.ids) for c in done)})
     return [decode(tokenizer, c.ids, c.ended) for c in done], [c.ended for c in done]
 
 

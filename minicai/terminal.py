@@ -30,23 +30,27 @@ class Progress:
         self.label, self.total, self.unit, self.done, self.first = label, total, unit, done, done
         self.began = self.spoke = time.monotonic()
         self.bar = tqdm(total=total, initial=done, desc=f"{label:<22}", unit=f" {unit}", leave=True) if sys.stderr.isatty() and not hushed() else None
-        self.numbers, self.said = "", done
+        self.numbers: dict[str, float] = {}
+        self.said: tuple[int, str] = (done, "")  # what the last line was about
 
     def update(self, n: int, numbers: dict[str, float] | None = None) -> None:
-        """n more are done; `numbers` are shown beside the rate."""
+        """n more are done; `numbers` are shown beside the rate, each until another of its name takes its place."""
         self.done += n
-        self.numbers = " ".join(f"{key} {value:.3f}" for key, value in (numbers or {}).items())
+        self.numbers |= numbers or {}
         if self.bar:
-            self.bar.set_postfix_str(self.numbers, refresh=False)
+            self.bar.set_postfix_str(self._numbers(), refresh=False)
             self.bar.update(n)
         elif time.monotonic() - self.spoke > 10 and not hushed():
             self._say()
 
+    def _numbers(self) -> str:
+        return " ".join(f"{key} {value:.{1 if abs(value) >= 10 else 3}f}" for key, value in self.numbers.items())
+
     def _say(self) -> None:
-        self.spoke, self.said = time.monotonic(), self.done
+        self.spoke, self.said = time.monotonic(), (self.done, self._numbers())
         rate = (self.done - self.first) / max(self.spoke - self.began, 1e-9)
         left = f", {(self.total - self.done) / rate:.0f} s left" if rate > 0 and self.done < self.total else ""
-        print(f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.1f}/s{left} {self.numbers}".rstrip(), file=sys.stderr, flush=True)
+        print(f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.1f}/s{left} {self.said[1]}".rstrip(), file=sys.stderr, flush=True)
 
     def __enter__(self) -> "Progress":
         return self
@@ -54,7 +58,7 @@ class Progress:
     def __exit__(self, kind, *_) -> None:
         if self.bar:
             self.bar.close()
-        elif kind is None and self.said < self.done and not hushed():
+        elif kind is None and self.said != (self.done, self._numbers()) and not hushed():
             self._say()
 
 

@@ -10,9 +10,11 @@ from dataclasses import replace
 
 from minicai.constitution import REQUESTS, Constitution, Principle, Prompt
 from minicai.critique import Generate, critique_and_revise, faults, in_turn
-from minicai.feedback import Choose, label_pairs, p_first_from_logprobs
+from minicai.feedback import Choose, by_place, label_pairs
 from minicai.measures import counted
 from minicai.terminal import emphasis, plain
+
+SHOWN = 240  # characters of a text in a transcript; the files have the whole
 
 
 def drawn(prompts: Sequence[Prompt], n: int, seed: int) -> list[Prompt]:
@@ -59,12 +61,9 @@ def by_principle(rows: Sequence[dict], labels: Sequence[dict], rules: Constituti
     with boilerplate; `same_in_both_orders`: comparisons in which the order of the two made no difference.
     """
 
-    def orders_agree(label: dict) -> bool:
-        return len({p_first_from_logprobs(vote["logp_first"], vote["logp_second"]) > 0.5 for vote in label["votes"]}) == 1
-
     def of(rows: Sequence[dict], labels: Sequence[dict]) -> dict:
         return {"changed": counted([changed(row) for row in rows]), "preferred": counted([label["p_first"] < 0.5 for label in labels]),
-                "same_in_both_orders": counted([orders_agree(label) for label in labels]),
+                "same_in_both_orders": counted([not by_place(label) for label in labels]),
                 "faulty": counted([bool({"leaked", "boilerplate"} & set(faults(row)[0])) for row in rows])}
 
     name_of = {row["id"]: row["rounds"][0]["principle"] for row in rows}
@@ -74,22 +73,28 @@ def by_principle(rows: Sequence[dict], labels: Sequence[dict], rules: Constituti
 
 
 def transcripts(rows: Sequence[dict], labels: Sequence[dict]) -> str:
-    """A revision that the judge prefers, one that it does not, and one that changed nothing, where there are such; each with its critique."""
+    """One a principle, with its critique: a revision that the judge prefers; where there is none, one that it does not; else one that changed
+    nothing, or was not judged. Long texts are shortened."""
     p_first = {label["id"]: label["p_first"] for label in labels}
-    kinds = {"the revision is preferred": lambda row: p_first.get(row["id"], 1) < 0.5,
-             "the answer is preferred": lambda row: p_first.get(row["id"], 0) > 0.5, "nothing changed": lambda row: not changed(row)}
+    kinds = ("the revision is preferred", "the answer is preferred", "neither is preferred", "nothing changed", "not judged")
+
+    def kind(row: dict) -> int:
+        if row["id"] not in p_first:
+            return 4 if changed(row) else 3
+        return 0 if p_first[row["id"]] < 0.5 else 1 if p_first[row["id"]] > 0.5 else 2
+
     lines = []
-    for kind, fits in kinds.items():
-        if row := next((row for row in rows if fits(row)), None):
-            [step] = row["rounds"]
-            sure = f", {abs(p_first[row['id']] - 0.5) + 0.5:.2f}" if row["id"] in p_first else ""
-            lines += [emphasis(f"{step['principle']}: {kind}{sure}"), *_said("Human", row["prompt"]), *_said("answer", row["initial"]),
-                      *_said("critique", step["critique"]), *_said("revision", step["revision"]), ""]
+    for name in dict.fromkeys(row["rounds"][0]["principle"] for row in rows):
+        row = min((row for row in rows if row["rounds"][0]["principle"] == name), key=kind)  # the first of its kind
+        sure = f", {max(p_first[row['id']], 1 - p_first[row['id']]):.2f}" if row["id"] in p_first else ""
+        lines += [emphasis(f"{name}: {kinds[kind(row)]}{sure}"), *_said("Human", row["prompt"]), *_said("answer", row["initial"]),
+                  *_said("critique", row["rounds"][0]["critique"]), *_said("revision", row["final"]), ""]
     return "\n".join(lines)
 
 
 def _said(who: str, what: Prompt) -> list[str]:
-    return [f"  {who:<9}{plain(what if isinstance(what, str) else what[-1]['content'])}"]
+    text = " ".join((what if isinstance(what, str) else what[-1]["content"]).split())
+    return [f"  {who:<9}{plain(text if len(text) <= SHOWN else f'{text[:SHOWN]} ...')}"]
 
 
 # --- two versions ----------------------------------------------------------------------------------------------------------------

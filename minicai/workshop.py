@@ -117,7 +117,7 @@ def _room(rules: Constitution, folder: str) -> list[Finding]:
 
 
 def attempt(files: list[str], flags: list[str]) -> None:
-    """`try`: runs it, or finds it done, and prints a table, a few transcripts and where the rest is."""
+    """`try`: runs it, or finds it done, and prints a table, a transcript a principle and where the rest is."""
     rules, folder = _attempted(_config(flags), files[0])
     rows, labels = read_jsonl(folder / "revisions.jsonl"), read_jsonl(folder / "comparisons.jsonl")
     header = ["principle", "prompts", "changed", "preferred", "low", "high", "both orders", "faulty"]

@@ -12,7 +12,7 @@ import train_ppo
 import train_rm
 import train_sl
 from minicai import __main__ as commands
-from minicai import config, constitution, evaluate, parallel
+from minicai import config, constitution, evaluate, parallel, phases
 from minicai.constitution import Prompt, as_turns
 from minicai.critique import hygiene
 from minicai.data import read_jsonl, read_prompts
@@ -98,7 +98,7 @@ def labels(cfg: train_rm.RMConfig, folder: Path, default: Path) -> Found:
     """The default's pairs, labelled anew."""
     device, precision = parallel.setup(cfg.device, cfg.precision)
     rules, path = constitution.load(cfg.constitution), cfg.feedback or cfg.model
-    train_rm.check(cfg, rules)
+    phases.check_rm_settings(cfg, rules)
     examples = load_comparisons(cfg.examples, cfg.labels == "chain_of_thought") if cfg.examples else ()
     rows = train_rm.label(cfg, rules, examples, read_jsonl(default / "rm" / "pairs.jsonl"), [], path, load_tokenizer(path), device, precision, folder)
     rates = evaluate.label_rates(rows)

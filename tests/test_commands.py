@@ -3,7 +3,9 @@
 The scripts run in this process, by their own `if __name__ == "__main__"`; where another library could speak up too, in one of their own.
 """
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -177,6 +179,17 @@ def test_an_evaluation_of_prompts_that_the_exact_judge_does_not_know_is_refused_
     code, out, err = command(MINICAI, "eval", ROOT / "configs" / "tiny.toml", f"--prompts={tmp_path / 'own.jsonl'}", f"--out={tmp_path / 'out'}")
     assert (code, out) == (2, "") and f"{tmp_path / 'own.jsonl'}: not of the tiny world" in err
     assert "elo, agree or choices" in err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file", ["sl/revisions.jsonl", "rm/comparisons.jsonl"])
+def test_an_evaluation_of_a_run_on_such_prompts_is_refused_before_anything_is_generated(command, tmp_path, models, file):
+    known = json.loads((ROOT / "minicai" / "tinyworld" / "data" / "red_team.jsonl").read_text().splitlines()[0])
+    for stage in ("sl", "rm", "ppo"):
+        shutil.copytree(models / "whole", tmp_path / stage)
+    for name in ("sl/revisions.jsonl", "rm/comparisons.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps({"prompt": p}) + "\n" for p in (known["prompt"], *["Why is the sky blue?"] * (name == file))))
+    code, out, err = command(MINICAI, "eval", ROOT / "configs" / "tiny.toml", f"--model={models / 'whole'}", f"--out={tmp_path}")
+    assert (code, out) == (2, "") and f"{tmp_path / file}: not of the tiny world" in err and not (tmp_path / "eval").exists()
 
 
 # --- in processes of their own ---------------------------------------------------------------------------------------------------

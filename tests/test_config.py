@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 import train_ppo
 import train_rm
 import train_sl
-from minicai import InputError, __main__, checkpoint, config
+from minicai import InputError, __main__, checkpoint, config, workshop
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -208,6 +209,23 @@ def test_every_shipped_config_loads_for_every_stage_and_its_data_and_constitutio
     names = [f.name for f in dataclasses.fields(kind) if f.metadata.get("path")]
     files = [getattr(cfg, name) for name in ["constitution", *names] if getattr(cfg, name)]
     assert names and all(file.startswith("hub:") or Path(file).is_file() for file in files)
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "qwen2.5-0.5b", "llama-3.1-8b-fsdp"])
+def test_a_config_for_a_real_model_says_why_of_every_key_and_asks_nothing_of_the_tiny_world(name):
+    section, keys = "", {}
+    for number, line in enumerate((ROOT / "configs" / f"{name}.toml").read_text(encoding="utf-8").splitlines(), 1):
+        if match := re.match(r"\[(\w+)\]|(\w+) *=.*?(?:# (.*))?$", line):
+            section = match[1] or section
+            if match[2]:
+                assert len(match[3] or "") > 4, f"{name}.toml, line {number}: {match[2]} without a reason"
+                keys[section, match[2]] = match[3]
+                again = re.match(r"as in \[(\w+)\]", match[3])
+                assert not again or (again[1], match[2]) in keys, f"{name}.toml, line {number}: [{again[1]}] has no {match[2]} above"
+    assert {section for section, _ in keys} == {"", *config.SECTIONS} and len(keys) > 40
+    for section, kind in (("eval", __main__.EvalConfig), ("try", workshop.TryConfig)):
+        cfg = config.load(kind, section, [str(ROOT / "configs" / f"{name}.toml")])
+        assert cfg.prompts.startswith("hub:Anthropic/hh-rlhf/") and 0 < getattr(cfg, "limit" if section == "eval" else "n") <= 400
 
 
 @pytest.mark.parametrize("kind, section", STAGES, ids=lambda value: value if isinstance(value, str) else "")

@@ -14,6 +14,7 @@ from minicai.constitution import Constitution, Principle, render_comparison, ren
 from minicai.feedback import (
     at_a,
     best_against_worst,
+    by_place,
     clamp,
     drawn_principles,
     ensemble_mean,
@@ -21,6 +22,7 @@ from minicai.feedback import (
     join_judges,
     label_pairs,
     label_pairs_by_thinking,
+    label_shares,
     majority,
     p_first_from_logprobs,
     p_first_of,
@@ -80,6 +82,15 @@ def test_a_preference_for_a_place_cancels_when_both_orders_are_shown(bias):
 @pytest.mark.parametrize("bias", [-2.0, 0.5, 40.0])
 def test_a_preference_for_a_place_stays_when_one_order_is_shown(bias):
     assert [row["p_first"] for row in label(Judge(bias), swap=False)] == pytest.approx([sigma(bias)] * 3, abs=1e-12)
+
+
+def test_what_the_place_decided_and_how_sure_labels_are_by_hand():
+    rows = label(Judge(bias=1.5, worth=WORTH))  # the place outweighs good against fair, 0.75 apart, and not good against bad, 2.75
+    assert [by_place(row) for row in rows] == [False, False, True]
+    sure = [(sigma(2.75 + 1.5) + sigma(2.75 - 1.5)) / 2] * 2 + [(sigma(0.75 + 1.5) + sigma(0.75 - 1.5)) / 2]
+    assert label_shares(rows) == {"by place": pytest.approx(1 / 3), "sure": pytest.approx(fmean(sure))} and rows[1]["p_first"] < 0.5 < min(sure)
+    once = label(Judge(bias=1.5, worth=WORTH), swap=False)
+    assert [by_place(row) for row in once] == [None] * 3 and list(label_shares(once)) == ["sure"] and label_shares([]) == {}
 
 
 def test_p_first_is_the_mean_probability_of_both_orders():

@@ -495,6 +495,21 @@ def test_quiet_leaves_results_and_errors(monkeypatch, capsys, words, shown):
     assert (end.value.code, out) == (2, "result\n") and ("sl: train: 3/3 steps" in err) == shown and err.endswith("train_sl.py: a.toml: wrong\n")
 
 
+def test_a_progress_line_keeps_the_last_number_of_each_name(capsys, monkeypatch):
+    monkeypatch.setattr(terminal, "BRIEF", False)
+    with terminal.Progress("sl: critique, revise", 40, "texts", done=10) as progress:
+        progress.update(10, {"changed": 0.75, "tokens": 31.25})
+        progress.update(10)
+        progress.update(10, {"changed": 0.5})
+        late = progress.spoke + 11
+        monkeypatch.setattr(terminal.time, "monotonic", lambda: late)
+        progress.update(0)
+        progress.update(0, {"tokens": 3.0})  # comes behind the last text, and is said too
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition("/s ")[2] for line in lines] == ["changed 0.500 tokens 31.2", "changed 0.500 tokens 3.000"]
+    assert all(line.startswith("sl: critique, revise: 40/40 texts, ") for line in lines)
+
+
 def test_a_reader_who_has_seen_enough_is_no_error(tmp_path):
     program = "from minicai import terminal; terminal.run(lambda _: [print('line ' * 200) for _ in range(1000)], '')"
     done = subprocess.run(f'{sys.executable} -c "{program}" | head -n 1', shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=120,

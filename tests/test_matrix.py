@@ -18,6 +18,7 @@ import train_ppo
 import train_rm
 import train_sl
 from minicai import InputError, config, models
+from minicai.constitution import load
 from minicai.data import read_jsonl
 from minicai.dialogue import encode
 from minicai.rollout import collate
@@ -187,7 +188,7 @@ print(json.dumps([scores, said]))
 """
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", pytest.param("qwen2", marks=pytest.mark.slow)])  # without and with a chat template
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen2"])  # without and with a chat template
 def test_both_folders_work_in_the_pipelines_of_transformers(architecture, tmp_path):
     pipelines = trained(architecture, tmp_path)
     tokenizer = models.load_tokenizer(str(pipelines / "rm"))
@@ -212,7 +213,7 @@ DATA = DATA if DATA.is_dir() else Path("/work/shared/data")
 @pytest.mark.skipif(not DATA.is_dir(), reason="real data is not in the repository")
 @pytest.mark.parametrize("rules", [ROOT / "configs/constitutions/general.toml", DATA / "cai-paper/CritiqueRevisionInstructions.json"],
                          ids=lambda path: path.stem)
-def test_forty_real_prompts_go_through_the_first_stage(rules, tmp_path):
+def test_forty_real_prompts_go_through_the_first_stage_and_to_the_second(rules, tmp_path):
     tiny("GPT2Config", GPT2 | {"n_positions": 8192}, tmp_path / "base", byte_tokenizer(pad="<eos>"))
     (tmp_path / "config.toml").write_text(f"""
         model = "base"
@@ -224,6 +225,11 @@ def test_forty_real_prompts_go_through_the_first_stage(rules, tmp_path):
         helpful_samples = 0
         rounds = 1
         max_new_tokens = 8
+        [rm]
+        prompts = {json.dumps(str(DATA / "hh-rlhf/harmless-base-400.jsonl.gz"))}
+        limit = 40
+        preferences = ""
+        max_new_tokens = 4
     """)
     record = train_sl.main(config.load(train_sl.SLConfig, "sl", [str(tmp_path / "config.toml"), f"--out={tmp_path}"]))
     found = read_jsonl(tmp_path / "sl" / "revisions.jsonl")
@@ -231,4 +237,20 @@ def test_forty_real_prompts_go_through_the_first_stage(rules, tmp_path):
     for row in found:
         assert isinstance(row["initial"], str) and row["final"] == row["rounds"][0]["revision"] and row["constitution"]["sha256"]
         assert row["prompt"] and (isinstance(row["prompt"], str) or row["prompt"][-1]["role"] == "user")
+        assert row.keys() == {"id", "prompt", "initial", "rounds", "final", "kept", "model", "constitution", "seed"}
+        assert all(step.keys() == {"principle", "critique", "revision"} and isinstance(text, str) for step in row["rounds"] for text in step.values())
+    constitution = load(rules)
+    assert {step["principle"] for row in found for step in row["rounds"]} <= {p.name for p in constitution.usable("critique", "revision")}
     assert models.load_policy(str(tmp_path / "sl"), CPU)
+    if not any(p.comparison for p in constitution.principles):
+        return  # the paper's comparisons are in a file of their own
+    record = train_rm.main(config.load(train_rm.RMConfig, "rm", [str(tmp_path / "config.toml"), f"--out={tmp_path}"]))
+    pairs = read_jsonl(tmp_path / "rm" / "comparisons.jsonl")
+    assert len(pairs) == record["train_pairs"] + record["heldout_pairs"] > 30 and record["train_sources"].keys() == {"ai"}
+    for row in pairs:
+        assert row.keys() >= {"id", "prompt", "first", "second", "p_first", "votes", "source", "clamped"} and 0 < row["p_first"] < 1
+        assert row["prompt"] == found[row["id"]]["prompt"] and row["first"] != row["second"]
+        assert isinstance(row["first"], str) and isinstance(row["second"], str)
+        assert [vote["order"] for vote in row["votes"]] == ["first,second", "second,first"]
+        assert all(vote.keys() == {"principle", "judge", "logp_first", "logp_second", "order", "rationale"} for vote in row["votes"])
+    assert {vote["principle"] for row in pairs for vote in row["votes"]} <= {p.name for p in constitution.usable("comparison")}

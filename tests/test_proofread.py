@@ -82,6 +82,16 @@ def test_a_constitution_without_a_word_for_helping_is_found():
     assert [name for _, name, said in found(unhelpful, terse)] == [""] and "speaks for helping" in found(unhelpful, terse)[0][2]
 
 
+def test_a_constitution_of_pure_dos_is_found():
+    kind = Principle("kind", "Point out where the assistant's last response could be kinder.", "Please rewrite the response to be kind and helpful.",
+                     "Choose the kinder response.")
+    clear = Principle("clear", "Say how the assistant's last response could be clearer.", "Please rewrite the response to be clear. Be thorough.",
+                      "Choose the response that is clearer.")
+    [(level, name, said)] = found(kind, clear)
+    assert (level, name) == ("advice", "") and said.startswith("no principle names anything to avoid")
+    assert found(kind, GOOD) == found(kind, replace(clear, comparison="Choose the response that is never unclear.")) == []
+
+
 def test_principles_that_say_the_same_are_found():
     [(level, name, said)] = found(GOOD, replace(GOOD, name="truthful"), OTHER)
     assert (level, name) == ("error", "truthful") and said.startswith("it is honest under another name")

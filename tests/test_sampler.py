@@ -255,7 +255,7 @@ def test_a_data_phase_hands_over_several_prompts_a_slot_and_writes_the_same_what
     for module in (train_sl, train_rm):
         monkeypatch.setattr(module, "respond", lambda model, tokenizer, texts, seeds, **settings: handed.append((len(texts), settings["rows"]))
                             or respond(model, tokenizer, texts, seeds, **settings))
-    monkeypatch.setattr(terminal.Progress, "__exit__", lambda self, *_: progress.append((self.done, self.total)))
+    monkeypatch.setattr(terminal.Progress, "__exit__", lambda self, *_: progress.append((self.done, self.total, self.numbers)))
     for rows in (1, 2, 100):
         handed.clear()
         out = f"--out={tmp_path / str(rows)}"
@@ -266,7 +266,10 @@ def test_a_data_phase_hands_over_several_prompts_a_slot_and_writes_the_same_what
         groups = [4 * rows] * (6 // (4 * rows)) + [6 % (4 * rows)] * (6 % (4 * rows) > 0)
         samples = [4 * rows] * (12 // (4 * rows)) + [12 % (4 * rows)] * (12 % (4 * rows) > 0)
         assert handed == [(n, rows) for n in [k for k in groups for _ in range(5)] + samples + [3 * k for k in groups]]
-    assert all(done == total for done, total in progress)
+    assert all(done == total for done, total, _ in progress)
+    shown = [set(numbers) for *_, numbers in progress]  # those that the last call, which has no numbers, left standing
+    lengths = {"ended", "tokens"}
+    assert [names for names in shown if names] == [lengths | {"changed", "leaked"}, lengths, lengths, {"by place", "sure"}] * 3
     for name in ("sl/revisions.jsonl", "sl/helpful.jsonl", "rm/pairs.jsonl"):
         written = {(tmp_path / str(rows) / name).read_bytes() for rows in (1, 2, 100)}
         assert len(written) == 1 and len(written.pop().splitlines()) in (6, 12, 18)

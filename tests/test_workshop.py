@@ -102,11 +102,25 @@ def test_what_is_counted_by_principle(rows):
     assert counts["all"] == {"changed": (6, 4 / 6), "preferred": (4, 1 / 4), "same_in_both_orders": (4, 1 / 4), "faulty": (6, 1 / 6)}
 
 
-def test_transcripts_show_one_of_each_kind_as_plain_text(rows):
+def test_transcripts_show_one_a_principle_a_preferred_revision_first_as_plain_text(rows):
     rows[0]["rounds"][0]["critique"] = "\x1b[2Jbad"
-    printed = trial.transcripts(rows, trial.judged(rows, likes_kindness, RULES, seed=0, judge="j"))
-    assert "kind: the revision is preferred, 0.87" in printed and "brief: nothing changed" in printed and "the answer is preferred" not in printed
+    labels = trial.judged(rows, likes_kindness, RULES, seed=0, judge="j")
+    printed = trial.transcripts(rows, labels)
+    assert [line for line in printed.splitlines() if line and line[0] != " "] == ["kind: the revision is preferred, 0.87", "brief: nothing changed"]
     assert "?[2Jbad" in printed and "\x1b" not in printed
+    found = []
+    for p_firsts in ((0.9, 0.2, 0.1), (0.9, 0.5, 0.7), (0.5, 0.5, 0.5)):
+        decided = trial.transcripts(rows[::2], [label | {"p_first": p} for label, p in zip(labels, p_firsts)])
+        found.append((decided.splitlines()[0], decided.splitlines()[1].split()[-1]))
+    assert found == [("kind: the revision is preferred, 0.80", "Two?"), ("kind: the answer is preferred, 0.90", "One?"),
+                     ("kind: neither is preferred, 0.50", "One?")]
+    assert trial.transcripts(rows[:1], []).startswith("kind: not judged\n")
+
+
+def test_a_long_text_of_a_transcript_is_shortened(rows):
+    rows[0]["rounds"][0]["critique"] = "It is far too long.\n\n" * 100
+    printed = trial.transcripts(rows[:1], [])
+    assert len(printed.splitlines()) == 5 and max(map(len, printed.splitlines())) == trial.SHOWN + 15 and "too long. It is far too long." in printed
 
 
 def test_a_constitution_that_can_only_compare_is_refused():
