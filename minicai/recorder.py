@@ -35,7 +35,7 @@ def repeated(step: Step) -> Recording:
 
 
 def graph(step: Step, pool: tuple[int, int]) -> Recording:
-    """A step as a CUDA graph. The first time is a real one: libraries get their workspaces in it."""
+    """A step as a CUDA graph. The first time is a real one: libraries get their workspaces in it. What it saves has no figure, for want of a GPU."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
