@@ -100,6 +100,10 @@ def main() -> None:
     works = args.only.split(",")
     if wrong := [work for work in works if work not in UNITS]:
         parser.error(f"--only: there is no {wrong[0]!r}, only {', '.join(UNITS)}")
+    if args.device == "cuda":
+        import torch
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: no CUDA device is available here")
     if args.cpu_time:
         os.environ["MINICAI_BENCH_CPU_TIME"] = "1"
     with tempfile.TemporaryDirectory() as folder:

@@ -7,6 +7,7 @@ import math
 import sys
 
 import pytest
+import torch
 
 import train_ppo
 
@@ -69,6 +70,15 @@ def test_sides_that_disagree_get_no_table(bench, theirs, monkeypatch, tmp_path, 
     with pytest.raises(SystemExit, match="sl tiny: the two sides disagree"):
         bench.main()
     assert not (tmp_path / "b.json").exists() and capsys.readouterr().out == ""
+
+
+def test_a_gpu_that_is_not_there_is_said_at_once(bench, monkeypatch, capsys):
+    bench, asked = bench
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--device=cuda"])
+    with pytest.raises(SystemExit) as end:
+        bench.main()
+    assert end.value.code == 2 and "no CUDA device is available" in capsys.readouterr().err and not asked
 
 
 @pytest.fixture
