@@ -43,6 +43,8 @@ def prepared(work: str, count: int, folder: str):
     items = [known[order[k % len(known)]] for k in range(count)]
     if work == "labels":
         items = [row | {"id": k} for k, row in enumerate(items)]
+        policy = models.load_policy(cfg.model, device)
+        train_rm.load_policy = lambda *_: policy  # which loads it by itself, and that does not grow with the work
         return lambda: train_rm.label(cfg, rules, (), items, [], cfg.model, tokenizer, device, precision, out)
     if work == "rm":
         scorer = models.load_scorer(cfg.model, device, tokenizer.pad_token_id, seed=0)
@@ -65,10 +67,10 @@ def worker(work: str, count: int) -> None:
     from works import peak_memory_mb
     with tempfile.TemporaryDirectory() as folder:
         run = prepared(work, count, folder)
-        before, clock, cpu = peak_memory_mb(), time.perf_counter(), time.process_time()
+        before, clock, cpu = peak_memory_mb("cpu"), time.perf_counter(), time.process_time()
         run()
         print(json.dumps({"cpu": count / (time.process_time() - cpu), "clock": count / (time.perf_counter() - clock),
-                          "peak_mb": peak_memory_mb() - before}))
+                          "peak_mb": peak_memory_mb("cpu") - before}))
 
 
 def measure(work: str, count: int) -> dict:

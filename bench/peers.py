@@ -22,18 +22,23 @@ from minicai.dialogue import encode
 logging.set_verbosity_error()
 warnings.filterwarnings("ignore")
 Result = tuple[float, float, list[float], float]  # seconds, units of work, what to compare, 0
-COMMON = {"learning_rate": 1e-4, "adam_beta2": 0.95, "weight_decay": 0.0, "max_grad_norm": 1.0, "num_train_epochs": 1, "report_to": [], "bf16": False,
-          "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "gradient_checkpointing": False, "warmup_steps": 0, "seed": 0,
+COMMON = {"learning_rate": 1e-4, "adam_beta2": 0.95, "weight_decay": 0.0, "max_grad_norm": 1.0, "num_train_epochs": 1, "report_to": [],
+          "save_strategy": "no", "disable_tqdm": True, "gradient_checkpointing": False, "warmup_steps": 0, "seed": 0,
           "optim": "adamw_torch_fused", "logging_steps": 1}
 
 
+def _common(work: Work) -> dict:
+    return COMMON | {"use_cpu": work.device == "cpu", "bf16": work.device == "cuda"}
+
+
 def _policy(work: Work):
+    """In float32, which TRL's trainers autocast where they are told bf16; to generate on a GPU it is then turned to bfloat16."""
     tokenizer = AutoTokenizer.from_pretrained(work.policy)
-    return tokenizer, AutoModelForCausalLM.from_pretrained(work.policy, dtype=torch.float32).eval()
+    return tokenizer, AutoModelForCausalLM.from_pretrained(work.policy, dtype=torch.float32).eval().to(work.device)
 
 
 def _scorer(work: Work):
-    return AutoModelForSequenceClassification.from_pretrained(work.scorer, dtype=torch.float32, num_labels=1)
+    return AutoModelForSequenceClassification.from_pretrained(work.scorer, dtype=torch.float32, num_labels=1).to(work.device)
 
 
 class RowLimits(StoppingCriteria):
@@ -43,7 +48,7 @@ class RowLimits(StoppingCriteria):
         self.ends = torch.tensor(limits) + prompt
 
     def __call__(self, ids, scores, **_):
-        return self.ends <= ids.shape[1]
+        return (self.ends <= ids.shape[1]).to(ids.device)
 
 
 @torch.no_grad()
@@ -53,13 +58,14 @@ def generate(work: Work) -> Result:
     pad = tokenizer.pad_token_id
     greedy = []
     for prompt, _ in work.items[:4]:
-        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=work.device)
         out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8, pad_token_id=pad)
         greedy += out[0, ids.shape[1]:].tolist()
+    model = model.bfloat16() if work.device == "cuda" else model
     began, tokens = clock(), 0
     for start in range(0, len(work.items), work.batch):
         part = work.items[start:start + work.batch]
-        inputs = tokenizer([p for p, _ in part], return_tensors="pt", padding=True, return_token_type_ids=False)
+        inputs = tokenizer([p for p, _ in part], return_tensors="pt", padding=True, return_token_type_ids=False).to(work.device)
         limits, width = [n for _, n in part], inputs["input_ids"].shape[1]
         out = model.generate(**inputs, do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=max(limits), pad_token_id=pad,
                              stopping_criteria=[RowLimits(limits, width)])
@@ -75,11 +81,12 @@ def labels(work: Work) -> Result:
     for text in work.items[:8]:
         head, tails = tokenizer(text)["input_ids"], [tokenizer(choice)["input_ids"] for choice in (" (A", " (B")]
         for tail in tails:
-            logp = model(torch.tensor([head + tail])).logits[0].log_softmax(-1)
+            logp = model(torch.tensor([head + tail], device=work.device)).logits[0].log_softmax(-1)
             check.append(sum(logp[len(head) - 1 + k, token].item() for k, token in enumerate(tail)))
+    model = model.bfloat16() if work.device == "cuda" else model
     began, answers = clock(), []
     for text in work.items:
-        inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+        inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(work.device)
         out = model.generate(**inputs, do_sample=False, max_new_tokens=4, pad_token_id=tokenizer.pad_token_id)
         found = re.search("[AB]", tokenizer.decode(out[0, inputs["input_ids"].shape[1]:]))
         answers.append(found.group() if found else None)
@@ -95,8 +102,9 @@ class EndAt(LogitsProcessor):
     def __call__(self, ids, logits):
         logits = logits.clone()
         logits[:, [self.eos_id, self.pad_id]] = -torch.inf
-        logits[self.ends <= ids.shape[1]] = -torch.inf
-        logits[self.ends <= ids.shape[1], self.eos_id] = 0
+        ended = (self.ends <= ids.shape[1]).to(ids.device)
+        logits[ended] = -torch.inf
+        logits[ended, self.eos_id] = 0
         return logits
 
 
@@ -142,7 +150,7 @@ def sl(work: Work) -> Result:
     data = Dataset.from_list([{"input_ids": p + r, "completion_mask": [0] * len(p) + [1] * len(r)} for p, r in rows])
     with tempfile.TemporaryDirectory() as folder:
         args = SFTConfig(folder, per_device_train_batch_size=work.batch, lr_scheduler_type="constant", completion_only_loss=True, max_length=1024,
-                         **COMMON)
+                         **_common(work))
         clock = _train(InOrderSFT(model, args, train_dataset=data, processing_class=tokenizer))
     return clock.seconds, sum(len(r) for _, r in rows), clock.losses + clock.norms, 0
 
@@ -155,7 +163,8 @@ def rm(work: Work) -> Result:
         (p, a), (_, b) = encode(tokenizer, prompt, first), encode(tokenizer, prompt, second)
         rows.append({"chosen_ids": p + a, "rejected_ids": p + b})
     with tempfile.TemporaryDirectory() as folder:
-        args = RewardConfig(folder, per_device_train_batch_size=work.batch, lr_scheduler_type="linear", center_rewards_coefficient=0.01, **COMMON)
+        args = RewardConfig(folder, per_device_train_batch_size=work.batch, lr_scheduler_type="linear", center_rewards_coefficient=0.01,
+                            **_common(work))
         clock = _train(InOrderReward(model, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer))
     return clock.seconds, len(rows), clock.losses + clock.norms, 0
 
@@ -181,7 +190,7 @@ def ppo(work: Work) -> Result:
                          total_episodes=len(work.items), response_length=LONGEST, stop_token="eos",
                          local_rollout_forward_batch_size=work.batch, temperature=1.0,
                          num_sample_generations=0, kl_coef=0.05, gamma=1.0, lam=0.95, vf_coef=0.1,
-                         **(COMMON | {"learning_rate": 1e-5}))
+                         **(_common(work) | {"learning_rate": 1e-5}))
         trainer = PPOTrainer(args, tokenizer, policy, reference, _scorer(work), data, _scorer(work))
         steps = []
         trainer.optimizer.optimizer.register_step_post_hook(lambda *_: steps.append(1))

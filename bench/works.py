@@ -20,13 +20,20 @@ from minicai.tinyworld.grammar import CLASS_OF
 SHAPES = {"tiny": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": 1536},
           "small": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 32000},
           "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-                   "vocab_size": 49152}}
+                   "vocab_size": 49152},
+          "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+                   "vocab_size": 151936},  # Qwen2.5's, as is the next
+          "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
+                   "vocab_size": 151936}}
 LONGEST = 200  # tokens of a response
-clock = time.process_time if os.environ.get("MINICAI_BENCH_CPU_TIME") else time.perf_counter  # seconds of all threads, or on the wall
+seconds = time.process_time if os.environ.get("MINICAI_BENCH_CPU_TIME") else time.perf_counter  # of all threads, or on the wall
 # How many of what, so that a run takes the slower side about a minute, or one PPO rollout of 64 episodes of the large model some minutes.
 COUNTS = {"tiny": {"generate": 512, "labels": 256, "sl": 1024, "rm": 512, "ppo": 256, "batch": 64},
           "small": {"generate": 128, "labels": 64, "sl": 192, "rm": 96, "ppo": 32, "batch": 32},
-          "135m": {"generate": 32, "labels": 16, "sl": 48, "rm": 24, "ppo": 64, "batch": 16, "ppo_batch": 64}}
+          "135m": {"generate": 32, "labels": 16, "sl": 48, "rm": 24, "ppo": 64, "batch": 16, "ppo_batch": 64},
+         "0.5b": {"generate": 512, "labels": 256, "sl": 512, "rm": 256, "ppo": 256, "batch": 64},  # for a GPU, as is the next
+         "1.5b": {"generate": 256, "labels": 128, "sl": 256, "rm": 128, "ppo": 128, "batch": 64}}
+
 
 @dataclass
 class Work:
@@ -38,10 +45,18 @@ class Work:
     items: list  # prompts, pairs or comparisons, by the kind of work
     body: int  # weights that every token meets: all but embeddings and head
     head: int  # weights of the head
+    device: str  # "cpu" or "cuda"
 
 
-def setup(size: str, folder: Path) -> dict:
-    """Writes a policy and a scorer with random weights; measures the machine."""
+def clock() -> float:
+    """Seconds, when all that a GPU was told to do is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return seconds()
+
+
+def setup(size: str, folder: Path, device: str) -> dict:
+    """Writes a policy and a scorer with random weights (of "tiny" the shape is the tiny world's base model's); measures the machine."""
     torch.manual_seed(0)
     tokenizer = models.load_tokenizer(str(Path(models.__file__).parent / "tinyworld/base"))
     config = LlamaConfig(**SHAPES[size], max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
@@ -50,13 +65,20 @@ def setup(size: str, folder: Path) -> dict:
     tokenizer.save_pretrained(folder / "policy")
     models.load_scorer(str(folder / "policy"), torch.device("cpu"), tokenizer.pad_token_id, seed=0).save_pretrained(folder / "scorer")
     tokenizer.save_pretrained(folder / "scorer")
-    a, times = torch.randn(2048, 2048), []
-    for _ in range(40):  # other work may stand in the way of some
+    here = (f"{torch.cuda.get_device_name()}, bfloat16" if device == "cuda" else
+            f"{platform.processor() or platform.machine()}, float32, {torch.get_num_threads()} threads")
+    return {"peak_flops": peak_flops(device), "device": here, "versions": {name: version(name) for name in ("torch", "transformers", "trl")}}
+
+
+def peak_flops(device: str) -> float:
+    """FLOP/s of the best of forty matrix products: other work may stand in the way of some."""
+    size, kind = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
+    a, times = torch.randn(size, size, dtype=kind, device=device), []
+    for _ in range(40):
         began = clock()
         a @ a
         times.append(clock() - began)
-    return {"peak_flops": 2 * 2048**3 / min(times), "threads": torch.get_num_threads(), "device": platform.processor() or platform.machine(),
-            "versions": {name: version(name) for name in ("torch", "transformers", "trl")}}
+    return 2 * size**3 / min(times)
 
 
 def text(rng: random.Random, tokens: float, spread: float, most: int) -> str:
@@ -72,7 +94,7 @@ def length(rng: random.Random) -> int:
     return min(max(4, int(rng.lognormvariate(0, 0.6) * 40)), LONGEST)
 
 
-def load(work: str, size: str, folder: Path) -> Work:
+def load(work: str, size: str, folder: Path, device: str) -> Work:
     """The same for both sides: a function of the arguments alone."""
     rng, count = random.Random(0), COUNTS[size][work]
     prompts = [text(rng, 20, 0.4, 64) for _ in range(count)]
@@ -90,8 +112,12 @@ def load(work: str, size: str, folder: Path) -> Work:
     kv = s.get("num_key_value_heads", s["num_attention_heads"]) / s["num_attention_heads"]
     layer = s["hidden_size"] ** 2 * (2 + 2 * kv) + 3 * s["hidden_size"] * s["intermediate_size"]
     batch = COUNTS[size].get(f"{work}_batch", COUNTS[size]["batch"])
-    return Work(str(folder / "policy"), str(folder / "scorer"), batch, items, int(s["num_hidden_layers"] * layer), s["hidden_size"] * s["vocab_size"])
+    return Work(str(folder / "policy"), str(folder / "scorer"), batch, items, int(s["num_hidden_layers"] * layer), s["hidden_size"] * s["vocab_size"],
+                device)
 
 
-def peak_memory_mb() -> float:
+def peak_memory_mb(device: str) -> float:
+    """The largest resident memory of this process so far, or what tensors have taken of a GPU's at the most, in MiB."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -16,7 +16,7 @@ from statistics import fmean
 HERE = Path(__file__).parent
 STAGES = {"base": "base", "sl": "SL-CAI", "ppo": "RL-CAI"}
 WORKS = {"generate": "rollouts", "labels": "AI labels", "sl": "SL", "rm": "reward model", "ppo": "PPO"}
-SIZES = ("tiny", "small", "135m")
+EPISODES = {"tiny": 64, "small": 32, "135m": 64, "0.5b": 64, "1.5b": 64}  # a PPO rollout of bench/works.py, by the size of the model
 RATES = ("harmful", "helpful", "over_refusal", "evasive", "rude")
 TABLE_OF = {"run": "ppo"}  # stages whose variants stand in another's table
 TABLES = {  # of the variants: what they act on, and {measure: (its name, which way is better: -1 down, 1 up, 0 neither)}
@@ -77,10 +77,11 @@ def bench_table(rows: list[dict]) -> str:
     lines = ["| work | model | minicai | peer | ratio, median (range) | peak MiB, minicai : peer | of the machine's peak |",
              "|---|---|---|---|---|---|---|"]
     for r in rows:
+        rollout = f" ({EPISODES[r['size']]} episodes a rollout)" if r["work"] == "ppo" else ""
         lines.append(f"| {WORKS[r['work']]} | {r['size']} | {r['ours']:,.4g} {r['unit']} | {r['peer']:,.4g} | **{r['ratio']:.2f}** ("
-                     f"{r['ratio_min']:.2f}–{r['ratio_max']:.2f}) | {r['peak_mb_ours']:,.0f} : {r['peak_mb_peer']:,.0f} | "
+                     f"{r['ratio_min']:.2f}–{r['ratio_max']:.2f}) | {r['peak_mb_ours']:,.0f} : {r['peak_mb_peer']:,.0f}{rollout} | "
                      f"{r['peak_fraction']:.2f} |")
-    places = sorted({f"{r['where']}; {r['pairs']} pairs, {r['date']}" for r in rows})
+    places = sorted({f"{r['where']}; {r['pairs']} pair{'s' * (r['pairs'] != 1)}, {r['date']}" for r in rows})
     return "\n".join([*lines, "", " ".join(f"{place}." for place in places)])
 
 
@@ -174,7 +175,7 @@ def line(found: dict) -> str:
 
 def fill(readme: str) -> str:
     """The README with its tables replaced."""
-    files = [path for size in SIZES if (path := HERE / f"bench-{size}.json").exists()]
+    files = [path for size in EPISODES if (path := HERE / f"bench-{size}.json").exists()]
     tables = {"tiny": table(json.loads((HERE / "tiny.json").read_text(encoding="utf-8"))),
               "bench": bench_table([row for path in files for row in json.loads(path.read_text(encoding="utf-8"))])}
     if (path := HERE / "variants.json").exists():

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import random
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -83,6 +84,21 @@ def test_the_gradient_with_the_sl_term_is_that_of_l_sl_plus_alpha_l_rl_in_any_mi
     assert (weights(parts[0]) - without - expected).abs().max() > 0.01
 
 
+def test_the_gradients_of_policy_and_value_model_are_those_of_one_joint_pass_where_clipping_acts_too(parts, rollout):  # noqa: F811
+    wave = torch.arange(rollout.mask.numel()).reshape(rollout.mask.shape).sin() * rollout.mask
+    moved = replace(rollout, values=rollout.values + 0.5 * wave, logprobs=rollout.logprobs + 0.5 * wave)  # as if updates had been made before
+    policy, value_model, batch = copy.deepcopy(parts[0]), copy.deepcopy(parts[2]), (moved.ids, moved.lengths, moved.mask)
+    logprobs, values = models.response_logprobs(policy, *batch, TEMPERATURE), models.token_values(value_model, *batch)
+    assert (losses.clip_fraction(logprobs, moved.logprobs, moved.mask, 0.2).sum() > 3) and ((values - moved.values).abs() > 0.2).sum() > 3
+    pg = losses.policy_loss(logprobs, moved.logprobs, moved.advantages, moved.mask, 0.2)
+    vf = losses.value_loss(values, moved.values, moved.returns, moved.mask, 0.2)
+    ((pg.sum() + 0.5 * vf.sum()) / moved.mask.sum()).backward()
+    expected = torch.cat([p.grad.flatten() for model in (policy, value_model) for p in model.parameters()])
+    updated, _ = ppo_update(parts, moved, 1.0, epochs=1, minibatches=1, grad_clip=1e9, micro_tokens=60)
+    assert_close(weights(parts[0], parts[2]) - updated, expected, 3e-6)
+    assert expected[len(weights(parts[0])):].abs().max() > 0.1
+
+
 def test_each_update_draws_other_texts_for_the_sl_term(parts, rollout):  # noqa: F811
     with patch.object(train_ppo, "supervise", return_value=0.5) as supervise:
         _, metrics = mixed_update(parts, rollout, 0.0, alpha=1.0, sl_batch=2, epochs=2, minibatches=2)
@@ -133,6 +149,29 @@ def test_a_function_takes_the_place_of_the_reward_model(stage, tmp_path):
     assert [row["score"] for row in episodes] == pytest.approx([-len(row["response"]) / 10 for row in episodes])
     assert metrics[0]["reward"] == pytest.approx(sum(row["score"] for row in episodes[:4]) / 4) and "judge" not in metrics[0]
     assert "rewards_of_mine:short " in (tmp_path / "free" / "ppo" / "config.toml").read_text()
+
+
+def test_layers_computed_again_in_the_backward_pass_change_neither_policy_nor_value_model_nor_a_metric(stage, tmp_path, monkeypatch):
+    load, kept, passes = train_ppo.load_models, [], []
+
+    def watched(*arguments):
+        tokenizer, named = load(*arguments)
+        kept.append(named)
+        for model in (named["policy"], named["value"]):
+            model.base_model.h[0].attn.register_forward_pre_hook(lambda *_, model=model: passes.append(model))
+        return tokenizer, named
+
+    monkeypatch.setattr(train_ppo, "load_models", watched)
+    for name, recomputed in (("kept", False), ("recomputed", True)):
+        stage(name, reward=str(tmp_path / "rm"), gradient_checkpointing=recomputed)
+    updates = 2 * 2  # two iterations of two minibatches
+    for name in ("policy", "value"):
+        assert_close(weights(kept[1][name]), weights(kept[0][name]), 1e-5)
+        assert passes.count(kept[1][name]) - passes.count(kept[0][name]) == updates
+    ours, theirs = (read_jsonl(tmp_path / name / "ppo" / "metrics.jsonl") for name in ("recomputed", "kept"))
+    for row, expected in zip(ours, theirs, strict=True):
+        assert row == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert (weights(kept[0]["value"]) - weights(tiny_model("gpt2", seed=2, vocab=258, scorer=True))).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name, message", [

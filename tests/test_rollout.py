@@ -267,6 +267,16 @@ def test_micro_batches_change_neither_the_weights_nor_a_metric_of_supervised_tra
             assert row == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("script, train", STAGES)
+def test_fused_adamw_makes_the_steps_of_the_plain_one(script, train, tmp_path, monkeypatch):
+    fused, plain = itertools.islice(folders(tmp_path), 2)
+    (expected, _), adamw, made = train(fused, weight_decay=0.1), torch.optim.AdamW, []
+    monkeypatch.setattr(torch.optim, "AdamW", lambda weights, *, fused, **settings: made.append(fused) or adamw(weights, foreach=False, **settings))
+    found, metrics = train(plain, weight_decay=0.1)
+    assert made == [True] and len(metrics) == 4
+    assert_close(found, expected, 1e-6)
+
+
 def test_the_mean_of_micro_batch_means_would_give_another_gradient():
     def gradient(loss_of):
         model = tiny_model()

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from torch import tensor
+from transformers import MistralConfig, MistralForCausalLM
 
 import train_rm
 import train_sl
 from minicai import InputError, config, sampler, terminal
+from minicai.attention import Slots
 from minicai.models import response_logprobs
 from minicai.rollout import collate
 from minicai.sampler import choice_logprobs, draw, generate
@@ -141,6 +143,31 @@ def test_what_prompts_have_in_common_goes_through_the_model_once_and_changes_not
     decoded = sum(len(ids) - 1 for ids in expected)
     if rows >= 3:
         assert fed == len(header) + sum(map(len, PROMPTS)) + 3 + decoded  # of the other three samples, the last token of the prompt
+
+
+def windowed(window):
+    torch.manual_seed(0)
+    return MistralForCausalLM(MistralConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                            num_key_value_heads=2, sliding_window=window, initializer_range=0.25)).eval()
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_long_rows_that_are_read_apart_decode_as_they_would_alone(window, monkeypatch):
+    model = windowed(window) if window else tiny_model()
+    prompts = [[(7 * n + 3 * k) % 60 + 2 for k in range(length)] for n, length in enumerate((40, 36, 9, 8, 7, 6, 5, 4, 3, 3, 2, 2))]
+    seeds, limits, place, read = [(5, n) for n in range(12)], [30, 4, 5, 2, *[6, 3] * 4], Slots.place, []
+
+    def watched(slots, starts, counts, device):
+        place(slots, starts, counts, device)
+        read.append((len(slots._parts), max(counts)))
+
+    monkeypatch.setattr(Slots, "place", watched)
+    completions = generate(model, prompts, seeds, max_new_tokens=limits, eos_id=NO_TOKEN, rows=4)
+    assert {(1, 1), (2, 1)} < set(read) and any(parts == 2 and most > 1 for parts, most in read)  # apart, also where a prompt comes in
+    for prompt, seed, limit, completion in zip(prompts, seeds, limits, completions, strict=True):
+        ids, logprobs, _ = naive(model, prompt, seed, 1.0, NO_TOKEN, limit)
+        assert completion.ids == ids
+        assert_close(completion.logprobs, logprobs)
 
 
 def test_each_prompt_may_have_its_own_limit():
