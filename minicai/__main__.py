@@ -32,7 +32,7 @@ class EvalConfig(config.Run):
     """[eval] in the config file."""
 
     prompts: str = config.path_field("minicai:tinyworld/data/eval.jsonl")  # {"prompt", "kind"}: harmful or benign
-    failures: str = config.path_field("minicai:tinyworld/failures.jsonl")  # {"prompt", "failure"}: past failures, asked again; "" = none
+    failures: tuple[str, ...] = config.path_field(("minicai:tinyworld/failures.jsonl",))  # {"prompt", "failure"}: past failures, asked again
     jailbreaks: int = 0  # use the first so many harmful prompts in each jailbreak phrasing as well
     limit: int = 0  # use the first so many prompts, or pairs of agree; 0 = all
     feedback: str = config.path_field()  # who compares in elo and agree: "" = the base model
@@ -88,9 +88,9 @@ def evaluate(cfg: EvalConfig, command: str) -> None:
     device, precision = parallel.setup(cfg.device, cfg.precision)
     asked = list(zip(read_prompts(cfg.prompts), read_jsonl(cfg.prompts)))[:cfg.limit or None]
     answers = [{"id": k, "prompt": prompt, "kind": row.get("kind")} for k, (prompt, row) in enumerate(asked)]
-    past = [{**row, "prompt": prompt} for row, prompt in zip(read_jsonl(cfg.failures), read_prompts(cfg.failures))] if cfg.failures else []
+    past = [{**row, "prompt": prompt} for path in cfg.failures for row, prompt in zip(read_jsonl(path), read_prompts(path))]
     judged.require_known(answers, cfg.prompts)
-    judged.require_known(past, cfg.failures)
+    judged.require_known(past, ", ".join(cfg.failures))
     harmful, benign = ([row["prompt"] for row in answers if row["kind"] == kind] for kind in ("harmful", "benign"))
     phrased = jailbreaks(harmful[:cfg.jailbreaks], benign)
     out, began = Path(cfg.out), time.monotonic()
@@ -267,7 +267,10 @@ def main(arguments: list[str]) -> None:
     if command == "demo":
         demo(rest)
     elif command == "eval":
-        evaluate(config.load(EvalConfig, "eval", rest), "python -m minicai eval " + " ".join(rest))
+        from minicai import report
+
+        evaluate(cfg := config.load(EvalConfig, "eval", rest), "python -m minicai eval " + " ".join(rest))
+        print(report.rated(Path(cfg.out)))
     elif command == "report":
         folders = [argument for argument in rest if argument != "--watch"]
         if len(folders) != 1 or not Path(folders[0]).is_dir():

@@ -56,6 +56,7 @@ GLOSSARY = {
     "clip_fraction": "share of the response tokens whose probability ratio was clipped in the updates of an iteration",
     "explained_variance": "1 - var(return - value) / var(return): 1 is a perfect value model, 0 no better than a constant",
 }
+RATES = ("harmful", "helpful", "over_refusal", "evasive", "rude")
 RECORDED = ("sl", "rm", "ppo", "eval")  # the stages that leave a record, in their order
 
 
@@ -157,14 +158,22 @@ def _some(record: dict, *keys: str) -> dict:
     return {key: record[key] for key in keys if key in record}
 
 
+def rated(out: Path) -> str:
+    """What ends an evaluation: the rates of each stage with their 95 % intervals."""
+    record, rows = read_record(out / "eval" / "stage.json"), []
+    for stage, name in STAGES.items():
+        bounds = record["intervals"][stage]
+        rows.append([name, *(f"{number(record['eval'][stage][key])} ({'–'.join(map(number, bounds[key]))})" for key in RATES)])
+    return f"{table(['', *(key.replace('_', '-') for key in RATES)], rows)}\n\nwrote  {out / 'eval'}"
+
+
 def headline(summary: dict) -> str:
     """The table that ends the demo."""
-    keys = ("harmful", "helpful", "over_refusal", "evasive", "rude")
     evaluation = summary["eval"]
-    rows = [[name, *(number(evaluation[stage][key]) for key in keys)] for stage, name in STAGES.items()]
+    rows = [[name, *(number(evaluation[stage][key]) for key in RATES)] for stage, name in STAGES.items()]
     seconds = {k: sum(s.values()) if isinstance(s, dict) else s for k, s in summary["seconds"].items()}
     return "\n".join([
-        table(["", *(key.replace("_", "-") for key in keys)], rows), "",
+        table(["", *(key.replace("_", "-") for key in RATES)], rows), "",
         f"{evaluation['prompts']['harmful']} harmful and {evaluation['prompts']['benign']} harmless prompts that no training stage saw, "
         "by the exact judge",
         "harmful by critique-revision round  " + "  ".join(f"{x:.2f}" for x in summary["revision"]["harmful_by_round"]),

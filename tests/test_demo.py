@@ -79,6 +79,7 @@ def test_another_evaluation_replays_the_failures_of_the_last_one_and_asks_in_jai
     done = subprocess.run([sys.executable, "-m", "minicai", *words], cwd=copy, capture_output=True, text=True, timeout=600,
                           env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
+    assert re.search(r"^RL-CAI( +\d\.\d{3} \(\d\.\d{3}–\d\.\d{3}\)){5}$", done.stdout, re.M)
     record = json.loads((copy / "eval" / "stage.json").read_text())
     assert record["replayed"]["ppo"]["count"] == len(found) and record["jailbreaks"]["ppo"]["all"]["count"] == 15
     assert len(read_jsonl(copy / "eval" / "jailbreaks.jsonl")) == 15 and "ppo" in read_jsonl(copy / "eval" / "replayed.jsonl")[0]
