@@ -148,7 +148,7 @@ def sample_pairs(cfg: RMConfig, prompts: list[Prompt], path: str, tokenizer, dev
     journal = checkpoint.journal(folder / "pairs.jsonl", size * len(choices), len(prompts) * len(choices))
     if len(journal.rows) == len(prompts) * len(choices):
         return journal.rows
-    model, made = load_policy(path, device, precision), {"seed": cfg.seed} | stamp(path)
+    model = load_policy(path, device, precision)
     with terminal.Progress("rm: sample pairs", len(prompts) * cfg.candidates, "responses", round(len(journal.rows) / each)) as progress, \
             parallel.autocast(device, precision), parallel.gathered(model):
         for first, last in parallel.turns(len(journal.rows) // len(choices), len(prompts), size):
@@ -159,7 +159,7 @@ def sample_pairs(cfg: RMConfig, prompts: list[Prompt], path: str, tokenizer, dev
             rows = [{"id": (first + k) * len(choices) + c, "prompt": p, "first": texts[a * n + k], "second": texts[b * n + k],
                      "cut": [side for side, candidate in (("first", a), ("second", b)) if not ended[candidate * n + k]]}  # by the length limit
                     for k, p in enumerate(group) for c, (a, b) in enumerate(choices)]
-            journal.append(parallel.joined([row | made for row in rows]))
+            journal.append(parallel.joined(rows))
             progress.update(round(len(journal.rows) / each) - progress.done)
     return journal.rows
 
@@ -172,7 +172,7 @@ def label(cfg: RMConfig, rules: constitution.Constitution, examples: tuple[Compa
     if len(journal.rows) < len(different):
         judges = [(path, load_policy(path, device, precision), tokenizer)]
         judges += [(other, load_policy(other, device, precision), load_tokenizer(other)) for other in cfg.jury]
-        made = stamp(*(name for name, *_ in judges))["models"]
+        made = stamp(*(name for name, *_ in judges))
         with terminal.Progress("rm: AI labels", len(different), "pairs", len(journal.rows)) as progress, parallel.autocast(device, precision), \
                 parallel.gathered(*(model for _, model, _ in judges)):
             for first, last in parallel.turns(len(journal.rows), len(different), cfg.rows):
@@ -180,8 +180,7 @@ def label(cfg: RMConfig, rules: constitution.Constitution, examples: tuple[Compa
                 found = [judge_pairs(cfg, rules, examples, group, *judge) for judge in judges]
                 rows = join_judges(found, cfg.vote) if cfg.jury else found[0]
                 rows = hard_labels(rows) if cfg.labels == "hard" else rows
-                journal.append(rows := parallel.joined([
-                    pair | row | {"models": pair.get("models", {}) | made} for pair, row in zip(different[first:last], rows)]))
+                journal.append(rows := parallel.joined([pair | row | made for pair, row in zip(different[first:last], rows)]))
                 progress.update(len(rows), label_shares(rows))
     journal.append(given[len(journal.rows) - len(different):])
     return journal.rows

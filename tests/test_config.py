@@ -207,7 +207,8 @@ def test_a_dumped_config_loads_as_the_same_config_and_leaves_out_overwrite_and_p
 def test_every_shipped_config_loads_for_every_stage_and_its_data_and_constitution_exist(file, kind, section):
     cfg = config.load(kind, section, [str(file)])
     names = [f.name for f in dataclasses.fields(kind) if f.metadata.get("path")]
-    files = [getattr(cfg, name) for name in ["constitution", *names] if getattr(cfg, name)]
+    given = [getattr(cfg, name) for name in ["constitution", *names] if getattr(cfg, name)]
+    files = [file for one in given for file in ([one] if isinstance(one, str) else one)]
     assert names and all(file.startswith("hub:") or Path(file).is_file() for file in files)
 
 

@@ -237,7 +237,7 @@ def test_forty_real_prompts_go_through_the_first_stage_and_to_the_second(rules, 
     for row in found:
         assert isinstance(row["initial"], str) and row["final"] == row["rounds"][0]["revision"] and row["constitution"]["sha256"]
         assert row["prompt"] and (isinstance(row["prompt"], str) or row["prompt"][-1]["role"] == "user")
-        assert row.keys() == {"id", "prompt", "initial", "rounds", "final", "kept", "model", "constitution", "seed"}
+        assert row.keys() == {"id", "prompt", "initial", "rounds", "final", "kept", "model", "constitution", "seed", "models"}
         assert all(step.keys() == {"principle", "critique", "revision"} and isinstance(text, str) for step in row["rounds"] for text in step.values())
     constitution = load(rules)
     assert {step["principle"] for row in found for step in row["rounds"]} <= {p.name for p in constitution.usable("critique", "revision")}
