@@ -280,7 +280,7 @@ def local_part(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
 
 
 def _keep_freed_memory() -> None:
-    """glibc gives each large block back to the kernel and faults it in anew, page by page: 3 to 11 % of a CPU training step (LOG.md), elsewhere more."""
+    """glibc gives each large block back to the kernel and faults it in anew: 3 to 11 % of a CPU training step (LOG.md), elsewhere more."""
     if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
         libc, m_trim_threshold, m_top_pad, m_mmap_threshold = ctypes.CDLL("libc.so.6"), -1, -2, -3
         libc.mallopt(m_mmap_threshold, 1 << 30)
