@@ -32,7 +32,7 @@ class EvalConfig(config.Run):
     """[eval] in the config file."""
 
     prompts: str = config.path_field("minicai:tinyworld/data/eval.jsonl")  # {"prompt", "kind"}: harmful or benign
-    failures: tuple[str, ...] = config.path_field(("minicai:tinyworld/failures.jsonl",))  # {"prompt", "failure"}: past failures, asked again
+    failures: tuple[str, ...] = config.path_field(("minicai:tinyworld/failures.jsonl",))  # lines {"prompt", "failure"} to ask again; "" = none
     jailbreaks: int = 0  # use the first so many harmful prompts in each jailbreak phrasing as well
     limit: int = 0  # use the first so many prompts, or pairs of agree; 0 = all
     feedback: str = config.path_field()  # who compares in elo and agree: "" = the base model

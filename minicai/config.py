@@ -243,8 +243,8 @@ def _typed(value, kind: type, where: str):
         return float(value)
     if kind is float and isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{where} must be a finite number, not {value}")
-    if kind == tuple[str, ...]:  # a text alone is a list of one
-        value = [value] if isinstance(value, str) else value
+    if kind == tuple[str, ...]:  # a text alone is a list of one, an empty one of none
+        value = [value] * bool(value) if isinstance(value, str) else value
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise InputError(f"{where} must be a list of texts, not {json.dumps(value, default=str)}")
         return tuple(value)

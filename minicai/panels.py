@@ -163,7 +163,7 @@ def _evenly(rows: list, count: int = 9) -> list:
 def _curve_panels(out: Path, hacking: dict) -> list[dict]:
     """The curves of training, of what metrics.jsonl has, and of what the exact judge thinks of each iteration's responses."""
     found, judged = [], dict(zip(hacking.get("steps", []), hacking.get("judge", [])))
-    metrics = {stage: transcripts.read(out / stage / "metrics.jsonl")[1] for stage in ("sl", "rm", "ppo")}
+    metrics = {stage: transcripts.metrics(out / stage) for stage in ("sl", "rm", "ppo")}
     metrics["ppo"] = [row | {"exact_judge": judged.get(row["step"])} for row in metrics["ppo"]]
     for stage, title, keys in CURVES:
         rows = metrics[stage]

@@ -30,6 +30,7 @@ def graphs() -> Callable[[Callable[[], Results]], Recording]:
     pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def record(step: Callable[[], Results]) -> Recording:
+        """Takes the step once and records it. Raises InputError where it asks the host for anything."""
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             step()  # libraries get the workspaces of this stream

@@ -160,10 +160,9 @@ def _some(record: dict, *keys: str) -> dict:
 
 def rated(out: Path) -> str:
     """What ends an evaluation: the rates of each stage with their 95 % intervals."""
-    record, rows = read_record(out / "eval" / "stage.json"), []
-    for stage, name in STAGES.items():
-        bounds = record["intervals"][stage]
-        rows.append([name, *(f"{number(record['eval'][stage][key])} ({'–'.join(map(number, bounds[key]))})" for key in RATES)])
+    record = read_record(out / "eval" / "stage.json")
+    rows = [[name, *(f"{number(record['eval'][stage][key])} ({'–'.join(map(number, record['intervals'][stage][key]))})" for key in RATES)]
+            for stage, name in STAGES.items()]
     return f"{table(['', *(key.replace('_', '-') for key in RATES)], rows)}\n\nwrote  {out / 'eval'}"
 
 
@@ -199,7 +198,8 @@ def lead(summary: dict, progress: list[tuple[str, str]]) -> str:
     parts = [f"of {counts[kind]} {name}, {shares(key, how)}" for kind, name, key, how in
              (("harmful", "harmful requests that no training stage saw", "harmful", "harmfully"), ("benign", "harmless ones", "helpful", "rightly"))
              if counts[kind]]
-    return f"O{'; '.join(parts)[1:]}." if parts else "No request was counted."
+    text = "; ".join(parts) or "no request was counted"
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _lead_without_judge(summary: dict) -> str:
@@ -218,7 +218,7 @@ def _progress(out: Path) -> list[tuple[str, str]]:
     found, lines = _records(out), []
     for stage, name in zip(awaited(out), ("SL-CAI", "reward model", "RL-CAI", "evaluation")):
         journals = [(path, transcripts.read(path, 1)[0]) for path in sorted((out / stage).glob("*.jsonl"))]
-        steps = transcripts.read(out / stage / "metrics.jsonl")[1][-1:]
+        steps = transcripts.metrics(out / stage)[-1:]
         state = "finished" if stage in found else f"{'iteration' if stage == 'ppo' else 'step'} {steps[0]['step']}" if steps else "not begun"
         if state == "not begun" and journals:
             state = ", ".join(f"{count} {path.stem}" for path, count in journals)

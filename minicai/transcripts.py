@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from minicai import InputError
-from minicai.feedback import in_both_orders
+from minicai.feedback import by_place
 
 LIMIT = 3000  # rows of a kind in the page; of more, evenly spaced ones
 FAULTS = {"harmful": "harmful", "refused": "refused", "mistaken": "mistaken", "": "good"}
@@ -34,6 +34,13 @@ def as_written(path: Path) -> Iterator[None]:
         yield
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise InputError(f"{path}: a line is not as the stage writes it ({type(error).__name__}: {error})") from error
+
+
+def metrics(stage: Path) -> list[dict]:
+    """The rows of a stage's metrics.jsonl, each with its step."""
+    path = stage / "metrics.jsonl"
+    with as_written(path):
+        return [row for row in read(path)[1] if row["step"] >= 0]
 
 
 def gather(out: Path, names: dict[str, str]) -> dict[str, dict]:
@@ -115,10 +122,9 @@ def revision(row: dict, verdict: dict) -> dict:
 def comparison(row: dict, verdict: dict) -> dict:
     """One pair of responses, its votes in both orders, and its label."""
     p, votes, better = row["p_first"], row["votes"], verdict.get("better")
-    both = in_both_orders(votes)
     tags = [SOURCES.get(row["source"], row["source"]), "takes no side" if p == 0.5 else "unsure (40–60 %)" if 0.4 <= p <= 0.6 else
             f"prefers the {'first' if p > 0.5 else 'second'}"]
-    tags += ["decided by the order shown"] if both and (both[0] > 0.5) != (both[1] > 0.5) else []
+    tags += ["decided by the order shown"] if by_place(row) else []
     tags += ["clamped"] if row.get("clamped") else []
     tags += ["against the judge"] if better and p != 0.5 and (p > 0.5) != (better == "first") else []
     return {"prompt": turns(row["prompt"]), "tags": tags, "principles": sorted({v["principle"] for v in votes if v["principle"]}),

@@ -212,6 +212,12 @@ def test_every_shipped_config_loads_for_every_stage_and_its_data_and_constitutio
     assert names and all(file.startswith("hub:") or Path(file).is_file() for file in files)
 
 
+def test_an_empty_text_is_an_empty_list_of_files():
+    tiny = str(ROOT / "configs" / "tiny.toml")
+    assert config.load(__main__.EvalConfig, "eval", [tiny, "--failures="]).failures == ()
+    assert len(config.load(__main__.EvalConfig, "eval", [tiny, "--failures=one.jsonl"]).failures) == 1
+
+
 @pytest.mark.parametrize("name", ["smollm2-135m", "qwen2.5-0.5b", "llama-3.1-8b-fsdp"])
 def test_a_config_for_a_real_model_says_why_of_every_key_and_asks_nothing_of_the_tiny_world(name):
     section, keys = "", {}

@@ -254,6 +254,14 @@ def test_an_unfinished_run_is_shown_as_far_as_it_is_and_gets_no_summary(tmp_path
     assert re.search(r"<li><span>evaluation</span> not begun</li>", page) and f"{'iteration' if stages[-1] == 'ppo' else 'step'} 30</li>" in page
 
 
+@pytest.mark.parametrize("line", ['{"loss": 1.0}', "[1]", '{"step": "two"}'])
+def test_a_metrics_line_that_no_stage_writes_is_named(tmp_path, unplotted, command, line):
+    metrics = lay(tmp_path, "sl") / "sl" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + line + "\n")
+    code, _, error = command("minicai/__main__.py", "report", tmp_path)
+    assert code == 2 and f"{metrics}: a line is not as the stage writes it" in error and len(error.splitlines()) == 1
+
+
 @pytest.mark.parametrize("damaged", ["{", "[]", ""])
 def test_a_damaged_record_is_named(tmp_path, unplotted, command, damaged):
     record = lay(tmp_path, "sl", "rm") / "rm" / "stage.json"
