@@ -22,6 +22,7 @@ from minicai.dialogue import encode
 logging.set_verbosity_error()
 warnings.filterwarnings("ignore")
 Result = tuple[float, float, list[float], float]  # seconds, units of work, what to compare, 0
+FEW = 16  # sequences that SFTTrainer takes at once of the 135m model's batch: it keeps the logits of every token, and 64 do not fit into 24 GiB
 COMMON = {"learning_rate": 1e-4, "adam_beta2": 0.95, "weight_decay": 0.0, "max_grad_norm": 1.0, "num_train_epochs": 1, "report_to": [],
           "save_strategy": "no", "disable_tqdm": True, "gradient_checkpointing": False, "warmup_steps": 0, "seed": 0,
           "optim": "adamw_torch_fused", "logging_steps": 1}
@@ -137,36 +138,39 @@ class InOrderReward(RewardTrainer):
 
 
 def _train(trainer) -> Clock:
-    clock = Clock()
-    trainer.add_callback(clock)
+    trainer.add_callback(log := Clock())
     trainer.train()
-    return clock
+    return log
 
 
 def sl(work: Work) -> Result:
     tokenizer, model = _policy(work)
     order = epoch_order(len(work.items), 1, 0, 0)  # the order in which train_sl.py goes through them
+    began = clock()
     rows = [encode(tokenizer, *work.items[k]) for k in order]
+    encoding = clock() - began  # which is in our seconds too
     data = Dataset.from_list([{"input_ids": p + r, "completion_mask": [0] * len(p) + [1] * len(r)} for p, r in rows])
     with tempfile.TemporaryDirectory() as folder:
-        args = SFTConfig(folder, per_device_train_batch_size=work.batch, lr_scheduler_type="constant", completion_only_loss=True, max_length=1024,
-                         **_common(work))
-        clock = _train(InOrderSFT(model, args, train_dataset=data, processing_class=tokenizer))
-    return clock.seconds, sum(len(r) for _, r in rows), clock.losses + clock.norms, 0
+        at_once = FEW if model.num_parameters() > 1e8 and work.device == "cpu" else work.batch
+        args = SFTConfig(folder, per_device_train_batch_size=at_once, gradient_accumulation_steps=work.batch // at_once,
+                         lr_scheduler_type="constant", completion_only_loss=True, max_length=1024, **_common(work))
+        log = _train(InOrderSFT(model, args, train_dataset=data, processing_class=tokenizer))
+    return encoding + log.seconds, sum(len(r) for _, r in rows), log.losses + log.norms, 0
 
 
 def rm(work: Work) -> Result:
     tokenizer, model = AutoTokenizer.from_pretrained(work.policy), _scorer(work)
     order = epoch_order(len(work.items), 2, 0, 0)
-    rows = []
+    began, rows = clock(), []
     for prompt, first, second in (work.items[k] for k in order):
         (p, a), (_, b) = encode(tokenizer, prompt, first), encode(tokenizer, prompt, second)
         rows.append({"chosen_ids": p + a, "rejected_ids": p + b})
+    encoding = clock() - began
     with tempfile.TemporaryDirectory() as folder:
         args = RewardConfig(folder, per_device_train_batch_size=work.batch, lr_scheduler_type="linear", center_rewards_coefficient=0.01,
                             **_common(work))
-        clock = _train(InOrderReward(model, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer))
-    return clock.seconds, len(rows), clock.losses + clock.norms, 0
+        log = _train(InOrderReward(model, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer))
+    return encoding + log.seconds, len(rows), log.losses + log.norms, 0
 
 
 def ppo(work: Work) -> Result:

@@ -30,9 +30,9 @@ seconds = time.process_time if os.environ.get("MINICAI_BENCH_CPU_TIME") else tim
 # How many of what, so that a run takes the slower side about a minute, or one PPO rollout of 64 episodes of the large model some minutes.
 COUNTS = {"tiny": {"generate": 512, "labels": 256, "sl": 1024, "rm": 512, "ppo": 256, "batch": 64},
           "small": {"generate": 128, "labels": 64, "sl": 192, "rm": 96, "ppo": 32, "batch": 32},
-          "135m": {"generate": 32, "labels": 16, "sl": 48, "rm": 24, "ppo": 64, "batch": 16, "ppo_batch": 64},
-         "0.5b": {"generate": 512, "labels": 256, "sl": 512, "rm": 256, "ppo": 256, "batch": 64},  # for a GPU, as is the next
-         "1.5b": {"generate": 256, "labels": 128, "sl": 256, "rm": 128, "ppo": 128, "batch": 64}}
+          "135m": {"generate": 32, "labels": 16, "sl": 128, "rm": 24, "ppo": 64, "batch": 16, "sl_batch": 64, "ppo_batch": 64},
+          "0.5b": {"generate": 512, "labels": 256, "sl": 512, "rm": 256, "ppo": 256, "batch": 64},  # for a GPU, as is the next
+          "1.5b": {"generate": 256, "labels": 128, "sl": 256, "rm": 128, "ppo": 128, "batch": 64}}
 
 
 @dataclass

@@ -244,8 +244,8 @@ class Slots:
         keys.index_put_((self._row, self._at), k)
         values.index_put_((self._row, self._at), v)
         if window not in self._masks:  # the same in every layer of the step
-            many = self._visible(self._queries, self._reach, window) if self._long else None
-            one = [self._visible(self._ends[part, None] - 1, width, window) for part, width in zip(self._parts, self._widths)]
+            many = self._visible(self._queries, self._reach, window, q.dtype) if self._long else None
+            one = [self._visible(self._ends[part, None] - 1, width, window, q.dtype) for part, width in zip(self._parts, self._widths)]
             self._masks[window] = one, many
         one, many = self._masks[window]
         last = q[self.last] if self._long else q
@@ -260,10 +260,11 @@ class Slots:
         out[self._tokens] = _sdpa(padded, keys, values, scale, many).flatten(0, 1)[self._places]
         return out
 
-    def _visible(self, positions: Tensor, width: int, window: int | None) -> Tensor:
-        """Positions of queries [B, T] -> [B, 1, T, U], True at the keys that they may see, of the first U = `width`."""
+    def _visible(self, positions: Tensor, width: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """Positions of queries [B, T] -> [B, 1, T, U], 0 at the keys that they may see and -inf at others, of the first U = `width`."""
         back = positions[:, None, :, None] - torch.arange(width, device=positions.device)
-        return (back >= 0) & (back < window) if window else back >= 0
+        hidden = (back < 0) | (back >= window) if window else back < 0
+        return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
 
     def copy(self, source: int | list[int], target: int | slice, start: int, end: int) -> None:
         """Keys and values of the positions start ... end - 1, from slots to others."""
