@@ -272,13 +272,17 @@ class Slots:
             kept[target, start:end] = kept[source, start:end].clone()
 
 
-def step_hidden(model: PreTrainedModel, slots: Slots, ids: Tensor) -> Tensor:
-    """Hidden states [N, D] of tokens [N] that go to the places which were said last."""
-    return prepared(model).base_model(input_ids=ids[None], position_ids=slots.positions[None], use_cache=False, rows=slots).last_hidden_state[0]
+def through(model: PreTrainedModel, ids: Tensor, rows: Packed | Slots) -> Tensor:
+    """Last hidden states [N, hidden size] of tokens [N] that stand where `rows` says."""
+    # Given a mask of four dimensions, which `attend` does not look at, transformers makes none: it would look in the positions for where rows begin,
+    # and wait for a GPU's answer in every pass.
+    mask = ids.new_ones(1, 1, 1, 1)
+    return prepared(model).base_model(input_ids=ids[None], position_ids=rows.positions[None], attention_mask=mask, use_cache=False,
+                                      rows=rows).last_hidden_state[0]
 
 
 def last_hidden(model: PreTrainedModel, slots: Slots, starts: Sequence[int], feeds: Sequence[Sequence[int]], tail: int = 1) -> Tensor:
     """Feeds tokens to the rows in the slots; hidden states of each row's last `tail` tokens, [B, tail, hidden size]."""
     slots.place(starts, [len(feed) for feed in feeds], model.device)
-    hidden = step_hidden(model, slots, torch.tensor([token for feed in feeds for token in feed], device=model.device))
+    hidden = through(model, torch.tensor([token for feed in feeds for token in feed], device=model.device), slots)
     return hidden[slots.last[:, None] - torch.arange(tail - 1, -1, -1, device=model.device)]

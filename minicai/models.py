@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from minicai import InputError, checkpoint, parallel
-from minicai.attention import Packed, Shared, Slots, last_hidden, prepared
+from minicai.attention import Packed, Shared, Slots, last_hidden, prepared, through
 
 logging.disable_progress_bar()  # the commands show their own progress, and say themselves what is wrong with a folder
 logging.set_verbosity_error()
@@ -202,7 +202,7 @@ def _through(model: PreTrainedModel, ids: Tensor, rows: Packed) -> Tensor:
     """Where there is no row (parallel.level), one token that nobody reads goes through the layers, where the other ranks wait."""
     if not len(ids):
         return _through(model, ids.new_zeros(1), Packed([1], ids.device))[:0]
-    return prepared(model).base_model(input_ids=ids[None], position_ids=rows.positions[None], use_cache=False, rows=rows).last_hidden_state[0]
+    return through(model, ids, rows)
 
 
 def apply_head(head: torch.nn.Module, hidden: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from minicai import InputError
-from minicai.attention import Slots, step_hidden
+from minicai.attention import Slots, through
 
 WIDTH = 128  # tokens
 Results = tuple[Tensor, ...]
@@ -86,4 +86,4 @@ class Recorder:
     def _step(self, rows: int, width: int) -> Results:
         ids, positions, places = self.inputs[:, :rows]
         self.slots.place_one_each(positions, places, width)
-        return self.decide(step_hidden(self.model, self.slots, ids), self.points[:rows])
+        return self.decide(through(self.model, ids, self.slots), self.points[:rows])

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import tensor
-from transformers import AutoModelForSequenceClassification, GraniteConfig, GraniteForCausalLM
+from transformers import AutoModelForSequenceClassification, GraniteConfig, GraniteForCausalLM, masking_utils
 
 from minicai import InputError, losses, models
+from minicai.attention import Slots, last_hidden
 from minicai.rollout import collate
 from tests.conftest import ARCHITECTURES, CPU, EOS, PAD, assert_close, byte_tokenizer, tiny_model
 
@@ -156,6 +157,17 @@ def test_no_texts_have_no_scores_and_a_gradient_of_zero(scorer):
     scores.sum().backward()
     assert all((p.grad == 0).all() for p in scorer.parameters() if p.grad is not None)
     scorer.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_pass_looks_in_the_positions_for_where_rows_begin_which_a_gpu_would_be_waited_for(architecture, monkeypatch):
+    model, looked = tiny_model(architecture), []
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda positions: looked.append(positions))
+    model(input_ids=tensor([[5, 6]]), position_ids=tensor([[0, 1]]), use_cache=False)  # as transformers goes through it by itself
+    own = len(looked)
+    models.hidden_states(model, tensor([[5, 6, 7], [8, 9, 0]]), tensor([3, 2]))
+    last_hidden(model, Slots(2, 4), [0, 0], [[5, 6], [7]])
+    assert own and len(looked) == own
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------------------
