@@ -33,6 +33,8 @@ from torch.distributed.tensor import DTensor
 
 from minicai import InputError, RunError, terminal
 
+MALLOC = "MALLOC_MMAP_THRESHOLD_"  # glibc's, in bytes: larger blocks are mapped one by one
+
 
 def setup(device: str, precision: str, timeout: int = 1800) -> tuple[torch.device, str]:
     """Resolves "auto", prepares the process, returns the device and "fp32" or "bf16". Raises InputError on what is not to be had.
@@ -280,12 +282,11 @@ def local_part(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
 
 
 def _keep_freed_memory() -> None:
-    """glibc gives each large block back to the kernel and faults it in anew: 3 to 11 % of a CPU training step (LOG.md), elsewhere more."""
-    if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
-        libc, m_trim_threshold, m_top_pad, m_mmap_threshold = ctypes.CDLL("libc.so.6"), -1, -2, -3
-        libc.mallopt(m_mmap_threshold, 1 << 30)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
-        libc.mallopt(m_top_pad, 64 << 20)
+    """glibc hands large blocks back and faults them in anew: 3 to 11 % of a CPU training step (LOG.md). The environment may want it so."""
+    if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc" and MALLOC not in os.environ:
+        mallopt, m_trim_threshold, m_top_pad, m_mmap_threshold = ctypes.CDLL("libc.so.6").mallopt, -1, -2, -3
+        for option, size in ((m_mmap_threshold, 1 << 30), (m_trim_threshold, 2**31 - 1), (m_top_pad, 64 << 20)):
+            mallopt(option, size)
 
 
 def device_name(device: torch.device) -> str:

@@ -208,11 +208,12 @@ def _ahead(model: PreTrainedModel, precision: str) -> int:
 def show(phases: list[Phase], device: torch.device, precision: str, world: int) -> dict:
     """Prints the plan, GiB a component and phase, and returns it in bytes.
 
-    On a CPU the libraries are this process as it stands, and its allocator keeps what is freed, in pieces that do not always fit the next use.
-    On a GPU both are left out.
+    On a CPU the libraries are this process as it stands, and its allocator keeps what is freed, in pieces that do not always fit the next use,
+    unless the environment says otherwise (parallel.MALLOC). On a GPU both are left out.
     """
     here = {"libraries": int(parallel.peak_memory_mb() * 2**20)} if device.type == "cpu" else {}
-    phases = [(name, here | {k: size for k, size in rows.items() if here or k != "allocator slack"}) for name, rows in phases]
+    keeps = here and parallel.MALLOC not in os.environ
+    phases = [(name, here | {k: size for k, size in rows.items() if keeps or k != "allocator slack"}) for name, rows in phases]
     names = [name for name in dict.fromkeys(name for _, rows in phases for name in rows) if any(rows.get(name) for _, rows in phases)]
     totals = [sum(rows.values()) for _, rows in phases]
     cells = [[name, *(f"{rows.get(name, 0) / 2**30:.3f}" for _, rows in phases)] for name in names]
