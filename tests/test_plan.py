@@ -1,7 +1,8 @@
-"""The plan of memory: weights, gradients, optimizer state and slots by hand. LOG.md has plans against what stages took."""
+"""The plan of memory: weights, gradients, optimizer state and slots by hand. test_plan_measured.py has plans against what stages take."""
 
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 import train_ppo
 import train_rm
 import train_sl
-from minicai import InputError, config, plan
+from minicai import InputError, config, parallel, plan
 from minicai.models import response_logprobs
 
 from .conftest import ROOT, tiny_model
@@ -98,6 +99,23 @@ def test_slack_is_the_activations_of_three_layers(folder, tmp_path):
     shape.save_pretrained(tmp_path / "deep")
     rows = updating(str(tmp_path / "deep"), 1)
     assert rows["allocator slack"] == 3 * rows["activations"] // 8
+
+
+@pytest.mark.parametrize("threshold", ["", "131072"])
+def test_who_tells_the_allocator_to_keep_nothing_gets_no_slack_and_an_untuned_allocator(folder, threshold, monkeypatch, capsys):
+    monkeypatch.delenv(parallel.MALLOC, raising=False)
+    if threshold:
+        monkeypatch.setenv(parallel.MALLOC, threshold)
+    tuned = []
+    monkeypatch.setattr(parallel.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(parallel.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(parallel.ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda *given: tuned.append(given)))
+    device, _ = parallel.setup("cpu", "fp32")
+    assert bool(tuned) != bool(threshold)
+    rows = updating(folder, 1)
+    shown = plan.show([("updates", rows)], device, "fp32", 1)["phases"]["updates"]
+    assert rows.keys() - shown.keys() == ({"allocator slack"} if threshold else set())
+    assert ("allocator slack" in capsys.readouterr().out) != bool(threshold)
 
 
 def test_a_missing_or_unreadable_folder_is_refused(folder):
