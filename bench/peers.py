@@ -22,7 +22,7 @@ from minicai.dialogue import encode
 logging.set_verbosity_error()
 warnings.filterwarnings("ignore")
 Result = tuple[float, float, list[float], float]  # seconds, units of work, what to compare, 0
-FEW = 16  # sequences that SFTTrainer takes at once of the 135m model's batch: it keeps the logits of every token, and 64 do not fit into 24 GiB
+FEW = 16  # sequences that SFTTrainer takes at once of a large model's batch on a CPU: it keeps the logits of all tokens, too many for 24 GiB
 COMMON = {"learning_rate": 1e-4, "adam_beta2": 0.95, "weight_decay": 0.0, "max_grad_norm": 1.0, "num_train_epochs": 1, "report_to": [],
           "save_strategy": "no", "disable_tqdm": True, "gradient_checkpointing": False, "warmup_steps": 0, "seed": 0,
           "optim": "adamw_torch_fused", "logging_steps": 1}

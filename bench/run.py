@@ -4,10 +4,11 @@
     python bench/run.py [--only generate,labels,sl,rm,ppo] [--size tiny|small|135m|0.5b|1.5b] [--pairs 3] [--cpu-time]
                         [--device cpu|cuda] [--json FILE]
 
-Each run is a fresh process; the two sides take turns, and training begins with texts: to make ids of them counts on both. The table is only printed
-where they computed the same: in training, the loss and the gradient's norm of every step; for labels, log-probs of the options (to answer, the
-peer makes one `generate` call for each order, and parses its text); in sampling, greedy tokens and the number of sampled ones; in PPO the numbers
-of tokens and updates (what is sampled differs). Only our side tunes the memory allocator (minicai/parallel.py), as it does for every user.
+Each run is a fresh process; the two sides take turns; SL and the reward model begin with texts, whose encoding counts on both. The table is only
+printed where they computed the same: in training, the loss and the gradient's norm of every step; for labels, log-probs of the options (to
+answer, the peer makes one `generate` call for each order, and parses its text); in sampling, greedy tokens and the number of sampled ones; in PPO
+the numbers of tokens and updates (what is sampled differs). The 135m model's batch of SL the peer takes in four parts. Only our side tunes the
+memory allocator (minicai/parallel.py), as it does for every user.
 
 A ratio is the median over the pairs, with the range. Peak memory counts from behind the imports. The fraction of the machine's peak is the model's
 own arithmetic (2 FLOPs a weight and token forward, 6 with the backward pass, attention scores not counted) a second, over that of a float32

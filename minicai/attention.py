@@ -30,22 +30,14 @@ def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, a
     for name in ("softcap", "s_aux", "position_bias"):
         if others.get(name) is not None:
             raise InputError(f"{type(module).__name__}: attention with {name} is not supported")
-    if rows is None and (len(query) > 1 or attention_mask is not None or query.shape[2] < key.shape[2]):
+    if rows is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    rows = rows or Packed([len(q)], q.device)
     return rows.attend(module.layer_idx, q, k, v, scaling, sliding_window)[None], None
 
 
-def _mask(*, batch_size: int, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **others) -> Tensor | None:
-    """None for a packed batch, which needs no mask of N x N; what it would be for any other, so that a model also works as it always does."""
-    if batch_size == 1 and q_length == kv_length and attention_mask is None:
-        return None
-    return sdpa_mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **others)
-
-
 AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, _mask)
+AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def prepared(model: PreTrainedModel) -> PreTrainedModel:
@@ -244,8 +236,8 @@ class Slots:
         keys.index_put_((self._row, self._at), k)
         values.index_put_((self._row, self._at), v)
         if window not in self._masks:  # the same in every layer of the step
-            many = self._visible(self._queries, self._reach, window, q.dtype) if self._long else None
-            one = [self._visible(self._ends[part, None] - 1, width, window, q.dtype) for part, width in zip(self._parts, self._widths)]
+            many = self._visible(self._queries, self._reach, window, v.dtype) if self._long else None
+            one = [self._visible(self._ends[part, None] - 1, width, window, v.dtype) for part, width in zip(self._parts, self._widths)]
             self._masks[window] = one, many
         one, many = self._masks[window]
         last = q[self.last] if self._long else q

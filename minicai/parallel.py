@@ -282,7 +282,7 @@ def local_part(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
 
 
 def _keep_freed_memory() -> None:
-    """glibc hands large blocks back and faults them in anew: 3 to 11 % of a CPU training step (LOG.md). The environment may want it so."""
+    """glibc hands large blocks back and faults them in anew: 3 to 11 % of a CPU training step (LOG.md). MALLOC in the environment asks for that."""
     if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc" and MALLOC not in os.environ:
         mallopt, m_trim_threshold, m_top_pad, m_mmap_threshold = ctypes.CDLL("libc.so.6").mallopt, -1, -2, -3
         for option, size in ((m_mmap_threshold, 1 << 30), (m_trim_threshold, 2**31 - 1), (m_top_pad, 64 << 20)):

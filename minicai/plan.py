@@ -209,10 +209,11 @@ def show(phases: list[Phase], device: torch.device, precision: str, world: int) 
     """Prints the plan, GiB a component and phase, and returns it in bytes.
 
     On a CPU the libraries are this process as it stands, and its allocator keeps what is freed, in pieces that do not always fit the next use,
-    unless the environment says otherwise (parallel.MALLOC). On a GPU both are left out.
+    unless the environment has it map all large blocks one by one. On a GPU both are left out.
     """
     here = {"libraries": int(parallel.peak_memory_mb() * 2**20)} if device.type == "cpu" else {}
-    keeps = here and parallel.MALLOC not in os.environ
+    threshold = os.environ.get(parallel.MALLOC, "")
+    keeps = here and not (threshold.isdecimal() and int(threshold) <= 128 << 10)  # above 1 MiB there are holes again (LOG.md)
     phases = [(name, here | {k: size for k, size in rows.items() if keeps or k != "allocator slack"}) for name, rows in phases]
     names = [name for name in dict.fromkeys(name for _, rows in phases for name in rows) if any(rows.get(name) for _, rows in phases)]
     totals = [sum(rows.values()) for _, rows in phases]

@@ -78,11 +78,14 @@ def bench_table(rows: list[dict]) -> str:
              "|---|---|---|---|---|---|---|"]
     for r in rows:
         rollout = f" ({EPISODES[r['size']]} episodes a rollout)" if r["work"] == "ppo" else ""
-        lines.append(f"| {WORKS[r['work']]} | {r['size']} | {r['ours']:,.4g} {r['unit']} | {r['peer']:,.4g} | **{r['ratio']:.2f}** ("
-                     f"{r['ratio_min']:.2f}–{r['ratio_max']:.2f}) | {r['peak_mb_ours']:,.0f} : {r['peak_mb_peer']:,.0f}{rollout} | "
-                     f"{r['peak_fraction']:.2f} |")
-    places = sorted({f"{r['where']}; {r['pairs']} pair{'s' * (r['pairs'] != 1)}, {r['date']}" for r in rows})
-    return "\n".join([*lines, "", " ".join(f"{place}." for place in places)])
+        around = f" ({r['ratio_min']:.2f}–{r['ratio_max']:.2f})" if r["pairs"] > 1 else ""
+        lines.append(f"| {WORKS[r['work']]} | {r['size']} | {r['ours']:,.4g} {r['unit']} | {r['peer']:,.4g} | **{r['ratio']:.2f}**{around} | "
+                     f"{r['peak_mb_ours']:,.0f} : {r['peak_mb_peer']:,.0f}{rollout} | {r['peak_fraction']:.2f} |")
+    runs: dict[str, list[str]] = {}  # where and when: what was measured there
+    for r in rows:
+        place = f"{r['where']}; {r['pairs']} pair{'s' * (r['pairs'] != 1)}, {r['date']}"
+        runs.setdefault(place, []).append(f"{WORKS[r['work']]} {r['size']}")
+    return "\n".join([*lines, "", *(f"- {', '.join(measured)}: {place}." for place, measured in runs.items())])
 
 
 def verdict(default: list[dict], found: list[dict], measures: dict[str, tuple[str, int]]) -> str:

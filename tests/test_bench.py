@@ -58,7 +58,8 @@ def test_the_table_is_of_the_runs_in_turns_and_of_the_machine_at_its_fastest(ben
     table = capsys.readouterr().out.splitlines()
     assert len(table) == 4 and table[2].split() == ["sl", "small", "target", "tokens/s", "9", "4", "3.00", "(2.00-4.50)", "101", "301", "0.50"]
     page = file(ROOT / "results" / "collect.py").bench_table([sl, ppo | {"pairs": 1}])
-    assert "101 : 301 (32 episodes a rollout) | 0.50 |" in page and "; 1 pair, " in page and "; 3 pairs, " in page
+    assert "101 : 301 (32 episodes a rollout) | 0.50 |" in page and "- SL small: x86" in page
+    assert "; 1 pair, " in page and "; 3 pairs, " in page and page.count("**3.00** (2.00–4.50) |") == 1 and "** | 101" in page  # of one pair no range
 
 
 @pytest.mark.parametrize("theirs", [[1.01, 64], [1.0], [math.nan, 64]])
