@@ -253,7 +253,8 @@ class Slots:
         return out
 
     def _visible(self, positions: Tensor, width: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """Positions of queries [B, T] -> [B, 1, T, U], 0 at the keys that they may see and -inf at others, of the first U = `width`."""
+        """Positions of queries [B, T] -> [B, 1, T, U], 0 at the keys that they may see and -inf at others, of the first U = `width`. In numbers,
+        for truth values would be made numbers in every layer: 3.5 % of a step of 64 rows (profile, tiny model)."""
         back = positions[:, None, :, None] - torch.arange(width, device=positions.device)
         hidden = (back < 0) | (back >= window) if window else back < 0
         return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
@@ -265,7 +266,12 @@ class Slots:
 
 
 def through(model: PreTrainedModel, ids: Tensor, rows: Packed | Slots) -> Tensor:
-    """Last hidden states [N, hidden size] of tokens [N] that stand where `rows` says."""
+    """Last hidden states [N, hidden size] of tokens [N] that stand where `rows` says.
+
+    Where there is no row (parallel.level), one token that nobody reads goes through the layers, where the other ranks wait.
+    """
+    if not len(ids):
+        return through(model, ids.new_zeros(1), Packed([1], ids.device))[:0]
     # Given a mask of four dimensions, which `attend` does not look at, transformers makes none: it would look in the positions for where rows begin,
     # and wait for a GPU's answer in every pass.
     mask = ids.new_ones(1, 1, 1, 1)

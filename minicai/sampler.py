@@ -46,7 +46,7 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor, temperature: float) -> tuple[Ten
 
     -> token ids [B], their log-probs [B], entropies [B], the last two in float32.
     """
-    logp_BV = (logits_BV.float() if temperature in (0, 1) else logits_BV.float() / temperature).log_softmax(-1)
+    logp_BV = (logits_BV.float() / (temperature or 1.0)).log_softmax(-1)
     p_BV = logp_BV.exp()
     if temperature == 0:
         tokens = logp_BV.argmax(-1)
