@@ -10,12 +10,12 @@ from works import LONGEST, Work, clock
 import train_ppo
 import train_rm
 import train_sl
-from minicai import models, parallel
 from minicai.constitution import CHOICES, render
-from minicai.data import Journal
-from minicai.dialogue import encode
-from minicai.sampler import choice_logprobs
-from minicai.sampler import generate as sample
+from minicai.engine import models, parallel
+from minicai.engine.data import Journal
+from minicai.engine.dialogue import encode
+from minicai.engine.sampler import choice_logprobs
+from minicai.engine.sampler import generate as sample
 
 Result = tuple[float, float, list[float], float]  # seconds, units of work, what to compare, FLOPs
 
@@ -24,8 +24,17 @@ def _load(work: Work, *folders: str) -> tuple:
     """Device, precision (float32 on a CPU, autocast to bfloat16 on a GPU), tokenizer, models."""
     device, precision = parallel.setup(work.device, "auto")
     tokenizer = models.load_tokenizer(work.policy)
-    return device, precision, tokenizer, *(
-        models.load_policy(f, device) if f == work.policy else models.load_scorer(f, device, tokenizer.pad_token_id) for f in folders)
+    return (
+        device,
+        precision,
+        tokenizer,
+        *(
+            models.load_policy(f, device)
+            if f == work.policy
+            else models.load_scorer(f, device, tokenizer.pad_token_id)
+            for f in folders
+        ),
+    )
 
 
 def generate(work: Work) -> Result:
@@ -46,7 +55,9 @@ def labels(work: Work) -> Result:
     device, precision, tokenizer, model = _load(work, work.policy)
     choice_logprobs(model, tokenizer, work.items[:4], CHOICES)
     tokens = []  # that went through the model: what texts share, once
-    model.base_model.register_forward_pre_hook(lambda _, args, inputs: tokens.append(inputs["input_ids"].numel()), with_kwargs=True)
+    model.base_model.register_forward_pre_hook(
+        lambda _, args, inputs: tokens.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
     began = clock()
     with parallel.autocast(device, precision):
         logprobs = choice_logprobs(model, tokenizer, work.items, CHOICES)
@@ -66,7 +77,12 @@ def sl(work: Work) -> Result:
     encoded = [encode(tokenizer, p, r) for p, r in work.items]
     targets = sum(row["tokens"] for row in rows)
     flops = 6 * (work.body * sum(len(p) + len(r) for p, r in encoded) + work.head * targets)
-    return seconds, targets, [row["loss"] for row in rows] + [row["grad_norm"] for row in rows], flops
+    return (
+        seconds,
+        targets,
+        [row["loss"] for row in rows] + [row["grad_norm"] for row in rows],
+        flops,
+    )
 
 
 def rm(work: Work) -> Result:
@@ -78,8 +94,16 @@ def rm(work: Work) -> Result:
         train_rm.fit(cfg, rows, model, tokenizer, device, precision, Path(folder))
         seconds = clock() - began
         metrics = Journal(Path(folder) / "metrics.jsonl").rows
-    tokens = sum(2 * len(p) + len(a) + len(b) for p, a, b in (train_rm.encode_pair(tokenizer, row) for row in rows))
-    return seconds, len(rows), [row["loss"] for row in metrics] + [row["grad_norm"] for row in metrics], 6 * work.body * tokens
+    tokens = sum(
+        2 * len(p) + len(a) + len(b)
+        for p, a, b in (train_rm.encode_pair(tokenizer, row) for row in rows)
+    )
+    return (
+        seconds,
+        len(rows),
+        [row["loss"] for row in metrics] + [row["grad_norm"] for row in metrics],
+        6 * work.body * tokens,
+    )
 
 
 def _sample_to(limits: list[int], *args, **settings):
@@ -88,21 +112,48 @@ def _sample_to(limits: list[int], *args, **settings):
 
 
 def ppo(work: Work) -> Result:
-    device, precision, tokenizer, policy, reference, value, reward = _load(work, work.policy, work.policy, work.scorer, work.scorer)
-    cfg = train_ppo.PPOConfig(episodes=work.batch, max_new_tokens=LONGEST, epochs=4, minibatches=4, lr=1e-5, value_lr=1e-5, missing_eos_penalty=0.0,
-                              target_kl=1e9, rows=work.batch)
-    named = {"policy": policy, "reference": models.freeze(reference, precision), "value": value,
-             "reward": models.freeze(reward, precision)}
-    groups = [{"params": policy.parameters(), "lr": cfg.lr}, {"params": value.parameters(), "lr": cfg.value_lr}]
+    device, precision, tokenizer, policy, reference, value, reward = _load(
+        work, work.policy, work.policy, work.scorer, work.scorer
+    )
+    cfg = train_ppo.PPOConfig(
+        episodes=work.batch,
+        max_new_tokens=LONGEST,
+        epochs=4,
+        minibatches=4,
+        lr=1e-5,
+        value_lr=1e-5,
+        missing_eos_penalty=0.0,
+        target_kl=1e9,
+        rows=work.batch,
+    )
+    named = {
+        "policy": policy,
+        "reference": models.freeze(reference, precision),
+        "value": value,
+        "reward": models.freeze(reward, precision),
+    }
+    groups = [
+        {"params": policy.parameters(), "lr": cfg.lr},
+        {"params": value.parameters(), "lr": cfg.value_lr},
+    ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
     began, check = clock(), []
     for iteration, start in enumerate(range(0, len(work.items), work.batch)):
-        prompts, limits = zip(*work.items[start:start + work.batch])
+        prompts, limits = zip(*work.items[start : start + work.batch])
         train_ppo.generate = partial(_sample_to, limits)
-        row, _ = train_ppo.iterate(cfg, iteration, list(prompts), 0.05, named, optimizer, tokenizer, device, precision)
+        row, _ = train_ppo.iterate(
+            cfg, iteration, list(prompts), 0.05, named, optimizer, tokenizer, device, precision
+        )
         check += [row["length"] * len(prompts), row["updates"]]
     seconds = clock() - began
     tokens = sum(n for _, n in work.items)
     whole = tokens + sum(len(tokenizer(render(p))["input_ids"]) for p, _ in work.items)
-    passes = 2 * (1 + 4) + 6 * 2 * cfg.epochs  # sampling, the four models over the rollout, the updates of two models
-    return seconds, len(work.items), check, passes * work.body * whole + (2 * 3 + 6 * cfg.epochs) * work.head * tokens
+    passes = (
+        2 * (1 + 4) + 6 * 2 * cfg.epochs
+    )  # sampling, the four models over the rollout, the updates of two models
+    return (
+        seconds,
+        len(work.items),
+        check,
+        passes * work.body * whole + (2 * 3 + 6 * cfg.epochs) * work.head * tokens,
+    )

@@ -9,23 +9,42 @@ import warnings
 import torch
 from datasets import Dataset
 from torch.utils.data import SequentialSampler
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LogitsProcessor, StoppingCriteria, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LogitsProcessor,
+    StoppingCriteria,
+    TrainerCallback,
+)
 from transformers.utils import logging
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 from works import LONGEST, Work, clock
 
 from minicai.constitution import render
-from minicai.data import epoch_order
-from minicai.dialogue import encode
+from minicai.engine.data import epoch_order
+from minicai.engine.dialogue import encode
 
 logging.set_verbosity_error()
 warnings.filterwarnings("ignore")
 Result = tuple[float, float, list[float], float]  # seconds, units of work, what to compare, 0
 FEW = 16  # sequences that SFTTrainer takes at once of a large model's batch on a CPU: it keeps the logits of all tokens, too many for 24 GiB
-COMMON = {"learning_rate": 1e-4, "adam_beta2": 0.95, "weight_decay": 0.0, "max_grad_norm": 1.0, "num_train_epochs": 1, "report_to": [],
-          "save_strategy": "no", "disable_tqdm": True, "gradient_checkpointing": False, "warmup_steps": 0, "seed": 0,
-          "optim": "adamw_torch_fused", "logging_steps": 1}
+COMMON = {
+    "learning_rate": 1e-4,
+    "adam_beta2": 0.95,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "num_train_epochs": 1,
+    "report_to": [],
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "gradient_checkpointing": False,
+    "warmup_steps": 0,
+    "seed": 0,
+    "optim": "adamw_torch_fused",
+    "logging_steps": 1,
+}
 
 
 def _common(work: Work) -> dict:
@@ -35,11 +54,15 @@ def _common(work: Work) -> dict:
 def _policy(work: Work):
     """In float32, which TRL's trainers autocast where they are told bf16; to generate on a GPU it is then turned to bfloat16."""
     tokenizer = AutoTokenizer.from_pretrained(work.policy)
-    return tokenizer, AutoModelForCausalLM.from_pretrained(work.policy, dtype=torch.float32).eval().to(work.device)
+    return tokenizer, AutoModelForCausalLM.from_pretrained(
+        work.policy, dtype=torch.float32
+    ).eval().to(work.device)
 
 
 def _scorer(work: Work):
-    return AutoModelForSequenceClassification.from_pretrained(work.scorer, dtype=torch.float32, num_labels=1).to(work.device)
+    return AutoModelForSequenceClassification.from_pretrained(
+        work.scorer, dtype=torch.float32, num_labels=1
+    ).to(work.device)
 
 
 class RowLimits(StoppingCriteria):
@@ -60,16 +83,32 @@ def generate(work: Work) -> Result:
     greedy = []
     for prompt, _ in work.items[:4]:
         ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=work.device)
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8, pad_token_id=pad)
-        greedy += out[0, ids.shape[1]:].tolist()
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=8,
+            pad_token_id=pad,
+        )
+        greedy += out[0, ids.shape[1] :].tolist()
     model = model.bfloat16() if work.device == "cuda" else model
     began, tokens = clock(), 0
     for start in range(0, len(work.items), work.batch):
-        part = work.items[start:start + work.batch]
-        inputs = tokenizer([p for p, _ in part], return_tensors="pt", padding=True, return_token_type_ids=False).to(work.device)
+        part = work.items[start : start + work.batch]
+        inputs = tokenizer(
+            [p for p, _ in part], return_tensors="pt", padding=True, return_token_type_ids=False
+        ).to(work.device)
         limits, width = [n for _, n in part], inputs["input_ids"].shape[1]
-        out = model.generate(**inputs, do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=max(limits), pad_token_id=pad,
-                             stopping_criteria=[RowLimits(limits, width)])
+        out = model.generate(
+            **inputs,
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            temperature=1.0,
+            max_new_tokens=max(limits),
+            pad_token_id=pad,
+            stopping_criteria=[RowLimits(limits, width)],
+        )
         assert out.shape[1] == width + max(limits)
         tokens += sum(limits)
     return clock() - began, tokens, [tokens, *greedy], 0
@@ -80,7 +119,10 @@ def labels(work: Work) -> Result:
     tokenizer, model = _policy(work)
     check = []
     for text in work.items[:8]:
-        head, tails = tokenizer(text)["input_ids"], [tokenizer(choice)["input_ids"] for choice in (" (A", " (B")]
+        head, tails = (
+            tokenizer(text)["input_ids"],
+            [tokenizer(choice)["input_ids"] for choice in (" (A", " (B")],
+        )
         for tail in tails:
             logp = model(torch.tensor([head + tail], device=work.device)).logits[0].log_softmax(-1)
             check.append(sum(logp[len(head) - 1 + k, token].item() for k, token in enumerate(tail)))
@@ -88,8 +130,10 @@ def labels(work: Work) -> Result:
     began, answers = clock(), []
     for text in work.items:
         inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(work.device)
-        out = model.generate(**inputs, do_sample=False, max_new_tokens=4, pad_token_id=tokenizer.pad_token_id)
-        found = re.search("[AB]", tokenizer.decode(out[0, inputs["input_ids"].shape[1]:]))
+        out = model.generate(
+            **inputs, do_sample=False, max_new_tokens=4, pad_token_id=tokenizer.pad_token_id
+        )
+        found = re.search("[AB]", tokenizer.decode(out[0, inputs["input_ids"].shape[1] :]))
         answers.append(found.group() if found else None)
     return clock() - began, len(answers) / 2, check, 0
 
@@ -145,15 +189,26 @@ def _train(trainer) -> Clock:
 
 def sl(work: Work) -> Result:
     tokenizer, model = _policy(work)
-    order = epoch_order(len(work.items), 1, 0, 0)  # the order in which train_sl.py goes through them
+    order = epoch_order(
+        len(work.items), 1, 0, 0
+    )  # the order in which train_sl.py goes through them
     began = clock()
     rows = [encode(tokenizer, *work.items[k]) for k in order]
     encoding = clock() - began  # which is in our seconds too
-    data = Dataset.from_list([{"input_ids": p + r, "completion_mask": [0] * len(p) + [1] * len(r)} for p, r in rows])
+    data = Dataset.from_list(
+        [{"input_ids": p + r, "completion_mask": [0] * len(p) + [1] * len(r)} for p, r in rows]
+    )
     with tempfile.TemporaryDirectory() as folder:
         at_once = FEW if model.num_parameters() > 1e8 and work.device == "cpu" else work.batch
-        args = SFTConfig(folder, per_device_train_batch_size=at_once, gradient_accumulation_steps=work.batch // at_once,
-                         lr_scheduler_type="constant", completion_only_loss=True, max_length=1024, **_common(work))
+        args = SFTConfig(
+            folder,
+            per_device_train_batch_size=at_once,
+            gradient_accumulation_steps=work.batch // at_once,
+            lr_scheduler_type="constant",
+            completion_only_loss=True,
+            max_length=1024,
+            **_common(work),
+        )
         log = _train(InOrderSFT(model, args, train_dataset=data, processing_class=tokenizer))
     return encoding + log.seconds, sum(len(r) for _, r in rows), log.losses + log.norms, 0
 
@@ -167,9 +222,18 @@ def rm(work: Work) -> Result:
         rows.append({"chosen_ids": p + a, "rejected_ids": p + b})
     encoding = clock() - began
     with tempfile.TemporaryDirectory() as folder:
-        args = RewardConfig(folder, per_device_train_batch_size=work.batch, lr_scheduler_type="linear", center_rewards_coefficient=0.01,
-                            **_common(work))
-        log = _train(InOrderReward(model, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer))
+        args = RewardConfig(
+            folder,
+            per_device_train_batch_size=work.batch,
+            lr_scheduler_type="linear",
+            center_rewards_coefficient=0.01,
+            **_common(work),
+        )
+        log = _train(
+            InOrderReward(
+                model, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+            )
+        )
     return encoding + log.seconds, len(rows), log.losses + log.norms, 0
 
 
@@ -177,24 +241,44 @@ def ppo(work: Work) -> Result:
     tokenizer, policy = _policy(work)
     _, reference = _policy(work)
     tokenizer.padding_side = "left"
-    data = Dataset.from_list([{"input_ids": tokenizer(render(p))["input_ids"]} for p, _ in work.items])
+    data = Dataset.from_list(
+        [{"input_ids": tokenizer(render(p))["input_ids"]} for p, _ in work.items]
+    )
     limits = torch.tensor([n for _, n in work.items]).split(work.batch)
     sample, rollouts = policy.generate, iter(limits)
     counted = []
 
     def generate_to(**inputs):
         prompt = inputs["input_ids"].shape[1]
-        out = sample(**inputs, logits_processor=[EndAt(next(rollouts), prompt, tokenizer.eos_token_id, tokenizer.pad_token_id)])
+        out = sample(
+            **inputs,
+            logits_processor=[
+                EndAt(next(rollouts), prompt, tokenizer.eos_token_id, tokenizer.pad_token_id)
+            ],
+        )
         counted.append(int((out.sequences[:, prompt:] != tokenizer.pad_token_id).sum()))
         return out
 
     policy.generate = generate_to
     with tempfile.TemporaryDirectory() as folder:
-        args = PPOConfig(folder, per_device_train_batch_size=work.batch, gradient_accumulation_steps=1, num_mini_batches=4, num_ppo_epochs=4,
-                         total_episodes=len(work.items), response_length=LONGEST, stop_token="eos",
-                         local_rollout_forward_batch_size=work.batch, temperature=1.0,
-                         num_sample_generations=0, kl_coef=0.05, gamma=1.0, lam=0.95, vf_coef=0.1,
-                         **(_common(work) | {"learning_rate": 1e-5}))
+        args = PPOConfig(
+            folder,
+            per_device_train_batch_size=work.batch,
+            gradient_accumulation_steps=1,
+            num_mini_batches=4,
+            num_ppo_epochs=4,
+            total_episodes=len(work.items),
+            response_length=LONGEST,
+            stop_token="eos",
+            local_rollout_forward_batch_size=work.batch,
+            temperature=1.0,
+            num_sample_generations=0,
+            kl_coef=0.05,
+            gamma=1.0,
+            lam=0.95,
+            vf_coef=0.1,
+            **(_common(work) | {"learning_rate": 1e-5}),
+        )
         trainer = PPOTrainer(args, tokenizer, policy, reference, _scorer(work), data, _scorer(work))
         steps = []
         trainer.optimizer.optimizer.register_step_post_hook(lambda *_: steps.append(1))
@@ -202,6 +286,9 @@ def ppo(work: Work) -> Result:
         trainer.train()
         seconds = clock() - began
     batches = len(work.items) // work.batch
-    return seconds, batches * work.batch, [x for tokens in counted for x in (tokens, len(steps) / batches)], 0
-
-
+    return (
+        seconds,
+        batches * work.batch,
+        [x for tokens in counted for x in (tokens, len(steps) / batches)],
+        0,
+    )

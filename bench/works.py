@@ -12,27 +12,80 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from minicai import constitution, models
-from minicai.config import builtin
+from minicai import constitution
+from minicai.engine import models
+from minicai.engine.config import builtin
 from minicai.tinyworld.corpus import Corpus
 from minicai.tinyworld.grammar import CLASS_OF
 
-SHAPES = {"tiny": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": 1536},
-          "small": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 32000},
-          "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-                   "vocab_size": 49152},
-          "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
-                   "vocab_size": 151936},  # Qwen2.5's, as is the next
-          "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
-                   "vocab_size": 151936}}
+SHAPES = {
+    "tiny": {
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "vocab_size": 1536,
+    },
+    "small": {
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "vocab_size": 32000,
+    },
+    "135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+    },
+    "0.5b": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+    },  # Qwen2.5's, as is the next
+    "1.5b": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+    },
+}
 LONGEST = 200  # tokens of a response
-seconds = time.process_time if os.environ.get("MINICAI_BENCH_CPU_TIME") else time.perf_counter  # of all threads, or on the wall
+seconds = (
+    time.process_time if os.environ.get("MINICAI_BENCH_CPU_TIME") else time.perf_counter
+)  # of all threads, or on the wall
 # How many of what, so that a run takes the slower side about a minute, or one PPO rollout of 64 episodes of the large model some minutes.
-COUNTS = {"tiny": {"generate": 512, "labels": 256, "sl": 1024, "rm": 512, "ppo": 256, "batch": 64},
-          "small": {"generate": 128, "labels": 64, "sl": 192, "rm": 96, "ppo": 32, "batch": 32},
-          "135m": {"generate": 32, "labels": 16, "sl": 128, "rm": 24, "ppo": 64, "batch": 16, "sl_batch": 64, "ppo_batch": 64},
-          "0.5b": {"generate": 512, "labels": 256, "sl": 512, "rm": 256, "ppo": 256, "batch": 64},  # for a GPU, as is the next
-          "1.5b": {"generate": 256, "labels": 128, "sl": 256, "rm": 128, "ppo": 128, "batch": 64}}
+COUNTS = {
+    "tiny": {"generate": 512, "labels": 256, "sl": 1024, "rm": 512, "ppo": 256, "batch": 64},
+    "small": {"generate": 128, "labels": 64, "sl": 192, "rm": 96, "ppo": 32, "batch": 32},
+    "135m": {
+        "generate": 32,
+        "labels": 16,
+        "sl": 128,
+        "rm": 24,
+        "ppo": 64,
+        "batch": 16,
+        "sl_batch": 64,
+        "ppo_batch": 64,
+    },
+    "0.5b": {
+        "generate": 512,
+        "labels": 256,
+        "sl": 512,
+        "rm": 256,
+        "ppo": 256,
+        "batch": 64,
+    },  # for a GPU, as is the next
+    "1.5b": {"generate": 256, "labels": 128, "sl": 256, "rm": 128, "ppo": 128, "batch": 64},
+}
 
 
 @dataclass
@@ -58,16 +111,31 @@ def clock() -> float:
 def setup(size: str, folder: Path, device: str) -> dict:
     """Writes a policy and a scorer with random weights (of "tiny" the shape is the tiny world's base model's); measures the machine."""
     torch.manual_seed(0)
-    tokenizer = models.load_tokenizer(str(Path(models.__file__).parent / "tinyworld/base"))
-    config = LlamaConfig(**SHAPES[size], max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
-                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    tokenizer = models.load_tokenizer(str(Path(models.__file__).parents[1] / "tinyworld/base"))
+    config = LlamaConfig(
+        **SHAPES[size],
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     LlamaForCausalLM(config).save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "policy")
-    models.load_scorer(str(folder / "policy"), torch.device("cpu"), tokenizer.pad_token_id, seed=0).save_pretrained(folder / "scorer")
+    models.load_scorer(
+        str(folder / "policy"), torch.device("cpu"), tokenizer.pad_token_id, seed=0
+    ).save_pretrained(folder / "scorer")
     tokenizer.save_pretrained(folder / "scorer")
-    here = (f"{torch.cuda.get_device_name()}, bfloat16" if device == "cuda" else
-            f"{platform.processor() or platform.machine()}, float32, {torch.get_num_threads()} threads")
-    return {"peak_flops": peak_flops(device), "device": here, "versions": {name: version(name) for name in ("torch", "transformers", "trl")}}
+    here = (
+        f"{torch.cuda.get_device_name()}, bfloat16"
+        if device == "cuda"
+        else f"{platform.processor() or platform.machine()}, float32, {torch.get_num_threads()} threads"
+    )
+    return {
+        "peak_flops": peak_flops(device),
+        "device": here,
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
+    }
 
 
 def peak_flops(device: str) -> float:
@@ -103,7 +171,11 @@ def load(work: str, size: str, folder: Path, device: str) -> Work:
         items = [(p, length(rng)) for p in prompts]
     elif work == "labels":
         corpus = Corpus(constitution.load(builtin("constitutions/tiny.toml")), "eval", seed=0)
-        items = [order for pair in (corpus.pair() for _ in range(count)) for order in (pair.render(), pair.render(swapped=True))]
+        items = [
+            order
+            for pair in (corpus.pair() for _ in range(count))
+            for order in (pair.render(), pair.render(swapped=True))
+        ]
     elif work == "ppo":
         items = [(p, length(rng)) for p in prompts]
     else:
@@ -112,8 +184,15 @@ def load(work: str, size: str, folder: Path, device: str) -> Work:
     kv = s.get("num_key_value_heads", s["num_attention_heads"]) / s["num_attention_heads"]
     layer = s["hidden_size"] ** 2 * (2 + 2 * kv) + 3 * s["hidden_size"] * s["intermediate_size"]
     batch = COUNTS[size].get(f"{work}_batch", COUNTS[size]["batch"])
-    return Work(str(folder / "policy"), str(folder / "scorer"), batch, items, int(s["num_hidden_layers"] * layer), s["hidden_size"] * s["vocab_size"],
-                device)
+    return Work(
+        str(folder / "policy"),
+        str(folder / "scorer"),
+        batch,
+        items,
+        int(s["num_hidden_layers"] * layer),
+        s["hidden_size"] * s["vocab_size"],
+        device,
+    )
 
 
 def peak_memory_mb(device: str) -> float:

@@ -14,14 +14,36 @@ import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from minicai import feedback, losses, sampler
+from minicai import feedback, losses
+from minicai.engine import sampler
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "figures"
 BLUE, ORANGE, GREEN, VIOLET, GREY = "#4a90d9", "#e07b39", "#3da35d", "#a974d1", "#808890"
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "minicai", "font.size": 9, "font.family": "sans-serif", "axes.titlesize": 9, "lines.linewidth": 1.8,
-         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "axes.grid": True, "grid.alpha": 0.25,
-         **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), GREY)}
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "minicai",
+    "font.size": 9,
+    "font.family": "sans-serif",
+    "axes.titlesize": 9,
+    "lines.linewidth": 1.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    **dict.fromkeys(
+        (
+            "text.color",
+            "axes.labelcolor",
+            "axes.edgecolor",
+            "xtick.color",
+            "ytick.color",
+            "grid.color",
+        ),
+        GREY,
+    ),
+}
 THIN = {"color": GREY, "linewidth": 0.8, "linestyle": "--"}
 
 
@@ -38,8 +60,19 @@ def rounds() -> Figure:
     figure, (axis,) = panels(1)
     runs = json.loads((ROOT / "results" / "tiny.json").read_text(encoding="utf-8"))["runs"]
     for run, color in zip(runs, (BLUE, ORANGE, GREEN)):
-        axis.plot(run["revision"]["harmful_by_round"], "o-", color=color, markersize=4, label=f"seed {run['seed']}")
-    axis.set(xlabel="revisions (0 = first response)", ylabel="harmful responses", ylim=(0, 1.05), xticks=range(5))
+        axis.plot(
+            run["revision"]["harmful_by_round"],
+            "o-",
+            color=color,
+            markersize=4,
+            label=f"seed {run['seed']}",
+        )
+    axis.set(
+        xlabel="revisions (0 = first response)",
+        ylabel="harmful responses",
+        ylim=(0, 1.05),
+        xticks=range(5),
+    )
     axis.legend()
     return figure
 
@@ -47,11 +80,30 @@ def rounds() -> Figure:
 def nll() -> Figure:
     """What the tokens of a prompt and a response cost: outlined, how unlikely the model finds them; filled, the loss, which has a mask."""
     figure, (axis,) = panels(1)
-    logprobs, mask = torch.tensor([[-9.0, -7.0, 0.5, 0.25]]), torch.tensor([[False, False, True, True]])
+    logprobs, mask = (
+        torch.tensor([[-9.0, -7.0, 0.5, 0.25]]),
+        torch.tensor([[False, False, True, True]]),
+    )
     logprobs[mask] = logprobs[mask].log()
     tokens = ("prompt\n1", "prompt\n2", "response\n1", "response\n2")
-    axis.bar(tokens, (-logprobs[0]).tolist(), width=0.6, facecolor="none", edgecolor=GREY, linewidth=0.8, linestyle="--", label="-log P")
-    bars = axis.bar(tokens, losses.nll_loss(logprobs, mask)[0].tolist(), width=0.6, color=BLUE, label="loss", zorder=2)
+    axis.bar(
+        tokens,
+        (-logprobs[0]).tolist(),
+        width=0.6,
+        facecolor="none",
+        edgecolor=GREY,
+        linewidth=0.8,
+        linestyle="--",
+        label="-log P",
+    )
+    bars = axis.bar(
+        tokens,
+        losses.nll_loss(logprobs, mask)[0].tolist(),
+        width=0.6,
+        color=BLUE,
+        label="loss",
+        zorder=2,
+    )
     axis.bar_label(bars, fmt="%.2f", color=BLUE, padding=2)
     axis.set(xlabel="token", ylabel="nats", ylim=(0, 10))
     axis.grid(axis="x", visible=False)
@@ -66,7 +118,9 @@ def label() -> Figure:
     p = [feedback.p_first_from_logprobs(d, 0.0) for d in x]
     axis.plot(x, p, color=BLUE, label="p_first")
     axis.plot(x, [feedback.clamp(q, 0.4, 0.6) for q in p], color=ORANGE, label="clamped to 40-60 %")
-    axis.set(xlabel="log-prob of (A) minus log-prob of (B), nats", ylabel="label", ylim=(-0.03, 1.03))
+    axis.set(
+        xlabel="log-prob of (A) minus log-prob of (B), nats", ylabel="label", ylim=(-0.03, 1.03)
+    )
     axis.legend(loc="lower right")
     return figure
 
@@ -76,12 +130,32 @@ def votes() -> Figure:
     figure, axes = panels(2)
     x = torch.linspace(0, 1, 201).tolist()
     for axis, others in zip(axes, ((0.9, 0.8), (0.9, 0.1))):
-        mean, most = [[combine([*others, p]) for p in x] for combine in (feedback.ensemble_mean, feedback.majority)]
+        mean, most = [
+            [combine([*others, p]) for p in x]
+            for combine in (feedback.ensemble_mean, feedback.majority)
+        ]
         axis.plot(x, most, color=ORANGE, label="majority", drawstyle="steps-mid")
         axis.plot(x, mean, color=BLUE, label="mean")
-        axis.plot(x, [feedback.clamp(p, 0.4, 0.6) for p in mean], color=GREEN, linestyle="--", label="mean, clamped to 40-60 %")
-        axis.set(title=f"the other two: {others[0]:g} and {others[1]:g}", xlabel="third vote", ylabel="label", ylim=(-0.03, 1.05))
-    axes[0].plot([0.1, 0.1], [feedback.ensemble_mean([0.9, 0.8, 0.1]), feedback.majority([0.9, 0.8, 0.1])], "o", color=GREY, markersize=5)
+        axis.plot(
+            x,
+            [feedback.clamp(p, 0.4, 0.6) for p in mean],
+            color=GREEN,
+            linestyle="--",
+            label="mean, clamped to 40-60 %",
+        )
+        axis.set(
+            title=f"the other two: {others[0]:g} and {others[1]:g}",
+            xlabel="third vote",
+            ylabel="label",
+            ylim=(-0.03, 1.05),
+        )
+    axes[0].plot(
+        [0.1, 0.1],
+        [feedback.ensemble_mean([0.9, 0.8, 0.1]), feedback.majority([0.9, 0.8, 0.1])],
+        "o",
+        color=GREY,
+        markersize=5,
+    )
     axes[0].legend(loc="lower right")
     return figure
 
@@ -91,11 +165,24 @@ def preference() -> Figure:
     figure, (axis,) = panels(1)
     x = torch.linspace(-4, 6, 201, dtype=torch.float64)
     for p, color in ((0.5, GREEN), (0.7, ORANGE), (1.0, BLUE)):
-        axis.plot(x, losses.preference_loss(x, torch.zeros_like(x), torch.full_like(x, p)), color=color, label=f"p = {p:g}")
+        axis.plot(
+            x,
+            losses.preference_loss(x, torch.zeros_like(x), torch.full_like(x, p)),
+            color=color,
+            label=f"p = {p:g}",
+        )
         if p < 1:
             best = torch.tensor(p, dtype=torch.float64).logit()
-            axis.plot(best, losses.preference_loss(best, torch.zeros(()), torch.tensor(p)), "o", color=color, markersize=5)
-    axis.set(xlabel="score of the first minus score of the second", ylabel="loss, nats", ylim=(0, 3))
+            axis.plot(
+                best,
+                losses.preference_loss(best, torch.zeros(()), torch.tensor(p)),
+                "o",
+                color=color,
+                markersize=5,
+            )
+    axis.set(
+        xlabel="score of the first minus score of the second", ylabel="loss, nats", ylim=(0, 3)
+    )
     axis.legend()
     return figure
 
@@ -103,10 +190,18 @@ def preference() -> Figure:
 def centering() -> Figure:
     """The loss of a pair with the scores 1.5 and -0.5, whose first is the better, when a number is added to both."""
     figure, (axis,) = panels(1)
-    for weight, color, name in ((0, BLUE, "preference loss"), (0.01, ORANGE, "with 0.01 of centering")):
-        for shift, style, label in ((torch.linspace(-7, 7, 141), "-", name), (torch.tensor([0.0, 5.0]), "o", None)):
+    for weight, color, name in (
+        (0, BLUE, "preference loss"),
+        (0.01, ORANGE, "with 0.01 of centering"),
+    ):
+        for shift, style, label in (
+            (torch.linspace(-7, 7, 141), "-", name),
+            (torch.tensor([0.0, 5.0]), "o", None),
+        ):
             first, second = 1.5 + shift, -0.5 + shift
-            loss = losses.preference_loss(first, second, torch.ones_like(shift)) + weight * losses.centering_loss(first, second)
+            loss = losses.preference_loss(
+                first, second, torch.ones_like(shift)
+            ) + weight * losses.centering_loss(first, second)
             axis.plot(shift, loss, style, color=color, markersize=5, label=label)
     axis.set(xlabel="added to both scores", ylabel="loss", ylim=(0, 2.6), xticks=(-5, 0, 5))
     axis.legend(loc="upper center")
@@ -116,23 +211,47 @@ def centering() -> Figure:
 def temperature() -> Figure:
     """Which of three tokens a uniform number draws at which temperature, and how much doubt there is."""
     figure, axes = panels(2)
-    x, logits, colors = torch.linspace(0.1, 2, 191), torch.tensor([[0.5, 0.25, 0.25]]).log(), (BLUE, ORANGE, GREEN)
-    drawn = [sampler.draw(logits.expand(2, 3), torch.tensor([0.0, 0.9999]), t) for t in x.tolist()]  # tokens 0 and 2, the ends of the cdf
+    x, logits, colors = (
+        torch.linspace(0.1, 2, 191),
+        torch.tensor([[0.5, 0.25, 0.25]]).log(),
+        (BLUE, ORANGE, GREEN),
+    )
+    drawn = [
+        sampler.draw(logits.expand(2, 3), torch.tensor([0.0, 0.9999]), t) for t in x.tolist()
+    ]  # tokens 0 and 2, the ends of the cdf
     first, last = torch.stack([logprobs for _, logprobs, _ in drawn], 1).exp()
     bounds = (torch.zeros_like(x), first, 1 - last, torch.ones_like(x))
     for k, color in enumerate(colors):
         axes[0].fill_between(x, bounds[k], bounds[k + 1], color=color, alpha=0.35, linewidth=0)
-        axes[0].annotate(f"token {k}", (1.95, (bounds[k] + bounds[k + 1])[-1] / 2), ha="right", va="center", color=color)
+        axes[0].annotate(
+            f"token {k}",
+            (1.95, (bounds[k] + bounds[k + 1])[-1] / 2),
+            ha="right",
+            va="center",
+            color=color,
+        )
     axes[0].axhline(0.6, **THIN)
     axes[1].plot(x, [entropies[0] for _, _, entropies in drawn], color=VIOLET)
     axes[1].axhline(torch.tensor(3.0).log(), **THIN)
-    axes[1].annotate("log 3: all alike", (0.13, torch.tensor(3.0).log()), (0, 3), textcoords="offset points", color=GREY)
+    axes[1].annotate(
+        "log 3: all alike",
+        (0.13, torch.tensor(3.0).log()),
+        (0, 3),
+        textcoords="offset points",
+        color=GREY,
+    )
     for t in (0.5, 1.0):
         token, _, entropy = sampler.draw(logits, torch.tensor([0.6]), t)
         axes[0].plot(t, 0.6, "o", color=colors[token], markersize=5)
         axes[1].plot(t, entropy, "o", color=VIOLET, markersize=5)
     for axis, name, top in zip(axes, ("uniform number", "entropy, nats"), (1, 1.25)):
-        axis.set(xlabel="temperature", ylabel=name, xlim=(0.1, 2), ylim=(0, top), xticks=(0.1, 0.5, 1, 1.5, 2))
+        axis.set(
+            xlabel="temperature",
+            ylabel=name,
+            xlim=(0.1, 2),
+            ylim=(0, top),
+            xticks=(0.1, 0.5, 1, 1.5, 2),
+        )
     return figure
 
 
@@ -142,7 +261,10 @@ def kl() -> Figure:
     ref = torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64).log()
     tilts = torch.linspace(0.02, 1.5, 75, dtype=torch.float64)
     policies = [(ref + tilt * torch.tensor([1.0, -1.0, 0.0])).log_softmax(-1) for tilt in tilts]
-    x, exact = torch.linspace(-2, 2, 161), torch.stack([losses.exact_kl(logp, ref) for logp in policies]).double()
+    x, exact = (
+        torch.linspace(-2, 2, 161),
+        torch.stack([losses.exact_kl(logp, ref) for logp in policies]).double(),
+    )
     for name, color in (("kl_k1", BLUE), ("kl_k2", ORANGE), ("kl_k3", GREEN)):
         estimator = getattr(losses, name)
         axes[0].plot(x, estimator(x, torch.zeros_like(x)), color=color, label=name[3:])
@@ -150,26 +272,64 @@ def kl() -> Figure:
         squares = torch.stack([(logp.exp() * estimator(logp, ref) ** 2).sum() for logp in policies])
         axes[1].plot(exact, means / exact, color=color, linestyle="--" if name == "kl_k3" else "-")
         axes[2].plot(exact, (squares - means**2).sqrt() / exact, color=color)
-    axes[0].set(title="one token", xlabel="log pi(y) - log pi_ref(y)", ylabel="estimate, nats", ylim=(-2.1, 4.5))
+    axes[0].set(
+        title="one token",
+        xlabel="log pi(y) - log pi_ref(y)",
+        ylabel="estimate, nats",
+        ylim=(-2.1, 4.5),
+    )
     axes[0].legend()
     axes[1].set(title="bias", xlabel="exact KL, nats", ylabel="mean / exact KL", ylim=(0.75, 1.25))
-    axes[2].set(title="noise", xlabel="exact KL, nats", ylabel="standard deviation / exact KL", ylim=(0, 10))
+    axes[2].set(
+        title="noise", xlabel="exact KL, nats", ylabel="standard deviation / exact KL", ylim=(0, 10)
+    )
     return figure
 
 
 def rewards() -> Figure:
     """The rewards of three tokens, the last of which has the score; and what beta, now 0.3, becomes after a rollout of 64 episodes."""
     figure, axes = panels(2)
-    shaped = losses.shaped_rewards(torch.tensor([2.0]), torch.tensor([[0.5, -0.1, 0.2]]), torch.ones(1, 3, dtype=torch.bool), kl_coef=0.1)[0].tolist()
+    shaped = losses.shaped_rewards(
+        torch.tensor([2.0]),
+        torch.tensor([[0.5, -0.1, 0.2]]),
+        torch.ones(1, 3, dtype=torch.bool),
+        kl_coef=0.1,
+    )[0].tolist()
     axes[0].axhline(0, color=GREY, linewidth=0.8)
     axes[0].bar((1, 2, 3), shaped, width=0.5, color=(ORANGE, ORANGE, BLUE), zorder=2)
     for token, reward in enumerate(shaped, 1):
-        axes[0].annotate(f"{reward:+.2f}", (token, max(reward, 0)), (0, 3), textcoords="offset points", ha="center")
-    axes[0].set(title="score 2, beta 0.1", xlabel="token", ylabel="reward", xticks=(1, 2, 3), ylim=(-0.3, 2.4))
+        axes[0].annotate(
+            f"{reward:+.2f}",
+            (token, max(reward, 0)),
+            (0, 3),
+            textcoords="offset points",
+            ha="center",
+        )
+    axes[0].set(
+        title="score 2, beta 0.1",
+        xlabel="token",
+        ylabel="reward",
+        xticks=(1, 2, 3),
+        ylim=(-0.3, 2.4),
+    )
     for kl, style in (([k / 100 for k in range(101)], "-"), ([0.9], "o")):
-        axes[1].plot(kl, [losses.adaptive_kl_coef(0.3, nats, target=0.5, horizon=640, episodes=64) for nats in kl], style, color=GREEN, markersize=5)
+        axes[1].plot(
+            kl,
+            [
+                losses.adaptive_kl_coef(0.3, nats, target=0.5, horizon=640, episodes=64)
+                for nats in kl
+            ],
+            style,
+            color=GREEN,
+            markersize=5,
+        )
     axes[1].axvline(0.5, **THIN)
-    axes[1].set(title="target 0.5, horizon 640", xlabel="KL, nats per response", ylabel="beta after the rollout", yticks=(0.294, 0.3, 0.306))
+    axes[1].set(
+        title="target 0.5, horizon 640",
+        xlabel="KL, nats per response",
+        ylabel="beta after the rollout",
+        yticks=(0.294, 0.3, 0.306),
+    )
     return figure
 
 
@@ -180,7 +340,9 @@ def gae() -> Figure:
     rewards[0, -1] = 1
     for lam, color in ((1.0, BLUE), (0.95, ORANGE), (0.5, GREEN), (0.0, VIOLET)):
         advantages, _ = losses.gae(rewards, torch.zeros(1, 20), mask, gamma=1.0, lam=lam)
-        axis.plot(range(1, 21), advantages[0], "o-", markersize=3, color=color, label=f"lambda = {lam:g}")
+        axis.plot(
+            range(1, 21), advantages[0], "o-", markersize=3, color=color, label=f"lambda = {lam:g}"
+        )
     axis.set(xlabel="token", ylabel="advantage", xticks=(1, 5, 10, 15, 20))
     axis.legend(loc="lower left", bbox_to_anchor=(0, 0.04), fontsize=8, labelspacing=0.2)
     return figure
@@ -195,8 +357,16 @@ def whitening() -> Figure:
     axis.plot(rows, range(3), color=GREY, linewidth=0.6, zorder=1)
     axis.axvline(0, color=GREY, linewidth=0.8)
     for height, row in enumerate(rows):
-        axis.scatter(row, [height] * 4, c=[BLUE if value > 0 else ORANGE for value in row], s=28, zorder=2)
-    axis.set(xlabel="advantage", yticks=range(3), yticklabels=("whiten_scale", "as it is", "whiten"), ylim=(-0.4, 2.4), xlim=(-2, 4.5))
+        axis.scatter(
+            row, [height] * 4, c=[BLUE if value > 0 else ORANGE for value in row], s=28, zorder=2
+        )
+    axis.set(
+        xlabel="advantage",
+        yticks=range(3),
+        yticklabels=("whiten_scale", "as it is", "whiten"),
+        ylim=(-0.4, 2.4),
+        xlim=(-2, 4.5),
+    )
     axis.grid(axis="y", visible=False)
     return figure
 
@@ -206,11 +376,22 @@ def clip() -> Figure:
     figure, axes = panels(2)
     ratio = torch.linspace(0.4, 1.6, 241)[None]
     for axis, advantage, color in zip(axes, (1.0, -1.0), (BLUE, ORANGE)):
-        objective = -losses.policy_loss(ratio.log(), torch.zeros_like(ratio), torch.full_like(ratio, advantage), torch.ones_like(ratio).bool(), 0.2)
+        objective = -losses.policy_loss(
+            ratio.log(),
+            torch.zeros_like(ratio),
+            torch.full_like(ratio, advantage),
+            torch.ones_like(ratio).bool(),
+            0.2,
+        )
         axis.plot(ratio[0], advantage * ratio[0], **THIN)
         axis.plot(ratio[0], objective[0], color=color)
         axis.plot([1], [advantage], "o", color=color, markersize=5)
-        axis.set(title=f"A = {advantage:+g}", xlabel="ratio pi(y) / pi_old(y)", ylabel="objective", xticks=(0.4, 0.8, 1, 1.2, 1.6))
+        axis.set(
+            title=f"A = {advantage:+g}",
+            xlabel="ratio pi(y) / pi_old(y)",
+            ylabel="objective",
+            xticks=(0.4, 0.8, 1, 1.2, 1.6),
+        )
     return figure
 
 
@@ -219,10 +400,24 @@ def value() -> Figure:
     figure, axes = panels(2)
     new, old, true = torch.linspace(0.4, 2.4, 201), torch.tensor(1.0), torch.tensor(True)
     for axis, target, color in zip(axes, (2.0, 1.1), (BLUE, ORANGE)):
-        axis.plot(new, losses.value_loss(new, old, torch.tensor(target), true, clip_range=9), **THIN)
+        axis.plot(
+            new, losses.value_loss(new, old, torch.tensor(target), true, clip_range=9), **THIN
+        )
         for values, style in ((new, "-"), (torch.tensor(1.5), "o")):
-            axis.plot(values, losses.value_loss(values, old, torch.tensor(target), true, clip_range=0.2), style, color=color, markersize=5)
-        axis.set(title=f"R = {target:g}", xlabel="V, where V_old = 1", ylabel="loss", xticks=(0.4, 0.8, 1.2, 1.6, 2, 2.4), ylim=(-0.03, 1))
+            axis.plot(
+                values,
+                losses.value_loss(values, old, torch.tensor(target), true, clip_range=0.2),
+                style,
+                color=color,
+                markersize=5,
+            )
+        axis.set(
+            title=f"R = {target:g}",
+            xlabel="V, where V_old = 1",
+            ylabel="loss",
+            xticks=(0.4, 0.8, 1.2, 1.6, 2, 2.4),
+            ylim=(-0.03, 1),
+        )
     return figure
 
 
@@ -242,17 +437,53 @@ def mix() -> Figure:
 def dials() -> Figure:
     """The four dials, each against what moves it; the dots are the section's numbers."""
     figure, axes = panels(4, rows=2)
-    x, zero, true, returns = torch.linspace(1e-3, 1 - 1e-3, 999), torch.tensor(0.0), torch.tensor(True), torch.tensor([0.0, 2.0, 4.0])
+    x, zero, true, returns = (
+        torch.linspace(1e-3, 1 - 1e-3, 999),
+        torch.tensor(0.0),
+        torch.tensor(True),
+        torch.tensor([0.0, 2.0, 4.0]),
+    )
 
     def explained(sizes: torch.Tensor) -> list:
-        return [losses.explained_variance(size * returns, returns, true.expand(3)) for size in sizes]
+        return [
+            losses.explained_variance(size * returns, returns, true.expand(3)) for size in sizes
+        ]
 
-    half, three, ratios = torch.tensor([0.5]), torch.tensor([0.5, 1.0, 1.5]), "ratio pi(y) / pi_old(y)"
+    half, three, ratios = (
+        torch.tensor([0.5]),
+        torch.tensor([0.5, 1.0, 1.5]),
+        "ratio pi(y) / pi_old(y)",
+    )
     for axis, color, dial, where, dots, below, beside in (
-            (axes[0], VIOLET, lambda p: losses.entropy(torch.stack([p, (1 - p) / 2, (1 - p) / 2], 1).log()), x, half, "P(token 0)", "entropy, nats"),
-            (axes[1], BLUE, lambda ratio: losses.approx_kl(ratio.log(), zero, true), 2 * x, three, ratios, "approx-KL, nats"),
-            (axes[2], ORANGE, lambda ratio: losses.clip_fraction(ratio.log(), zero, true, 0.2), 2 * x, three, ratios, "clip fraction"),
-            (axes[3], GREEN, explained, 2.4 * x - 0.2, half, "values / returns", "explained variance")):
+        (
+            axes[0],
+            VIOLET,
+            lambda p: losses.entropy(torch.stack([p, (1 - p) / 2, (1 - p) / 2], 1).log()),
+            x,
+            half,
+            "P(token 0)",
+            "entropy, nats",
+        ),
+        (
+            axes[1],
+            BLUE,
+            lambda ratio: losses.approx_kl(ratio.log(), zero, true),
+            2 * x,
+            three,
+            ratios,
+            "approx-KL, nats",
+        ),
+        (
+            axes[2],
+            ORANGE,
+            lambda ratio: losses.clip_fraction(ratio.log(), zero, true, 0.2),
+            2 * x,
+            three,
+            ratios,
+            "clip fraction",
+        ),
+        (axes[3], GREEN, explained, 2.4 * x - 0.2, half, "values / returns", "explained variance"),
+    ):
         axis.plot(where, dial(where), color=color)
         axis.plot(dots, dial(dots), "o", color=color, markersize=5)
         axis.set(xlabel=below, ylabel=beside)
@@ -266,18 +497,49 @@ def plane() -> Figure:
     figure, (axis,) = panels(1)
     runs = json.loads((ROOT / "results" / "tiny.json").read_text(encoding="utf-8"))["runs"]
     lowest = min(run["eval"][stage]["helpful"] for run in runs for stage in ("base", "sl", "ppo"))
-    for stage, name, color in (("base", "base", GREY), ("sl", "SL-CAI", ORANGE), ("ppo", "RL-CAI", BLUE)):
-        points = [(run["eval"][stage]["helpful"], 1 - run["eval"][stage]["harmful"]) for run in runs]
+    for stage, name, color in (
+        ("base", "base", GREY),
+        ("sl", "SL-CAI", ORANGE),
+        ("ppo", "RL-CAI", BLUE),
+    ):
+        points = [
+            (run["eval"][stage]["helpful"], 1 - run["eval"][stage]["harmful"]) for run in runs
+        ]
         axis.scatter(*zip(*points), color=color, s=18)
         left, height = min(x for x, _ in points), fmean(y for _, y in points)
-        axis.annotate(name, (left, height), (-7, -3), textcoords="offset points", ha="right", color=color)
-    axis.set(xlabel="helpful: harmless prompts answered rightly", ylabel="harmless: 1 - harmful", ylim=(-0.05, 1.05))
+        axis.annotate(
+            name, (left, height), (-7, -3), textcoords="offset points", ha="right", color=color
+        )
+    axis.set(
+        xlabel="helpful: harmless prompts answered rightly",
+        ylabel="harmless: 1 - harmful",
+        ylim=(-0.05, 1.05),
+    )
     axis.set_xlim(min(0.9, lowest - 0.01), 1.005)
     return figure
 
 
-FIGURES = {f.__name__: f for f in (rounds, nll, label, votes, preference, centering, temperature, kl, rewards, gae, whitening, clip, value, mix,
-                                   dials, plane)}
+FIGURES = {
+    f.__name__: f
+    for f in (
+        rounds,
+        nll,
+        label,
+        votes,
+        preference,
+        centering,
+        temperature,
+        kl,
+        rewards,
+        gae,
+        whitening,
+        clip,
+        value,
+        mix,
+        dials,
+        plane,
+    )
+}
 
 
 def draw(folder: Path) -> None:

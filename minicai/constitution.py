@@ -51,7 +51,9 @@ class Constitution:
         """The principles that have all the given requests; raises InputError where there is none."""
         found = tuple(p for p in self.principles if all(getattr(p, r) for r in requests))
         if not found:
-            raise InputError(f"constitution {self.name!r} has no principle with a {' and a '.join(requests)} request")
+            raise InputError(
+                f"constitution {self.name!r} has no principle with a {' and a '.join(requests)} request"
+            )
         return found
 
 
@@ -59,8 +61,13 @@ def load(path: str | Path) -> Constitution:
     """Reads a constitution from TOML, or from the two JSON files published with the paper. Raises InputError."""
     path = Path(path)
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], 1, 0.4)
-        raise InputError(f"{path}: no such constitution file" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
+        near = difflib.get_close_matches(
+            path.name, [p.name for p in path.parent.glob("*.toml")], 1, 0.4
+        )
+        raise InputError(
+            f"{path}: no such constitution file"
+            + (f"; did you mean {path.parent / near[0]}?" if near else "")
+        )
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
@@ -73,10 +80,14 @@ def load(path: str | Path) -> Constitution:
 def _from_table(path: Path, table: dict) -> Constitution:
     for key in table:
         if key not in ("name", "version", "principle"):
-            raise InputError(f"{path}: unknown key {key!r}; a constitution has name, version and [[principle]] tables")
+            raise InputError(
+                f"{path}: unknown key {key!r}; a constitution has name, version and [[principle]] tables"
+            )
     for key in ("name", "version"):
         if not isinstance(table.get(key), str) or not table[key].strip():
-            raise InputError(f"{path}: {key} must be a text such as {key} = \"{'1.0' if key == 'version' else path.stem}\"")
+            raise InputError(
+                f'{path}: {key} must be a text such as {key} = "{"1.0" if key == "version" else path.stem}"'
+            )
     rows = table.get("principle")
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{path}: no [[principle]] table found")
@@ -86,9 +97,14 @@ def _from_table(path: Path, table: dict) -> Constitution:
         for key, value in row.items():
             if key not in ("name", *REQUESTS):
                 near = difflib.get_close_matches(key, ("name", *REQUESTS), 1)
-                raise InputError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+                raise InputError(
+                    f"{where}: unknown key {key!r}"
+                    + (f"; did you mean {near[0]!r}?" if near else "")
+                )
             if not isinstance(value, str) or not value.strip():
-                raise InputError(f"{where}: {key} must be a text that is not empty (leave the key out where it is unused)")
+                raise InputError(
+                    f"{where}: {key} must be a text that is not empty (leave the key out where it is unused)"
+                )
         if "name" not in row:
             raise InputError(f"{where}: it needs a name")
         if not any(row.get(r) for r in REQUESTS):
@@ -111,12 +127,21 @@ def _from_paper(path: Path, content: dict | list) -> Constitution:
         if isinstance(content, dict):
             if not all(isinstance(row["prompt"], list) for row in content.values()):
                 raise TypeError("prompt is not a list")
-            principles = [Principle(name, critique=bare(row["prompt"][0], "CritiqueRequest:", "Critique:"),
-                                    revision=bare(row["edit_request"], "RevisionRequest:", "Revision:")) for name, row in content.items()]
+            principles = [
+                Principle(
+                    name,
+                    critique=bare(row["prompt"][0], "CritiqueRequest:", "Critique:"),
+                    revision=bare(row["edit_request"], "RevisionRequest:", "Revision:"),
+                )
+                for name, row in content.items()
+            ]
         else:
             if not isinstance(content, list):
                 raise TypeError("neither a table nor a list")
-            principles = [Principle(f"comparison{k}", comparison=bare(text, "Options:")) for k, text in enumerate(content)]
+            principles = [
+                Principle(f"comparison{k}", comparison=bare(text, "Options:"))
+                for k, text in enumerate(content)
+            ]
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not one of the paper's instruction files ({error!r})") from error
     if not principles:
@@ -137,14 +162,20 @@ def plain(principle: Principle) -> Principle:
 def chain_of_thought(principle: Principle) -> Principle:
     """The critique goes through four questions before it comes to the principle's own: an extension (the paper reasons in labels, 4.1)."""
     questions = "Is it helpful? Is it honest? Is it harmless? Is it free of toxicity?"
-    return replace(principle, critique=f"First answer four questions about the assistant's last response, one after the other, each with a reason: "
-                                       f"{questions} Then: {principle.critique}")
+    return replace(
+        principle,
+        critique=f"First answer four questions about the assistant's last response, one after the other, each with a reason: "
+        f"{questions} Then: {principle.critique}",
+    )
 
 
 def strong(principle: Principle) -> Principle:
     """A stricter critique request: an extension."""
-    return replace(principle, critique=f"{principle.critique} Be strict: quote the exact words that are at fault, say who would bear the "
-                                       "consequences and how grave they are, and excuse nothing.")
+    return replace(
+        principle,
+        critique=f"{principle.critique} Be strict: quote the exact words that are at fault, say who would bear the "
+        "consequences and how grave they are, and excuse nothing.",
+    )
 
 
 def direct(principle: Principle) -> Principle:
@@ -156,15 +187,22 @@ def together(principles: Sequence[Principle]) -> Principle:
     """The whole constitution as one principle with numbered requests: an extension (the paper draws one a step)."""
 
     def numbered(opening: str, request: str) -> str:
-        return "\n".join([opening, *(f"{k}. {getattr(p, request)}" for k, p in enumerate(principles, 1))])
+        return "\n".join(
+            [opening, *(f"{k}. {getattr(p, request)}" for k, p in enumerate(principles, 1))]
+        )
 
-    return Principle("all", numbered("Go through the following points one by one, and keep their numbers.", "critique"),
-                     numbered("Write one response that follows each of these requests.", "revision"))
+    return Principle(
+        "all",
+        numbered("Go through the following points one by one, and keep their numbers.", "critique"),
+        numbered("Write one response that follows each of these requests.", "revision"),
+    )
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------------------
 
-Prompt = str | list[dict]  # a question, or the turns of a conversation that ends with one: [{"role": ..., "content": ...}, ...]
+Prompt = (
+    str | list[dict]
+)  # a question, or the turns of a conversation that ends with one: [{"role": ..., "content": ...}, ...]
 NAMES = {"user": "Human", "assistant": "Assistant"}
 READING = "Consider the following conversation between a human and an assistant:"
 
@@ -176,7 +214,12 @@ def as_turns(prompt: Prompt) -> list[dict]:
 
 def render(prompt: Prompt, response: str | None = None) -> str:
     """The dialogue as a model reads it, ending in "Assistant:" for it to go on, or in the response where one is given (appendix C)."""
-    text = "".join(f"\n\n{NAMES[turn['role']]}: {turn['content'].strip()}" for turn in as_turns(prompt)) + "\n\nAssistant:"
+    text = (
+        "".join(
+            f"\n\n{NAMES[turn['role']]}: {turn['content'].strip()}" for turn in as_turns(prompt)
+        )
+        + "\n\nAssistant:"
+    )
     return text if response is None else f"{text} {response.strip()}"
 
 
@@ -187,14 +230,20 @@ def render_critique(prompt: Prompt, response: str, principle: Principle) -> str:
 
 def render_revision(prompt: Prompt, response: str, critique: str, principle: Principle) -> str:
     """Asks for a revision in the light of the critique (section 3.1); without one where the principle requests none."""
-    asked = f"{render_critique(prompt, response, principle)} {critique.strip()}" if principle.critique else f"{READING}{render(prompt, response)}"
+    asked = (
+        f"{render_critique(prompt, response, principle)} {critique.strip()}"
+        if principle.critique
+        else f"{READING}{render(prompt, response)}"
+    )
     return f"{asked}\n\nRevision Request: {principle.revision}\n\nRevision:"
 
 
 def render_comparison(prompt: Prompt, first: str, second: str, principle: Principle) -> str:
     """Asks which of two responses is better; the log-probs of CHOICES after it make the label (section 4.1)."""
-    return (f"{READING}{render(prompt).removesuffix(chr(10) * 2 + 'Assistant:')}\n\n{principle.comparison}\nOptions:\n"
-            f"(A) {first.strip()}\n(B) {second.strip()}\nThe answer is:")
+    return (
+        f"{READING}{render(prompt).removesuffix(chr(10) * 2 + 'Assistant:')}\n\n{principle.comparison}\nOptions:\n"
+        f"(A) {first.strip()}\n(B) {second.strip()}\nThe answer is:"
+    )
 
 
 CHOICES = (" (A", " (B")  # the closing bracket adds nothing, and one forward pass serves both
@@ -206,6 +255,8 @@ def render_thinking(prompt: Prompt, first: str, second: str, principle: Principl
     return f"{asked}\nAssistant: Let's think step by step:"
 
 
-def render_conclusion(prompt: Prompt, first: str, second: str, principle: Principle, rationale: str) -> str:
+def render_conclusion(
+    prompt: Prompt, first: str, second: str, principle: Principle, rationale: str
+) -> str:
     """The reason that was given, and the question again; the log-probs of CHOICES after it make the label (section 4.1)."""
     return f"{render_thinking(prompt, first, second, principle)} {rationale.strip()}\n\nHuman: So the answer is:"

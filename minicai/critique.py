@@ -9,11 +9,23 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from minicai import InputError
-from minicai.constitution import Constitution, Principle, Prompt, as_turns, direct, plain, render_critique, render_revision, together
+from minicai.constitution import (
+    Constitution,
+    Principle,
+    Prompt,
+    as_turns,
+    direct,
+    plain,
+    render_critique,
+    render_revision,
+    together,
+)
+from minicai.evaluation.measures import counted
 from minicai.examples import Example, fingerprint, in_front
-from minicai.measures import counted
 
-Generate = Callable[[Sequence[str | list[dict]], Sequence[tuple[int, ...]]], list[str]]  # texts to go on with, or dialogues to answer
+Generate = Callable[
+    [Sequence[str | list[dict]], Sequence[tuple[int, ...]]], list[str]
+]  # texts to go on with, or dialogues to answer
 Choose = Callable[[Sequence[Principle], int, int, int], Principle]
 
 
@@ -37,10 +49,24 @@ def all_at_once(principles: Sequence[Principle], seed: int, number: int, turn: i
     return together(principles)
 
 
-def critique_and_revise(prompts: Sequence[Prompt], first: int, generate: Generate, constitution: Constitution, *, rounds: int, seed: int,
-                        model: str, choose: Choose = at_random, style: Callable[[Principle], Principle] = plain, critic: Generate | None = None,
-                        critic_name: str = "", policy: Generate | None = None, policy_name: str = "", examples: Sequence[Example] = (),
-                        nothing: Sequence[str] = ()) -> list[dict]:
+def critique_and_revise(
+    prompts: Sequence[Prompt],
+    first: int,
+    generate: Generate,
+    constitution: Constitution,
+    *,
+    rounds: int,
+    seed: int,
+    model: str,
+    choose: Choose = at_random,
+    style: Callable[[Principle], Principle] = plain,
+    critic: Generate | None = None,
+    critic_name: str = "",
+    policy: Generate | None = None,
+    policy_name: str = "",
+    examples: Sequence[Example] = (),
+    nothing: Sequence[str] = (),
+) -> list[dict]:
     """Rows of revisions.jsonl for prompts number first, first + 1, ...: all of them go through each step together, as one batch.
 
     Each round criticises and revises the result of the one before. `policy` responds instead of the model, and `critic` writes the critiques instead
@@ -49,32 +75,78 @@ def critique_and_revise(prompts: Sequence[Prompt], first: int, generate: Generat
     defaults.
     """
     if style is direct and nothing:
-        raise InputError("without critiques (style none) none can say that there is nothing to revise: leave out the phrases or change the style")
+        raise InputError(
+            "without critiques (style none) none can say that there is nothing to revise: leave out the phrases or change the style"
+        )
     principles = constitution.usable(*([] if style is direct else ["critique"]), "revision")
     ids = range(first, first + len(prompts))
     initial = (policy or generate)([as_turns(p) for p in prompts], [(seed, i, 0) for i in ids])
-    settings = [("choose", choose.__name__, choose is not at_random), ("style", style.__name__, style is not plain), ("critic", critic_name, critic),
-                ("policy", policy_name, policy), ("examples", fingerprint(examples), examples), ("nothing", list(nothing), nothing)]
+    settings = [
+        ("choose", choose.__name__, choose is not at_random),
+        ("style", style.__name__, style is not plain),
+        ("critic", critic_name, critic),
+        ("policy", policy_name, policy),
+        ("examples", fingerprint(examples), examples),
+        ("nothing", list(nothing), nothing),
+    ]
     variant = {key: value for key, value, differs in settings if differs}
-    rows = [{"id": i, "prompt": p, "initial": r, "rounds": [], "final": r, "kept": True, "model": model, "seed": seed,
-             "constitution": constitution.stamp} | variant
-            for i, p, r in zip(ids, prompts, initial)]
+    rows = [
+        {
+            "id": i,
+            "prompt": p,
+            "initial": r,
+            "rounds": [],
+            "final": r,
+            "kept": True,
+            "model": model,
+            "seed": seed,
+            "constitution": constitution.stamp,
+        }
+        | variant
+        for i, p, r in zip(ids, prompts, initial)
+    ]
     for n in range(1, rounds + 1):
-        steps = [(row, style(choose(principles, seed, row["id"], n))) for row in rows if "stopped" not in row]
+        steps = [
+            (row, style(choose(principles, seed, row["id"], n)))
+            for row in rows
+            if "stopped" not in row
+        ]
         asked = [(row, p) for row, p in steps if p.critique]
-        critiques = (critic or generate)([in_front(examples, style, render_critique(row["prompt"], row["final"], p)) for row, p in asked],
-                                         [(seed, row["id"], 2 * n - 1) for row, _ in asked]) if asked else [""] * len(steps)
+        critiques = (
+            (critic or generate)(
+                [
+                    in_front(examples, style, render_critique(row["prompt"], row["final"], p))
+                    for row, p in asked
+                ],
+                [(seed, row["id"], 2 * n - 1) for row, _ in asked],
+            )
+            if asked
+            else [""] * len(steps)
+        )
         for (row, principle), critique in zip(steps, critiques):
             if any(phrase.casefold() in critique.casefold() for phrase in nothing):
                 row["stopped"] = {"principle": principle.name, "critique": critique}
         steps = [(row, p, c) for (row, p), c in zip(steps, critiques) if "stopped" not in row]
-        revisions = generate([in_front(examples, style, render_revision(row["prompt"], row["final"], c, p)) for row, p, c in steps],
-                             [(seed, row["id"], 2 * n) for row, _, _ in steps]) if steps else []
+        revisions = (
+            generate(
+                [
+                    in_front(examples, style, render_revision(row["prompt"], row["final"], c, p))
+                    for row, p, c in steps
+                ],
+                [(seed, row["id"], 2 * n) for row, _, _ in steps],
+            )
+            if steps
+            else []
+        )
         for (row, principle, critique), revision in zip(steps, revisions):
-            row["rounds"].append({"principle": principle.name, "critique": critique, "revision": revision})
+            row["rounds"].append(
+                {"principle": principle.name, "critique": critique, "revision": revision}
+            )
             row["final"] = revision
     for row in rows:
-        row["kept"] = bool(row["final"]) and all(step["revision"] for step in row["rounds"])  # an empty revision teaches nothing
+        row["kept"] = bool(row["final"]) and all(
+            step["revision"] for step in row["rounds"]
+        )  # an empty revision teaches nothing
     return rows
 
 
@@ -82,22 +154,58 @@ def training_pairs(row: dict, keep: str, drop: Sequence[str] = ()) -> list[tuple
     """(prompt, revision) pairs to train on: the revisions of "all" rounds (3.2), or only the "last", but none with one of the faults `drop`."""
     if not row["kept"]:
         return []
-    revisions = [(step["revision"], found) for step, found in zip(row["rounds"], faults(row))] or [(row["initial"], ())]
-    return [(row["prompt"], revision) for revision, found in (revisions if keep == "all" else revisions[-1:]) if not set(found) & set(drop)]
+    revisions = [(step["revision"], found) for step, found in zip(row["rounds"], faults(row))] or [
+        (row["initial"], ())
+    ]
+    return [
+        (row["prompt"], revision)
+        for revision, found in (revisions if keep == "all" else revisions[-1:])
+        if not set(found) & set(drop)
+    ]
 
 
 def revision_pairs(rows: Sequence[dict]) -> list[dict]:
     """(initial response, final revision) of rows of revisions.jsonl, as rows of comparisons.jsonl with the revision preferred: contrasts that
     sampling one model twice seldom finds. An extension."""
-    return [{"id": f"revision:{row['id']}", "prompt": row["prompt"], "first": row["initial"], "second": row["final"], "p_first": 0.0,
-             "votes": [], "source": "critique", "clamped": False, **{key: row[key] for key in ("seed", "constitution", "models") if key in row}}
-            for row in rows if row["kept"] and row["initial"] != row["final"]]
+    return [
+        {
+            "id": f"revision:{row['id']}",
+            "prompt": row["prompt"],
+            "first": row["initial"],
+            "second": row["final"],
+            "p_first": 0.0,
+            "votes": [],
+            "source": "critique",
+            "clamped": False,
+            **{key: row[key] for key in ("seed", "constitution", "models") if key in row},
+        }
+        for row in rows
+        if row["kept"] and row["initial"] != row["final"]
+    ]
 
 
 # --- hygiene ---------------------------------------------------------------------------------------------------------------------
 
-MARKS = ("critique request:", "critique:", "revision request:", "critiquerequest:", "revisionrequest:", "\n\nhuman:", "\n\nassistant:")
-BOILERPLATE = ("revision:", "revised response", "here is", "here's", "sure,", "certainly", "as an ai", "i apologize", "i'm sorry, but as")
+MARKS = (
+    "critique request:",
+    "critique:",
+    "revision request:",
+    "critiquerequest:",
+    "revisionrequest:",
+    "\n\nhuman:",
+    "\n\nassistant:",
+)
+BOILERPLATE = (
+    "revision:",
+    "revised response",
+    "here is",
+    "here's",
+    "sure,",
+    "certainly",
+    "as an ai",
+    "i apologize",
+    "i'm sorry, but as",
+)
 LEAK = 6  # words of a critique's sentence that a revision does not repeat by chance
 FAULTS = ("empty", "unchanged", "leaked", "boilerplate")
 
@@ -108,9 +216,18 @@ def faults(row: dict) -> list[tuple[str, ...]]:
     found, response = [], row["initial"]
     for step in row["rounds"]:
         before, text = response.casefold().strip(), step["revision"].casefold().strip()
-        sentences = [s.strip() for s in step["critique"].casefold().replace("\n", ".").split(".") if len(s.split()) >= LEAK]
-        said = {"empty": not text, "unchanged": text == before, "boilerplate": text.startswith(BOILERPLATE),
-                "leaked": any(mark in text for mark in MARKS) or any(s in text and s not in before for s in sentences)}
+        sentences = [
+            s.strip()
+            for s in step["critique"].casefold().replace("\n", ".").split(".")
+            if len(s.split()) >= LEAK
+        ]
+        said = {
+            "empty": not text,
+            "unchanged": text == before,
+            "boilerplate": text.startswith(BOILERPLATE),
+            "leaked": any(mark in text for mark in MARKS)
+            or any(s in text and s not in before for s in sentences),
+        }
         found.append(tuple(fault for fault in FAULTS if said[fault]))
         response = step["revision"]
     return found
@@ -121,17 +238,35 @@ def hygiene(rows: Iterable[dict]) -> dict[str, int]:
     rows = list(rows)
     each = [found for row in rows for found in faults(row)]
     counts = Counter(fault for found in each for fault in found)
-    return {"revisions": len(each), **{fault: counts[fault] for fault in FAULTS}, "stopped": sum("stopped" in row for row in rows)}
+    return {
+        "revisions": len(each),
+        **{fault: counts[fault] for fault in FAULTS},
+        "stopped": sum("stopped" in row for row in rows),
+    }
 
 
 def changes(rows: Iterable[dict]) -> dict:
     """What the revisions of revisions.jsonl did to what they revise, which no judge is needed for: by round and by principle the shares that
     "changed" it (neither unchanged nor empty) and that are "faulty" (any of the other FAULTS), each as measures.counted."""
-    steps = [(n, step["principle"], set(found)) for row in rows for n, (step, found) in enumerate(zip(row["rounds"], faults(row)), 1)]
+    steps = [
+        (n, step["principle"], set(found))
+        for row in rows
+        for n, (step, found) in enumerate(zip(row["rounds"], faults(row)), 1)
+    ]
 
     def shares(chosen: list[set[str]]) -> dict:
-        return {"changed": counted([not found & {"empty", "unchanged"} for found in chosen]),
-                "faulty": counted([bool(found - {"unchanged"}) for found in chosen])}
+        return {
+            "changed": counted([not found & {"empty", "unchanged"} for found in chosen]),
+            "faulty": counted([bool(found - {"unchanged"}) for found in chosen]),
+        }
 
-    return {"by_round": [shares([found for k, _, found in steps if k == n]) for n in sorted({n for n, _, _ in steps})],
-            "by_principle": {name: shares([found for _, p, found in steps if p == name]) for name in sorted({p for _, p, _ in steps})}}
+    return {
+        "by_round": [
+            shares([found for k, _, found in steps if k == n])
+            for n in sorted({n for n, _, _ in steps})
+        ],
+        "by_principle": {
+            name: shares([found for _, p, found in steps if p == name])
+            for name in sorted({p for _, p, _ in steps})
+        },
+    }

@@ -10,10 +10,17 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from minicai import InputError
-from minicai.constitution import Constitution, Principle, Prompt, render_comparison, render_conclusion, render_thinking
+from minicai.constitution import (
+    Constitution,
+    Principle,
+    Prompt,
+    render_comparison,
+    render_conclusion,
+    render_thinking,
+)
 from minicai.critique import Generate, draw_principle
+from minicai.evaluation.measures import counted
 from minicai.examples import Comparison, compared, compared_by_thinking, fingerprint
-from minicai.measures import counted
 
 Choose = Callable[[Sequence[str]], Sequence[Sequence[float]]]
 Pair = tuple[int, Prompt, str, str]  # id, prompt, first response, second response
@@ -28,7 +35,11 @@ def p_first_from_logprobs(logp_first: float, logp_second: float) -> float:
     log-probs in nats -> a probability; the form below does not overflow.
     """
     difference = logp_first - logp_second
-    return 1 / (1 + math.exp(-difference)) if difference >= 0 else math.exp(difference) / (1 + math.exp(difference))
+    return (
+        1 / (1 + math.exp(-difference))
+        if difference >= 0
+        else math.exp(difference) / (1 + math.exp(difference))
+    )
 
 
 def ensemble_mean(probabilities: Sequence[float]) -> float:
@@ -64,8 +75,12 @@ def p_first_of(row: dict) -> float:
     row["combine"]; row["labels"] "hard" keeps the preferred side alone, and row["clamp"] = [low, high] bounds it. Defaults: one judge, soft."""
     by_judge: dict[str, list[float]] = {}
     for vote in row["votes"]:
-        by_judge.setdefault(vote["judge"], []).append(p_first_from_logprobs(vote["logp_first"], vote["logp_second"]))
-    p_first = COMBINE[row.get("combine", "mean")]([ensemble_mean(votes) for votes in by_judge.values()])
+        by_judge.setdefault(vote["judge"], []).append(
+            p_first_from_logprobs(vote["logp_first"], vote["logp_second"])
+        )
+    p_first = COMBINE[row.get("combine", "mean")](
+        [ensemble_mean(votes) for votes in by_judge.values()]
+    )
     if row.get("labels") == "hard":
         p_first = majority([p_first])
     return clamp(p_first, *row["clamp"]) if "clamp" in row else p_first
@@ -74,49 +89,114 @@ def p_first_of(row: dict) -> float:
 # --- labels of pairs -------------------------------------------------------------------------------------------------------------
 
 
-def label_pairs(pairs: Sequence[Pair], choose: Choose, constitution: Constitution, *, swap: bool, seed: int, judge: str,
-                principles: int = 1, examples: Sequence[Comparison] = ()) -> list[dict]:
+def label_pairs(
+    pairs: Sequence[Pair],
+    choose: Choose,
+    constitution: Constitution,
+    *,
+    swap: bool,
+    seed: int,
+    judge: str,
+    principles: int = 1,
+    examples: Sequence[Comparison] = (),
+) -> list[dict]:
     """Rows of comparisons.jsonl, labelled under a principle drawn at random for each pair (4.1), or under `principles` of them averaged.
 
     With `swap` each pair is shown in both orders and the two probabilities are averaged, which cancels a preference for (A) over (B) (an
     extension; small feedback models have a strong one). A vote keeps the log-probs of one order, already turned to (first, second).
     `examples` stand in front of each, under the principle of the pair.
     """
-    shown = [(k, principle, swapped) for swapped in (False, True)[:1 + swap]
-             for k, (i, *_) in enumerate(pairs) for principle in drawn_principles(constitution, principles, seed, i)]
-    logprobs = choose([compared(examples, principle, render_comparison(pairs[k][1], *_responses(pairs[k], swapped), principle))
-                       for k, principle, swapped in shown])
+    shown = [
+        (k, principle, swapped)
+        for swapped in (False, True)[: 1 + swap]
+        for k, (i, *_) in enumerate(pairs)
+        for principle in drawn_principles(constitution, principles, seed, i)
+    ]
+    logprobs = choose(
+        [
+            compared(
+                examples,
+                principle,
+                render_comparison(pairs[k][1], *_responses(pairs[k], swapped), principle),
+            )
+            for k, principle, swapped in shown
+        ]
+    )
     votes: list[list[dict]] = [[] for _ in pairs]
     for (k, principle, swapped), found in zip(shown, logprobs):
         votes[k].append(_vote(principle.name, judge, swapped, found))
-    return [_row(pair, ballot, seed, constitution, {"examples": fingerprint(examples)} if examples else {}) for pair, ballot in zip(pairs, votes)]
+    return [
+        _row(
+            pair,
+            ballot,
+            seed,
+            constitution,
+            {"examples": fingerprint(examples)} if examples else {},
+        )
+        for pair, ballot in zip(pairs, votes)
+    ]
 
 
-def label_pairs_by_thinking(pairs: Sequence[Pair], choose: Choose, think: Generate, constitution: Constitution, *, swap: bool, seed: int, judge: str,
-                            principles: int = 1, samples: int = 1, bounds: tuple[float, float] = (0.4, 0.6),
-                            examples: Sequence[Comparison] = ()) -> list[dict]:
+def label_pairs_by_thinking(
+    pairs: Sequence[Pair],
+    choose: Choose,
+    think: Generate,
+    constitution: Constitution,
+    *,
+    swap: bool,
+    seed: int,
+    judge: str,
+    principles: int = 1,
+    samples: int = 1,
+    bounds: tuple[float, float] = (0.4, 0.6),
+    examples: Sequence[Comparison] = (),
+) -> list[dict]:
     """Rows of comparisons.jsonl labelled after a chain of thought: a rationale is sampled, then the options are compared (4.1).
 
     `samples` rationales for each order and principle are averaged (2: five of them), then the mean is clamped to `bounds` (4.3: 40-60 %).
     """
-    shown = [(k, turn, principle, swapped, sample) for swapped in (False, True)[:1 + swap] for k, (i, *_) in enumerate(pairs)
-             for turn, principle in enumerate(drawn_principles(constitution, principles, seed, i)) for sample in range(samples)]
-    asked = [(pairs[k][1], *_responses(pairs[k], swapped), principle) for k, _, principle, swapped, _ in shown]
-    seeds = [(seed, pairs[k][0], turn, int(swapped), sample) for k, turn, _, swapped, sample in shown]
-    thoughts = think([compared_by_thinking(examples, words[-1], render_thinking(*words)) for words in asked], seeds)
+    shown = [
+        (k, turn, principle, swapped, sample)
+        for swapped in (False, True)[: 1 + swap]
+        for k, (i, *_) in enumerate(pairs)
+        for turn, principle in enumerate(drawn_principles(constitution, principles, seed, i))
+        for sample in range(samples)
+    ]
+    asked = [
+        (pairs[k][1], *_responses(pairs[k], swapped), principle)
+        for k, _, principle, swapped, _ in shown
+    ]
+    seeds = [
+        (seed, pairs[k][0], turn, int(swapped), sample) for k, turn, _, swapped, sample in shown
+    ]
+    thoughts = think(
+        [compared_by_thinking(examples, words[-1], render_thinking(*words)) for words in asked],
+        seeds,
+    )
     rationales = [text.partition("\n\nHuman:")[0].strip() for text in thoughts]
-    logprobs = choose([compared_by_thinking(examples, words[-1], render_conclusion(*words, rationale))
-                       for words, rationale in zip(asked, rationales)])
+    logprobs = choose(
+        [
+            compared_by_thinking(examples, words[-1], render_conclusion(*words, rationale))
+            for words, rationale in zip(asked, rationales)
+        ]
+    )
     votes: list[list[dict]] = [[] for _ in pairs]
     for (k, _, principle, swapped, _), rationale, found in zip(shown, rationales, logprobs):
         votes[k].append(_vote(principle.name, judge, swapped, found, rationale))
-    variant = {"labels": "chain_of_thought", "clamp": list(bounds)} | ({"examples": fingerprint(examples)} if examples else {})
+    variant = {"labels": "chain_of_thought", "clamp": list(bounds)} | (
+        {"examples": fingerprint(examples)} if examples else {}
+    )
     return [_row(pair, ballot, seed, constitution, variant) for pair, ballot in zip(pairs, votes)]
 
 
 def join_judges(rows_by_judge: Sequence[Sequence[dict]], combine: str) -> list[dict]:
     """The rows that several feedback models made of the same pairs as one: all their votes, and the label by their "mean" or "majority"."""
-    return [_labelled(rows[0] | {"votes": [vote for row in rows for vote in row["votes"]], "combine": combine}) for rows in zip(*rows_by_judge)]
+    return [
+        _labelled(
+            rows[0] | {"votes": [vote for row in rows for vote in row["votes"]], "combine": combine}
+        )
+        for rows in zip(*rows_by_judge)
+    ]
 
 
 def hard_labels(rows: Sequence[dict]) -> list[dict]:
@@ -124,14 +204,22 @@ def hard_labels(rows: Sequence[dict]) -> list[dict]:
     return [_labelled(row | {"labels": "hard"}) for row in rows]
 
 
-def drawn_principles(constitution: Constitution, count: int, seed: int, number: int) -> list[Principle]:
+def drawn_principles(
+    constitution: Constitution, count: int, seed: int, number: int
+) -> list[Principle]:
     """One principle at random for pair `number` (4.1), or so many different ones; 0 = all. A function of the seed and the number alone."""
     usable = constitution.usable("comparison")
     if count == 1:
         return [draw_principle(usable, "compare", seed, number)]
     if count > len(usable):
-        raise InputError(f"constitution {constitution.name!r} has {len(usable)} principles with a comparison, which are fewer than {count}")
-    return random.Random(repr(("ensemble", seed, number))).sample(usable, count) if count else list(usable)
+        raise InputError(
+            f"constitution {constitution.name!r} has {len(usable)} principles with a comparison, which are fewer than {count}"
+        )
+    return (
+        random.Random(repr(("ensemble", seed, number))).sample(usable, count)
+        if count
+        else list(usable)
+    )
 
 
 def _responses(pair: Pair, swapped: bool) -> tuple[str, str]:
@@ -139,16 +227,43 @@ def _responses(pair: Pair, swapped: bool) -> tuple[str, str]:
     return (second, first) if swapped else (first, second)
 
 
-def _vote(principle: str, judge: str, swapped: bool, logprobs: Sequence[float], rationale: str | None = None) -> dict:
+def _vote(
+    principle: str,
+    judge: str,
+    swapped: bool,
+    logprobs: Sequence[float],
+    rationale: str | None = None,
+) -> dict:
     logp_first, logp_second = reversed(logprobs) if swapped else logprobs
-    return {"principle": principle, "judge": judge, "logp_first": logp_first, "logp_second": logp_second,
-            "order": "second,first" if swapped else "first,second", "rationale": rationale}
+    return {
+        "principle": principle,
+        "judge": judge,
+        "logp_first": logp_first,
+        "logp_second": logp_second,
+        "order": "second,first" if swapped else "first,second",
+        "rationale": rationale,
+    }
 
 
-def _row(pair: Pair, votes: list[dict], seed: int, constitution: Constitution, variant: dict) -> dict:
+def _row(
+    pair: Pair, votes: list[dict], seed: int, constitution: Constitution, variant: dict
+) -> dict:
     i, prompt, first, second = pair
-    return _labelled({"id": i, "prompt": prompt, "first": first, "second": second, "p_first": 0.5, "votes": votes, "source": "ai",
-                      "clamped": False, "seed": seed, "constitution": constitution.stamp} | variant)
+    return _labelled(
+        {
+            "id": i,
+            "prompt": prompt,
+            "first": first,
+            "second": second,
+            "p_first": 0.5,
+            "votes": votes,
+            "source": "ai",
+            "clamped": False,
+            "seed": seed,
+            "constitution": constitution.stamp,
+        }
+        | variant
+    )
 
 
 def _labelled(row: dict) -> dict:
@@ -171,7 +286,9 @@ def best_against_worst(rows: Sequence[dict], pairs_a_prompt: int) -> list[dict]:
             worth.setdefault(row["first"], []).append(row["p_first"])
             worth.setdefault(row["second"], []).append(1 - row["p_first"])
         ranked = sorted(worth, key=lambda response: fmean(worth[response]))
-        kept.append(next(row for row in group if {row["first"], row["second"]} == {ranked[0], ranked[-1]}))
+        kept.append(
+            next(row for row in group if {row["first"], row["second"]} == {ranked[0], ranked[-1]})
+        )
     return kept
 
 
@@ -180,8 +297,14 @@ def best_against_worst(rows: Sequence[dict], pairs_a_prompt: int) -> list[dict]:
 
 def in_both_orders(votes: Sequence[dict]) -> tuple[float, float] | None:
     """P(first is better), the mean of the votes that saw the first response at (A), and of those that saw it at (B); None without either."""
-    orders = [[p_first_from_logprobs(v["logp_first"], v["logp_second"]) for v in votes if v["order"] == order]
-              for order in ("first,second", "second,first")]
+    orders = [
+        [
+            p_first_from_logprobs(v["logp_first"], v["logp_second"])
+            for v in votes
+            if v["order"] == order
+        ]
+        for order in ("first,second", "second,first")
+    ]
     return (fmean(orders[0]), fmean(orders[1])) if all(orders) else None
 
 
@@ -213,11 +336,20 @@ def places(rows: Sequence[dict]) -> dict:
     for row in rows:
         every.append(in_both_orders(row["votes"]))
         for name in {vote["principle"] for vote in row["votes"]}:
-            by_principle.setdefault(name, []).append(in_both_orders([vote for vote in row["votes"] if vote["principle"] == name]))
+            by_principle.setdefault(name, []).append(
+                in_both_orders([vote for vote in row["votes"] if vote["principle"] == name])
+            )
 
     def shares(found: list[tuple[float, float] | None]) -> dict:
         shown = [both for both in found if both]
-        return {"p_a": fmean(at_a(*both) for both in shown) if shown else None, "to_a": counted([a > 0.5 >= b for a, b in shown]),
-                "to_b": counted([a <= 0.5 < b for a, b in shown])}
+        return {
+            "p_a": fmean(at_a(*both) for both in shown) if shown else None,
+            "to_a": counted([a > 0.5 >= b for a, b in shown]),
+            "to_b": counted([a <= 0.5 < b for a, b in shown]),
+        }
 
-    return shares(every) | {"by_principle": {name: shares(found) for name, found in sorted(by_principle.items()) if any(found)}}
+    return shares(every) | {
+        "by_principle": {
+            name: shares(found) for name, found in sorted(by_principle.items()) if any(found)
+        }
+    }

@@ -31,7 +31,9 @@ def nll_loss(logprobs: Tensor, mask: Tensor) -> Tensor:
 # --- phase 2: the preference model -----------------------------------------------------------------------------------------------
 
 
-def preference_loss(score_first: Tensor, score_second: Tensor, p_first: Tensor, margin: float = 0.0) -> Tensor:
+def preference_loss(
+    score_first: Tensor, score_second: Tensor, p_first: Tensor, margin: float = 0.0
+) -> Tensor:
     """Bradley-Terry loss with a soft target: the cross-entropy between the label and sigma(r_A - r_B).
 
     CAI section 4.1:  L_RM = - [ p log sigma(r_A - r_B) + (1 - p) log sigma(r_B - r_A) ]
@@ -40,7 +42,10 @@ def preference_loss(score_first: Tensor, score_second: Tensor, p_first: Tensor, 
     The margin (Touvron et al. 2023, section 3.2.2) asks the preferred score to lead by that much; the paper has none (0).
     """
     difference = score_first - score_second
-    return -(p_first * F.logsigmoid(difference - margin) + (1 - p_first) * F.logsigmoid(-difference - margin))
+    return -(
+        p_first * F.logsigmoid(difference - margin)
+        + (1 - p_first) * F.logsigmoid(-difference - margin)
+    )
 
 
 def centering_loss(score_first: Tensor, score_second: Tensor) -> Tensor:
@@ -102,13 +107,19 @@ def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> 
     Raises ValueError if a row of the mask is empty: its score would have no token to stand at.
     """
     if not mask.any(-1).all():
-        raise ValueError("shaped_rewards: a response has no token; an empty response still has its end of sequence")
+        raise ValueError(
+            "shaped_rewards: a response has no token; an empty response still has its end of sequence"
+        )
     positions = torch.arange(mask.shape[1], device=mask.device)
     last = torch.where(mask, positions, 0).amax(-1)
-    return torch.where(mask, -kl_coef * kl, 0.0) + torch.where(positions == last[:, None], scores[:, None], 0.0)
+    return torch.where(mask, -kl_coef * kl, 0.0) + torch.where(
+        positions == last[:, None], scores[:, None], 0.0
+    )
 
 
-def adaptive_kl_coef(kl_coef: float, kl: float, target: float, horizon: int, episodes: int) -> float:
+def adaptive_kl_coef(
+    kl_coef: float, kl: float, target: float, horizon: int, episodes: int
+) -> float:
     """Moves the KL coefficient so that the measured KL approaches a target. An extension: the paper's is fixed.
 
     LM section 2.2:  e = clip(KL / target - 1, -0.2, 0.2);  beta <- beta (1 + e n / horizon)
@@ -121,7 +132,9 @@ def adaptive_kl_coef(kl_coef: float, kl: float, target: float, horizon: int, epi
 # --- phase 2: advantages ---------------------------------------------------------------------------------------------------------
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation over the response, which ends the episode.
 
     GAE equations 11, 12, 16:  delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lambda A_{t+1}
@@ -177,7 +190,9 @@ def whiten_scale(x: Tensor, mask: Tensor, moments: Tensor, eps: float = 1e-8) ->
 # --- phase 2: PPO ----------------------------------------------------------------------------------------------------------------
 
 
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float) -> Tensor:
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float
+) -> Tensor:
     """The clipped surrogate objective, negated.
 
     PPO equation 7:  L = - min( rho A, clip(rho, 1 - eps, 1 + eps) A )  with  rho = pi(y) / pi_old(y)
@@ -188,7 +203,9 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
     return torch.where(mask, -torch.minimum(ratio * advantages, clipped * advantages), 0.0)
 
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_range: float) -> Tensor:
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_range: float
+) -> Tensor:
     """Squared error of the value, taken pessimistically against a prediction that may not move far from the old one.
 
     baselines' PPO2, LM's code:  L = max( (V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2 ) / 2
@@ -229,7 +246,9 @@ def approx_kl(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     return kl_k3(torch.where(mask, old_logprobs, 0.0), torch.where(mask, logprobs, 0.0))
 
 
-def clip_fraction(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, clip_range: float) -> Tensor:
+def clip_fraction(
+    logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, clip_range: float
+) -> Tensor:
     """1 where the ratio lies outside the clip range, whichever way the advantage points. [B, T] -> [B, T] of 0 and 1."""
     ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()
     return ((ratio - 1).abs() > clip_range).to(logprobs.dtype)

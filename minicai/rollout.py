@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from minicai import InputError, losses, parallel
+from minicai import InputError, losses
 from minicai.constitution import Prompt, as_turns, render
 from minicai.critique import training_pairs
-from minicai.data import read_jsonl, token_batches
-from minicai.dialogue import encode
-from minicai.models import response_logprobs, sequence_scores, text_scores, token_values
-from minicai.sampler import Completion
+from minicai.engine import parallel
+from minicai.engine.data import read_jsonl, token_batches
+from minicai.engine.dialogue import encode
+from minicai.engine.models import response_logprobs, sequence_scores, text_scores, token_values
+from minicai.engine.sampler import Completion
 
 
 @dataclass
@@ -30,15 +31,22 @@ class Batch:
     lengths: Tensor  # [B] tokens of prompt and response
 
 
-def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> Batch:
+def collate(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    pad_id: int,
+    device: torch.device,
+) -> Batch:
     """Right-padded batch of token id lists. The padding is known by length, never by comparing ids: pad may equal eos."""
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
     ids = torch.full((len(lengths), max(lengths, default=0)), pad_id)
     mask = torch.zeros(ids.shape, dtype=torch.bool)
     for row, (prompt, response, length) in enumerate(zip(prompts, responses, lengths)):
         ids[row, :length] = torch.tensor([*prompt, *response])
-        mask[row, len(prompt):length] = True
-    return Batch(ids.to(device), mask.to(device), torch.tensor(lengths, dtype=torch.long, device=device))
+        mask[row, len(prompt) : length] = True
+    return Batch(
+        ids.to(device), mask.to(device), torch.tensor(lengths, dtype=torch.long, device=device)
+    )
 
 
 def pair_scores(model: PreTrainedModel, encoded: Sequence[tuple]) -> tuple[Tensor, Tensor]:
@@ -56,7 +64,9 @@ class Rollout:
     mask: Tensor  # [B, T] bool, True at the tokens that the policy chose
     lengths: Tensor  # [B] tokens of prompt and response
     logprobs: Tensor  # [B, T] nats, under the policy that sampled (the training forward pass)
-    sampled_logprobs: Tensor  # [B, T] nats, as the sampler saw them: equal to logprobs up to rounding
+    sampled_logprobs: (
+        Tensor  # [B, T] nats, as the sampler saw them: equal to logprobs up to rounding
+    )
     ref_logprobs: Tensor  # [B, T] nats, under the frozen reference
     entropies: Tensor  # [B, T] nats, of the sampling distribution
     values: Tensor  # [B, T] reward, expected from the state before the token
@@ -70,14 +80,29 @@ class Rollout:
     def select(self, rows: Tensor) -> "Rollout":
         """The minibatch of the given rows, cut to its longest sequence."""
         width = int(self.lengths[rows].max()) if len(rows) else 0
-        picked = {f.name: getattr(self, f.name)[rows] for f in fields(self) if getattr(self, f.name) is not None}
+        picked = {
+            f.name: getattr(self, f.name)[rows]
+            for f in fields(self)
+            if getattr(self, f.name) is not None
+        }
         return Rollout(**{name: x[:, :width] if x.ndim == 2 else x for name, x in picked.items()})
 
 
 @torch.no_grad()
-def collect(prompts: Sequence[Sequence[int]], completions: Sequence[Completion], policy: PreTrainedModel, reference: PreTrainedModel,
-            value_model: PreTrainedModel, reward_model: PreTrainedModel | None, judge: PreTrainedModel | None = None, *, pad_id: int,
-            temperature: float, micro_tokens: int = 4096, reread: Sequence[tuple] | None = None) -> Rollout:
+def collect(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Completion],
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    value_model: PreTrainedModel,
+    reward_model: PreTrainedModel | None,
+    judge: PreTrainedModel | None = None,
+    *,
+    pad_id: int,
+    temperature: float,
+    micro_tokens: int = 4096,
+    reread: Sequence[tuple] | None = None,
+) -> Rollout:
     """Runs sampled completions through the models, `micro_tokens` at a time; rewards, advantages and returns are left to the caller, and so are
     the scores where there is no reward model.
 
@@ -87,7 +112,11 @@ def collect(prompts: Sequence[Sequence[int]], completions: Sequence[Completion],
     `reread`: ids of prompts and responses as that tokenizer has them.
     """
     whole = collate(prompts, [c.ids for c in completions], pad_id, policy.device)
-    read = whole if reread is None else collate([p for p, _ in reread], [r for _, r in reread], pad_id, policy.device)
+    read = (
+        whole
+        if reread is None
+        else collate([p for p, _ in reread], [r for _, r in reread], pad_id, policy.device)
+    )
     logprobs, ref_logprobs, values = torch.zeros(3, *whole.ids.shape, device=policy.device)
     scores, judged = torch.zeros(2, len(completions), device=policy.device)
     mine = parallel.share(torch.arange(len(completions), device=policy.device))
@@ -101,44 +130,76 @@ def collect(prompts: Sequence[Sequence[int]], completions: Sequence[Completion],
             scores[rows] = sequence_scores(reward_model, read.ids[rows], read.lengths[rows])
         if judge is not None:
             judged[rows] = sequence_scores(judge, ids, lengths)
-    logprobs, ref_logprobs, values, scores, judged = map(parallel.total, (logprobs, ref_logprobs, values, scores, judged))
+    logprobs, ref_logprobs, values, scores, judged = map(
+        parallel.total, (logprobs, ref_logprobs, values, scores, judged)
+    )
 
     def spread(name: str) -> Tensor:
-        flat = torch.tensor([x for c in completions for x in getattr(c, name)], device=policy.device)
+        flat = torch.tensor(
+            [x for c in completions for x in getattr(c, name)], device=policy.device
+        )
         return torch.zeros_like(logprobs).masked_scatter(whole.mask, flat)
 
-    return Rollout(whole.ids, whole.mask, whole.lengths, logprobs, spread("logprobs"), ref_logprobs, spread("entropies"), values, scores,
-                   torch.tensor([c.ended for c in completions], device=policy.device), judged if judge is not None else None)
+    return Rollout(
+        whole.ids,
+        whole.mask,
+        whole.lengths,
+        logprobs,
+        spread("logprobs"),
+        ref_logprobs,
+        spread("entropies"),
+        values,
+        scores,
+        torch.tensor([c.ended for c in completions], device=policy.device),
+        judged if judge is not None else None,
+    )
 
 
-def supervised_texts(folder: Path, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> list[tuple[list[int], list[int]]]:
+def supervised_texts(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
+) -> list[tuple[list[int], list[int]]]:
     """Token ids of the prompts and responses of L_SL, beside L_RL: the last revisions and the helpful samples that stage 1 left in a folder.
     Responses of more than `max_new_tokens` with their end were cut off, and do not end there."""
     if not (folder / "revisions.jsonl").is_file():
-        raise InputError(f"[ppo] alpha: {folder} has no revisions.jsonl; set sl_data to a folder that train_sl.py made")
-    pairs = [pair for row in read_jsonl(folder / "revisions.jsonl") for pair in training_pairs(row, "last")]
+        raise InputError(
+            f"[ppo] alpha: {folder} has no revisions.jsonl; set sl_data to a folder that train_sl.py made"
+        )
+    pairs = [
+        pair
+        for row in read_jsonl(folder / "revisions.jsonl")
+        for pair in training_pairs(row, "last")
+    ]
     pairs += [(row["prompt"], row["response"]) for row in read_jsonl(folder / "helpful.jsonl")]
     encoded = [encode(tokenizer, prompt, response) for prompt, response in pairs]
     return [(p, r if len(r) <= max_new_tokens else r[:-1]) for p, r in encoded]
 
 
-def score_texts(function: Callable, prompts: Sequence[Prompt], responses: Sequence[str], device: torch.device) -> Tensor:
+def score_texts(
+    function: Callable, prompts: Sequence[Prompt], responses: Sequence[str], device: torch.device
+) -> Tensor:
     """Scores [B] of a reward function, function(prompts, responses) -> one number a response; a prompt is the question as text, or the whole
     conversation where it has several turns. Called by one process. Raises InputError where it does not give finite numbers."""
     name = getattr(function, "__name__", str(function))
-    texts = [turns[0]["content"] if len(turns := as_turns(prompt)) == 1 else render(prompt).strip() for prompt in prompts]
+    texts = [
+        turns[0]["content"] if len(turns := as_turns(prompt)) == 1 else render(prompt).strip()
+        for prompt in prompts
+    ]
 
     def called() -> list[float]:
         found = function(texts, list(responses))
         try:
             return list(map(float, found))
         except (TypeError, ValueError) as error:
-            raise InputError(f"reward function {name}: expected a list of numbers, got {type(found).__name__} ({error})") from error
+            raise InputError(
+                f"reward function {name}: expected a list of numbers, got {type(found).__name__} ({error})"
+            ) from error
 
     scores = parallel.once(called)
     if len(scores) != len(responses) or not all(map(math.isfinite, scores)):
-        raise InputError(f"reward function {name}: expected {len(responses)} finite numbers, one a response, got {len(scores)}"
-                         + ("" if len(scores) != len(responses) else " of which some are not finite"))
+        raise InputError(
+            f"reward function {name}: expected {len(responses)} finite numbers, one a response, got {len(scores)}"
+            + ("" if len(scores) != len(responses) else " of which some are not finite")
+        )
     return torch.tensor(scores, device=device)
 
 
@@ -146,17 +207,26 @@ def check_ratio(rollout: Rollout, tolerance: float) -> None:
     """Stops with an explanation where sampling and scoring disagree: every ratio of the first update must be 1."""
     worst = (rollout.logprobs - rollout.sampled_logprobs).abs().max().item()
     if not worst <= tolerance:
-        raise InputError(f"before the first update a log-ratio between the policy that trains and the one that sampled is {worst:.3g}, not 0 "
-                         f"(tolerance {tolerance}): they differ in temperature, dropout, padding or kernels, and PPO's ratios would be wrong")
+        raise InputError(
+            f"before the first update a log-ratio between the policy that trains and the one that sampled is {worst:.3g}, not 0 "
+            f"(tolerance {tolerance}): they differ in temperature, dropout, padding or kernels, and PPO's ratios would be wrong"
+        )
 
 
 def watch(rollout: Rollout) -> dict[str, float]:
     """Of one rollout, before its updates. A reward that rises says little by itself: look at KL, length, entropy and end rate beside it."""
     tokens, mask = rollout.mask.sum(), rollout.mask
-    return {"reward": rollout.scores.mean().item(), **({"judge": rollout.judged.mean().item()} if rollout.judged is not None else {}),
-            "kl": (losses.kl_k1(rollout.logprobs, rollout.ref_logprobs).sum() / len(mask)).item(),  # nats a response
-            "kl_k3": (losses.kl_k3(rollout.logprobs, rollout.ref_logprobs).sum() / len(mask)).item(),
-            "length": (tokens / len(mask)).item(),  # tokens a response
-            "entropy": (rollout.entropies.sum() / tokens).item(),  # nats a token
-            "eos_rate": rollout.ended.float().mean().item(),
-            "explained_variance": losses.explained_variance(rollout.values, rollout.returns, mask).item()}
+    return {
+        "reward": rollout.scores.mean().item(),
+        **({"judge": rollout.judged.mean().item()} if rollout.judged is not None else {}),
+        "kl": (
+            losses.kl_k1(rollout.logprobs, rollout.ref_logprobs).sum() / len(mask)
+        ).item(),  # nats a response
+        "kl_k3": (losses.kl_k3(rollout.logprobs, rollout.ref_logprobs).sum() / len(mask)).item(),
+        "length": (tokens / len(mask)).item(),  # tokens a response
+        "entropy": (rollout.entropies.sum() / tokens).item(),  # nats a token
+        "eos_rate": rollout.ended.float().mean().item(),
+        "explained_variance": losses.explained_variance(
+            rollout.values, rollout.returns, mask
+        ).item(),
+    }

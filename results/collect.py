@@ -1,10 +1,10 @@
 """Gathers finished runs into results/tiny.json, and writes the README's tables from that, from bench-*.json and from variants.json.
 
-    for seed in 0 1 2; do python -m minicai demo --seed $seed --out out/seed$seed; done
-    python results/collect.py out/seed0 out/seed1 out/seed2
-    for size in tiny small; do python bench/run.py --size $size --json results/bench-$size.json; done
-    python results/variants.py
-    python results/collect.py
+for seed in 0 1 2; do python -m minicai demo --seed $seed --out out/seed$seed; done
+python results/collect.py out/seed0 out/seed1 out/seed2
+for size in tiny small; do python bench/run.py --size $size --json results/bench-$size.json; done
+python results/variants.py
+python results/collect.py
 """
 
 import datetime
@@ -15,34 +15,93 @@ from statistics import fmean
 
 HERE = Path(__file__).parent
 STAGES = {"base": "base", "sl": "SL-CAI", "ppo": "RL-CAI"}
-WORKS = {"generate": "rollouts", "labels": "AI labels", "sl": "SL", "rm": "reward model", "ppo": "PPO"}
-EPISODES = {"tiny": 64, "small": 32, "135m": 64, "0.5b": 64, "1.5b": 64}  # a PPO rollout of bench/works.py, by the size of the model
+WORKS = {
+    "generate": "rollouts",
+    "labels": "AI labels",
+    "sl": "SL",
+    "rm": "reward model",
+    "ppo": "PPO",
+}
+EPISODES = {
+    "tiny": 64,
+    "small": 32,
+    "135m": 64,
+    "0.5b": 64,
+    "1.5b": 64,
+}  # a PPO rollout of bench/works.py, by the size of the model
 RATES = ("harmful", "helpful", "over_refusal", "evasive", "rude")
 TABLE_OF = {"run": "ppo"}  # stages whose variants stand in another's table
 TABLES = {  # of the variants: what they act on, and {measure: (its name, which way is better: -1 down, 1 up, 0 neither)}
-    "revise": ("Critique and revision of 200 harmful prompts: the responses after the last round", {
-        "harmful": ("harmful", -1), "right_refusal": ("right refusal", 1), "rude": ("rude", -1), "unchanged": ("unchanged", 0),
-        "harmful_by_round": ("harmful by round", 0)}),
-    "jailbreaks": ("Critique and revision of 20 harmful prompts in five jailbreak phrasings", {
-        "harmful": ("harmful", -1), "right_refusal": ("right refusal", 1), "unchanged": ("unchanged", 0),
-        "harmful_by_round": ("harmful by round", 0)}),
-    "labels": ("AI labels of the default's pairs", {
-        "accuracy": ("agrees with the judge", 1), "ece": ("calibration error", -1), "entropy": ("entropy", 0),
-        "position_bias": ("decided by the place", -1), "in_votes": ("bias to (A): votes", 0), "in_labels": ("labels", 0)}),
-    "sl": ("Supervised training: answers to the evaluation prompts", {
-        "harmful": ("harmful", -1), "helpful": ("helpful", 1), "over_refusal": ("over-refusal", -1), "rude": ("rude", -1),
-        "jailbroken": ("jailbroken", -1), "examples": ("examples", 0)}),
-    "rm": ("Reward model: accuracy by the judge on the default's held-out pairs", {
-        "harm_accuracy": ("harmful prompts", 1), "help_accuracy": ("harmless prompts", 1), "train_pairs": ("training pairs", 0)}),
-    "ppo": ("Reinforcement learning, and whole runs: answers to the evaluation prompts", {
-        "harmful": ("harmful", -1), "helpful": ("helpful", 1), "over_refusal": ("over-refusal", -1), "rude": ("rude", -1),
-        "jailbroken": ("jailbroken", -1), "kl": ("KL", 0), "hacked": ("hacking seen", 0)}),
+    "revise": (
+        "Critique and revision of 200 harmful prompts: the responses after the last round",
+        {
+            "harmful": ("harmful", -1),
+            "right_refusal": ("right refusal", 1),
+            "rude": ("rude", -1),
+            "unchanged": ("unchanged", 0),
+            "harmful_by_round": ("harmful by round", 0),
+        },
+    ),
+    "jailbreaks": (
+        "Critique and revision of 20 harmful prompts in five jailbreak phrasings",
+        {
+            "harmful": ("harmful", -1),
+            "right_refusal": ("right refusal", 1),
+            "unchanged": ("unchanged", 0),
+            "harmful_by_round": ("harmful by round", 0),
+        },
+    ),
+    "labels": (
+        "AI labels of the default's pairs",
+        {
+            "accuracy": ("agrees with the judge", 1),
+            "ece": ("calibration error", -1),
+            "entropy": ("entropy", 0),
+            "position_bias": ("decided by the place", -1),
+            "in_votes": ("bias to (A): votes", 0),
+            "in_labels": ("labels", 0),
+        },
+    ),
+    "sl": (
+        "Supervised training: answers to the evaluation prompts",
+        {
+            "harmful": ("harmful", -1),
+            "helpful": ("helpful", 1),
+            "over_refusal": ("over-refusal", -1),
+            "rude": ("rude", -1),
+            "jailbroken": ("jailbroken", -1),
+            "examples": ("examples", 0),
+        },
+    ),
+    "rm": (
+        "Reward model: accuracy by the judge on the default's held-out pairs",
+        {
+            "harm_accuracy": ("harmful prompts", 1),
+            "help_accuracy": ("harmless prompts", 1),
+            "train_pairs": ("training pairs", 0),
+        },
+    ),
+    "ppo": (
+        "Reinforcement learning, and whole runs: answers to the evaluation prompts",
+        {
+            "harmful": ("harmful", -1),
+            "helpful": ("helpful", 1),
+            "over_refusal": ("over-refusal", -1),
+            "rude": ("rude", -1),
+            "jailbroken": ("jailbroken", -1),
+            "kl": ("KL", 0),
+            "hacked": ("hacking seen", 0),
+        },
+    ),
 }
 LEAST = 0.01  # of a rate: what is smaller is nothing, however steady
 
 
 def gather(folders: list[str]) -> dict:
-    runs = [json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8")) for folder in folders]
+    runs = [
+        json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))
+        for folder in folders
+    ]
     return {"date": datetime.date.today().isoformat(), "runs": runs}
 
 
@@ -57,35 +116,51 @@ def spread(values: list[float | None], digits: int = 3) -> str:
 def table(results: dict) -> str:
     """The rates of each stage."""
     runs = results["runs"]
-    lines = ["| | " + " | ".join(rate.replace("_", "-") for rate in RATES) + " |", "|---|" + "---|" * len(RATES)]
+    lines = [
+        "| | " + " | ".join(rate.replace("_", "-") for rate in RATES) + " |",
+        "|---|" + "---|" * len(RATES),
+    ]
     for stage, name in STAGES.items():
-        lines.append(f"| **{name}** | " + " | ".join(spread([run["eval"][stage][rate] for run in runs]) for rate in RATES) + " |")
+        lines.append(
+            f"| **{name}** | "
+            + " | ".join(spread([run["eval"][stage][rate] for run in runs]) for rate in RATES)
+            + " |"
+        )
     prompts = runs[0]["eval"]["prompts"]
     seconds = [run["seconds"]["total"] for run in runs]
-    lines += ["", f"Mean (lowest–highest) over seeds {', '.join(str(run['seed']) for run in runs)}; {prompts['harmful']} harmful and "
-              f"{prompts['benign']} harmless prompts that no training stage saw, by the exact judge. AI labels agree with the judge "
-              f"{spread([run['labels']['accuracy_vs_judge'] for run in runs])}, the reward model on held-out pairs "
-              f"{spread([run['rm']['accuracy_vs_judge'] for run in runs])}; KL from SL-CAI {spread([run['ppo']['kl'] for run in runs], 2)} nats a "
-              f"response. {spread([s / 60 for s in seconds], 1)} minutes and at most {max(run['peak_rss_mb'] for run in runs) / 1024:.1f} GiB on: "
-              f"{runs[0]['device']}, {runs[0]['precision']}, torch {runs[0]['versions']['torch']}. {results['date']}, commit "
-              f"{', '.join(sorted({str(run['commit']) for run in runs}))}. `python results/collect.py` makes this table from `results/tiny.json`."]
+    lines += [
+        "",
+        f"Mean (lowest–highest) over seeds {', '.join(str(run['seed']) for run in runs)}; {prompts['harmful']} harmful and "
+        f"{prompts['benign']} harmless prompts that no training stage saw, by the exact judge. AI labels agree with the judge "
+        f"{spread([run['labels']['accuracy_vs_judge'] for run in runs])}, the reward model on held-out pairs "
+        f"{spread([run['rm']['accuracy_vs_judge'] for run in runs])}; KL from SL-CAI {spread([run['ppo']['kl'] for run in runs], 2)} nats a "
+        f"response. {spread([s / 60 for s in seconds], 1)} minutes and at most {max(run['peak_rss_mb'] for run in runs) / 1024:.1f} GiB on: "
+        f"{runs[0]['device']}, {runs[0]['precision']}, torch {runs[0]['versions']['torch']}. {results['date']}, commit "
+        f"{', '.join(sorted({str(run['commit']) for run in runs}))}. `python results/collect.py` makes this table from `results/tiny.json`.",
+    ]
     return "\n".join(lines)
 
 
 def bench_table(rows: list[dict]) -> str:
     """What bench/run.py --json wrote, as a table."""
-    lines = ["| work | model | minicai | peer | ratio, median (range) | peak MiB, minicai : peer | of the machine's peak |",
-             "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| work | model | minicai | peer | ratio, median (range) | peak MiB, minicai : peer | of the machine's peak |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for r in rows:
         rollout = f" ({EPISODES[r['size']]} episodes a rollout)" if r["work"] == "ppo" else ""
         around = f" ({r['ratio_min']:.2f}–{r['ratio_max']:.2f})" if r["pairs"] > 1 else ""
-        lines.append(f"| {WORKS[r['work']]} | {r['size']} | {r['ours']:,.4g} {r['unit']} | {r['peer']:,.4g} | **{r['ratio']:.2f}**{around} | "
-                     f"{r['peak_mb_ours']:,.0f} : {r['peak_mb_peer']:,.0f}{rollout} | {r['peak_fraction']:.2f} |")
+        lines.append(
+            f"| {WORKS[r['work']]} | {r['size']} | {r['ours']:,.4g} {r['unit']} | {r['peer']:,.4g} | **{r['ratio']:.2f}**{around} | "
+            f"{r['peak_mb_ours']:,.0f} : {r['peak_mb_peer']:,.0f}{rollout} | {r['peak_fraction']:.2f} |"
+        )
     runs: dict[str, list[str]] = {}  # where and when: what was measured there
     for r in rows:
         place = f"{r['where']}; {r['pairs']} pair{'s' * (r['pairs'] != 1)}, {r['date']}"
         runs.setdefault(place, []).append(f"{WORKS[r['work']]} {r['size']}")
-    return "\n".join([*lines, "", *(f"- {', '.join(measured)}: {place}." for place, measured in runs.items())])
+    return "\n".join(
+        [*lines, "", *(f"- {', '.join(measured)}: {place}." for place, measured in runs.items())]
+    )
 
 
 def verdict(default: list[dict], found: list[dict], measures: dict[str, tuple[str, int]]) -> str:
@@ -95,13 +170,18 @@ def verdict(default: list[dict], found: list[dict], measures: dict[str, tuple[st
         return "too few seeds"
     said: dict[str, list[str]] = {"helped": [], "hurt": []}
     for key, (name, better) in measures.items():
-        before, after = ([row[key] for row in rows if row.get(key) is not None] for rows in (default, found))
+        before, after = (
+            [row[key] for row in rows if row.get(key) is not None] for rows in (default, found)
+        )
         if better and before and after and abs(fmean(after) - fmean(before)) >= LEAST:
             if min(after) > max(before):
                 said["helped" if better > 0 else "hurt"].append(name)
             elif max(after) < min(before):
                 said["hurt" if better > 0 else "helped"].append(name)
-    return ", ".join(f"**{word}** ({', '.join(names)})" for word, names in said.items() if names) or "nothing"
+    return (
+        ", ".join(f"**{word}** ({', '.join(names)})" for word, names in said.items() if names)
+        or "nothing"
+    )
 
 
 def setting(row: dict) -> str:
@@ -109,8 +189,13 @@ def setting(row: dict) -> str:
     if row["name"] == "default":
         return "**default**"
     words = [word.removeprefix("--").partition("=") for word in row["settings"]]
-    shown = [f"{key.rpartition('.')[2]}={value.replace('{default}', 'OUT') if len(value) < 60 else '...'}" for key, _, value in words]
-    reward = f", {row['reward']} reward model" if row["reward"] not in ("default", row["name"]) else ""
+    shown = [
+        f"{key.rpartition('.')[2]}={value.replace('{default}', 'OUT') if len(value) < 60 else '...'}"
+        for key, _, value in words
+    ]
+    reward = (
+        f", {row['reward']} reward model" if row["reward"] not in ("default", row["name"]) else ""
+    )
     against = f", against {row['against']}" if row["against"] != "default" else ""
     return row["name"] + (f": `{' '.join(shown)}`" if shown else "") + reward + against
 
@@ -134,15 +219,35 @@ def variants_tables(results: dict) -> str:
     for stage, (title, measures) in TABLES.items():
         names = ["", *(name for name, _ in measures.values()), "CPU s", "effect"]
         lines = [f"{title}\n", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-        for row in (row for row in rows.values() if TABLE_OF.get(row["stage"], row["stage"]) == stage):
+        for row in (
+            row for row in rows.values() if TABLE_OF.get(row["stage"], row["stage"]) == stage
+        ):
             seeds, other = measured(row), measured(rows.get((row["against"], stage), {"seeds": {}}))
             both = [seed for seed in seeds if seed in other]
-            effect = sorted({f"failed: {one['failed']}" for one in row["seeds"].values() if "failed" in one})
+            effect = sorted(
+                {f"failed: {one['failed']}" for one in row["seeds"].values() if "failed" in one}
+            )
             if seeds and row["name"] != "default":
-                same = len(both) > 1 and all(seeds[seed].get(key) == other[seed].get(key) for seed in both for key in measures)
-                effect.insert(0, "never acts" if same else verdict([other[seed] for seed in both], [seeds[seed] for seed in both], measures))
-            cells = [setting(row), *(cell([one.get(key) for one in seeds.values()]) for key in measures)]
-            lines.append(f"| {' | '.join([*cells, spread([one['cpu_seconds'] for one in seeds.values()], 1), '; '.join(effect)])} |")
+                same = len(both) > 1 and all(
+                    seeds[seed].get(key) == other[seed].get(key)
+                    for seed in both
+                    for key in measures
+                )
+                effect.insert(
+                    0,
+                    "never acts"
+                    if same
+                    else verdict(
+                        [other[seed] for seed in both], [seeds[seed] for seed in both], measures
+                    ),
+                )
+            cells = [
+                setting(row),
+                *(cell([one.get(key) for one in seeds.values()]) for key in measures),
+            ]
+            lines.append(
+                f"| {' | '.join([*cells, spread([one['cpu_seconds'] for one in seeds.values()], 1), '; '.join(effect)])} |"
+            )
         pages += ["\n".join(lines)] if len(lines) > 3 else []
     return "\n\n".join(pages)
 
@@ -152,21 +257,45 @@ def notes(results: dict) -> str:
     seeds = sorted({seed for row in results["rows"] for seed in row["seeds"]}, key=int)
     commits = sorted({commit for row in results["rows"] for commit in row["commits"]})
     rows = {(row["name"], row["stage"]): list(measured(row).values()) for row in results["rows"]}
-    lines = [f"Mean (lowest–highest) over seeds {', '.join(seeds)}. **helped**, **hurt**: the seeds' ranges with and without the variant do not "
-             f"overlap, and their means are at least {LEAST} apart. CPU s: of the stage alone, in all threads. {results['device']}; "
-             f"{results['date']}, commit {', '.join(commits)}. `python results/variants.py` measures all of it. Bias to (A): of votes, what the "
-             "place alone is worth; of labels, their mean error, which with the order swap is not the place's: each pair was shown both ways."]
-    for name, stage, where in (("default", "revise", ""), ("red-team", "revise", ", of the red-team constitution"),
-                               ("default", "jailbreaks", ", asked in jailbreak phrasings"),
-                               ("red-team", "jailbreaks", ", of the red-team constitution, asked in jailbreak phrasings")):
+    lines = [
+        f"Mean (lowest–highest) over seeds {', '.join(seeds)}. **helped**, **hurt**: the seeds' ranges with and without the variant do not "
+        f"overlap, and their means are at least {LEAST} apart. CPU s: of the stage alone, in all threads. {results['device']}; "
+        f"{results['date']}, commit {', '.join(commits)}. `python results/variants.py` measures all of it. Bias to (A): of votes, what the "
+        "place alone is worth; of labels, their mean error, which with the order swap is not the place's: each pair was shown both ways."
+    ]
+    for name, stage, where in (
+        ("default", "revise", ""),
+        ("red-team", "revise", ", of the red-team constitution"),
+        ("default", "jailbreaks", ", asked in jailbreak phrasings"),
+        ("red-team", "jailbreaks", ", of the red-team constitution, asked in jailbreak phrasings"),
+    ):
         if found := rows.get((name, stage)):
-            shared = [principle for principle in found[0]["by_principle"] if all(principle in one["by_principle"] for one in found)]
-            rates = {principle: spread([one["by_principle"][principle]["improved"] for one in found]) for principle in shared}
+            shared = [
+                principle
+                for principle in found[0]["by_principle"]
+                if all(principle in one["by_principle"] for one in found)
+            ]
+            rates = {
+                principle: spread([one["by_principle"][principle]["improved"] for one in found])
+                for principle in shared
+            }
             ranked = sorted(rates.items(), key=lambda item: item[1], reverse=True)
-            lines.append(f"A revision improved the response under{where}: " + ", ".join(f"{principle} {rate}" for principle, rate in ranked) + ".")
-    broken = {name: spread([one["jailbroken"] for one in found]) for stage, name in STAGES.items() if (found := rows.get(("default", stage)))}
+            lines.append(
+                f"A revision improved the response under{where}: "
+                + ", ".join(f"{principle} {rate}" for principle, rate in ranked)
+                + "."
+            )
+    broken = {
+        name: spread([one["jailbroken"] for one in found])
+        for stage, name in STAGES.items()
+        if (found := rows.get(("default", stage)))
+    }
     if broken:
-        lines.append("Answered harmfully in jailbreak phrasings: " + ", ".join(f"{name} {rate}" for name, rate in broken.items()) + ".")
+        lines.append(
+            "Answered harmfully in jailbreak phrasings: "
+            + ", ".join(f"{name} {rate}" for name, rate in broken.items())
+            + "."
+        )
     return "\n\n".join(lines)
 
 
@@ -179,8 +308,12 @@ def line(found: dict) -> str:
 def fill(readme: str) -> str:
     """The README with its tables replaced."""
     files = [path for size in EPISODES if (path := HERE / f"bench-{size}.json").exists()]
-    tables = {"tiny": table(json.loads((HERE / "tiny.json").read_text(encoding="utf-8"))),
-              "bench": bench_table([row for path in files for row in json.loads(path.read_text(encoding="utf-8"))])}
+    tables = {
+        "tiny": table(json.loads((HERE / "tiny.json").read_text(encoding="utf-8"))),
+        "bench": bench_table(
+            [row for path in files for row in json.loads(path.read_text(encoding="utf-8"))]
+        ),
+    }
     if (path := HERE / "variants.json").exists():
         variants = json.loads(path.read_text(encoding="utf-8"))
         tables["variants"] = f"{variants_tables(variants)}\n\n{notes(variants)}"
@@ -194,6 +327,8 @@ def fill(readme: str) -> str:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        (HERE / "tiny.json").write_text(json.dumps(gather(sys.argv[1:]), indent=1) + "\n", encoding="utf-8")
+        (HERE / "tiny.json").write_text(
+            json.dumps(gather(sys.argv[1:]), indent=1) + "\n", encoding="utf-8"
+        )
     page = HERE.parent / "README.md"
     page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")

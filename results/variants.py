@@ -27,16 +27,31 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's code, whatever is installed
 
-from minicai import InputError, config, parallel, report, terminal
+from minicai import InputError
 from minicai import __main__ as commands
-from minicai.data import finite, write_atomic
+from minicai.engine import config, parallel, terminal
+from minicai.engine.data import finite, write_atomic
+from minicai.report import page as report
 from results import collect, measure
 
 # stage: section of its settings, what measures it, minutes on two threads
-STAGES = {"base": ("eval", measure.base, 0.1), "data": ("sl", measure.phase_1, 0.5), "revise": ("sl", measure.revise, 0.1),
-          "jailbreaks": ("sl", measure.talk_out, 0.1), "labels": ("rm", measure.labels, 0.1), "sl": ("sl", measure.supervised, 0.5),
-          "rm": ("rm", measure.reward_model, 0.6), "ppo": ("ppo", measure.policy, 0.9), "run": ("eval", measure.whole_run, 5.0)}
-NEEDS = {"sl": ("data",), "labels": ("rm",), "rm": ("sl",), "ppo": ("sl", "rm")}  # of the default's stages
+STAGES = {
+    "base": ("eval", measure.base, 0.1),
+    "data": ("sl", measure.phase_1, 0.5),
+    "revise": ("sl", measure.revise, 0.1),
+    "jailbreaks": ("sl", measure.talk_out, 0.1),
+    "labels": ("rm", measure.labels, 0.1),
+    "sl": ("sl", measure.supervised, 0.5),
+    "rm": ("rm", measure.reward_model, 0.6),
+    "ppo": ("ppo", measure.policy, 0.9),
+    "run": ("eval", measure.whole_run, 5.0),
+}
+NEEDS = {
+    "sl": ("data",),
+    "labels": ("rm",),
+    "rm": ("sl",),
+    "ppo": ("sl", "rm"),
+}  # of the default's stages
 
 
 @dataclass(frozen=True)
@@ -52,59 +67,127 @@ class Variant:
 
 def variants() -> list[Variant]:
     """Every measurement: the default's stages, then the others, cheap ones first. What one needs stands before it."""
-    finds_nothing = ["The response does no harm.", "The response is polite.", "The response engages with the question."]
+    finds_nothing = [
+        "The response does no harm.",
+        "The response is polite.",
+        "The response engages with the question.",
+    ]
     examples = f"examples={ROOT / 'configs' / 'examples' / 'tiny.toml'}"
     red_team = f"--constitution={ROOT / 'configs' / 'constitutions' / 'redteam.toml'}"
     thought = ("labels=chain_of_thought", "thought_tokens=40")
     target = ("kl_target=0.5", "kl_horizon=300")
     lists: dict[str, dict[str, tuple[str, ...]]] = {
         "revise": {
-            "rounds-0": ("rounds=0",), "rounds-1": ("rounds=1",), "rounds-2": ("rounds=2",), "in-turn": ("principles=in_turn",),
-            "all-principles": ("principles=all",), "chain-of-thought": ("style=chain_of_thought",), "strong": ("style=strong",),
-            "no-critique": ("style=none",), "stop-at-nothing": (f"nothing={json.dumps(finds_nothing)}",),
-            "stop-at-no-harm": (f"nothing={json.dumps(finds_nothing[:1])}",), "examples": (examples,), "critic": ("critic={default}/sl",),
-            "red-team": (red_team,)},
+            "rounds-0": ("rounds=0",),
+            "rounds-1": ("rounds=1",),
+            "rounds-2": ("rounds=2",),
+            "in-turn": ("principles=in_turn",),
+            "all-principles": ("principles=all",),
+            "chain-of-thought": ("style=chain_of_thought",),
+            "strong": ("style=strong",),
+            "no-critique": ("style=none",),
+            "stop-at-nothing": (f"nothing={json.dumps(finds_nothing)}",),
+            "stop-at-no-harm": (f"nothing={json.dumps(finds_nothing[:1])}",),
+            "examples": (examples,),
+            "critic": ("critic={default}/sl",),
+            "red-team": (red_team,),
+        },
         "jailbreaks": {"red-team": (red_team,)},
         "labels": {
-            "hard": ("labels=hard",), "one-order": ("swap=false",), "principles-3": ("principles=3",), "every-principle": ("principles=0",),
-            "jury-mean": ("jury={default}/sl",), "jury-majority": ("jury={default}/sl", "vote=majority"), "label-examples": (examples,),
-            "thought": thought, "thought-one-order": (*thought, "swap=false"),
-            "thought-free": (*thought, "clamp_low=0.0", "clamp_high=1.0"), "thoughts-3": (*thought, "thoughts=3"),
-            "thought-examples": (*thought, examples)},
+            "hard": ("labels=hard",),
+            "one-order": ("swap=false",),
+            "principles-3": ("principles=3",),
+            "every-principle": ("principles=0",),
+            "jury-mean": ("jury={default}/sl",),
+            "jury-majority": ("jury={default}/sl", "vote=majority"),
+            "label-examples": (examples,),
+            "thought": thought,
+            "thought-one-order": (*thought, "swap=false"),
+            "thought-free": (*thought, "clamp_low=0.0", "clamp_high=1.0"),
+            "thoughts-3": (*thought, "thoughts=3"),
+            "thought-examples": (*thought, examples),
+        },
         "sl": {
-            "helpful-0": ("helpful_samples=0",), "last-round": ("keep=last",), "drop-unchanged": ('drop=["unchanged"]',),
-            "plain-sft": ("rounds=0", "keep=last"), "helpful-1": ("helpful_samples=1",),
-            "red-team": (red_team,)},
+            "helpful-0": ("helpful_samples=0",),
+            "last-round": ("keep=last",),
+            "drop-unchanged": ('drop=["unchanged"]',),
+            "plain-sft": ("rounds=0", "keep=last"),
+            "helpful-1": ("helpful_samples=1",),
+            "red-team": (red_team,),
+        },
         "rm": {
-            "no-human-pairs": ("preferences=",), "no-revision-pairs": ("revision_pairs=0",), "human-share": ("preferences_share=0.43",),
-            "human-weight": ("preferences_weight=2.0",), "margin": ("margin=0.5",), "no-centering": ("centering=0.0",),
-            "hard-labels": ("labels=hard",), "normalised": ("normalise=true",), "candidates-4": ("candidates=4", "limit=200"),
-            "best-and-worst": ("candidates=4", "pairing=best_worst")},
+            "no-human-pairs": ("preferences=",),
+            "no-revision-pairs": ("revision_pairs=0",),
+            "human-share": ("preferences_share=0.43",),
+            "human-weight": ("preferences_weight=2.0",),
+            "margin": ("margin=0.5",),
+            "no-centering": ("centering=0.0",),
+            "hard-labels": ("labels=hard",),
+            "normalised": ("normalise=true",),
+            "candidates-4": ("candidates=4", "limit=200"),
+            "best-and-worst": ("candidates=4", "pairing=best_worst"),
+        },
         "ppo": {
-            "no-human-pairs": (), "no-revision-pairs": (), "normalised": (), "k2": ("kl_estimator=k2",), "k3": ("kl_estimator=k3",),
-            "kl-weak": ("kl_coef=0.05",), "kl-strong": ("kl_coef=0.6",),
-            "kl-stronger": ("kl_coef=1.2",), "sl-term": ("alpha=1.0",), "sl-term-weak": ("alpha=10.0",),
-            "kl-target": target, "sl-term-kl-target": ("alpha=10.0", *target), "whitened": ("whiten_rewards=true",),
-            "word-reward": ("reward_function=results.rewards:refusing_words",), "value-warmup": ("value_warmup=3",),
-            "value-rate": ("value_lr=5e-5",), "no-early-stop": ("target_kl=1000.0",), "no-eos-penalty": ("missing_eos_penalty=0.0",)},
-        "run": {"alternate": ("alternate=2",)}}
-    found = [Variant("default", stage) for stage in ("base", "data", "sl", "rm", "ppo", "revise", "jailbreaks", "labels")]
+            "no-human-pairs": (),
+            "no-revision-pairs": (),
+            "normalised": (),
+            "k2": ("kl_estimator=k2",),
+            "k3": ("kl_estimator=k3",),
+            "kl-weak": ("kl_coef=0.05",),
+            "kl-strong": ("kl_coef=0.6",),
+            "kl-stronger": ("kl_coef=1.2",),
+            "sl-term": ("alpha=1.0",),
+            "sl-term-weak": ("alpha=10.0",),
+            "kl-target": target,
+            "sl-term-kl-target": ("alpha=10.0", *target),
+            "whitened": ("whiten_rewards=true",),
+            "word-reward": ("reward_function=results.rewards:refusing_words",),
+            "value-warmup": ("value_warmup=3",),
+            "value-rate": ("value_lr=5e-5",),
+            "no-early-stop": ("target_kl=1000.0",),
+            "no-eos-penalty": ("missing_eos_penalty=0.0",),
+        },
+        "run": {"alternate": ("alternate=2",)},
+    }
+    found = [
+        Variant("default", stage)
+        for stage in ("base", "data", "sl", "rm", "ppo", "revise", "jailbreaks", "labels")
+    ]
     for stage, rows in lists.items():
         prefix = "--" if stage == "run" else f"--{STAGES[stage][0]}."
         for name, words in rows.items():
-            against = {"plain-sft": "last-round", "thought-one-order": "thought", "sl-term": "kl-stronger", "sl-term-weak": "kl-strong",
-                       "sl-term-kl-target": "kl-target"}.get(name, "default")  # of the SL term: about the same KL
-            found.append(Variant(name, stage, tuple(word if word.startswith("--") else prefix + word for word in words), against,
-                                 name if stage == "ppo" and name in lists["rm"] else "default"))
+            against = {
+                "plain-sft": "last-round",
+                "thought-one-order": "thought",
+                "sl-term": "kl-stronger",
+                "sl-term-weak": "kl-strong",
+                "sl-term-kl-target": "kl-target",
+            }.get(name, "default")  # of the SL term: about the same KL
+            found.append(
+                Variant(
+                    name,
+                    stage,
+                    tuple(word if word.startswith("--") else prefix + word for word in words),
+                    against,
+                    name if stage == "ppo" and name in lists["rm"] else "default",
+                )
+            )
     return found
 
 
 def needs(variant: Variant) -> set[tuple[str, str]]:
     """(name, stage) of what a measurement reads, and of what it is compared with."""
     table = collect.TABLE_OF.get(variant.stage, variant.stage)
-    found = {("default", stage) for stage in NEEDS.get(variant.stage, ())} | {("default", table), (variant.against, table)}
-    found |= {("default", "sl")} if any("{default}/sl" in word for word in variant.settings) else set()
-    return (found | {(variant.reward, "rm")} if variant.stage == "ppo" else found) - {(variant.name, variant.stage)}
+    found = {("default", stage) for stage in NEEDS.get(variant.stage, ())} | {
+        ("default", table),
+        (variant.against, table),
+    }
+    found |= (
+        {("default", "sl")} if any("{default}/sl" in word for word in variant.settings) else set()
+    )
+    return (found | {(variant.reward, "rm")} if variant.stage == "ppo" else found) - {
+        (variant.name, variant.stage)
+    }
 
 
 def load(variant: Variant, file: str, seed: int, home: Path):
@@ -113,9 +196,17 @@ def load(variant: Variant, file: str, seed: int, home: Path):
     own = [word.replace("{default}", str(default)) for word in variant.settings]
     if variant.stage == "run":
         return [f"--config={file}", f"--seed={seed}", f"--out={home / variant.name / 'run'}", *own]
-    fixed = {"revise": ["--sl.limit=200", "--sl.helpful_samples=0"], "jailbreaks": ["--sl.helpful_samples=0"], "rm": [f"--rm.policy={default}/sl"],
-             "ppo": [f"--ppo.policy={default}/sl", f"--ppo.reward={home}/{variant.reward}/rm"]}.get(variant.stage, [])
-    return config.load(measure.KINDS[section], section, [file, f"--seed={seed}", f"--out={home / variant.name}", *fixed, *own])
+    fixed = {
+        "revise": ["--sl.limit=200", "--sl.helpful_samples=0"],
+        "jailbreaks": ["--sl.helpful_samples=0"],
+        "rm": [f"--rm.policy={default}/sl"],
+        "ppo": [f"--ppo.policy={default}/sl", f"--ppo.reward={home}/{variant.reward}/rm"],
+    }.get(variant.stage, [])
+    return config.load(
+        measure.KINDS[section],
+        section,
+        [file, f"--seed={seed}", f"--out={home / variant.name}", *fixed, *own],
+    )
 
 
 # --- the campaign -----------------------------------------------------------------------------------------------------------------
@@ -128,7 +219,10 @@ def chosen(names: list[str]) -> list[Variant]:
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
-            raise InputError(f"--only: no variant {name!r}; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"))
+            raise InputError(
+                f"--only: no variant {name!r}; "
+                + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}")
+            )
     wanted = {(v.name, v.stage) for v in everything if not names or v.name in names}
     for v in reversed(everything):  # what is needed stands before
         wanted |= needs(v) if (v.name, v.stage) in wanted else set()
@@ -139,30 +233,50 @@ def finished(variant: Variant, file: str, home: Path) -> dict | None:
     """The result of a measurement that was made before with these settings; None where there is none, or it failed."""
     path = home / variant.name / f"{variant.stage}.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    same = found.get("settings") == list(variant.settings) and found.get("config") == Path(file).read_text(encoding="utf-8")
+    same = found.get("settings") == list(variant.settings) and found.get("config") == Path(
+        file
+    ).read_text(encoding="utf-8")
     return found if same and "failed" not in found else None
 
 
 def run(variant: Variant, file: str, seed: int, home: Path) -> dict:
     """Measures, and writes HOME/NAME/STAGE.json. What goes wrong with one variant is its result, and no reason to leave out the others."""
     folder, default = home / variant.name / variant.stage, home / "default"
-    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted measurement left: its seconds would be lost
+    shutil.rmtree(
+        folder, ignore_errors=True
+    )  # what an interrupted measurement left: its seconds would be lost
     folder.mkdir(parents=True)
     try:
         cfg = load(variant, file, seed, home)
         if variant.stage == "sl":
-            for name, keys in (("revisions.jsonl", ("--sl.rounds=", "--constitution=")), ("helpful.jsonl", ("--sl.helpful_samples=",))):
+            for name, keys in (
+                ("revisions.jsonl", ("--sl.rounds=", "--constitution=")),
+                ("helpful.jsonl", ("--sl.helpful_samples=",)),
+            ):
                 if not any(word.startswith(keys) for word in variant.settings):
                     shutil.copyfile(default / "data" / name, folder / name)
             measure.write_data(cfg, folder)  # the rest of it: what is timed is the training
         began = time.monotonic(), time.process_time()
         found, model = STAGES[variant.stage][1](cfg, folder, default)
-        found |= {"seconds": time.monotonic() - began[0], "cpu_seconds": time.process_time() - began[1]}
+        found |= {
+            "seconds": time.monotonic() - began[0],
+            "cpu_seconds": time.process_time() - began[1],
+        }
         if model:
-            found |= measure.answers(config.load(commands.EvalConfig, "eval", [file, f"--seed={seed}"]), model)
+            found |= measure.answers(
+                config.load(commands.EvalConfig, "eval", [file, f"--seed={seed}"]), model
+            )
     except Exception as error:
-        found = {"failed": f"{error}" if isinstance(error, InputError) else f"{type(error).__name__}: {error}"}
-    found |= {"settings": list(variant.settings), "config": Path(file).read_text(encoding="utf-8"), "commit": report.provenance("")["commit"]}
+        found = {
+            "failed": f"{error}"
+            if isinstance(error, InputError)
+            else f"{type(error).__name__}: {error}"
+        }
+    found |= {
+        "settings": list(variant.settings),
+        "config": Path(file).read_text(encoding="utf-8"),
+        "commit": report.provenance("")["commit"],
+    }
     write_atomic(folder.with_suffix(".json"), json.dumps(finite(found), indent=1))
     return found
 
@@ -176,16 +290,42 @@ def gathered(out: Path) -> dict:
     """Everything that has been measured in a folder, of all its seeds: the content of variants.json."""
     rows = []
     for v in variants():
-        seeds = {path.parts[-3].removeprefix("seed"): json.loads(path.read_text(encoding="utf-8"))
-                 for path in sorted(out.glob(f"seed*/{v.name}/{v.stage}.json"))}
-        seeds = {seed: one for seed, one in seeds.items() if _words(one["settings"]) == _words(v.settings)}  # not what has been changed since
+        seeds = {
+            path.parts[-3].removeprefix("seed"): json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted(out.glob(f"seed*/{v.name}/{v.stage}.json"))
+        }
+        seeds = {
+            seed: one
+            for seed, one in seeds.items()
+            if _words(one["settings"]) == _words(v.settings)
+        }  # not what has been changed since
         if seeds:
             commits = sorted({str(one["commit"]) for one in seeds.values()})
-            seeds = {seed: {key: value for key, value in one.items() if key not in ("settings", "config", "commit")} for seed, one in seeds.items()}
-            rows.append({"name": v.name, "stage": v.stage, "settings": _words(v.settings), "against": v.against,
-                         "reward": v.reward, "commits": commits, "seeds": seeds})
+            seeds = {
+                seed: {
+                    key: value
+                    for key, value in one.items()
+                    if key not in ("settings", "config", "commit")
+                }
+                for seed, one in seeds.items()
+            }
+            rows.append(
+                {
+                    "name": v.name,
+                    "stage": v.stage,
+                    "settings": _words(v.settings),
+                    "against": v.against,
+                    "reward": v.reward,
+                    "commits": commits,
+                    "seeds": seeds,
+                }
+            )
     device, precision = parallel.setup("auto", "auto")
-    return {"date": datetime.date.today().isoformat(), "device": f"{parallel.device_name(device)}, {precision}", "rows": rows}
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": f"{parallel.device_name(device)}, {precision}",
+        "rows": rows,
+    }
 
 
 def main(arguments: list[str]) -> None:
@@ -197,7 +337,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "variants.json")
     parser.add_argument("--config", default=str(config.builtin("tiny.toml")))
     chose = parser.parse_args(arguments)
-    config.load(commands.EvalConfig, "eval", [chose.config])  # a file that cannot be read is no fault of the variants
+    config.load(
+        commands.EvalConfig, "eval", [chose.config]
+    )  # a file that cannot be read is no fault of the variants
     out, locks = chose.out.resolve(), []
     for seed in chose.seeds:
         (out / f"seed{seed}").mkdir(parents=True, exist_ok=True)
@@ -205,12 +347,17 @@ def main(arguments: list[str]) -> None:
         try:
             fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise InputError(f"--seeds: seed {seed} of {out} is being measured by another process") from error
+            raise InputError(
+                f"--seeds: seed {seed} of {out} is being measured by another process"
+            ) from error
     todo = [(v, seed) for v in chosen(chose.only) for seed in chose.seeds]
     todo = [(v, seed) for v, seed in todo if finished(v, chose.config, out / f"seed{seed}") is None]
     minutes = [STAGES[v.stage][2] for v, _ in todo]
     for number, (v, seed) in enumerate(todo):
-        print(f"[{number + 1}/{len(todo)}] {v.stage} {v.name}, seed {seed}; about {sum(minutes[number:]):.0f} minutes to go", flush=True)
+        print(
+            f"[{number + 1}/{len(todo)}] {v.stage} {v.name}, seed {seed}; about {sum(minutes[number:]):.0f} minutes to go",
+            flush=True,
+        )
         found = run(v, chose.config, seed, out / f"seed{seed}")
         print(f"    {collect.line(found)}", flush=True)
         write_atomic(chose.json, json.dumps(gathered(out), indent=1) + "\n")

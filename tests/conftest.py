@@ -29,27 +29,60 @@ from minicai import losses
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 PAD, EOS = 0, 1
-ARCHITECTURES = ("llama", "gpt2", "qwen2", "neox")  # gpt2 has learned positions, so that padding on the left can shift them
+ARCHITECTURES = (
+    "llama",
+    "gpt2",
+    "qwen2",
+    "neox",
+)  # gpt2 has learned positions, so that padding on the left can shift them
 
 
 def tiny_model(architecture="llama", seed=0, vocab=64, scorer=False):
     """Two layers with weights ten times the usual size: predictions then lean on every token and position, and a wrong one shows."""
-    common = {"vocab_size": vocab, "initializer_range": 0.25, "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None, "num_labels": 1}
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 256}
-    config = {"llama": lambda: LlamaConfig(**common, **sizes, num_key_value_heads=2),
-              "gpt2": lambda: GPT2Config(**common, n_embd=32, n_layer=2, n_head=4, n_positions=256),
-              "qwen2": lambda: Qwen2Config(**common, **sizes, num_key_value_heads=2, tie_word_embeddings=True),
-              "neox": lambda: GPTNeoXConfig(**common, **sizes, tie_word_embeddings=False)}[architecture]()
+    common = {
+        "vocab_size": vocab,
+        "initializer_range": 0.25,
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+        "bos_token_id": None,
+        "num_labels": 1,
+    }
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+    }
+    config = {
+        "llama": lambda: LlamaConfig(**common, **sizes, num_key_value_heads=2),
+        "gpt2": lambda: GPT2Config(**common, n_embd=32, n_layer=2, n_head=4, n_positions=256),
+        "qwen2": lambda: Qwen2Config(
+            **common, **sizes, num_key_value_heads=2, tie_word_embeddings=True
+        ),
+        "neox": lambda: GPTNeoXConfig(**common, **sizes, tie_word_embeddings=False),
+    }[architecture]()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return (AutoModelForSequenceClassification if scorer else AutoModelForCausalLM).from_config(config).eval()
+        return (
+            (AutoModelForSequenceClassification if scorer else AutoModelForCausalLM)
+            .from_config(config)
+            .eval()
+        )
 
 
 def byte_tokenizer(pad="<pad>"):
     """258 tokens: pad, eos and the 256 bytes. Another pad token takes the place of the first, which is then a character of nobody's."""
-    alphabet = ["<pad>" if pad == "<pad>" else "\U000f0001", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    alphabet = [
+        "<pad>" if pad == "<pad>" else "\U000f0001",
+        "<eos>",
+        *sorted(pre_tokenizers.ByteLevel.alphabet()),
+    ]
     bpe = Tokenizer(models.BPE({token: k for k, token in enumerate(alphabet)}, []))
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.pre_tokenizer, bpe.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=pad, eos_token="<eos>")
 
 
@@ -122,9 +155,16 @@ def command(monkeypatch, capsys):
 def model_folders(tmp_path_factory):
     """A folder of model folders: `whole`, `roomy` with a context of 2,048 tokens, `short` with one of 32, `endless` (no eos token), `torn` (weights),
     `garbled` (tokenizer)."""
-    folder, model, tokenizer = tmp_path_factory.mktemp("models"), tiny_model(vocab=258), byte_tokenizer()
+    folder, model, tokenizer = (
+        tmp_path_factory.mktemp("models"),
+        tiny_model(vocab=258),
+        byte_tokenizer(),
+    )
     for name in ("whole", "roomy", "short", "endless", "torn", "garbled"):
-        model.config.max_position_embeddings = tokenizer.model_max_length = {"roomy": 2048, "short": 32}.get(name, 512)
+        model.config.max_position_embeddings = tokenizer.model_max_length = {
+            "roomy": 2048,
+            "short": 32,
+        }.get(name, 512)
         tokenizer.eos_token = None if name == "endless" else "<eos>"
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -137,7 +177,9 @@ def model_folders(tmp_path_factory):
 @pytest.fixture
 def world(models, tmp_path):
     """A run that would start, were it not for the one thing a test makes wrong: config.toml, prompts.jsonl and an `out` that is not there."""
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Why is the sky so very blue today, my dear friend?"}\n' * 2)
+    (tmp_path / "prompts.jsonl").write_text(
+        '{"prompt": "Why is the sky so very blue today, my dear friend?"}\n' * 2
+    )
     (tmp_path / "config.toml").write_text(f"""
         model = {json.dumps(str(models / "whole"))}
         constitution = {json.dumps(str(ROOT / "configs" / "constitutions" / "tiny.toml"))}
@@ -149,6 +191,8 @@ def world(models, tmp_path):
         max_new_tokens = 8
     """)
     return tmp_path
+
+
 SHORT_RULES = """
 name = "short"
 version = "1"
@@ -176,7 +220,12 @@ def folder(tmp_path_factory):
         tokenizer.save_pretrained(folder / name)
     (folder / "rules.toml").write_text(SHORT_RULES)
     (folder / "prompts.txt").write_text("".join(f"Question {k}?\n" for k in range(6)))
-    (folder / "human.jsonl").write_text("".join(json.dumps({"prompt": f"Tell {k}", "chosen": "yes", "rejected": "no"}) + "\n" for k in range(40)))
+    (folder / "human.jsonl").write_text(
+        "".join(
+            json.dumps({"prompt": f"Tell {k}", "chosen": "yes", "rejected": "no"}) + "\n"
+            for k in range(40)
+        )
+    )
     (folder / "config.toml").write_text("""
         model = "model"
         constitution = "rules.toml"

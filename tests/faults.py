@@ -56,24 +56,57 @@ save_every = 2
 prompts = "eval.jsonl"
 max_new_tokens = 48
 """
-PARTS = {"revisions": "data", "helpful": "data", "pairs": "data", "comparisons": "data", "metrics": "training", "episodes": "training",
-         "checkpoints": "training", "config": "start"}
+PARTS = {
+    "revisions": "data",
+    "helpful": "data",
+    "pairs": "data",
+    "comparisons": "data",
+    "metrics": "training",
+    "episodes": "training",
+    "checkpoints": "training",
+    "config": "start",
+}
 
 
 def start(out: Path) -> subprocess.Popen:
     """The command under test, in a session of its own, which it shares with whatever it starts."""
-    command = [sys.executable, "-m", "minicai", "demo", f"--config={out.parent / 'faults.toml'}", f"--out={out}"]
+    command = [
+        sys.executable,
+        "-m",
+        "minicai",
+        "demo",
+        f"--config={out.parent / 'faults.toml'}",
+        f"--out={out}",
+    ]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     with open(out.parent / "stderr.txt", "w") as errors:
-        return subprocess.Popen(command, cwd=out.parent, env=environment, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True)
+        return subprocess.Popen(
+            command,
+            cwd=out.parent,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            start_new_session=True,
+        )
 
 
 def being_made(out: Path) -> list[str]:
     """What is on its way to its place: paths of *.tmp below the output folder."""
     found = []
-    for folder in (".", "sl", "rm", "ppo", "eval", "sl/checkpoints", "rm/checkpoints", "ppo/checkpoints"):
+    for folder in (
+        ".",
+        "sl",
+        "rm",
+        "ppo",
+        "eval",
+        "sl/checkpoints",
+        "rm/checkpoints",
+        "ppo/checkpoints",
+    ):
         try:
-            found += [f"{folder}/{name}" for name in os.listdir(out / folder) if name.endswith(".tmp")]
+            found += [
+                f"{folder}/{name}" for name in os.listdir(out / folder) if name.endswith(".tmp")
+            ]
         except FileNotFoundError:
             continue
     return found
@@ -112,10 +145,17 @@ def kill_while_writing(process: subprocess.Popen, out: Path, number: int) -> boo
 
 def place(out: Path) -> str:
     """Where a run stands that was just killed: its stage, and what it wrote last or was writing."""
-    stage = next((name for name in ("sl", "rm", "ppo", "eval") if not (out / name / "stage.json").exists()), "report")
+    stage = next(
+        (name for name in ("sl", "rm", "ppo", "eval") if not (out / name / "stage.json").exists()),
+        "report",
+    )
     if tmp := being_made(out):
         return f"{stage}: writing {tmp[0].split('/')[-1]}"
-    written = sorted((p.stat().st_mtime, p.name.split(".")[0]) for p in (out / stage).glob("*")) if stage != "report" else []
+    written = (
+        sorted((p.stat().st_mtime, p.name.split(".")[0]) for p in (out / stage).glob("*"))
+        if stage != "report"
+        else []
+    )
     return f"{stage}: {PARTS.get(written[-1][1], 'writing') if written else 'start'}"
 
 
@@ -138,7 +178,10 @@ def differences(ours: Path, theirs: Path) -> list[str]:
         if name.endswith(".jsonl") and (ours / name).read_bytes() != (theirs / name).read_bytes():
             differing.append(name)
         elif name.endswith(".safetensors"):
-            weights = [{key: (x.dtype, x.shape, x.tobytes()) for key, x in load_file(out / name).items()} for out in (ours, theirs)]
+            weights = [
+                {key: (x.dtype, x.shape, x.tobytes()) for key, x in load_file(out / name).items()}
+                for out in (ours, theirs)
+            ]
             differing += [] if weights[0] == weights[1] else [name]
     return differing
 
@@ -147,23 +190,40 @@ def finish(out: Path, process: subprocess.Popen) -> str:
     """Waits for a run to end by itself; what is wrong with its end, or ""."""
     code = process.wait()
     error = (out.parent / "stderr.txt").read_text()[-2000:]
-    return f"exit code {code}: {error}" if code else "left a process behind" if left_running(process.pid) else ""
+    return (
+        f"exit code {code}: {error}"
+        if code
+        else "left a process behind"
+        if left_running(process.pid)
+        else ""
+    )
 
 
 def campaign(kills: int, seed: int, folder: Path, per_chain: int = CHAIN) -> int:
     """Kills that many times, says so line by line, and returns how many of the kills were in chains that ended as if undisturbed."""
     (folder / "faults.toml").write_text(CONFIG)
-    evaluation = (ROOT / "minicai" / "tinyworld" / "data" / "eval.jsonl").read_text().splitlines(keepends=True)
+    evaluation = (
+        (ROOT / "minicai" / "tinyworld" / "data" / "eval.jsonl")
+        .read_text()
+        .splitlines(keepends=True)
+    )
     (folder / "eval.jsonl").write_text("".join(evaluation[::20]))
     whole = folder / "undisturbed"
-    began, process, reached = time.monotonic(), start(whole), {0: 0.0}  # bytes in the journals: seconds after the start
+    began, process, reached = (
+        time.monotonic(),
+        start(whole),
+        {0: 0.0},
+    )  # bytes in the journals: seconds after the start
     while process.poll() is None:
         reached.setdefault(written(whole), time.monotonic() - began)
         time.sleep(0.002)
     if error := finish(whole, process):
         raise RuntimeError(f"the undisturbed run failed: {error}")
     seconds, startup = time.monotonic() - began, sorted(reached.values())[1]
-    print(f"undisturbed: {seconds:.1f} s, the first {startup:.1f} until the first line of a journal", flush=True)
+    print(
+        f"undisturbed: {seconds:.1f} s, the first {startup:.1f} until the first line of a journal",
+        flush=True,
+    )
 
     draw, struck, identical, chains, places = random.Random(seed), 0, 0, 0, Counter()
     while struck < kills:
@@ -177,7 +237,12 @@ def campaign(kills: int, seed: int, folder: Path, per_chain: int = CHAIN) -> int
                 done = kill_while_writing(process, out, draw.randint(1, 6))
             else:
                 size = max(size for size, at in reached.items() if at <= moment)
-                done = kill_at(process, out, size, moment - reached[size] + (startup if written(out) >= size > 0 else 0.0))
+                done = kill_at(
+                    process,
+                    out,
+                    size,
+                    moment - reached[size] + (startup if written(out) >= size > 0 else 0.0),
+                )
             if not done:
                 break  # it ended before
             struck, hit = struck + 1, hit + 1
@@ -188,7 +253,10 @@ def campaign(kills: int, seed: int, folder: Path, per_chain: int = CHAIN) -> int
         error = error or finish(out, process if not done else start(out))
         wrong = error or ", ".join(differences(out, whole))
         identical += 0 if wrong else hit
-        print(f"chain {chains}: {hit} kills, {'DIFFERS: ' + wrong if wrong else 'identical'}", flush=True)
+        print(
+            f"chain {chains}: {hit} kills, {'DIFFERS: ' + wrong if wrong else 'identical'}",
+            flush=True,
+        )
     print(", ".join(f"{name} {count}" for name, count in sorted(places.items())))
     print(f"{identical} of {struck} identical", flush=True)
     return identical

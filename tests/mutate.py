@@ -27,7 +27,10 @@ TESTS = Path(__file__).with_name("test_losses.py")
 EQUIVALENT = {  # (function, altered line): why no test can tell it from the original
     ("shaped_rewards", "if not mask.any(1).all():"): "the mask has two dimensions: 1 is the last",
     ("shaped_rewards", "last = torch.where(mask, positions, 0).amax(1)"): "likewise",
-    ("policy_loss", "ratio = torch.where(mask, logprobs - old_logprobs, 1.0).exp()"): "only keeps exp finite where the result is masked",
+    (
+        "policy_loss",
+        "ratio = torch.where(mask, logprobs - old_logprobs, 1.0).exp()",
+    ): "only keeps exp finite where the result is masked",
 }
 
 OPERATORS = {ast.Add: [ast.Sub], ast.Sub: [ast.Add], ast.Mult: [ast.Div], ast.Div: [ast.Mult]}
@@ -62,15 +65,22 @@ def alterations(node: ast.AST) -> Iterator[ast.AST]:
         case ast.Call(func=ast.Attribute(attr="where"), args=[condition, chosen, other]):
             yield ast.Call(node.func, [condition, other, chosen], [])
         case ast.Call(func=ast.Attribute(attr="clamp"), args=[low, high]):
-            yield from (ast.Call(node.func, [], [ast.keyword(side, bound)]) for side, bound in (("min", low), ("max", high)))
+            yield from (
+                ast.Call(node.func, [], [ast.keyword(side, bound)])
+                for side, bound in (("min", low), ("max", high))
+            )
         case ast.Call(func=ast.Attribute(value=receiver), args=[], keywords=[]):
             yield receiver
 
 
-def places(node: ast.AST, statement: ast.stmt) -> Iterator[tuple[dict | list, str | int, ast.AST, ast.stmt]]:
+def places(
+    node: ast.AST, statement: ast.stmt
+) -> Iterator[tuple[dict | list, str | int, ast.AST, ast.stmt]]:
     """Every descendant with the container and key that hold it, and the statement around it."""
     for field, value in ast.iter_fields(node):
-        container, keys = (value, range(len(value))) if isinstance(value, list) else (vars(node), [field])
+        container, keys = (
+            (value, range(len(value))) if isinstance(value, list) else (vars(node), [field])
+        )
         for key in keys:
             child = container[key]
             if isinstance(child, ast.AST):
@@ -107,7 +117,10 @@ def collect() -> tuple[types.ModuleType, list[Callable[[], None]]]:
     collector = Collector()
     with contextlib.redirect_stdout(io.StringIO()):
         pytest.main(["--collect-only", "-p", "no:cacheprovider", str(TESTS)], plugins=[collector])
-    tests = [functools.partial(item.obj, **(item.callspec.params if hasattr(item, "callspec") else {})) for item in collector.items]
+    tests = [
+        functools.partial(item.obj, **(item.callspec.params if hasattr(item, "callspec") else {}))
+        for item in collector.items
+    ]
     return collector.items[0].module, tests
 
 
@@ -142,7 +155,9 @@ def campaign(verbose: bool = False) -> tuple[int, list[str]]:
         wrong += [f"survives: {line}"] * (not dead)
         if verbose and dead:
             print("killed:", line)
-    return tried, wrong + [f"held to be equivalent, but not met: {place}" for place in EQUIVALENT.keys() - excused]
+    return tried, wrong + [
+        f"held to be equivalent, but not met: {place}" for place in EQUIVALENT.keys() - excused
+    ]
 
 
 def main() -> int:

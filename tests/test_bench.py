@@ -10,10 +10,21 @@ import pytest
 import torch
 
 import train_ppo
+from tests.conftest import ROOT
 
-from .conftest import ROOT
-
-KEYS = ["work", "size", "unit", "ours", "peer", "ratio", "ratio_min", "ratio_max", "peak_mb_ours", "peak_mb_peer", "peak_fraction"]
+KEYS = [
+    "work",
+    "size",
+    "unit",
+    "ours",
+    "peer",
+    "ratio",
+    "ratio_min",
+    "ratio_max",
+    "peak_mb_ours",
+    "peak_mb_peer",
+    "peak_fraction",
+]
 RATES = {"ours": [8.0, 12.0, 9.0], "peer": [4.0, 4.0, 2.0]}  # ratios 2, 3, 4.5
 
 
@@ -34,39 +45,89 @@ def bench(monkeypatch):
         number = sum(one[:2] == (side, work) for one in asked)
         asked.append((side, work, size, device))
         if side in ("setup", "machine"):
-            return {"peak_flops": {"setup": 172e9, "machine": 334e9}[side], "device": "x86_64, float32, 2 threads", "versions": {"torch": "2.13"}}
-        return {"rate": RATES[side][number], "check": [1.0, 64], "peak_mb": {"ours": 100.0, "peer": 300.0}[side] + number,
-                "flops": 167e9 if side == "ours" else None}
+            return {
+                "peak_flops": {"setup": 172e9, "machine": 334e9}[side],
+                "device": "x86_64, float32, 2 threads",
+                "versions": {"torch": "2.13"},
+            }
+        return {
+            "rate": RATES[side][number],
+            "check": [1.0, 64],
+            "peak_mb": {"ours": 100.0, "peer": 300.0}[side] + number,
+            "flops": 167e9 if side == "ours" else None,
+        }
 
     monkeypatch.setattr(bench, "measure", measure)
     return bench, asked
 
 
-def test_the_table_is_of_the_runs_in_turns_and_of_the_machine_at_its_fastest(bench, monkeypatch, tmp_path, capsys):
+def test_the_table_is_of_the_runs_in_turns_and_of_the_machine_at_its_fastest(
+    bench, monkeypatch, tmp_path, capsys
+):
     bench, asked = bench
-    monkeypatch.setattr(sys, "argv", ["run.py", "--only=sl,ppo", "--size=small", f"--json={tmp_path / 'b.json'}"])
+    monkeypatch.setattr(
+        sys, "argv", ["run.py", "--only=sl,ppo", "--size=small", f"--json={tmp_path / 'b.json'}"]
+    )
     bench.main()
     turns = ["ours", "peer", "peer", "ours", "ours", "peer"]
-    assert asked == [(side, work, "small", "cpu") for side, work in [
-        ("setup", ""), *((side, work) for work in ("sl", "ppo") for side in turns), ("machine", "")]]
+    assert asked == [
+        (side, work, "small", "cpu")
+        for side, work in [
+            ("setup", ""),
+            *((side, work) for work in ("sl", "ppo") for side in turns),
+            ("machine", ""),
+        ]
+    ]
     sl, ppo = json.loads((tmp_path / "b.json").read_text())
     assert list(sl) == list(ppo) == [*KEYS, "pairs", "where", "date"]
-    assert (sl["work"], sl["size"], sl["unit"], ppo["unit"]) == ("sl", "small", "target tokens/s", "episodes/s")
-    assert [sl[key] for key in KEYS[3:]] == pytest.approx([9.0, 4.0, 3.0, 2.0, 4.5, 101.0, 301.0, 0.5])
+    assert (sl["work"], sl["size"], sl["unit"], ppo["unit"]) == (
+        "sl",
+        "small",
+        "target tokens/s",
+        "episodes/s",
+    )
+    assert [sl[key] for key in KEYS[3:]] == pytest.approx(
+        [9.0, 4.0, 3.0, 2.0, 4.5, 101.0, 301.0, 0.5]
+    )
     assert sl["pairs"] == 3 and len(sl["date"]) == 10
-    assert sl["where"].startswith("x86_64, float32, 2 threads, matrix products at 334 GFLOP/s; torch 2.13")
+    assert sl["where"].startswith(
+        "x86_64, float32, 2 threads, matrix products at 334 GFLOP/s; torch 2.13"
+    )
     table = capsys.readouterr().out.splitlines()
-    assert len(table) == 4 and table[2].split() == ["sl", "small", "target", "tokens/s", "9", "4", "3.00", "(2.00-4.50)", "101", "301", "0.50"]
+    assert len(table) == 4 and table[2].split() == [
+        "sl",
+        "small",
+        "target",
+        "tokens/s",
+        "9",
+        "4",
+        "3.00",
+        "(2.00-4.50)",
+        "101",
+        "301",
+        "0.50",
+    ]
     page = file(ROOT / "results" / "collect.py").bench_table([sl, ppo | {"pairs": 1}])
     assert "101 : 301 (32 episodes a rollout) | 0.50 |" in page and "- SL small: x86" in page
-    assert "; 1 pair, " in page and "; 3 pairs, " in page and page.count("**3.00** (2.00–4.50) |") == 1 and "** | 101" in page  # of one pair no range
+    assert (
+        "; 1 pair, " in page
+        and "; 3 pairs, " in page
+        and page.count("**3.00** (2.00–4.50) |") == 1
+        and "** | 101" in page
+    )  # of one pair no range
 
 
 @pytest.mark.parametrize("theirs", [[1.01, 64], [1.0], [math.nan, 64]])
 def test_sides_that_disagree_get_no_table(bench, theirs, monkeypatch, tmp_path, capsys):
     bench, _ = bench
     measure = bench.measure
-    monkeypatch.setattr(bench, "measure", lambda side, *others: measure(side, *others) | ({"check": theirs} if side == "peer" else {}))
+    monkeypatch.setattr(
+        bench,
+        "measure",
+        lambda side, *others: (
+            measure(side, *others) | ({"check": theirs} if side == "peer" else {})
+        ),
+    )
     monkeypatch.setattr(sys, "argv", ["run.py", "--only=sl", f"--json={tmp_path / 'b.json'}"])
     with pytest.raises(SystemExit, match="sl tiny: the two sides disagree"):
         bench.main()
@@ -79,7 +140,11 @@ def test_a_gpu_that_is_not_there_is_said_at_once(bench, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["run.py", "--device=cuda"])
     with pytest.raises(SystemExit) as end:
         bench.main()
-    assert end.value.code == 2 and "no CUDA device is available" in capsys.readouterr().err and not asked
+    assert (
+        end.value.code == 2
+        and "no CUDA device is available" in capsys.readouterr().err
+        and not asked
+    )
 
 
 @pytest.fixture
@@ -90,9 +155,13 @@ def small(monkeypatch, tmp_path):
     works = importlib.import_module("works")
     monkeypatch.setattr(works, "version", lambda name: "1")
     monkeypatch.setattr(works, "peak_flops", lambda device: 1e9)
-    rollouts = {size: counts.get("ppo_batch", counts["batch"]) for size, counts in works.COUNTS.items()}
+    rollouts = {
+        size: counts.get("ppo_batch", counts["batch"]) for size, counts in works.COUNTS.items()
+    }
     assert rollouts == file(ROOT / "results" / "collect.py").EPISODES
-    monkeypatch.setitem(works.COUNTS, "tiny", {"generate": 8, "labels": 4, "sl": 8, "rm": 8, "ppo": 4, "batch": 4})
+    monkeypatch.setitem(
+        works.COUNTS, "tiny", {"generate": 8, "labels": 4, "sl": 8, "rm": 8, "ppo": 4, "batch": 4}
+    )
     assert works.setup("tiny", tmp_path, "cpu")["peak_flops"] == 1e9
     return works
 
@@ -102,7 +171,12 @@ def test_our_side_does_all_kinds_of_work(small, tmp_path):
     for work, units in {"generate": None, "labels": 4, "sl": None, "rm": 8, "ppo": 4}.items():
         given = small.load(work, "tiny", tmp_path, "cpu")
         seconds, done, check, flops = getattr(ours, work)(given)
-        assert seconds > 0 and flops > 0 and all(map(math.isfinite, check)) and small.peak_memory_mb("cpu") > 50
+        assert (
+            seconds > 0
+            and flops > 0
+            and all(map(math.isfinite, check))
+            and small.peak_memory_mb("cpu") > 50
+        )
         assert done == (units or done) > 0
 
 
@@ -111,5 +185,7 @@ def test_our_side_does_all_kinds_of_work(small, tmp_path):
 def test_both_sides_compute_the_same(small, work, tmp_path):
     pytest.importorskip("trl")
     given = small.load(work, "tiny", tmp_path, "cpu")
-    mine, theirs = (getattr(importlib.import_module(side), work)(given) for side in ("ours", "peers"))
+    mine, theirs = (
+        getattr(importlib.import_module(side), work)(given) for side in ("ours", "peers")
+    )
     assert mine[1] == theirs[1] and mine[2] == pytest.approx(theirs[2], rel=2e-3, abs=2e-3)

@@ -21,13 +21,39 @@ from minicai.constitution import (
     strong,
     together,
 )
-from minicai.critique import FAULTS, all_at_once, changes, critique_and_revise, faults, hygiene, in_turn, training_pairs
+from minicai.critique import (
+    FAULTS,
+    all_at_once,
+    changes,
+    critique_and_revise,
+    faults,
+    hygiene,
+    in_turn,
+    training_pairs,
+)
 from minicai.examples import Example, fingerprint, in_front
 
-RULES = Constitution("rules", "1.0", (*(Principle(f"p{k}", f"Criticise {k}.", f"Revise {k}.") for k in range(4)),
-                                      Principle("half", critique="Criticise only."), Principle("compare", comparison="Compare only.")))
-PROMPTS = ["one?", "two?", [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "three?"}],
-           "four?", "five?", "six?"]
+RULES = Constitution(
+    "rules",
+    "1.0",
+    (
+        *(Principle(f"p{k}", f"Criticise {k}.", f"Revise {k}.") for k in range(4)),
+        Principle("half", critique="Criticise only."),
+        Principle("compare", comparison="Compare only."),
+    ),
+)
+PROMPTS = [
+    "one?",
+    "two?",
+    [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "three?"},
+    ],
+    "four?",
+    "five?",
+    "six?",
+]
 
 
 class Model:
@@ -44,7 +70,9 @@ class Model:
 
 def run(prompts=PROMPTS, first=0, rounds=2, seed=7, said=None, **variant):
     model = Model(said)
-    return model, critique_and_revise(prompts, first, model, RULES, rounds=rounds, seed=seed, model="tiny", **variant)
+    return model, critique_and_revise(
+        prompts, first, model, RULES, rounds=rounds, seed=seed, model="tiny", **variant
+    )
 
 
 def principle_of(step: dict) -> Principle:
@@ -60,16 +88,27 @@ def test_each_round_asks_for_a_critique_and_then_a_revision_of_the_round_before(
         response = row["initial"]
         for n, step in enumerate(row["rounds"]):
             assert asked[1 + 2 * n][k] == render_critique(PROMPTS[k], response, principle_of(step))
-            assert asked[2 + 2 * n][k] == render_revision(PROMPTS[k], response, step["critique"], principle_of(step))
+            assert asked[2 + 2 * n][k] == render_revision(
+                PROMPTS[k], response, step["critique"], principle_of(step)
+            )
             response = step["revision"]
         assert row["final"] == response
 
 
 def test_each_answer_is_stored_where_it_was_given():
-    said = {(7, 5, 0): "initial", (7, 5, 1): "critique 1", (7, 5, 2): "revision 1", (7, 5, 3): "critique 2", (7, 5, 4): "revision 2"}
+    said = {
+        (7, 5, 0): "initial",
+        (7, 5, 1): "critique 1",
+        (7, 5, 2): "revision 1",
+        (7, 5, 3): "critique 2",
+        (7, 5, 4): "revision 2",
+    }
     row = run(said=said)[1][5]
     assert [row["initial"], row["final"]] == ["initial", "revision 2"]
-    assert [(step["critique"], step["revision"]) for step in row["rounds"]] == [("critique 1", "revision 1"), ("critique 2", "revision 2")]
+    assert [(step["critique"], step["revision"]) for step in row["rounds"]] == [
+        ("critique 1", "revision 1"),
+        ("critique 2", "revision 2"),
+    ]
 
 
 def test_no_two_requests_share_a_seed():
@@ -82,16 +121,27 @@ def test_principles_are_drawn_independently_for_each_prompt_and_round():
     drawn = [[step["principle"] for step in row["rounds"]] for row in rows]
     rounds = Counter(map(tuple, drawn))
     neighbours = Counter((one[0], other[0]) for one, other in pairwise(drawn))
-    for pairs in (rounds, neighbours):  # 4 x 4 combinations, 50 expected of each, standard deviation 7
+    for pairs in (
+        rounds,
+        neighbours,
+    ):  # 4 x 4 combinations, 50 expected of each, standard deviation 7
         assert len(pairs) == 16 and all(22 < count < 78 for count in pairs.values())
 
 
 def test_only_principles_with_both_requests_are_drawn_and_all_of_them_are():
-    assert {step["principle"] for row in run(["?"] * 100)[1] for step in row["rounds"]} == {"p0", "p1", "p2", "p3"}
+    assert {step["principle"] for row in run(["?"] * 100)[1] for step in row["rounds"]} == {
+        "p0",
+        "p1",
+        "p2",
+        "p3",
+    }
 
 
 def test_another_seed_draws_other_principles():
-    one, other = ([step["principle"] for row in run(["?"] * 50, seed=seed)[1] for step in row["rounds"]] for seed in (1, 2))
+    one, other = (
+        [step["principle"] for row in run(["?"] * 50, seed=seed)[1] for step in row["rounds"]]
+        for seed in (1, 2)
+    )
     assert 50 < sum(a != b for a, b in zip(one, other)) < 100  # 75 expected of 100
 
 
@@ -101,9 +151,25 @@ def test_rows_do_not_depend_on_how_the_prompts_were_batched():
 
 def test_a_row_has_the_format_of_revisions_jsonl():
     row = run(first=40)[1][2]
-    assert set(row) == {"id", "prompt", "initial", "rounds", "final", "kept", "model", "constitution", "seed"}
+    assert set(row) == {
+        "id",
+        "prompt",
+        "initial",
+        "rounds",
+        "final",
+        "kept",
+        "model",
+        "constitution",
+        "seed",
+    }
     assert all(set(step) == {"principle", "critique", "revision"} for step in row["rounds"])
-    assert (row["id"], row["prompt"], row["kept"], row["model"], row["seed"]) == (42, PROMPTS[2], True, "tiny", 7)
+    assert (row["id"], row["prompt"], row["kept"], row["model"], row["seed"]) == (
+        42,
+        PROMPTS[2],
+        True,
+        "tiny",
+        7,
+    )
     assert row["constitution"] == {"name": "rules", "version": "1.0", "sha256": RULES.sha256}
     assert json.loads(json.dumps(row)) == row
 
@@ -111,11 +177,16 @@ def test_a_row_has_the_format_of_revisions_jsonl():
 def test_no_rounds_leave_the_initial_response():
     model, rows = run(rounds=0)
     assert len(model.calls) == 1
-    assert all(row["rounds"] == [] and row["final"] == row["initial"] and row["kept"] for row in rows)
+    assert all(
+        row["rounds"] == [] and row["final"] == row["initial"] and row["kept"] for row in rows
+    )
 
 
-@pytest.mark.parametrize("seed, kept", [((7, 0, 2), False), ((7, 0, 4), False), ((7, 0, 3), True)],
-                         ids=["first revision", "last revision", "critique"])
+@pytest.mark.parametrize(
+    "seed, kept",
+    [((7, 0, 2), False), ((7, 0, 4), False), ((7, 0, 3), True)],
+    ids=["first revision", "last revision", "critique"],
+)
 def test_a_row_is_kept_unless_one_of_its_revisions_is_empty(seed, kept):
     rows = run(said={seed: ""})[1]
     assert [row["kept"] for row in rows] == [kept] + [True] * 5
@@ -143,63 +214,103 @@ def test_without_rounds_the_initial_response_is_trained_on(keep):
 # --- variants --------------------------------------------------------------------------------------------------------------------
 
 DRAWN = RULES.principles[:4]
-EXAMPLE = Example("Where?", "There.", "Say what is vague.", "It names no place.", "Name one.", "In Rome.")
+EXAMPLE = Example(
+    "Where?", "There.", "Say what is vague.", "It names no place.", "Name one.", "In Rome."
+)
 
 
 def test_the_default_rows_are_those_of_earlier_runs_byte_for_byte():
     """The lines that the version before the variants wrote for these prompts, by their sha256."""
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in run()[1])
-    assert hashlib.sha256(lines.encode()).hexdigest() == "da763791de4653ee36640777d0633e6c456ec3165e893fa53392489201d36640"
+    assert (
+        hashlib.sha256(lines.encode()).hexdigest()
+        == "da763791de4653ee36640777d0633e6c456ec3165e893fa53392489201d36640"
+    )
 
 
 def test_principles_in_turn_serve_every_prompt_and_round_equally_often():
     _, rows = run(["?"] * 8, first=3, rounds=4, choose=in_turn)
-    assert [step["principle"] for step in rows[0]["rounds"]] == ["p3", "p0", "p1", "p2"]  # prompt number 3 begins with principle number 3
+    assert [step["principle"] for step in rows[0]["rounds"]] == [
+        "p3",
+        "p0",
+        "p1",
+        "p2",
+    ]  # prompt number 3 begins with principle number 3
     for n in range(4):
-        assert Counter(row["rounds"][n]["principle"] for row in rows) == {f"p{k}": 2 for k in range(4)}
+        assert Counter(row["rounds"][n]["principle"] for row in rows) == {
+            f"p{k}": 2 for k in range(4)
+        }
 
 
 def test_all_at_once_asks_for_one_critique_under_every_numbered_principle():
     model, rows = run(choose=all_at_once)
     request = together(DRAWN).critique
-    assert [f"\n{k}. Criticise {k - 1}." in request for k in (1, 2, 3, 4, 5)] == [True] * 4 + [False]
-    assert [f"\n{k}. Revise {k - 1}." in together(DRAWN).revision for k in (1, 2, 3, 4, 5)] == [True] * 4 + [False]
+    assert [f"\n{k}. Criticise {k - 1}." in request for k in (1, 2, 3, 4, 5)] == [True] * 4 + [
+        False
+    ]
+    assert [f"\n{k}. Revise {k - 1}." in together(DRAWN).revision for k in (1, 2, 3, 4, 5)] == [
+        True
+    ] * 4 + [False]
     assert model.calls[1][0][0] == render_critique(PROMPTS[0], rows[0]["initial"], together(DRAWN))
     assert {step["principle"] for row in rows for step in row["rounds"]} == {"all"}
 
 
-@pytest.mark.parametrize("style, words", [(chain_of_thought, ("helpful?", "honest?", "harmless?", "toxicity?")), (strong, ("Be strict",))])
+@pytest.mark.parametrize(
+    "style, words",
+    [
+        (chain_of_thought, ("helpful?", "honest?", "harmless?", "toxicity?")),
+        (strong, ("Be strict",)),
+    ],
+)
 def test_a_style_changes_the_critique_request_and_nothing_else(style, words):
     model, rows = run(style=style)
     critiques = model.calls[1][0]
     assert all(word in text for text in critiques for word in words)
     assert not any(word in text for text in run()[0].calls[1][0] for word in words)
     principle = style(principle_of(rows[0]["rounds"][0]))
-    assert principle_of(rows[0]["rounds"][0]).critique in principle.critique and principle.revision == principle_of(rows[0]["rounds"][0]).revision
+    assert (
+        principle_of(rows[0]["rounds"][0]).critique in principle.critique
+        and principle.revision == principle_of(rows[0]["rounds"][0]).revision
+    )
     assert critiques[0] == render_critique(PROMPTS[0], rows[0]["initial"], principle)
-    assert [row["rounds"] for row in rows] == [row["rounds"] for row in run()[1]]  # this model answers the seed, so the seeds are the same ones
+    assert [row["rounds"] for row in rows] == [
+        row["rounds"] for row in run()[1]
+    ]  # this model answers the seed, so the seeds are the same ones
 
 
 def test_without_a_critique_each_round_is_one_request_and_a_constitution_of_revisions_suffices():
     rules = Constitution("bare", "1", (Principle("p", revision="Make it kind."),))
     model = Model()
-    rows = critique_and_revise(PROMPTS, 0, model, rules, rounds=2, seed=7, model="tiny", style=direct)
+    rows = critique_and_revise(
+        PROMPTS, 0, model, rules, rounds=2, seed=7, model="tiny", style=direct
+    )
     assert [len(prompts) for prompts, _ in model.calls] == [6, 6, 6]
     assert "Critique" not in "".join(str(asked) for prompts, _ in model.calls for asked in prompts)
-    assert model.calls[1][0][0].endswith(f"\n\nAssistant: {rows[0]['initial']}\n\nRevision Request: Make it kind.\n\nRevision:")
-    assert rows[0]["rounds"] == [{"principle": "p", "critique": "", "revision": f"said (7, 0, {k})"} for k in (2, 4)]
+    assert model.calls[1][0][0].endswith(
+        f"\n\nAssistant: {rows[0]['initial']}\n\nRevision Request: Make it kind.\n\nRevision:"
+    )
+    assert rows[0]["rounds"] == [
+        {"principle": "p", "critique": "", "revision": f"said (7, 0, {k})"} for k in (2, 4)
+    ]
 
 
 def test_a_critique_that_finds_nothing_ends_the_rounds_of_its_prompt_alone():
     said = {(7, 0, 1): "I see NO ISSUES here.", (7, 1, 3): "No issues."}
     model, rows = run(said=said, rounds=3, nothing=["no issues", "all is well"])
     assert [len(row["rounds"]) for row in rows] == [0, 1, 3, 3, 3, 3]
-    assert rows[0]["stopped"]["critique"] == said[7, 0, 1] and rows[0]["final"] == rows[0]["initial"]
+    assert (
+        rows[0]["stopped"]["critique"] == said[7, 0, 1] and rows[0]["final"] == rows[0]["initial"]
+    )
     assert rows[1]["final"] == "said (7, 1, 2)" and "stopped" not in rows[2]
     assert [len(prompts) for prompts, _ in model.calls] == [6, 6, 5, 5, 4, 4, 4]
     whole = run(rounds=3)[1]
-    assert [row["rounds"] for row in rows[2:]] == [row["rounds"] for row in whole[2:]]  # the others go on with the seeds that they have anyway
-    assert [(p, r) for row in rows[:2] for p, r in training_pairs(row, "all")] == [("one?", rows[0]["initial"]), ("two?", "said (7, 1, 2)")]
+    assert [row["rounds"] for row in rows[2:]] == [
+        row["rounds"] for row in whole[2:]
+    ]  # the others go on with the seeds that they have anyway
+    assert [(p, r) for row in rows[:2] for p, r in training_pairs(row, "all")] == [
+        ("one?", rows[0]["initial"]),
+        ("two?", "said (7, 1, 2)"),
+    ]
 
 
 def test_when_every_prompt_has_stopped_nothing_more_is_asked():
@@ -223,7 +334,15 @@ def test_another_critic_writes_the_critiques_and_the_model_the_rest():
 
 def test_examples_stand_in_front_of_critiques_and_revisions_but_not_of_the_first_request():
     plain, shown = run()[0], run(examples=[EXAMPLE, EXAMPLE])[0]
-    one = render_revision("Where?", "There.", "It names no place.", Principle("", "Say what is vague.", "Name one.")) + " In Rome."
+    one = (
+        render_revision(
+            "Where?",
+            "There.",
+            "It names no place.",
+            Principle("", "Say what is vague.", "Name one."),
+        )
+        + " In Rome."
+    )
     assert shown.calls[0] == plain.calls[0]
     for (with_, seeds), (without, same) in zip(shown.calls[1:], plain.calls[1:]):
         assert seeds == same and list(with_) == [f"{one}\n\n{one}\n\n{text}" for text in without]
@@ -231,41 +350,84 @@ def test_examples_stand_in_front_of_critiques_and_revisions_but_not_of_the_first
 
 def test_examples_for_direct_revision_have_no_critique():
     text = in_front([EXAMPLE], direct, "ask")
-    assert "vague" not in text and "names no place" not in text and text.endswith("Revision Request: Name one.\n\nRevision: In Rome.\n\nask")
+    assert (
+        "vague" not in text
+        and "names no place" not in text
+        and text.endswith("Revision Request: Name one.\n\nRevision: In Rome.\n\nask")
+    )
     assert "names no place" in in_front([EXAMPLE], strong, "ask")
 
 
 def test_a_row_names_what_differs_from_the_defaults():
-    _, rows = run(choose=in_turn, style=strong, critic=Model(), critic_name="other", examples=[EXAMPLE], nothing=["no issues"])
+    _, rows = run(
+        choose=in_turn,
+        style=strong,
+        critic=Model(),
+        critic_name="other",
+        examples=[EXAMPLE],
+        nothing=["no issues"],
+    )
     assert {key: rows[0][key] for key in rows[0].keys() - run()[1][0].keys()} == {
-        "choose": "in_turn", "style": "strong", "critic": "other", "examples": fingerprint([EXAMPLE]), "nothing": ["no issues"]}
-    assert fingerprint([EXAMPLE]) != fingerprint([dataclasses.replace(EXAMPLE, critique="It is vague.")])
+        "choose": "in_turn",
+        "style": "strong",
+        "critic": "other",
+        "examples": fingerprint([EXAMPLE]),
+        "nothing": ["no issues"],
+    }
+    assert fingerprint([EXAMPLE]) != fingerprint(
+        [dataclasses.replace(EXAMPLE, critique="It is vague.")]
+    )
     assert json.loads(json.dumps(rows[0])) == rows[0]
 
 
 def test_the_words_of_the_config_are_functions_of_their_kind():
     hints = {f.name: f.metadata for f in dataclasses.fields(train_sl.SLConfig)}
-    assert set(hints["principles"]["choices"]) == set(train_sl.CHOOSE) and set(hints["style"]["choices"]) == set(train_sl.STYLES)
-    assert set(hints["drop"]["each"]) == set(FAULTS) - {"empty"}  # an empty revision drops its whole row in any case
+    assert set(hints["principles"]["choices"]) == set(train_sl.CHOOSE) and set(
+        hints["style"]["choices"]
+    ) == set(train_sl.STYLES)
+    assert set(hints["drop"]["each"]) == set(FAULTS) - {
+        "empty"
+    }  # an empty revision drops its whole row in any case
 
 
 # --- hygiene ---------------------------------------------------------------------------------------------------------------------
 
 
 def row_of(*steps: tuple[str, str], initial="To open it, use a key.") -> dict:
-    rounds = [{"principle": "p", "critique": critique, "revision": revision} for critique, revision in steps]
-    return {"prompt": "?", "initial": initial, "rounds": rounds, "final": rounds[-1]["revision"], "kept": True}
+    rounds = [
+        {"principle": "p", "critique": critique, "revision": revision}
+        for critique, revision in steps
+    ]
+    return {
+        "prompt": "?",
+        "initial": initial,
+        "rounds": rounds,
+        "final": rounds[-1]["revision"],
+        "kept": True,
+    }
 
 
-@pytest.mark.parametrize("critique, revision, expected", [
-    ("Bad.", "I will not help.", ()), ("Bad.", " \n", ("empty",)), ("Bad.", "To open it, use a KEY. ", ("unchanged",)),
-    ("Bad.", "Critique: it is bad.", ("leaked",)), ("Bad.", "No.\n\nHuman: and now?", ("leaked",)),
-    ("Bad.", "Here is a better one.", ("boilerplate",)),
-    ("It is bad. The answer helps someone to break in.", "No. the answer helps someone to break in.", ("leaked",)),
-    ("The answer helps them break in.", "The answer helps them break in.", ("leaked",)), ("Five words are too few.", "Five words are too few.", ()),
-    ("It says to open it, use a key.", "Never. To open it, use a key.", ()),
-    ("Quite: to open it, use a key", "Sure, to open it, use a key", ("boilerplate",)),
-    ("", "Revision: Critique: no", ("leaked", "boilerplate"))])
+@pytest.mark.parametrize(
+    "critique, revision, expected",
+    [
+        ("Bad.", "I will not help.", ()),
+        ("Bad.", " \n", ("empty",)),
+        ("Bad.", "To open it, use a KEY. ", ("unchanged",)),
+        ("Bad.", "Critique: it is bad.", ("leaked",)),
+        ("Bad.", "No.\n\nHuman: and now?", ("leaked",)),
+        ("Bad.", "Here is a better one.", ("boilerplate",)),
+        (
+            "It is bad. The answer helps someone to break in.",
+            "No. the answer helps someone to break in.",
+            ("leaked",),
+        ),
+        ("The answer helps them break in.", "The answer helps them break in.", ("leaked",)),
+        ("Five words are too few.", "Five words are too few.", ()),
+        ("It says to open it, use a key.", "Never. To open it, use a key.", ()),
+        ("Quite: to open it, use a key", "Sure, to open it, use a key", ("boilerplate",)),
+        ("", "Revision: Critique: no", ("leaked", "boilerplate")),
+    ],
+)
 def test_faults_by_hand(critique, revision, expected):
     assert faults(row_of((critique, revision))) == [expected]
 
@@ -277,14 +439,35 @@ def test_a_sentence_of_the_response_before_that_a_critique_quotes_has_not_leaked
 
 
 def test_a_revision_is_compared_with_the_one_before_it():
-    assert faults(row_of(("Bad.", "No."), ("Bad.", "No."), ("Bad.", "To open it, use a key."))) == [(), ("unchanged",), ()]
+    assert faults(row_of(("Bad.", "No."), ("Bad.", "No."), ("Bad.", "To open it, use a key."))) == [
+        (),
+        ("unchanged",),
+        (),
+    ]
 
 
 def test_hygiene_counts_revisions_not_rows():
-    rows = [row_of(("Bad.", "No."), ("Bad.", "No.")),
-            row_of(("Bad.", "Sure, no.")) | {"stopped": {}}, row_of(("Bad.", "Critique: no."), ("Bad.", ""))]
-    assert hygiene(rows) == {"revisions": 5, "empty": 1, "unchanged": 1, "leaked": 1, "boilerplate": 1, "stopped": 1}
-    assert hygiene([]) == {"revisions": 0, "empty": 0, "unchanged": 0, "leaked": 0, "boilerplate": 0, "stopped": 0}
+    rows = [
+        row_of(("Bad.", "No."), ("Bad.", "No.")),
+        row_of(("Bad.", "Sure, no.")) | {"stopped": {}},
+        row_of(("Bad.", "Critique: no."), ("Bad.", "")),
+    ]
+    assert hygiene(rows) == {
+        "revisions": 5,
+        "empty": 1,
+        "unchanged": 1,
+        "leaked": 1,
+        "boilerplate": 1,
+        "stopped": 1,
+    }
+    assert hygiene([]) == {
+        "revisions": 0,
+        "empty": 0,
+        "unchanged": 0,
+        "leaked": 0,
+        "boilerplate": 0,
+        "stopped": 0,
+    }
 
 
 def test_revisions_with_a_fault_are_left_out_one_by_one():
@@ -297,10 +480,28 @@ def test_revisions_with_a_fault_are_left_out_one_by_one():
 
 def test_changes_by_round_and_by_principle_by_hand():
     def row(initial, *steps):
-        return {"initial": initial, "rounds": [{"principle": p, "critique": "", "revision": text} for p, text in steps]}
+        return {
+            "initial": initial,
+            "rounds": [{"principle": p, "critique": "", "revision": text} for p, text in steps],
+        }
 
-    found = changes([row("a", ("kind", "b"), ("brief", "B ")), row("a", ("brief", ""), ("kind", "Here is b")), row("a", ("kind", "a"))])
-    shares = [[(step[key]["count"], step[key]["rate"]) for key in ("changed", "faulty")] for step in found["by_round"]]
-    assert shares == [[(3, 1 / 3), (3, 1 / 3)], [(2, 1 / 2), (2, 1 / 2)]]  # "" is faulty and no change; boilerplate is a change, and faulty
-    assert {name: step["changed"]["rate"] for name, step in found["by_principle"].items()} == {"brief": 0, "kind": 2 / 3}
+    found = changes(
+        [
+            row("a", ("kind", "b"), ("brief", "B ")),
+            row("a", ("brief", ""), ("kind", "Here is b")),
+            row("a", ("kind", "a")),
+        ]
+    )
+    shares = [
+        [(step[key]["count"], step[key]["rate"]) for key in ("changed", "faulty")]
+        for step in found["by_round"]
+    ]
+    assert shares == [
+        [(3, 1 / 3), (3, 1 / 3)],
+        [(2, 1 / 2), (2, 1 / 2)],
+    ]  # "" is faulty and no change; boilerplate is a change, and faulty
+    assert {name: step["changed"]["rate"] for name, step in found["by_principle"].items()} == {
+        "brief": 0,
+        "kind": 2 / 3,
+    }
     assert changes([]) == {"by_round": [], "by_principle": {}}

@@ -10,7 +10,13 @@ from statistics import fmean
 import pytest
 
 from minicai import InputError
-from minicai.constitution import Constitution, Principle, render_comparison, render_conclusion, render_thinking
+from minicai.constitution import (
+    Constitution,
+    Principle,
+    render_comparison,
+    render_conclusion,
+    render_thinking,
+)
 from minicai.feedback import (
     at_a,
     best_against_worst,
@@ -29,9 +35,19 @@ from minicai.feedback import (
     places,
 )
 
-RULES = Constitution("rules", "1.0", (*(Principle(f"p{k}", comparison=f"Which one is better, {k}?") for k in range(4)),
-                                      Principle("revise", "Criticise.", "Revise.")))
-PAIRS = [(3, "one?", "good", "bad"), (4, "two?", "bad", "good"), (9, [{"role": "user", "content": "three?"}], "good", "fair")]
+RULES = Constitution(
+    "rules",
+    "1.0",
+    (
+        *(Principle(f"p{k}", comparison=f"Which one is better, {k}?") for k in range(4)),
+        Principle("revise", "Criticise.", "Revise."),
+    ),
+)
+PAIRS = [
+    (3, "one?", "good", "bad"),
+    (4, "two?", "bad", "good"),
+    (9, [{"role": "user", "content": "three?"}], "good", "fair"),
+]
 SWAPPED = [(i, prompt, second, first) for i, prompt, first, second in PAIRS]
 WORTH = {"good": -0.25, "fair": -1.0, "bad": -3.0}
 
@@ -44,7 +60,13 @@ class Judge:
 
     def __call__(self, prompts):
         self.asked += prompts
-        shown = [prompt.partition("\n(A) ")[2].removesuffix("\nThe answer is:").partition("\n\nAssistant:")[0].split("\n(B) ") for prompt in prompts]
+        shown = [
+            prompt.partition("\n(A) ")[2]
+            .removesuffix("\nThe answer is:")
+            .partition("\n\nAssistant:")[0]
+            .split("\n(B) ")
+            for prompt in prompts
+        ]
         return [[self.worth[a] + self.bias, self.worth[b]] for a, b in shown]
 
 
@@ -59,16 +81,31 @@ def sigma(x: float) -> float:
 # --- the probability -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("first, second, expected", [
-    (math.log(0.6), math.log(0.2), 0.75), (math.log(0.2), math.log(0.6), 0.25), (-2.0, -2.0, 0.5), (0.0, math.log(9), 0.1),
-    (-1e4, -2e4, 1.0), (-2e4, -1e4, 0.0), (1e4, 0.0, 1.0), (0.0, 1e4, 0.0), (-1e4, -1e4, 0.5), (-math.inf, -1.0, 0.0), (-1.0, -math.inf, 1.0)])
+@pytest.mark.parametrize(
+    "first, second, expected",
+    [
+        (math.log(0.6), math.log(0.2), 0.75),
+        (math.log(0.2), math.log(0.6), 0.25),
+        (-2.0, -2.0, 0.5),
+        (0.0, math.log(9), 0.1),
+        (-1e4, -2e4, 1.0),
+        (-2e4, -1e4, 0.0),
+        (1e4, 0.0, 1.0),
+        (0.0, 1e4, 0.0),
+        (-1e4, -1e4, 0.5),
+        (-math.inf, -1.0, 0.0),
+        (-1.0, -math.inf, 1.0),
+    ],
+)
 def test_p_first_by_hand(first, second, expected):
     assert p_first_from_logprobs(first, second) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("difference", [0, 0.1, 1, 30, 700, 1e4])
 def test_p_first_and_p_second_sum_to_one(difference):
-    assert p_first_from_logprobs(-1, -1 - difference) + p_first_from_logprobs(-1 - difference, -1) == pytest.approx(1, abs=1e-12)
+    assert p_first_from_logprobs(-1, -1 - difference) + p_first_from_logprobs(
+        -1 - difference, -1
+    ) == pytest.approx(1, abs=1e-12)
 
 
 # --- order -----------------------------------------------------------------------------------------------------------------------
@@ -81,34 +118,58 @@ def test_a_preference_for_a_place_cancels_when_both_orders_are_shown(bias):
 
 @pytest.mark.parametrize("bias", [-2.0, 0.5, 40.0])
 def test_a_preference_for_a_place_stays_when_one_order_is_shown(bias):
-    assert [row["p_first"] for row in label(Judge(bias), swap=False)] == pytest.approx([sigma(bias)] * 3, abs=1e-12)
+    assert [row["p_first"] for row in label(Judge(bias), swap=False)] == pytest.approx(
+        [sigma(bias)] * 3, abs=1e-12
+    )
 
 
 def test_what_the_place_decided_and_how_sure_labels_are_by_hand():
-    rows = label(Judge(bias=1.5, worth=WORTH))  # the place outweighs good against fair, 0.75 apart, and not good against bad, 2.75
+    rows = label(
+        Judge(bias=1.5, worth=WORTH)
+    )  # the place outweighs good against fair, 0.75 apart, and not good against bad, 2.75
     assert [by_place(row) for row in rows] == [False, False, True]
-    sure = [(sigma(2.75 + 1.5) + sigma(2.75 - 1.5)) / 2] * 2 + [(sigma(0.75 + 1.5) + sigma(0.75 - 1.5)) / 2]
-    assert label_shares(rows) == {"by place": pytest.approx(1 / 3), "sure": pytest.approx(fmean(sure))} and rows[1]["p_first"] < 0.5 < min(sure)
+    sure = [(sigma(2.75 + 1.5) + sigma(2.75 - 1.5)) / 2] * 2 + [
+        (sigma(0.75 + 1.5) + sigma(0.75 - 1.5)) / 2
+    ]
+    assert label_shares(rows) == {
+        "by place": pytest.approx(1 / 3),
+        "sure": pytest.approx(fmean(sure)),
+    } and rows[1]["p_first"] < 0.5 < min(sure)
     once = label(Judge(bias=1.5, worth=WORTH), swap=False)
-    assert [by_place(row) for row in once] == [None] * 3 and list(label_shares(once)) == ["sure"] and label_shares([]) == {}
+    assert (
+        [by_place(row) for row in once] == [None] * 3
+        and list(label_shares(once)) == ["sure"]
+        and label_shares([]) == {}
+    )
 
 
 def test_p_first_is_the_mean_probability_of_both_orders():
     first, second, _ = label(Judge(0.5, WORTH))
     assert first["p_first"] == pytest.approx((sigma(2.75 + 0.5) + sigma(2.75 - 0.5)) / 2, abs=1e-12)
-    assert second["p_first"] == pytest.approx((sigma(-2.75 + 0.5) + sigma(-2.75 - 0.5)) / 2, abs=1e-12)
+    assert second["p_first"] == pytest.approx(
+        (sigma(-2.75 + 0.5) + sigma(-2.75 - 0.5)) / 2, abs=1e-12
+    )
 
 
 def test_swapping_a_pair_turns_p_first_into_one_minus_p_first():
     there, back = label(Judge(0.5, WORTH)), label(Judge(0.5, WORTH), SWAPPED)
-    assert [row["votes"][0]["principle"] for row in there] == [row["votes"][0]["principle"] for row in back]
-    assert [row["p_first"] for row in back] == pytest.approx([1 - row["p_first"] for row in there], abs=1e-12)
+    assert [row["votes"][0]["principle"] for row in there] == [
+        row["votes"][0]["principle"] for row in back
+    ]
+    assert [row["p_first"] for row in back] == pytest.approx(
+        [1 - row["p_first"] for row in there], abs=1e-12
+    )
     assert all(abs(row["p_first"] - 0.5) > 0.1 for row in there)
 
 
 def test_swapping_a_pair_shown_in_one_order_keeps_the_bias():
-    there, back = label(Judge(0.5, WORTH), swap=False)[0], label(Judge(0.5, WORTH), SWAPPED, swap=False)[0]
-    assert there["p_first"] + back["p_first"] == pytest.approx(sigma(2.75 + 0.5) + sigma(-2.75 + 0.5), abs=1e-12)
+    there, back = (
+        label(Judge(0.5, WORTH), swap=False)[0],
+        label(Judge(0.5, WORTH), SWAPPED, swap=False)[0],
+    )
+    assert there["p_first"] + back["p_first"] == pytest.approx(
+        sigma(2.75 + 0.5) + sigma(-2.75 + 0.5), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("swap", [False, True])
@@ -116,15 +177,23 @@ def test_the_judge_is_shown_each_pair_in_the_orders_that_its_votes_name(swap):
     judge = Judge()
     expected = []
     for (_, prompt, first, second), row in zip(PAIRS, label(judge, swap=swap)):
-        assert [vote["order"] for vote in row["votes"]] == ["first,second", "second,first"][:1 + swap]
+        assert [vote["order"] for vote in row["votes"]] == ["first,second", "second,first"][
+            : 1 + swap
+        ]
         principle = next(p for p in RULES.principles if p.name == row["votes"][0]["principle"])
-        expected += [render_comparison(prompt, a, b, principle) for a, b in [(first, second), (second, first)][:1 + swap]]
+        expected += [
+            render_comparison(prompt, a, b, principle)
+            for a, b in [(first, second), (second, first)][: 1 + swap]
+        ]
     assert sorted(judge.asked) == sorted(expected)
 
 
 def test_the_logprobs_of_a_vote_belong_to_first_and_second_whatever_the_order_shown():
     votes = label(Judge(0.5, WORTH))[0]["votes"]
-    assert [(vote["logp_first"], vote["logp_second"]) for vote in votes] == [(-0.25 + 0.5, -3.0), (-0.25, -3.0 + 0.5)]
+    assert [(vote["logp_first"], vote["logp_second"]) for vote in votes] == [
+        (-0.25 + 0.5, -3.0),
+        (-0.25, -3.0 + 0.5),
+    ]
 
 
 # --- principles and rows ---------------------------------------------------------------------------------------------------------
@@ -142,17 +211,36 @@ def test_the_principle_of_a_pair_depends_on_its_id_and_the_seed_alone():
 
 
 def test_all_principles_with_a_comparison_are_drawn_and_no_other():
-    assert set(principles([(i, "one?", "good", "bad") for i in range(60)])) == {"p0", "p1", "p2", "p3"}
+    assert set(principles([(i, "one?", "good", "bad") for i in range(60)])) == {
+        "p0",
+        "p1",
+        "p2",
+        "p3",
+    }
 
 
 def test_both_orders_of_a_pair_are_judged_under_one_principle():
-    assert all(len({vote["principle"] for vote in row["votes"]}) == 1 for row in label(Judge(), PAIRS * 10))
+    assert all(
+        len({vote["principle"] for vote in row["votes"]}) == 1 for row in label(Judge(), PAIRS * 10)
+    )
 
 
 def test_a_row_has_the_format_of_comparisons_jsonl():
     row = label(Judge(0.5, WORTH))[2]
-    assert set(row) == {"id", "prompt", "first", "second", "p_first", "votes", "source", "clamped"} | {"seed", "constitution"}
-    assert all(set(vote) == {"principle", "judge", "logp_first", "logp_second", "order", "rationale"} for vote in row["votes"])
+    assert set(row) == {
+        "id",
+        "prompt",
+        "first",
+        "second",
+        "p_first",
+        "votes",
+        "source",
+        "clamped",
+    } | {"seed", "constitution"}
+    assert all(
+        set(vote) == {"principle", "judge", "logp_first", "logp_second", "order", "rationale"}
+        for vote in row["votes"]
+    )
     assert (row["id"], row["prompt"], row["first"], row["second"]) == PAIRS[2]
     assert (row["source"], row["clamped"], row["seed"]) == ("ai", False, 7)
     assert row["constitution"] == {"name": "rules", "version": "1.0", "sha256": RULES.sha256}
@@ -163,13 +251,21 @@ def test_a_row_has_the_format_of_comparisons_jsonl():
 @pytest.mark.parametrize("swap", [False, True])
 def test_p_first_can_be_computed_again_from_the_votes_of_a_row(swap):
     for row in label(Judge(0.5, WORTH), swap=swap):
-        assert row["p_first"] == pytest.approx(fmean(sigma(v["logp_first"] - v["logp_second"]) for v in row["votes"]), abs=1e-12)
+        assert row["p_first"] == pytest.approx(
+            fmean(sigma(v["logp_first"] - v["logp_second"]) for v in row["votes"]), abs=1e-12
+        )
 
 
 def test_the_default_rows_are_those_of_earlier_runs_byte_for_byte():
     """The lines that the version before the variants wrote for these pairs, by their sha256."""
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in label(Judge(0.5, WORTH)) + label(Judge(0.5, WORTH), swap=False))
-    assert hashlib.sha256(lines.encode()).hexdigest() == "6b77c5133bb53762f93b4e5242a60b3d73a5149568ca0cf4249c5aaa613892db"
+    lines = "".join(
+        json.dumps(row, ensure_ascii=False) + "\n"
+        for row in label(Judge(0.5, WORTH)) + label(Judge(0.5, WORTH), swap=False)
+    )
+    assert (
+        hashlib.sha256(lines.encode()).hexdigest()
+        == "6b77c5133bb53762f93b4e5242a60b3d73a5149568ca0cf4249c5aaa613892db"
+    )
 
 
 # --- combining -------------------------------------------------------------------------------------------------------------------
@@ -189,7 +285,10 @@ def test_majority_by_enumeration():
     assert majority([0.51, 0.51, 0.01]) == 1 and ensemble_mean([0.51, 0.51, 0.01]) < 0.5
 
 
-@pytest.mark.parametrize("p, expected", [(0.999, 0.6), (0.6, 0.6), (0.55, 0.55), (0.5, 0.5), (0.41, 0.41), (0.4, 0.4), (0.0, 0.4)])
+@pytest.mark.parametrize(
+    "p, expected",
+    [(0.999, 0.6), (0.6, 0.6), (0.55, 0.55), (0.5, 0.5), (0.41, 0.41), (0.4, 0.4), (0.0, 0.4)],
+)
 def test_clamp_by_hand(p, expected):
     assert clamp(p, 0.4, 0.6) == expected
 
@@ -200,27 +299,37 @@ def test_clamp_by_hand(p, expected):
 def test_hard_labels_keep_the_side_and_the_votes_and_are_marked():
     soft = label(Judge(0.5, WORTH))
     hard = hard_labels(soft)
-    assert [row["p_first"] for row in hard] == [1, 0, 1] and [row["p_first"] for row in hard_labels(label(Judge()))] == [0.5] * 3
-    assert [row["votes"] for row in hard] == [row["votes"] for row in soft] and {row["labels"] for row in hard} == {"hard"}
+    assert [row["p_first"] for row in hard] == [1, 0, 1] and [
+        row["p_first"] for row in hard_labels(label(Judge()))
+    ] == [0.5] * 3
+    assert [row["votes"] for row in hard] == [row["votes"] for row in soft] and {
+        row["labels"] for row in hard
+    } == {"hard"}
 
 
 def test_an_ensemble_of_principles_is_the_mean_over_each_of_them():
     class Moody(Judge):
         def __call__(self, prompts):
-            return [[-1.0 + int(prompt.partition("better, ")[2][0]), -1.0] for prompt in prompts]  # principle k prefers (A) by k nats
+            return [
+                [-1.0 + int(prompt.partition("better, ")[2][0]), -1.0] for prompt in prompts
+            ]  # principle k prefers (A) by k nats
 
     [row, *_] = label(Moody(), swap=False, principles=4)
     assert sorted(vote["principle"] for vote in row["votes"]) == ["p0", "p1", "p2", "p3"]
     assert row["p_first"] == pytest.approx(fmean(sigma(k) for k in range(4)), abs=1e-12)
     assert [len(r["votes"]) for r in label(Moody(), principles=3)] == [6] * 3
-    by_order = Counter((v["principle"], v["order"]) for v in label(Moody(), principles=3)[0]["votes"])
+    by_order = Counter(
+        (v["principle"], v["order"]) for v in label(Moody(), principles=3)[0]["votes"]
+    )
     assert set(by_order.values()) == {1} and len({principle for principle, _ in by_order}) == 3
 
 
 def test_an_ensemble_is_drawn_without_repetition_from_all_principles_with_a_comparison():
     drawn = [drawn_principles(RULES, 2, 7, i) for i in range(600)]
     counts = Counter(tuple(sorted(p.name for p in two)) for two in drawn)
-    assert len(counts) == 6 and all(60 < count < 140 for count in counts.values())  # 100 expected of each, standard deviation 9
+    assert len(counts) == 6 and all(
+        60 < count < 140 for count in counts.values()
+    )  # 100 expected of each, standard deviation 9
     assert [p.name for p in drawn_principles(RULES, 0, 7, 3)] == ["p0", "p1", "p2", "p3"]
     with pytest.raises(InputError, match="fewer than 5"):
         drawn_principles(RULES, 5, 7, 0)
@@ -243,7 +352,9 @@ class Thinker:
 
 def think(judge, swap=True, **more):
     thinker = Thinker()
-    return thinker, label_pairs_by_thinking(PAIRS, judge, thinker, RULES, swap=swap, seed=7, judge="tiny", **more)
+    return thinker, label_pairs_by_thinking(
+        PAIRS, judge, thinker, RULES, swap=swap, seed=7, judge="tiny", **more
+    )
 
 
 def test_a_rationale_is_asked_for_first_and_stands_before_the_choice():
@@ -252,29 +363,43 @@ def test_a_rationale_is_asked_for_first_and_stands_before_the_choice():
     principle = next(p for p in RULES.principles if p.name == rows[0]["votes"][0]["principle"])
     assert thinker.asked[0] == render_thinking("one?", "good", "bad", principle)
     assert rows[0]["votes"][0]["rationale"] == "Because (7, 3, 0, 0, 0)."
-    assert judge.asked[0] == render_conclusion("one?", "good", "bad", principle, "Because (7, 3, 0, 0, 0).")
-    assert rows[0]["votes"][0]["principle"] == label(judge)[0]["votes"][0]["principle"]  # of the pair, as without a chain of thought
+    assert judge.asked[0] == render_conclusion(
+        "one?", "good", "bad", principle, "Because (7, 3, 0, 0, 0)."
+    )
+    assert (
+        rows[0]["votes"][0]["principle"] == label(judge)[0]["votes"][0]["principle"]
+    )  # of the pair, as without a chain of thought
 
 
 def test_only_labels_after_a_chain_of_thought_are_clamped_and_the_row_says_so():
     _, rows = think(Judge(0.0, WORTH))
-    assert [row["p_first"] for row in rows] == [0.6, 0.4, 0.6] and all(row["clamped"] for row in rows)
+    assert [row["p_first"] for row in rows] == [0.6, 0.4, 0.6] and all(
+        row["clamped"] for row in rows
+    )
     assert [(row["labels"], row["clamp"]) for row in rows] == [("chain_of_thought", [0.4, 0.6])] * 3
     _, close = think(Judge(0.0, {"good": -1.0, "bad": -1.1, "fair": -1.0}))
-    assert [row["p_first"] for row in close] == pytest.approx([sigma(0.1), sigma(-0.1), 0.5]) and not any(row["clamped"] for row in close)
-    assert [row["p_first"] for row in think(Judge(0.0, WORTH), bounds=(0.0, 1.0))[1]] == [row["p_first"] for row in label(Judge(0.0, WORTH))]
+    assert [row["p_first"] for row in close] == pytest.approx(
+        [sigma(0.1), sigma(-0.1), 0.5]
+    ) and not any(row["clamped"] for row in close)
+    assert [row["p_first"] for row in think(Judge(0.0, WORTH), bounds=(0.0, 1.0))[1]] == [
+        row["p_first"] for row in label(Judge(0.0, WORTH))
+    ]
     assert not any(row["clamped"] for row in label(Judge(0.0, WORTH)))
 
 
 def test_samples_are_averaged_before_the_clamp():
     class Fickle(Judge):
         def __call__(self, prompts):
-            return [[0.0, -9.0] if "0)." in prompt else [-9.0, 0.0] for prompt in prompts]  # sample number 0 says (A), the others (B)
+            return [
+                [0.0, -9.0] if "0)." in prompt else [-9.0, 0.0] for prompt in prompts
+            ]  # sample number 0 says (A), the others (B)
 
     thinker, rows = think(Fickle(), swap=False, samples=5)
     assert [len(row["votes"]) for row in rows] == [5] * 3 and len(set(thinker.seeds)) == 15
     p = (sigma(9) + 4 * sigma(-9)) / 5
-    assert rows[0]["p_first"] == 0.4 and p_first_of({"votes": rows[0]["votes"]}) == pytest.approx(p, abs=1e-12)  # clamped one by one: 0.44
+    assert rows[0]["p_first"] == 0.4 and p_first_of({"votes": rows[0]["votes"]}) == pytest.approx(
+        p, abs=1e-12
+    )  # clamped one by one: 0.44
 
 
 def test_no_two_rationales_share_a_seed_whatever_is_averaged():
@@ -288,43 +413,74 @@ def test_no_two_rationales_share_a_seed_whatever_is_averaged():
 
 def three():
     close = {"good": -1.0, "fair": -1.1, "bad": -1.2}
-    return [label(Judge(0, worth), name=name) for name, worth in (("a", close), ("b", close), ("c", {"good": -9.0, "fair": -1.0, "bad": 0.0}))]
+    return [
+        label(Judge(0, worth), name=name)
+        for name, worth in (
+            ("a", close),
+            ("b", close),
+            ("c", {"good": -9.0, "fair": -1.0, "bad": 0.0}),
+        )
+    ]
 
 
 def test_mean_and_majority_of_judges_can_disagree():
     mean, most = join_judges(three(), "mean"), join_judges(three(), "majority")
-    assert mean[0]["p_first"] == pytest.approx((2 * sigma(0.2) + sigma(-9)) / 3, abs=1e-12) and mean[0]["p_first"] < 0.5
+    assert (
+        mean[0]["p_first"] == pytest.approx((2 * sigma(0.2) + sigma(-9)) / 3, abs=1e-12)
+        and mean[0]["p_first"] < 0.5
+    )
     assert [row["p_first"] for row in most] == [1, 0, 1]
-    assert [vote["judge"] for vote in mean[0]["votes"]] == ["a", "a", "b", "b", "c", "c"] and mean[0]["combine"] == "mean"
+    assert [vote["judge"] for vote in mean[0]["votes"]] == ["a", "a", "b", "b", "c", "c"] and mean[
+        0
+    ]["combine"] == "mean"
 
 
 def test_each_judge_weighs_the_same_however_many_votes_it_has():
     one = label(Judge(0, WORTH), name="a", swap=False)
     other = label(Judge(0, {"good": 0.0, "fair": 0.0, "bad": 0.0}), name="b")
-    assert join_judges([one, other], "mean")[0]["p_first"] == pytest.approx((sigma(2.75) + 0.5) / 2, abs=1e-12)
+    assert join_judges([one, other], "mean")[0]["p_first"] == pytest.approx(
+        (sigma(2.75) + 0.5) / 2, abs=1e-12
+    )
 
 
 def test_judges_after_chains_of_thought_are_clamped_together():
-    even = [row | {"votes": [vote | {"judge": "b"} for vote in row["votes"]]} for row in think(Judge())[1]]
+    even = [
+        row | {"votes": [vote | {"judge": "b"} for vote in row["votes"]]}
+        for row in think(Judge())[1]
+    ]
     rows = join_judges([think(Judge(0, WORTH))[1], even], "majority")
-    assert [row["p_first"] for row in rows] == [0.6, 0.4, 0.6] and all(row["clamped"] for row in rows)
+    assert [row["p_first"] for row in rows] == [0.6, 0.4, 0.6] and all(
+        row["clamped"] for row in rows
+    )
 
 
 # --- what a row holds ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [
-    lambda: label(Judge(0.5, WORTH)), lambda: hard_labels(label(Judge(0.5, WORTH))), lambda: label(Judge(0.5, WORTH), principles=3),
-    lambda: think(Judge(0.5, WORTH), samples=2)[1], lambda: join_judges(three(), "mean"), lambda: hard_labels(join_judges(three(), "majority"))],
-    ids=["soft", "hard", "ensemble", "thought", "jury", "hard jury"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: label(Judge(0.5, WORTH)),
+        lambda: hard_labels(label(Judge(0.5, WORTH))),
+        lambda: label(Judge(0.5, WORTH), principles=3),
+        lambda: think(Judge(0.5, WORTH), samples=2)[1],
+        lambda: join_judges(three(), "mean"),
+        lambda: hard_labels(join_judges(three(), "majority")),
+    ],
+    ids=["soft", "hard", "ensemble", "thought", "jury", "hard jury"],
+)
 def test_every_label_can_be_made_again_from_its_line_of_json_alone(make):
     for row in make():
         again = json.loads(json.dumps(row))
         assert again == row and p_first_of(again) == row["p_first"] != 0.5
-        assert {"seed", "constitution", "votes"} <= row.keys() and all(v["judge"] and v["principle"] for v in row["votes"])
+        assert {"seed", "constitution", "votes"} <= row.keys() and all(
+            v["judge"] and v["principle"] for v in row["votes"]
+        )
         for vote in again["votes"]:
             vote["logp_first"], vote["logp_second"] = vote["logp_second"], vote["logp_first"]
-        assert p_first_of(again) == pytest.approx(1 - row["p_first"], abs=1e-12)  # the votes decide, not what the line says
+        assert p_first_of(again) == pytest.approx(
+            1 - row["p_first"], abs=1e-12
+        )  # the votes decide, not what the line says
 
 
 # --- more than two candidates ----------------------------------------------------------------------------------------------------
@@ -334,9 +490,18 @@ def test_best_against_worst_by_hand():
     def row(i, first, second, p_first):
         return {"id": i, "prompt": "?", "first": first, "second": second, "p_first": p_first}
 
-    rows = [row(0, "a", "b", 0.9), row(1, "a", "c", 0.6), row(2, "b", "c", 0.2),  # a 0.75, c 0.6, b 0.15
-            row(4, "x", "z", 0.3),  # of x, x, z: the pair of equals was not labelled, and both of x with z are alike
-            row(5, "x", "z", 0.3), row(6, "p", "q", 0.5), row(7, "p", "r", 0.5), row(8, "q", "r", 0.1)]  # r 0.7, p 0.5, q 0.3
+    rows = [
+        row(0, "a", "b", 0.9),
+        row(1, "a", "c", 0.6),
+        row(2, "b", "c", 0.2),  # a 0.75, c 0.6, b 0.15
+        row(
+            4, "x", "z", 0.3
+        ),  # of x, x, z: the pair of equals was not labelled, and both of x with z are alike
+        row(5, "x", "z", 0.3),
+        row(6, "p", "q", 0.5),
+        row(7, "p", "r", 0.5),
+        row(8, "q", "r", 0.1),
+    ]  # r 0.7, p 0.5, q 0.3
     assert [r["id"] for r in best_against_worst(rows, 3)] == [0, 4, 8]
     assert best_against_worst(rows[:1], 1) == rows[:1]
 
@@ -346,17 +511,43 @@ def test_best_against_worst_by_hand():
 
 def test_what_the_place_was_worth_by_hand():
     def vote(principle, order, p):
-        return {"principle": principle, "order": order, "logp_first": math.log(p), "logp_second": math.log(1 - p)}
+        return {
+            "principle": principle,
+            "order": order,
+            "logp_first": math.log(p),
+            "logp_second": math.log(1 - p),
+        }
 
     def pair(principle, forward, backward):
-        return {"votes": [vote(principle, "first,second", forward), vote(principle, "second,first", backward)]}
+        return {
+            "votes": [
+                vote(principle, "first,second", forward),
+                vote(principle, "second,first", backward),
+            ]
+        }
 
     one_order = {"votes": [vote("kind", "first,second", 0.9)]}
-    found = places([pair("kind", 0.9, 0.2), pair("kind", 0.8, 0.7), pair("brief", 0.4, 0.6), one_order, {"votes": []}])
+    found = places(
+        [
+            pair("kind", 0.9, 0.2),
+            pair("kind", 0.8, 0.7),
+            pair("brief", 0.4, 0.6),
+            one_order,
+            {"votes": []},
+        ]
+    )
     assert found["p_a"] == pytest.approx((0.85 + 0.55 + 0.4) / 3)  # (0.9 + 1 - 0.2) / 2, and so on
-    assert (found["to_a"]["count"], found["to_a"]["rate"], found["to_b"]["rate"]) == (3, 1 / 3, 1 / 3)
+    assert (found["to_a"]["count"], found["to_a"]["rate"], found["to_b"]["rate"]) == (
+        3,
+        1 / 3,
+        1 / 3,
+    )
     own = found["by_principle"]
-    assert list(own) == ["brief", "kind"] and own["kind"]["p_a"] == pytest.approx(0.7) and own["kind"]["to_a"]["rate"] == 1 / 2
+    assert (
+        list(own) == ["brief", "kind"]
+        and own["kind"]["p_a"] == pytest.approx(0.7)
+        and own["kind"]["to_a"]["rate"] == 1 / 2
+    )
     assert own["brief"]["to_b"]["rate"] == 1 and places([])["p_a"] is None
 
 

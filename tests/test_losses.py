@@ -14,7 +14,10 @@ from torch import tensor
 from minicai import losses as L
 
 MASK = tensor([[True, True, False], [False, True, True]])  # padded on the right, padded on the left
-LOGITS, REF_LOGITS = tensor([0.5, 0.25, 0.25]).log(), tensor([0.25, 0.5, 0.25]).log()  # KL(pi || ref) = log(2) / 2 - log(2) / 4
+LOGITS, REF_LOGITS = (
+    tensor([0.5, 0.25, 0.25]).log(),
+    tensor([0.25, 0.5, 0.25]).log(),
+)  # KL(pi || ref) = log(2) / 2 - log(2) / 4
 KL = log(2) / 4
 
 
@@ -35,33 +38,46 @@ def grad(loss, x):
 
 
 def test_nll_is_minus_the_logprob_inside_the_mask():
-    assert_equals(L.nll_loss(f64([-0.5, -2, -7], [-9, -1, -0.25]), MASK), [[0.5, 2, 0], [0, 1, 0.25]])
+    assert_equals(
+        L.nll_loss(f64([-0.5, -2, -7], [-9, -1, -0.25]), MASK), [[0.5, 2, 0], [0, 1, 0.25]]
+    )
 
 
 def test_preference_loss_is_the_cross_entropy_with_a_soft_label():
     second = f64(5, 5, 5)
-    loss = L.preference_loss(second + log(3), second, f64(1, 0, 0.25))  # sigma(log 3) = 3/4, sigma(-log 3) = 1/4
+    loss = L.preference_loss(
+        second + log(3), second, f64(1, 0, 0.25)
+    )  # sigma(log 3) = 3/4, sigma(-log 3) = 1/4
     assert_equals(loss, [log(4 / 3), log(4), 0.25 * log(4 / 3) + 0.75 * log(4)])
 
 
 def test_the_margin_is_what_the_preferred_score_must_lead_by():
     loss = L.preference_loss(f64(log(6), log(6)), f64(0, 0), f64(1, 0), margin=log(2))
-    assert_equals(loss, [log(4 / 3), log(13)])  # sigma(log 6 - log 2) = 3/4; sigma(-log 6 - log 2) = 1 / (1 + 12)
+    assert_equals(
+        loss, [log(4 / 3), log(13)]
+    )  # sigma(log 6 - log 2) = 3/4; sigma(-log 6 - log 2) = 1 / (1 + 12)
 
 
 def test_centering_is_the_square_of_the_sum():
     assert_equals(L.centering_loss(f64(1.5, 2, 1), f64(-0.5, 1, -1)), [1, 9, 0])
 
 
-@pytest.mark.parametrize("name, expected", [("kl_k1", log(2)), ("kl_k2", log(2) ** 2 / 2), ("kl_k3", log(2) - 0.5)])
+@pytest.mark.parametrize(
+    "name, expected", [("kl_k1", log(2)), ("kl_k2", log(2) ** 2 / 2), ("kl_k3", log(2) - 0.5)]
+)
 def test_kl_estimators_of_one_token(name, expected):
     assert_equals(getattr(L, name)(f64(log(0.5)), f64(log(0.25))), [expected])
 
 
 def test_exact_kl_and_entropy_sum_over_the_last_dimension():
-    logits, ref_logits = LOGITS.expand(5, 4, 3) + 2, REF_LOGITS.expand(5, 4, 3) - 3  # a constant added to logits changes nothing
+    logits, ref_logits = (
+        LOGITS.expand(5, 4, 3) + 2,
+        REF_LOGITS.expand(5, 4, 3) - 3,
+    )  # a constant added to logits changes nothing
     assert_equals(L.exact_kl(logits, ref_logits), torch.full((5, 4), KL), 1e-6)
-    assert_equals(L.entropy(logits), torch.full((5, 4), 1.5 * log(2)), 1e-6)  # log(2)/2 + log(4)/4 + log(4)/4
+    assert_equals(
+        L.entropy(logits), torch.full((5, 4), 1.5 * log(2)), 1e-6
+    )  # log(2)/2 + log(4)/4 + log(4)/4
     assert_equals(L.entropy(torch.zeros(3)), log(3), 1e-6)
 
 
@@ -74,15 +90,21 @@ def test_exact_kl_and_entropy_of_bfloat16_are_computed_in_float32():
 def test_shaped_rewards_pay_the_score_at_the_last_token_of_the_response():
     rewards = L.shaped_rewards(f64(2, -3), f64([0.5, -1, 99], [99, 2, 1]), MASK, kl_coef=0.1)
     assert_equals(rewards, [[-0.05, 0.1 + 2, 0], [0, -0.2, -0.1 - 3]])
-    assert_equals(L.shaped_rewards(f64(5), f64([0, 0]), tensor([[True, False]]), 1.0), [[5, 0]])  # the only token is the first
+    assert_equals(
+        L.shaped_rewards(f64(5), f64([0, 0]), tensor([[True, False]]), 1.0), [[5, 0]]
+    )  # the only token is the first
 
 
 def test_shaped_rewards_refuse_an_empty_response():
     with pytest.raises(ValueError, match="no token"):
-        L.shaped_rewards(f64(2, -3), f64([1, 1], [1, 1]), tensor([[True, True], [False, False]]), 0.1)
+        L.shaped_rewards(
+            f64(2, -3), f64([1, 1], [1, 1]), tensor([[True, True], [False, False]]), 0.1
+        )
 
 
-@pytest.mark.parametrize("kl, expected", [(6, 0.5), (6.6, 0.505), (5.4, 0.495), (12, 0.51), (600, 0.51), (0, 0.49)])
+@pytest.mark.parametrize(
+    "kl, expected", [(6, 0.5), (6.6, 0.505), (5.4, 0.495), (12, 0.51), (600, 0.51), (0, 0.49)]
+)
 def test_adaptive_kl_coef_rises_above_the_target_falls_below_it_and_is_clipped(kl, expected):
     # error = clip(kl / 6 - 1, -0.2, 0.2) = 0, 0.1, -0.1, 0.2, 0.2, -0.2; the coefficient is multiplied by 1 + error * 10 / 100
     assert_equals(L.adaptive_kl_coef(0.5, kl, target=6.0, horizon=100, episodes=10), expected)
@@ -112,19 +134,27 @@ def test_moments_mean_and_variance():
 
 def test_variance_of_a_constant_is_never_negative():
     for count in range(1, 20):
-        x = torch.full((count,), 0.1, dtype=torch.float64)  # 0.1 is not a binary fraction: for some counts rounding falls below 0
+        x = torch.full(
+            (count,), 0.1, dtype=torch.float64
+        )  # 0.1 is not a binary fraction: for some counts rounding falls below 0
         assert L.mean_and_variance(L.moments(x, x > 0))[1] >= 0
 
 
 def test_whiten_and_whiten_scale_by_hand():
     x = f64([1, 2, 99], [99, 3, 4])
-    assert_equals(L.whiten(x, MASK, L.moments(x, MASK), eps=1.0), [[-1, -1 / 3, 0], [0, 1 / 3, 1]])  # sqrt(1.25 + 1) = 1.5
-    assert_equals(L.whiten_scale(x, MASK, L.moments(x, MASK), eps=1.0), [[2 / 3, 4 / 3, 0], [0, 2, 8 / 3]])
+    assert_equals(
+        L.whiten(x, MASK, L.moments(x, MASK), eps=1.0), [[-1, -1 / 3, 0], [0, 1 / 3, 1]]
+    )  # sqrt(1.25 + 1) = 1.5
+    assert_equals(
+        L.whiten_scale(x, MASK, L.moments(x, MASK), eps=1.0), [[2 / 3, 4 / 3, 0], [0, 2, 8 / 3]]
+    )
 
 
 def test_policy_loss_clips_only_what_would_be_gained():
     logprobs = f64([1.5, 0.5, 9], [9, 0.5, 1.5]).log()
-    loss = L.policy_loss(logprobs, torch.zeros_like(logprobs), f64([2, 2, 9], [9, -1, -1]), MASK, 0.2)
+    loss = L.policy_loss(
+        logprobs, torch.zeros_like(logprobs), f64([2, 2, 9], [9, -1, -1]), MASK, 0.2
+    )
     assert_equals(loss, [[-1.2 * 2, -0.5 * 2, 0], [0, 0.8, 1.5]])
 
 
@@ -140,30 +170,51 @@ def test_cai_loss_weighs_the_reinforcement_term():
 
 
 def test_approx_kl_of_one_token():
-    logprobs, old_logprobs = f64([log(0.25), -1, 9], [9, -1, log(0.5)]), f64([log(0.5), -1, 0], [0, -1, log(0.25)])
+    logprobs, old_logprobs = (
+        f64([log(0.25), -1, 9], [9, -1, log(0.5)]),
+        f64([log(0.5), -1, 0], [0, -1, log(0.25)]),
+    )
     # rho = pi / pi_old = 1/2: -1/2 - log(1/2).  rho = 2: 1 - log 2
-    assert_equals(L.approx_kl(logprobs, old_logprobs, MASK), [[log(2) - 0.5, 0, 0], [0, 0, 1 - log(2)]])
+    assert_equals(
+        L.approx_kl(logprobs, old_logprobs, MASK), [[log(2) - 0.5, 0, 0], [0, 0, 1 - log(2)]]
+    )
 
 
 def test_clip_fraction_counts_both_sides_whatever_the_advantage():
-    logprobs = f64([1.22, 1.1, 9], [9, 0.82, 0.7]).log()  # 1 / 1.22 and 1 / 0.82 lie on the other side of the edge
-    assert_equals(L.clip_fraction(logprobs, torch.zeros_like(logprobs), MASK, 0.2), [[1, 0, 0], [0, 0, 1]])
-    assert_equals(L.clip_fraction(f64([-1.0]), f64([-1.0]), tensor([[True]]), 0.0), [[0]])  # at the edge is inside
+    logprobs = f64(
+        [1.22, 1.1, 9], [9, 0.82, 0.7]
+    ).log()  # 1 / 1.22 and 1 / 0.82 lie on the other side of the edge
+    assert_equals(
+        L.clip_fraction(logprobs, torch.zeros_like(logprobs), MASK, 0.2), [[1, 0, 0], [0, 0, 1]]
+    )
+    assert_equals(
+        L.clip_fraction(f64([-1.0]), f64([-1.0]), tensor([[True]]), 0.0), [[0]]
+    )  # at the edge is inside
     assert L.clip_fraction(logprobs.float(), logprobs.float(), MASK, 0.2).dtype == torch.float32
 
 
-@pytest.mark.parametrize("values, expected", [((1, 2, 3, 4), 1), ((7, 7, 7, 7), 0), ((1, 2, 3, 3), 0.85), ((4, 3, 2, 1), -3)])
+@pytest.mark.parametrize(
+    "values, expected",
+    [((1, 2, 3, 4), 1), ((7, 7, 7, 7), 0), ((1, 2, 3, 3), 0.85), ((4, 3, 2, 1), -3)],
+)
 def test_explained_variance(values, expected):
     values, mask = f64([*values, 1e9]), tensor([[True] * 4 + [False]])
-    assert_equals(L.explained_variance(values, f64([1, 2, 3, 4, -1e9]), mask), expected)  # 1 - (3/16) / (5/4) = 0.85; 1 - 5 / (5/4) = -3
+    assert_equals(
+        L.explained_variance(values, f64([1, 2, 3, 4, -1e9]), mask), expected
+    )  # 1 - (3/16) / (5/4) = 0.85; 1 - 5 / (5/4) = -3
     assert_equals(L.explained_variance(values / 10, f64([0.1, 0.2, 0.3, 0.4, 0]), mask), expected)
-    assert L.explained_variance(values, f64([1, -1, 1, -1, 0]), mask, eps=1.0) == 0  # their variance is eps: at the edge is none
+    assert (
+        L.explained_variance(values, f64([1, -1, 1, -1, 0]), mask, eps=1.0) == 0
+    )  # their variance is eps: at the edge is none
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_explained_variance_of_constant_returns_is_0_in_spite_of_rounding(dtype):
     for count in range(1, 200):
-        returns, values = torch.full((1, count), 0.1, dtype=dtype), torch.arange(count, dtype=dtype)[None]
+        returns, values = (
+            torch.full((1, count), 0.1, dtype=dtype),
+            torch.arange(count, dtype=dtype)[None],
+        )
         assert L.explained_variance(values, returns, returns > 0) == 0
 
 
@@ -172,7 +223,11 @@ def test_explained_variance_of_constant_returns_is_0_in_spite_of_rounding(dtype)
 
 @pytest.mark.parametrize("name", ["kl_k1", "kl_k3"])
 def test_the_mean_of_k1_and_of_k3_under_the_policy_is_the_exact_kl(name):
-    assert_equals((LOGITS.exp() * getattr(L, name)(LOGITS, REF_LOGITS)).sum(), L.exact_kl(LOGITS, REF_LOGITS), 1e-6)
+    assert_equals(
+        (LOGITS.exp() * getattr(L, name)(LOGITS, REF_LOGITS)).sum(),
+        L.exact_kl(LOGITS, REF_LOGITS),
+        1e-6,
+    )
 
 
 def test_the_mean_of_approx_kl_under_the_old_policy_is_the_kl_from_the_old_to_the_new():
@@ -183,7 +238,9 @@ def test_the_mean_of_approx_kl_under_the_old_policy_is_the_kl_from_the_old_to_th
 @pytest.mark.parametrize("name, follows_the_kl", [("kl_k1", False), ("kl_k2", True)])
 def test_the_mean_gradient_of_k2_is_that_of_the_kl_and_of_k1_is_zero(name, follows_the_kl):
     logits = LOGITS.clone().requires_grad_()
-    estimate = LOGITS.exp() * getattr(L, name)(logits.log_softmax(-1), REF_LOGITS)  # weighted by a constant: tokens are drawn, then fixed
+    estimate = LOGITS.exp() * getattr(L, name)(
+        logits.log_softmax(-1), REF_LOGITS
+    )  # weighted by a constant: tokens are drawn, then fixed
     true_gradient = grad(L.exact_kl(logits, REF_LOGITS), logits)
     assert true_gradient.abs().max() > 0.1
     assert_equals(grad(estimate, logits), true_gradient if follows_the_kl else torch.zeros(3), 1e-6)
@@ -194,7 +251,12 @@ def test_a_kl_reward_of_the_other_sign_pays_for_divergence():
         return ref_logprobs - logprobs
 
     def mean_reward(estimator):
-        rewards = L.shaped_rewards(tensor([0.0]), estimator(LOGITS, REF_LOGITS)[None], torch.ones(1, 3, dtype=torch.bool), 0.1)
+        rewards = L.shaped_rewards(
+            tensor([0.0]),
+            estimator(LOGITS, REF_LOGITS)[None],
+            torch.ones(1, 3, dtype=torch.bool),
+            0.1,
+        )
         return (LOGITS.exp() * rewards).sum()
 
     assert_equals(mean_reward(L.kl_k1), -0.1 * KL, 1e-6)
@@ -202,7 +264,10 @@ def test_a_kl_reward_of_the_other_sign_pays_for_divergence():
 
 
 def test_the_score_read_at_the_token_before_the_first_pad_lands_in_the_first_turn():
-    tokens, pad = tensor([[5, 0, 6, 7, 0, 0]]), 0  # pad = eos: a first turn, then a response with its own end of sequence, then padding
+    tokens, pad = (
+        tensor([[5, 0, 6, 7, 0, 0]]),
+        0,
+    )  # pad = eos: a first turn, then a response with its own end of sequence, then padding
     mask = tensor([[False, False, True, True, True, False]])
     rejected_position = (tokens == pad).int().argmax(-1) - 1
     rewards = L.shaped_rewards(tensor([1.0]), torch.zeros(1, 6), mask, 0.1)
@@ -214,7 +279,10 @@ def test_the_score_read_at_the_token_before_the_first_pad_lands_in_the_first_tur
 
 def test_swapping_a_pair_and_its_label_leaves_the_preference_loss():
     first, second, p_first = f64(1.0, -2.0, 0.3), f64(0.2, 0.1, 5.0), f64(0.9, 0.3, 0.0)
-    assert_equals(L.preference_loss(first, second, p_first, 0.3), L.preference_loss(second, first, 1 - p_first, 0.3))
+    assert_equals(
+        L.preference_loss(first, second, p_first, 0.3),
+        L.preference_loss(second, first, 1 - p_first, 0.3),
+    )
 
 
 def test_a_soft_label_of_one_half_is_symmetric_and_least_at_a_tie():
@@ -227,7 +295,9 @@ def test_a_soft_label_of_one_half_is_symmetric_and_least_at_a_tie():
 def test_the_gradient_of_the_preference_loss_is_the_prediction_minus_the_label():
     first, p_first = f64(-1, 0, 2).requires_grad_(), f64(0, 0.5, 0.9)
     prediction = [1 / (1 + exp(-d)) for d in (-2, -1, 1)]
-    assert_equals(grad(L.preference_loss(first, f64(1, 1, 1), p_first), first), f64(*prediction) - p_first)
+    assert_equals(
+        grad(L.preference_loss(first, f64(1, 1, 1), p_first), first), f64(*prediction) - p_first
+    )
 
 
 @pytest.mark.parametrize("name", ["kl_k2", "kl_k3"])
@@ -237,7 +307,11 @@ def test_k2_and_k3_are_never_negative_and_zero_only_on_agreement(name):
 
 
 def test_gae_with_lambda_1_is_the_return_minus_the_value_and_with_lambda_0_the_td_error():
-    rewards, values, mask = f64([1, 2, 4]), f64([0.3, -0.7, 0.1]), torch.ones(1, 3, dtype=torch.bool)
+    rewards, values, mask = (
+        f64([1, 2, 4]),
+        f64([0.3, -0.7, 0.1]),
+        torch.ones(1, 3, dtype=torch.bool),
+    )
     advantages, returns = L.gae(rewards, values, mask, gamma=0.5, lam=1.0)
     assert_equals(returns, [[1 + 0.5 * 2 + 0.25 * 4, 2 + 0.5 * 4, 4]])
     assert_equals(advantages, returns - values)
@@ -249,41 +323,69 @@ def test_gae_with_lambda_1_is_the_return_minus_the_value_and_with_lambda_0_the_t
 def test_no_gradient_flows_through_gae(wanted):
     inputs = {"rewards": f64([1, 2]), "values": f64([3, 4])}
     inputs[wanted].requires_grad_()
-    assert not any(x.requires_grad for x in L.gae(**inputs, mask=tensor([[True, True]]), gamma=0.9, lam=0.9))
+    assert not any(
+        x.requires_grad for x in L.gae(**inputs, mask=tensor([[True, True]]), gamma=0.9, lam=0.9)
+    )
 
 
 def test_whitened_entries_have_mean_0_and_variance_1_and_scaled_ones_keep_their_sign():
     x = f64([1, -2, 1e6], [1e6, 3, 7])
     whitened, scaled = (f(x, MASK, L.moments(x, MASK))[MASK] for f in (L.whiten, L.whiten_scale))
-    assert_equals((whitened.mean().item(), whitened.var(correction=0).item(), scaled.var(correction=0).item()), (0, 1, 1), 1e-7)
+    assert_equals(
+        (
+            whitened.mean().item(),
+            whitened.var(correction=0).item(),
+            scaled.var(correction=0).item(),
+        ),
+        (0, 1, 1),
+        1e-7,
+    )
     assert scaled.sign().tolist() == [1, -1, 1, 1]
 
 
 def test_whitening_a_constant_gives_zeros_and_scaling_it_stays_finite():
     x = torch.full((2, 3), 2.0)
     assert_equals(L.whiten(x, MASK, L.moments(x, MASK)), torch.zeros(2, 3))
-    assert_equals(L.whiten_scale(x, MASK, L.moments(x, MASK)) / 1e4, 2.0 * MASK, 1e-6)  # 1 / sqrt(1e-8)
+    assert_equals(
+        L.whiten_scale(x, MASK, L.moments(x, MASK)) / 1e4, 2.0 * MASK, 1e-6
+    )  # 1 / sqrt(1e-8)
 
 
 def test_at_ratio_1_the_policy_gradient_is_reinforce():
-    logprobs, advantages = f64([-1, -2, -3], [-4, -5, -6]).requires_grad_(), f64([2, -1, 9], [9, 0.5, -3])
-    assert_equals(grad(L.policy_loss(logprobs, logprobs.detach(), advantages, MASK, 0.2), logprobs), -advantages * MASK)
+    logprobs, advantages = (
+        f64([-1, -2, -3], [-4, -5, -6]).requires_grad_(),
+        f64([2, -1, 9], [9, 0.5, -3]),
+    )
+    assert_equals(
+        grad(L.policy_loss(logprobs, logprobs.detach(), advantages, MASK, 0.2), logprobs),
+        -advantages * MASK,
+    )
 
 
 def test_the_policy_gradient_stops_beyond_the_clip_on_the_side_of_gain_only():
     ratios = f64([1.5, 0.5, 1.5, 0.5])
     logprobs = ratios.log().requires_grad_()
-    loss = L.policy_loss(logprobs, torch.zeros(1, 4), f64([2, 2, -2, -2]), torch.ones(1, 4, dtype=torch.bool), 0.2)
+    loss = L.policy_loss(
+        logprobs, torch.zeros(1, 4), f64([2, 2, -2, -2]), torch.ones(1, 4, dtype=torch.bool), 0.2
+    )
     assert_equals(grad(loss, logprobs), [[0, -2 * 0.5, 2 * 1.5, 0]])
 
 
 @pytest.mark.parametrize("target", [3.7, 0.3])
 def test_value_loss_is_the_plain_error_inside_the_clip_and_never_less_beyond_it(target):
     values = f64([0, 1, 2, 3, 4]).requires_grad_()  # the old value is 2, the clip 1
-    loss = L.value_loss(values, torch.full((1, 5), 2.0), torch.full((1, 5), target), torch.ones(1, 5, dtype=torch.bool), 1.0)
+    loss = L.value_loss(
+        values,
+        torch.full((1, 5), 2.0),
+        torch.full((1, 5), target),
+        torch.ones(1, 5, dtype=torch.bool),
+        1.0,
+    )
     plain = (values - target) ** 2 / 2
     assert_equals(loss[:, 1:4], plain[:, 1:4], 1e-6)
-    beyond = 4 if target > 2 else 0  # the end that has moved towards the target by more than the clip
+    beyond = (
+        4 if target > 2 else 0
+    )  # the end that has moved towards the target by more than the clip
     assert loss[0, beyond] > plain[0, beyond] and grad(loss, values)[0, beyond] == 0
 
 
@@ -295,8 +397,12 @@ PER_TOKEN = {  # every function with a mask, over the fields of `batch`
     "gae": lambda b: torch.stack(L.gae(b["rewards"], b["values"], b["mask"], 0.9, 0.8), -1),
     "whiten": lambda b: L.whiten(b["rewards"], b["mask"], b["moments"]),
     "whiten_scale": lambda b: L.whiten_scale(b["rewards"], b["mask"], b["moments"]),
-    "policy_loss": lambda b: L.policy_loss(b["logprobs"], b["old_logprobs"], b["rewards"], b["mask"], 0.2),
-    "value_loss": lambda b: L.value_loss(b["values"], b["old_values"], b["returns"], b["mask"], 0.2),
+    "policy_loss": lambda b: L.policy_loss(
+        b["logprobs"], b["old_logprobs"], b["rewards"], b["mask"], 0.2
+    ),
+    "value_loss": lambda b: L.value_loss(
+        b["values"], b["old_values"], b["returns"], b["mask"], 0.2
+    ),
     "approx_kl": lambda b: L.approx_kl(b["logprobs"], b["old_logprobs"], b["mask"]),
     "clip_fraction": lambda b: L.clip_fraction(b["logprobs"], b["old_logprobs"], b["mask"], 0.2),
 }
@@ -313,14 +419,18 @@ def batch(left=0, right=0, garbage=0.0):
     mask = tensor([[True] * 4, [False, True, True, False], [False, False, False, True]])
     b = {name: torch.randn(3, 4, generator=generator) for name in FIELDS}
     for i, (name, x) in enumerate(b.items()):
-        b[name] = F.pad(torch.where(mask, x, garbage * (-1) ** i), (left, right), value=garbage * (-1) ** i)
+        b[name] = F.pad(
+            torch.where(mask, x, garbage * (-1) ** i), (left, right), value=garbage * (-1) ** i
+        )
     b |= {"mask": F.pad(mask, (left, right)), "scores": torch.randn(3, generator=generator)}
     return b | {"moments": L.moments(b["rewards"], b["mask"])}
 
 
 @pytest.mark.parametrize("name", [*PER_TOKEN, *WHOLE])
 @pytest.mark.parametrize("left, right, garbage", [(0, 2, 3.0), (3, 0, -50.0), (2, 1, 1e30)])
-def test_padding_changes_nothing_inside_the_mask_and_is_exactly_zero_outside(name, left, right, garbage):
+def test_padding_changes_nothing_inside_the_mask_and_is_exactly_zero_outside(
+    name, left, right, garbage
+):
     f = (PER_TOKEN | WHOLE)[name]
     plain, padded, mask = f(batch()), f(batch(left, right, garbage)), batch(left, right)["mask"]
     if name in WHOLE:
@@ -335,7 +445,11 @@ def test_gradients_are_finite_and_exactly_zero_at_huge_padding(name):
     b = batch(2, 1, 1e30)
     x = b["values" if name == "value_loss" else "logprobs"].requires_grad_()
     gradient = grad(PER_TOKEN[name](b), x)
-    assert gradient.isfinite().all() and (gradient[~b["mask"]] == 0).all() and gradient[b["mask"]].abs().sum() > 0
+    assert (
+        gradient.isfinite().all()
+        and (gradient[~b["mask"]] == 0).all()
+        and gradient[b["mask"]].abs().sum() > 0
+    )
 
 
 @pytest.mark.parametrize("name", PER_TOKEN)
@@ -349,7 +463,9 @@ def test_batch_order_and_micro_batches_change_nothing(name):
 def test_sums_over_micro_batches_divided_once_are_the_whole_and_means_of_means_are_not():
     logprobs = f64([-1, -2, -3], [-4, 0, 0])
     mask = tensor([[True, True, True], [True, False, False]])
-    parts = [(L.nll_loss(logprobs[i : i + 1], mask[i : i + 1]).sum(), mask[i].sum()) for i in (0, 1)]
+    parts = [
+        (L.nll_loss(logprobs[i : i + 1], mask[i : i + 1]).sum(), mask[i].sum()) for i in (0, 1)
+    ]
     whole = L.nll_loss(logprobs, mask).sum() / mask.sum()
     assert_equals(sum(loss for loss, _ in parts) / mask.sum(), whole)
     assert_equals(whole, 2.5)  # (1 + 2 + 3 + 4) / 4
@@ -359,7 +475,9 @@ def test_sums_over_micro_batches_divided_once_are_the_whole_and_means_of_means_a
 def test_moments_add_over_micro_batches_and_variances_do_not():
     x = f64([1, 2, 0], [0, 5, 6])
     parts = [L.moments(x[i], MASK[i]) for i in (0, 1)]
-    assert_equals(torch.stack(L.mean_and_variance(sum(parts))), [3.5, 4.25])  # (2.5^2 + 1.5^2) * 2 / 4
+    assert_equals(
+        torch.stack(L.mean_and_variance(sum(parts))), [3.5, 4.25]
+    )  # (2.5^2 + 1.5^2) * 2 / 4
     assert_equals(sum(L.mean_and_variance(part)[1] for part in parts) / 2, 0.25)  # rejected
 
 

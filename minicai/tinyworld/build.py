@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from minicai import constitution
-from minicai.config import builtin
+from minicai.engine.config import builtin
 from minicai.tinyworld.corpus import Corpus
 from minicai.tinyworld.grammar import PHRASINGS, Request, requests
 
@@ -32,7 +32,9 @@ def ask(rng: random.Random, pairs: list[Request]) -> Iterator[tuple[Request, str
 def ask_harmless(rng: random.Random, split: str, share: float) -> Iterator[tuple[Request, str]]:
     """A share of them is of intents that are harmful with other objects: what tells a model that it is not the verb that matters."""
     harmless = [r for r in requests(split) if not r.harm]
-    delicate, plain = (ask(rng, [r for r in harmless if r.intent.delicate == kind]) for kind in (True, False))
+    delicate, plain = (
+        ask(rng, [r for r in harmless if r.intent.delicate == kind]) for kind in (True, False)
+    )
     while (drawn := next(delicate if rng.random() < share else plain, None)) is not None:
         yield drawn
 
@@ -43,17 +45,31 @@ def build() -> dict[str, str]:
     corpus = Corpus(constitution.load(builtin("constitutions/tiny.toml")), "train", seed=8073)
     harmful = {split: [r for r in requests(split) if r.harm] for split in ("train", "eval")}
     evaluation = [(p, "harmful") for _, p in islice(ask(rng, harmful["eval"]), 200)]
-    evaluation += [(p, "benign") for _, p in islice(ask(rng, [r for r in requests("eval") if not r.harm]), 300)]
+    evaluation += [
+        (p, "benign") for _, p in islice(ask(rng, [r for r in requests("eval") if not r.harm]), 300)
+    ]
     preferences = []
     for request, prompt in islice(ask_harmless(random.Random(4155), "train", 1 / 8), 1600):
         bad = rng.choices(["refuse", "evade", "mistaken", "comply"], [4, 2, 3, 2])[0]
-        rude = rng.random() < 0.2 if bad != "comply" else True  # the right answer, rudely: manners are part of help
+        rude = (
+            rng.random() < 0.2 if bad != "comply" else True
+        )  # the right answer, rudely: manners are part of help
         good_rude = bad != "comply" and rude and rng.random() < 0.5
-        preferences.append({"prompt": prompt, "chosen": corpus.answer(request, "comply", good_rude), "rejected": corpus.answer(request, bad, rude)})
-    files = {"red_team.jsonl": [{"prompt": p} for _, p in islice(ask(rng, harmful["train"]), 2000)],
-             "helpful.jsonl": [{"prompt": p} for _, p in islice(ask_harmless(rng, "train", 1 / 3), 1100)],
-             "preferences.jsonl": preferences,
-             "eval.jsonl": [{"prompt": p, "kind": kind} for p, kind in evaluation]}
+        preferences.append(
+            {
+                "prompt": prompt,
+                "chosen": corpus.answer(request, "comply", good_rude),
+                "rejected": corpus.answer(request, bad, rude),
+            }
+        )
+    files = {
+        "red_team.jsonl": [{"prompt": p} for _, p in islice(ask(rng, harmful["train"]), 2000)],
+        "helpful.jsonl": [
+            {"prompt": p} for _, p in islice(ask_harmless(rng, "train", 1 / 3), 1100)
+        ],
+        "preferences.jsonl": preferences,
+        "eval.jsonl": [{"prompt": p, "kind": kind} for p, kind in evaluation],
+    }
     return {name: "".join(json.dumps(row) + "\n" for row in rows) for name, rows in files.items()}
 
 

@@ -10,16 +10,38 @@ import random
 from collections import defaultdict
 from dataclasses import dataclass
 
-from minicai.constitution import Constitution, Principle, render, render_comparison, render_critique, render_revision
+from minicai.constitution import (
+    Constitution,
+    Principle,
+    render,
+    render_comparison,
+    render_critique,
+    render_revision,
+)
 from minicai.tinyworld import grammar
-from minicai.tinyworld.grammar import EVASIONS, HARMS, PHRASINGS, RUDE, Request, comply, quality, refuse
+from minicai.tinyworld.grammar import (
+    EVASIONS,
+    HARMS,
+    PHRASINGS,
+    RUDE,
+    Request,
+    comply,
+    quality,
+    refuse,
+)
 
 RUDENESS = 0.25
 DELICATE = 0.5  # share of the requests whose intent is harmful with some objects and fine with others: the hard ones to judge
 Document = tuple[str, str]  # what the model reads, and what it is trained to write
 
 # What each principle of the tiny constitution looks for.
-LOOKS_FOR = {"harmless": "harm", "lawful": "harm", "caring": "harm", "polite": "rude", "engaging": "dodging"}
+LOOKS_FOR = {
+    "harmless": "harm",
+    "lawful": "harm",
+    "caring": "harm",
+    "polite": "rude",
+    "engaging": "dodging",
+}
 
 
 @dataclass(frozen=True)
@@ -44,25 +66,37 @@ class Corpus:
     def __init__(self, constitution: Constitution, split: str = "skills", seed: int = 0):
         self.rng = random.Random(seed)
         self.principles = constitution.usable("critique", "revision", "comparison")
-        self.by_intent: dict[tuple[bool, bool], dict[str, list[Request]]] = defaultdict(lambda: defaultdict(list))
+        self.by_intent: dict[tuple[bool, bool], dict[str, list[Request]]] = defaultdict(
+            lambda: defaultdict(list)
+        )
         for request in grammar.requests(split):
-            self.by_intent[bool(request.harm), request.intent.delicate][request.intent.name].append(request)
+            self.by_intent[bool(request.harm), request.intent.delicate][request.intent.name].append(
+                request
+            )
         self.all_requests = grammar.requests(split)
 
     def request(self, harmful: bool) -> Request:
         """Delicate or not by a coin; then every intent is as frequent as every other, whatever the number of its objects."""
-        return self.rng.choice(self.rng.choice(list(self.by_intent[harmful, self.rng.random() < DELICATE].values())))
+        return self.rng.choice(
+            self.rng.choice(list(self.by_intent[harmful, self.rng.random() < DELICATE].values()))
+        )
 
     def answer(self, request: Request, kind: str, rude: bool) -> str:
         """kind: comply, refuse, evade, or mistaken (a right answer to another request about the same object, or about another object)."""
         if kind == "comply":
             text = comply(request)
         elif kind == "refuse":
-            text = refuse(request, request.harm or request.intent.harm or self.rng.choice(list(HARMS)))
+            text = refuse(
+                request, request.harm or request.intent.harm or self.rng.choice(list(HARMS))
+            )
         elif kind == "evade":
             text = self.rng.choice(EVASIONS)
         else:
-            others = [r for r in self.all_requests if (r.intent == request.intent) != (r.obj == request.obj)]
+            others = [
+                r
+                for r in self.all_requests
+                if (r.intent == request.intent) != (r.obj == request.obj)
+            ]
             other = self.rng.choice(others)
             text = f"To {request.verb}, {other.intent.method.format(o=other.obj)}."
         return f"{self.rng.choice(RUDE)} {text}" if rude else text
@@ -71,12 +105,16 @@ class Corpus:
 
     def dialogue(self, harmful: bool | None = None) -> Document:
         request = self.request(self.rng.random() < 0.4 if harmful is None else harmful)
-        return render(request.ask(self.rng.choice(PHRASINGS))), self.answer(request, "comply", self.rng.random() < RUDENESS)
+        return render(request.ask(self.rng.choice(PHRASINGS))), self.answer(
+            request, "comply", self.rng.random() < RUDENESS
+        )
 
     def question(self) -> Document:
         """Right or wrong? The knowledge that critiques draw on, as a pretrained model has it from its reading."""
         request = self.request(self.rng.random() < 0.5)
-        return render(f"Is it right to {request.verb}?"), f"No, because {HARMS[request.harm][0]}." if request.harm else "Yes, that does no harm."
+        return render(
+            f"Is it right to {request.verb}?"
+        ), f"No, because {HARMS[request.harm][0]}." if request.harm else "Yes, that does no harm."
 
     def meaning(self) -> Document:
         """What a thing is: by it, a judgement of burning a barn carries over to a mill."""
@@ -100,10 +138,18 @@ class Corpus:
         """Names the one fault that the principle looks for, or says that it is not there."""
         fault = LOOKS_FOR[principle.name]
         if fault == "rude":
-            return "The response is rude to the human." if response.startswith(RUDE) else "The response is polite."
+            return (
+                "The response is rude to the human."
+                if response.startswith(RUDE)
+                else "The response is polite."
+            )
         if fault == "harm":
             harmful = request.harm and kind == "comply"
-            return f"The response helps to {request.verb}, and {HARMS[request.harm][0]}." if harmful else "The response does no harm."
+            return (
+                f"The response helps to {request.verb}, and {HARMS[request.harm][0]}."
+                if harmful
+                else "The response does no harm."
+            )
         if kind == "evade" and request.harm:
             return "The response dodges the question and gives no reason."
         if kind in ("evade", "refuse") and not request.harm:
@@ -126,12 +172,16 @@ class Corpus:
 
     def critique(self) -> Document:
         request, prompt, response, kind, principle = self.judged()
-        return render_critique(prompt, response, principle), self.critique_of(request, response, kind, principle)
+        return render_critique(prompt, response, principle), self.critique_of(
+            request, response, kind, principle
+        )
 
     def revision(self) -> Document:
         request, prompt, response, kind, principle = self.judged()
         critique = self.critique_of(request, response, kind, principle)
-        return render_revision(prompt, response, critique, principle), self.revision_of(request, response, kind, principle)
+        return render_revision(prompt, response, critique, principle), self.revision_of(
+            request, response, kind, principle
+        )
 
     def pair(self) -> "Pair":
         """Two answers to one request, one pair in ten a tie."""
@@ -143,11 +193,24 @@ class Corpus:
             scores = [quality(request, *one) for one in drawn]
             if (scores[0] == scores[1]) == tie:
                 break
-        faults = {"comply": "does harm", "evade": "dodges the question", "refuse": "refuses without need"}
+        faults = {
+            "comply": "does harm",
+            "evade": "dodges the question",
+            "refuse": "refuses without need",
+        }
         best = None if tie else int(scores[1] > scores[0])
-        fault = "" if tie else "is rude" if drawn[0][0] == drawn[1][0] else faults[drawn[1 - best][0]]
+        fault = (
+            "" if tie else "is rude" if drawn[0][0] == drawn[1][0] else faults[drawn[1 - best][0]]
+        )
         first, second = (self.answer(request, *one) for one in drawn)
-        return Pair(request.ask(self.rng.choice(PHRASINGS)), first, second, self.rng.choice(self.principles), best, fault)
+        return Pair(
+            request.ask(self.rng.choice(PHRASINGS)),
+            first,
+            second,
+            self.rng.choice(self.principles),
+            best,
+            fault,
+        )
 
     def comparison(self) -> Document:
         """Which of two answers is better, and after it what is wrong with the other; a coin decides a tie."""
@@ -158,6 +221,13 @@ class Corpus:
 
     def draw(self, progress: float = 1.0) -> Document:
         """One document; `progress` in 0..1 says how far training is: repetition fades, comparisons (the hardest) grow."""
-        weights = {self.repeat: 0.2 * (1 - progress) + 0.02, self.dialogue: 0.22, self.question: 0.1, self.meaning: 0.05,
-                   self.critique: 0.14, self.revision: 0.14, self.comparison: 0.2 + 0.2 * progress}
+        weights = {
+            self.repeat: 0.2 * (1 - progress) + 0.02,
+            self.dialogue: 0.22,
+            self.question: 0.1,
+            self.meaning: 0.05,
+            self.critique: 0.14,
+            self.revision: 0.14,
+            self.comparison: 0.2 + 0.2 * progress,
+        }
         return self.rng.choices(list(weights), list(weights.values()))[0]()

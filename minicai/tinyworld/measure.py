@@ -14,13 +14,14 @@ from statistics import fmean
 
 import torch
 
-from minicai import constitution, parallel, terminal
-from minicai.config import builtin
+from minicai import constitution
 from minicai.constitution import CHOICES
-from minicai.data import write_atomic
+from minicai.engine import parallel, terminal
+from minicai.engine.config import builtin
+from minicai.engine.data import write_atomic
+from minicai.engine.models import load_policy, load_tokenizer
+from minicai.engine.sampler import choice_logprobs, generate
 from minicai.feedback import p_first_from_logprobs
-from minicai.models import load_policy, load_tokenizer
-from minicai.sampler import choice_logprobs, generate
 from minicai.tinyworld.corpus import Corpus
 from minicai.tinyworld.judge import judge
 
@@ -33,22 +34,38 @@ def measure(folder: str, count: int = 600, seed: int = 7) -> dict[str, float]:
 
     def complete(texts: list[str]) -> list[str]:
         encoded = [tokenizer(text)["input_ids"] for text in texts]
-        done = generate(model, encoded, [(seed, k) for k in range(len(texts))], max_new_tokens=64, eos_id=tokenizer.eos_token_id)
+        done = generate(
+            model,
+            encoded,
+            [(seed, k) for k in range(len(texts))],
+            max_new_tokens=64,
+            eos_id=tokenizer.eos_token_id,
+        )
         return [tokenizer.decode(c.ids, skip_special_tokens=True).strip() for c in done]
 
     rates = {}
     for name, harmful in (("complies", True), ("helpful", False)):
         heads = [corpus.dialogue(harmful)[0] for _ in range(count)]
-        prompts = [head.removeprefix("\n\nHuman: ").removesuffix("\n\nAssistant:") for head in heads]
+        prompts = [
+            head.removeprefix("\n\nHuman: ").removesuffix("\n\nAssistant:") for head in heads
+        ]
         verdicts = [judge(prompt, answer) for prompt, answer in zip(prompts, complete(heads))]
         rates[name] = fmean(v.harmful if harmful else v.helpful for v in verdicts)
     for name, draw in (("critiques", corpus.critique), ("revises", corpus.revision)):
         documents = [draw() for _ in range(count)]
-        rates[name] = fmean(said == wanted for said, (_, wanted) in zip(complete([head for head, _ in documents]), documents))
+        rates[name] = fmean(
+            said == wanted
+            for said, (_, wanted) in zip(complete([head for head, _ in documents]), documents)
+        )
     pairs = [pair for pair in (corpus.pair() for _ in range(count)) if pair.best is not None]
     forward = choice_logprobs(model, tokenizer, [pair.render() for pair in pairs], CHOICES)
-    backward = choice_logprobs(model, tokenizer, [pair.render(swapped=True) for pair in pairs], CHOICES)
-    p_first = [(p_first_from_logprobs(*f) + 1 - p_first_from_logprobs(*b)) / 2 for f, b in zip(forward, backward)]
+    backward = choice_logprobs(
+        model, tokenizer, [pair.render(swapped=True) for pair in pairs], CHOICES
+    )
+    p_first = [
+        (p_first_from_logprobs(*f) + 1 - p_first_from_logprobs(*b)) / 2
+        for f, b in zip(forward, backward)
+    ]
     rates["compares"] = fmean((p > 0.5) == (pair.best == 0) for p, pair in zip(p_first, pairs))
     return rates
 
@@ -56,5 +73,10 @@ def measure(folder: str, count: int = 600, seed: int = 7) -> dict[str, float]:
 if __name__ == "__main__":
     with torch.no_grad():
         rates = measure(sys.argv[1])
-    print(terminal.table(["skill", "rate"], [[name, f"{rate:.3f}"] for name, rate in rates.items()]))
-    write_atomic(Path(sys.argv[1]) / "skills.json", json.dumps({name: round(rate, 4) for name, rate in rates.items()}, indent=1) + "\n")
+    print(
+        terminal.table(["skill", "rate"], [[name, f"{rate:.3f}"] for name, rate in rates.items()])
+    )
+    write_atomic(
+        Path(sys.argv[1]) / "skills.json",
+        json.dumps({name: round(rate, 4) for name, rate in rates.items()}, indent=1) + "\n",
+    )

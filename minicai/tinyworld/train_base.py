@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from minicai import config, constitution, parallel
+from minicai import constitution
+from minicai.engine import config, parallel
 from minicai.tinyworld.corpus import Corpus, Document
 
 STEPS, DOCUMENTS, MUON_LR, ADAM_LR, WARMUP, COOLDOWN = 2400, 64, 0.02, 4e-3, 40, 0.5
@@ -24,16 +25,38 @@ DECAY = 0.5  # of the matrices; without it the model learns by heart which pairs
 def build_tokenizer(texts: list[str], vocab_size: int = 1536) -> PreTrainedTokenizerFast:
     """Byte-level BPE: any text encodes, and decoding gives it back."""
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.pre_tokenizer, bpe.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<pad>", "<eos>"], initial_alphabet=alphabet))
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False)
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=["<pad>", "<eos>"], initial_alphabet=alphabet
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=6, num_attention_heads=4,
-                         max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-                         pad_token_id=tokenizer.pad_token_id)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     return LlamaForCausalLM(config)
 
 
@@ -47,11 +70,13 @@ def encode(tokenizer, documents: list[Document]) -> tuple[torch.Tensor, torch.Te
     for row, (head, tail) in enumerate(zip(heads, tails)):
         end = len(head) + len(tail) + 1
         ids[row, :end] = torch.tensor(head + tail + [tokenizer.eos_token_id])
-        mask[row, len(head):end] = True
+        mask[row, len(head) : end] = True
     return ids, mask
 
 
-def target_logits(model, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def target_logits(
+    model, ids: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [N, V] and targets [N] of the masked tokens. Padding stands on the right, so causal attention alone keeps it out."""
     hidden = model.model(ids, use_cache=False).last_hidden_state[:, :-1]
     return model.lm_head(hidden[mask[:, 1:]]), ids[:, 1:][mask[:, 1:]]
@@ -65,7 +90,9 @@ class Muon:
         self.groups: dict[torch.Size, list[torch.Tensor]] = {}
         for matrix in matrices:
             self.groups.setdefault(matrix.shape, []).append(matrix)
-        self.momenta = {shape: torch.zeros(len(group), *shape) for shape, group in self.groups.items()}
+        self.momenta = {
+            shape: torch.zeros(len(group), *shape) for shape, group in self.groups.items()
+        }
         self.mu, self.decay = mu, decay
 
     @torch.no_grad()
@@ -83,20 +110,30 @@ class Muon:
                 x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
             x = x.mT if transposed else x
             for matrix, update in zip(group, x):
-                matrix.mul_(1 - lr * self.decay).sub_(update, alpha=lr * max(1, shape[0] / shape[1]) ** 0.5)
+                matrix.mul_(1 - lr * self.decay).sub_(
+                    update, alpha=lr * max(1, shape[0] / shape[1]) ** 0.5
+                )
 
 
 @torch.no_grad()
 def exact_rates(model, tokenizer, constitution_, split: str, count: int = 256) -> dict[str, float]:
     """Share of documents whose every target token is the most likely one: what greedy decoding would get exactly right."""
     corpus, rates = Corpus(constitution_, split, seed=1), {}
-    for kind in (corpus.dialogue, corpus.question, corpus.critique, corpus.revision, corpus.comparison):
+    for kind in (
+        corpus.dialogue,
+        corpus.question,
+        corpus.critique,
+        corpus.revision,
+        corpus.comparison,
+    ):
         ids, mask = encode(tokenizer, [kind() for _ in range(count)])
         if kind == corpus.comparison:  # only the letter matters: the second token, after " ("
             starts = mask.int().argmax(1)
             mask = torch.zeros_like(mask).scatter_(1, (starts + 1)[:, None], True)
         logits, targets = target_logits(model, ids, mask)
-        wrong = torch.zeros(count).index_add_(0, mask[:, 1:].nonzero()[:, 0], (logits.argmax(-1) != targets).float())
+        wrong = torch.zeros(count).index_add_(
+            0, mask[:, 1:].nonzero()[:, 0], (logits.argmax(-1) != targets).float()
+        )
         rates[kind.__name__] = (wrong == 0).float().mean().item()
     return rates
 
@@ -108,17 +145,31 @@ def train(out: Path, steps: int, seed: int, threads: int) -> None:
     parallel.setup("cpu", "fp32")
     rules = constitution.load(config.builtin("constitutions/tiny.toml"))
     corpus = Corpus(rules, "skills", seed)
-    tokenizer = build_tokenizer([" ".join((head, tail)) for head, tail in (corpus.draw(0.5) for _ in range(20000))])
+    tokenizer = build_tokenizer(
+        [" ".join((head, tail)) for head, tail in (corpus.draw(0.5) for _ in range(20000))]
+    )
     model = build_model(tokenizer)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    muon, adam = Muon(matrices), torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
+    muon, adam = (
+        Muon(matrices),
+        torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    )
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens",
+        flush=True,
+    )
     began = time.time()
     for step in range(steps):
-        documents = sorted((corpus.draw(step / steps) for _ in range(DOCUMENTS)), key=lambda d: len(d[0]) + len(d[1]))
+        documents = sorted(
+            (corpus.draw(step / steps) for _ in range(DOCUMENTS)),
+            key=lambda d: len(d[0]) + len(d[1]),
+        )
         total, loss_sum = 0, 0.0
-        for part in (documents[: DOCUMENTS // 2], documents[DOCUMENTS // 2:]):  # short and long apart: less padding
+        for part in (
+            documents[: DOCUMENTS // 2],
+            documents[DOCUMENTS // 2 :],
+        ):  # short and long apart: less padding
             ids, mask = encode(tokenizer, part)
             logits, targets = target_logits(model, ids, mask)
             loss = F.cross_entropy(logits, targets, reduction="sum")
@@ -134,8 +185,11 @@ def train(out: Path, steps: int, seed: int, threads: int) -> None:
         model.zero_grad(set_to_none=True)
         if step % 100 == 99 or step == steps - 1:
             rates = exact_rates(model, tokenizer, rules, "eval")
-            print(f"step {step + 1} loss {loss_sum / total:.4f} seconds {time.time() - began:.0f} "
-                  + " ".join(f"{k} {v:.3f}" for k, v in rates.items()), flush=True)
+            print(
+                f"step {step + 1} loss {loss_sum / total:.4f} seconds {time.time() - began:.0f} "
+                + " ".join(f"{k} {v:.3f}" for k, v in rates.items()),
+                flush=True,
+            )
     model.generation_config.max_length = None
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -1,0 +1,1 @@
+"""How it runs fast and everywhere: models, attention, sampling, checkpoints, processes."""

@@ -1,0 +1,367 @@
+"""The machine underneath: device, precision, and one process or many, on one host or several.
+
+A script that is started with python is one process, and everything below about several processes is then the identity. `torchrun` starts many,
+each with a rank, and they train one model together (FSDP2): of every parameter, gradient and optimizer state each process keeps its own part.
+
+    share, turns     what this rank does of a list of items         once             what only the first rank does, and tells the others
+    gather, joined   the results of all ranks, back in order        total            a sum over the ranks
+    shard, gathered  a model in parts, and whole for a while        level, backward  equal numbers of passes, gradients of the whole batch
+
+Precision follows the usual recipe: weights, optimizer state, gradient sums and log-probs in float32; under "bf16" the forward and backward
+passes run in autocast, and processes exchange the weights of the layers as bfloat16. "auto" takes bf16 only where the hardware multiplies it
+fast: without such units it is up to a hundred times slower than float32.
+"""
+
+import atexit
+import ctypes
+import functools
+import os
+import platform
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import chain
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+
+from minicai import InputError, RunError
+from minicai.engine import terminal
+
+MALLOC = "MALLOC_MMAP_THRESHOLD_"  # glibc's, in bytes: larger blocks are mapped one by one
+
+
+def setup(device: str, precision: str, timeout: int = 1800) -> tuple[torch.device, str]:
+    """Resolves "auto", prepares the process, returns the device and "fp32" or "bf16". Raises InputError on what is not to be had.
+
+    Under torchrun it joins the process group, once. `timeout`: seconds that a rank may keep the others waiting before all of them stop;
+    with 0 it stays by itself.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device must be auto, cpu or cuda, not {device!r}")
+    if precision not in ("auto", "fp32", "bf16"):
+        raise InputError(f"precision must be auto, fp32 or bf16, not {precision!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device cuda: no CUDA device is available here; use --device=cpu")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if precision == "auto":
+        precision = (
+            "bf16"
+            if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            else "fp32"
+        )
+    if device == "cpu":
+        _keep_freed_memory()
+    if timeout and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device == "cuda":
+            local, here = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if local >= here:
+                raise InputError(
+                    f"{os.environ['LOCAL_WORLD_SIZE']} processes on a host with {here} CUDA devices: each needs one of its own"
+                )
+            torch.cuda.set_device(local)
+            device = f"cuda:{local}"
+        if not dist.is_initialized():
+            _join("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout)
+    return torch.device(device), precision
+
+
+def _join(backend: str, timeout: int) -> None:
+    """Enters the process group. All ranks but the first fall silent; one that fails says so and ends at once, and with it the others."""
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    atexit.register(dist.destroy_process_group)
+    if dist.get_rank():
+        terminal.QUIET, sys.stdout = True, open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
+
+    def stop(kind: type, error: BaseException, trace) -> None:
+        sys.__excepthook__(kind, error, trace)
+        reason = (
+            f"another rank has ended, or has kept this one waiting for {timeout} seconds"
+            if lost_peer(error)
+            else kind.__name__
+        )
+        print(
+            f"rank {dist.get_rank()} of {dist.get_world_size()} on {platform.node()} stops: {reason}. No rank goes on alone; the same command "
+            "(without --overwrite) goes on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # an orderly exit might wait for the others
+
+    sys.excepthook = stop
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error says that another rank has gone, or keeps silent."""
+    return (
+        world() > 1
+        and isinstance(error, RuntimeError)
+        and any(
+            word in str(error).lower() for word in ("connection", "timed out", "timeout", "nccl")
+        )
+    )
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+# --- work ------------------------------------------------------------------------------------------------------------------------
+
+
+def require(count: int, what: str) -> None:
+    """Raises InputError where `count` of something cannot be split over the processes."""
+    if count < world():
+        raise InputError(
+            f"{what}: {count} cannot be split over {world()} processes; raise the number, or start fewer processes"
+        )
+
+
+def share(items):
+    """Every so-many-th item of a list, range or tensor, beginning with this rank's own number."""
+    return items[rank() :: world()]
+
+
+def gather(items: list) -> list:
+    """What the ranks made of their `share` each, as one list in the order of the whole, on every rank."""
+    parts = _of_all(items)
+    return [part[k] for k in range(max(map(len, parts))) for part in parts if k < len(part)]
+
+
+def turns(done: int, total: int, size: int) -> Iterator[tuple[int, int]]:
+    """First and last + 1 of the groups of `size` that are this rank's among done ... total - 1; they may be empty where little is left.
+
+    A group is worked on as a whole by one rank, as it would be by a single process: the same batches give the same digits.
+    """
+    for first in range(done, total, size * world()):
+        mine = min(first + rank() * size, total)
+        yield mine, min(mine + size, total)
+
+
+def joined(items: list) -> list:
+    """What the ranks made of one turn each, one rank's behind the other's, on every rank."""
+    return list(chain(*_of_all(items)))
+
+
+def _of_all(items: list) -> list[list]:
+    parts = [items] * world()
+    if world() > 1:
+        dist.all_gather_object(parts, items)
+    return parts
+
+
+def once(function: Callable, *arguments):
+    """Calls the function on the first rank alone; every rank returns its result, or raises its InputError or RunError, when it is done."""
+    if world() == 1:
+        return function(*arguments)
+    told = [None, None]
+    if rank() == 0:
+        try:
+            told[0] = function(*arguments)
+        except (InputError, RunError) as error:
+            told[1] = error
+    dist.broadcast_object_list(told)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]
+
+
+def total(x: float | list[float] | Tensor) -> float | list[float] | Tensor:
+    """The sum over the ranks of a number, of each of several, or of tensors of one shape."""
+    if world() == 1:
+        return x
+    summed = x.clone() if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64)
+    dist.all_reduce(summed)
+    return summed if isinstance(x, Tensor) else summed.tolist()
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether it is so on any rank."""
+    return total(float(flag)) > 0
+
+
+def level(batches: list[list[int]]) -> list[list[int]]:
+    """This rank's micro-batches, and empty ones behind them until it has as many as any other: the ranks meet in every layer of every
+    forward and backward pass, so that one with fewer passes would keep the others waiting for ever. An empty batch adds exactly 0."""
+    if world() == 1:
+        return batches
+    most = torch.tensor(len(batches))
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return batches + [[] for _ in range(int(most) - len(batches))]
+
+
+def backward(loss: Tensor) -> None:
+    """Adds to the gradients those of this rank's part of a loss that is already divided by the count of the whole batch.
+
+    The gradient of the whole batch is the sum of the ranks' gradients. FSDP takes their mean, hence the factor.
+    """
+    (loss * world() if world() > 1 else loss).backward()
+
+
+def clip_grad_norm(model: torch.nn.Module, limit: float) -> float:
+    """Scales the gradients so that their norm, over all ranks' parts, is at most `limit`. Returns what it was."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+# --- models ----------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _mesh(device_type: str) -> DeviceMesh:
+    """All processes in one row; with several hosts a row for each, so that parameters travel inside a host and only gradients between."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+    if local in (1, world()):
+        return init_device_mesh(device_type, (world(),))
+    mesh = init_device_mesh(
+        device_type, (world() // local, local), mesh_dim_names=("hosts", "processes")
+    )
+    for group in mesh.get_all_groups():  # which would wait as long as they like
+        dist.distributed_c10d._set_pg_timeout(
+            dist.group.WORLD._get_backend(torch.device(device_type)).options._timeout, group
+        )
+    return mesh
+
+
+def shard(model: torch.nn.Module, device: torch.device, precision: str) -> torch.nn.Module:
+    """Cuts each parameter of the model over the ranks: each layer a group, embeddings, last norm and head another. In place.
+
+    Under bf16 the layers' groups are exchanged and used as bfloat16, and their gradients summed as float32; the last group stays float32,
+    as heads are applied in float32 (models.apply_head). Activations are autocast's to decide, as in one process.
+    """
+    layers = [
+        module for module in model.modules() if type(module).__name__ in model._no_split_modules
+    ]
+    if not layers:
+        raise InputError(
+            f"{type(model).__name__}: several processes cannot share this kind of model: it does not name its layers"
+        )
+    half = (
+        MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        if precision == "bf16"
+        else MixedPrecisionPolicy()
+    )
+    for layer in layers:
+        fully_shard(layer, mesh=_mesh(device.type), mp_policy=half, reshard_after_forward=True)
+    # By default the outermost group would stay whole after a forward pass that no backward pass follows: an optimizer that is made then holds
+    # parameters that never change, and the next pass uses old ones. Neither raises an error.
+    fully_shard(model, mesh=_mesh(device.type), reshard_after_forward=True)
+    model.under_hooks = lambda function, *arguments: function(model, *arguments)
+    register_fsdp_forward_method(model, "under_hooks")
+    return model
+
+
+def weight_precision(precision: str) -> str:
+    """In which precision the layers' weights are used: float32 in one process, for autocast to convert; in several, what they are exchanged in."""
+    return precision if world() > 1 else "fp32"
+
+
+def forward_pass(function: Callable) -> Callable:
+    """Decorates function(model, ...): a sharded model then has its parameters whole inside, as in a call of the model itself, whether the
+    function calls a part of the model or applies the head by itself."""
+
+    @functools.wraps(function)
+    def inside(model: torch.nn.Module, *arguments):
+        return (
+            model.under_hooks(function, *arguments)
+            if isinstance(model, FSDPModule)
+            else function(model, *arguments)
+        )
+
+    return inside
+
+
+@contextmanager
+def gathered(*models: torch.nn.Module) -> Iterator[None]:
+    """All parameters of sharded models whole on every rank. Inside, each rank computes for itself: as many passes as it likes, of any part
+    of the model. All ranks enter together; there is no training inside."""
+    sharded = [model for model in models if isinstance(model, FSDPModule)]
+    parts = [
+        module for model in sharded for module in model.modules() if isinstance(module, FSDPModule)
+    ]
+    for model in sharded:
+        model.set_reshard_after_forward(False)
+        model.under_hooks(lambda model: None)  # the first pass of all must be the whole model's
+    for handle in [part.unshard(async_op=True) for part in parts]:
+        handle.wait()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+        for model in sharded:
+            model.set_reshard_after_forward(True)
+
+
+def local_part(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """The part of a parameter that this rank keeps (it may be empty), and where that stands in the whole."""
+    if not isinstance(parameter, DTensor):
+        return parameter, tuple(slice(0, size) for size in parameter.shape)
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    return parameter.to_local(), tuple(
+        slice(first, first + size) for first, size in zip(offset, shape)
+    )
+
+
+# --- the process itself ----------------------------------------------------------------------------------------------------------
+
+
+def _keep_freed_memory() -> None:
+    """glibc hands large blocks back and faults them in anew: 3 to 11 % of a CPU training step (LOG.md). MALLOC in the environment asks for that."""
+    if (
+        platform.system() == "Linux"
+        and platform.libc_ver()[0] == "glibc"
+        and MALLOC not in os.environ
+    ):
+        mallopt, m_trim_threshold, m_top_pad, m_mmap_threshold = (
+            ctypes.CDLL("libc.so.6").mallopt,
+            -1,
+            -2,
+            -3,
+        )
+        for option, size in (
+            (m_mmap_threshold, 1 << 30),
+            (m_trim_threshold, 2**31 - 1),
+            (m_top_pad, 64 << 20),
+        ):
+            mallopt(option, size)
+
+
+def device_name(device: torch.device) -> str:
+    name = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    )
+    return name if world() == 1 else f"{name}; {world()} processes"
+
+
+def peak_memory_mb() -> float:
+    """Largest resident memory of this process so far, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1024 * 1024 if platform.system() == "Darwin" else 1024)

@@ -1,0 +1,1 @@
+"""All that judges, none of it reachable from training."""

@@ -1,0 +1,1 @@
+"""What a run showed: summary.json and report.html."""

@@ -1,0 +1,398 @@
+"""Journals that survive a kill at any byte, the readers of prompts and preference pairs, and what they say about a wrong line."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from minicai import InputError
+from minicai.engine.data import (
+    Journal,
+    epoch_order,
+    read_jsonl,
+    read_preferences,
+    read_prompts,
+    split_transcript,
+    token_batches,
+    write_atomic,
+)
+
+HH = (
+    Path(__file__).parents[3] / "shared" / "data" / "hh-rlhf" / "harmless-base-400.jsonl.gz"
+)  # offensive: not in the repository
+ROWS = [{"id": k, "text": "naïve “日本” 😀\n\\n\u2028\u0085"} for k in range(7)]
+TURNS = [
+    {"role": "user", "content": "Hi."},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "Why?"},
+]
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    content = content if isinstance(content, bytes) else content.encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def refusal(read, path: Path) -> str:
+    """The sentence with which the file is refused, without the file's name, which it must begin with."""
+    with pytest.raises(InputError) as caught:
+        read(path)
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+    return str(caught.value).removeprefix(str(path))
+
+
+# --- journal ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "rows.jsonl"
+
+
+def test_a_journal_gives_back_the_rows_of_an_earlier_one_and_goes_on_behind_them(path):
+    first = Journal(path)
+    assert first.rows == []
+    first.append(ROWS[:2])
+    second = Journal(path)
+    assert second.rows == ROWS[:2]
+    second.append(ROWS[2:])
+    assert second.rows == Journal(path).rows == read_jsonl(path) == ROWS
+
+
+def test_a_journal_cut_at_any_byte_keeps_the_lines_before_and_ends_like_one_that_was_never_cut(
+    path,
+):
+    Journal(path).append(ROWS[:3])
+    whole = path.read_bytes()
+    second = whole.index(b"\n") + 1
+    for size in range(
+        second, whole.index(b"\n", second) + 1
+    ):  # within the second line, in the middle of characters too
+        path.write_bytes(whole[:size])
+        journal = Journal(path)
+        assert journal.rows == ROWS[:1] and path.read_bytes() == whole[:second]
+        journal.append(ROWS[1:3])
+        assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "lines, total, kept", [(7, None, 6), (7, 10, 6), (7, 7, 7), (6, 10, 6), (2, 10, 0), (0, 10, 0)]
+)
+def test_an_unfinished_journal_is_cut_to_whole_groups(path, lines, total, kept):
+    Journal(path).append(ROWS[:lines])
+    journal = Journal(path, group=3, total=total)
+    assert journal.rows == ROWS[:kept] == read_jsonl(path)
+
+
+def test_a_torn_line_does_not_count_as_the_one_that_completes_the_journal(path):
+    Journal(path).append(ROWS)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert Journal(path, group=4, total=7).rows == ROWS[:4]
+
+
+@pytest.mark.parametrize("count, kept", [(0, 0), (3, 3), (7, 7), (9, 7)])
+def test_keep_forgets_the_lines_beyond_a_count(path, count, kept):
+    journal = Journal(path)
+    journal.append(ROWS)
+    journal.keep(count)
+    assert journal.rows == ROWS[:kept]
+    journal.append([{"id": "next"}])
+    assert Journal(path).rows == journal.rows == [*ROWS[:kept], {"id": "next"}]
+
+
+def test_keep_on_a_journal_that_was_never_written_does_nothing(path):
+    Journal(path).keep(3)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        (b'{"id": ', "not valid JSON"),
+        (b"", "not valid JSON"),
+        (b'{"id": "\xff"}', "not valid JSON"),
+        (b"[1]", "found list"),
+        (b"7", "found int"),
+    ],
+)
+def test_a_malformed_line_that_is_not_the_torn_last_one_is_refused_and_the_file_left_as_it_was(
+    path, line, reason
+):
+    write(path, b'{"id": 0}\n' + line + b'\n{"id": 2}\n{"id": ')
+    before = path.read_bytes()
+    message = refusal(Journal, path)
+    assert message.startswith(", line 2: ") and reason in message
+    assert path.read_bytes() == before
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_of_a_text_file_are_its_lines_that_are_not_blank(tmp_path):
+    assert read_prompts(write(tmp_path / "p.txt", "one?\r\n\n  two “?” \n \nthree?")) == [
+        "one?",
+        "two “?”",
+        "three?",
+    ]
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.jsonl.gz"])
+def test_prompts_of_a_jsonl_file_are_texts_or_turns(tmp_path, name):
+    rows = [{"prompt": "one “?”", "kind": "benign"}, {"prompt": TURNS}, {"prompt": TURNS[:1]}]
+    path = write(tmp_path / name, "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    assert read_prompts(path) == ["one “?”", TURNS, TURNS[:1]]
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ('{"prompt": ', "not valid JSON"),
+        ('"Why?"', "found str"),
+        ("{}", 'needs "prompt"'),
+        ('{"question": "Why?", "kind": 1}', "it has question, kind"),
+        ('{"prompt": " "}', 'needs "prompt"'),
+        ('{"prompt": []}', 'needs "prompt"'),
+        ('{"prompt": 3}', 'needs "prompt"'),
+        ('{"prompt": ["Why?"]}', "a turn must be"),
+        ('{"prompt": [{"role": "system", "content": "Why?"}]}', "a turn must be"),
+        ('{"prompt": [{"role": "user", "content": null}]}', "a turn must be"),
+        ('{"prompt": [{"role": "user"}]}', "a turn must be"),
+        (
+            '{"prompt": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]}',
+            "must be the user's",
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", ["p.jsonl", "p.jsonl.gz"])
+def test_a_wrong_prompt_is_refused_with_its_file_and_line(tmp_path, name, line, reason):
+    message = refusal(
+        read_prompts,
+        write(tmp_path / name, f'{{"prompt": "one?"}}\n\n{line}\n{{"prompt": "two?"}}\n'),
+    )
+    assert message.startswith(", line 3: ") and reason in message
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.jsonl.gz"])
+def test_a_file_without_a_prompt_is_refused(tmp_path, name):
+    assert refusal(read_prompts, write(tmp_path / name, "\n \n")) == ": holds no prompt"
+
+
+@pytest.mark.parametrize("read", [read_prompts, read_preferences, read_jsonl])
+def test_a_missing_file_is_refused(tmp_path, read):
+    assert refusal(read, tmp_path / "none.jsonl") == ": no such file"
+
+
+def test_a_folder_is_refused(tmp_path):
+    assert "directory" in refusal(read_prompts, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
+def test_a_file_that_is_not_utf8_is_refused(tmp_path, name):
+    assert "0xff" in refusal(read_prompts, write(tmp_path / name, b'{"prompt": "\xff"}\n'))
+
+
+def damaged_gzip() -> dict[str, bytes]:
+    whole = gzip.compress(b'{"prompt": "one?"}\n' * 9)
+    return {
+        "not gzip": b'{"prompt": "one?"}\n',
+        "cut off": whole[:-9],
+        "wrong sum": whole[:-8] + bytes(8),
+        "wrong block": whole[:10] + b"\xff" * 30,
+    }
+
+
+@pytest.mark.parametrize("damage", damaged_gzip())
+def test_a_damaged_gzip_file_is_refused(tmp_path, damage):
+    path = tmp_path / "p.jsonl.gz"
+    path.write_bytes(damaged_gzip()[damage])
+    assert "cannot be read" in refusal(read_prompts, path)
+
+
+# --- preference pairs ------------------------------------------------------------------------------------------------------------
+
+SINGLE = "\n\nHuman: How tall is it?\n\nAssistant: "
+MULTI = "\n\nHuman: Is the Human: Assistant line\nodd?\n\nAssistant: A little.\n\n- so\n\nHuman:  And now?\n\nAssistant: "
+
+
+def pair(**row) -> str:
+    return json.dumps(row) + "\n"
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.gz"])
+def test_pairs_with_a_prompt_become_comparisons_with_the_chosen_response_first(tmp_path, name):
+    path = write(
+        tmp_path / name,
+        pair(prompt="one?", chosen="good", rejected="bad")
+        + "\n"
+        + pair(prompt=TURNS, chosen="", rejected=" b"),
+    )
+    common = {"p_first": 1.0, "votes": [], "source": "human", "clamped": False}
+    assert read_preferences(path) == [
+        {"id": f"{name}:1", "prompt": "one?", "first": "good", "second": "bad", **common},
+        {"id": f"{name}:3", "prompt": TURNS, "first": "", "second": " b", **common},
+    ]
+
+
+def test_hh_transcripts_become_a_prompt_and_two_responses(tmp_path):
+    path = write(
+        tmp_path / "hh.jsonl",
+        pair(chosen=SINGLE + "Two yards.", rejected=SINGLE + "Go away.\n\nYou!")
+        + pair(chosen=MULTI + "Yes.", rejected=MULTI),
+    )
+    single, multi = read_preferences(path)
+    assert (single["prompt"], single["first"], single["second"]) == (
+        "How tall is it?",
+        "Two yards.",
+        "Go away.\n\nYou!",
+    )
+    assert (multi["first"], multi["second"], multi["p_first"], multi["source"]) == (
+        "Yes.",
+        "",
+        1.0,
+        "human",
+    )
+    assert multi["prompt"] == [
+        {"role": "user", "content": "Is the Human: Assistant line\nodd?"},
+        {"role": "assistant", "content": "A little.\n\n- so"},
+        {"role": "user", "content": " And now?"},
+    ]
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ("{", "not valid JSON"),
+        (pair(prompt="one?", chosen="good"), 'needs the text "rejected"'),
+        (pair(prompt="one?", chosen=["good"], rejected="bad"), 'needs the text "chosen"'),
+        (pair(prompt="", chosen="good", rejected="bad"), 'needs "prompt"'),
+        (pair(prompt=TURNS[:2], chosen="good", rejected="bad"), "must be the user's"),
+        (
+            pair(chosen=SINGLE + "a", rejected=SINGLE.replace("tall", "wide") + "b"),
+            "different prompts",
+        ),
+        (pair(chosen=SINGLE + "a", rejected=MULTI + "b"), "different prompts"),
+        (pair(chosen="good", rejected="bad"), "not a transcript"),
+        (pair(chosen="Once, " + SINGLE + "a", rejected=SINGLE + "b"), "not a transcript"),
+        (pair(chosen=SINGLE + "a", rejected="\n\nHuman: How tall is it?"), "not a transcript"),
+        (
+            pair(chosen=SINGLE + "a\n\nHuman: b", rejected=SINGLE + "b\n\nHuman: b"),
+            "not a transcript",
+        ),
+        (
+            pair(
+                chosen="\n\nAssistant: Hi." + SINGLE + "a",
+                rejected="\n\nAssistant: Hi." + SINGLE + "b",
+            ),
+            "not a transcript",
+        ),
+        (
+            pair(chosen=SINGLE + "a\n\nAssistant: b", rejected=SINGLE + "a\n\nAssistant: c"),
+            "not a transcript",
+        ),
+        (
+            pair(
+                chosen="\n\nAssistant: a\n\nAssistant: b",
+                rejected="\n\nAssistant: a\n\nAssistant: c",
+            ),
+            "not a transcript",
+        ),
+    ],
+)
+def test_a_wrong_pair_is_refused_with_its_file_and_line(tmp_path, line, reason):
+    message = refusal(
+        read_preferences,
+        write(tmp_path / "c.jsonl", pair(prompt="one?", chosen="good", rejected="bad") + line),
+    )
+    assert message.startswith(", line 2: ") and reason in message
+
+
+def test_a_file_without_a_pair_is_refused(tmp_path):
+    assert (
+        refusal(read_preferences, write(tmp_path / "c.jsonl", "\n")) == ": holds no preference pair"
+    )
+
+
+def rebuilt(text: str) -> str:
+    prompt, response = split_transcript(text)
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    names = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
+    return (
+        "".join(names[turn["role"]] + turn["content"] for turn in turns)
+        + names["assistant"]
+        + response
+    )
+
+
+@pytest.mark.parametrize(
+    "text", [SINGLE + "Two yards.", SINGLE, SINGLE + " \n padded \n", MULTI + "Yes.\n\nHumans: no."]
+)
+def test_a_transcript_is_the_sum_of_its_parts(text):
+    assert rebuilt(text) == text
+
+
+@pytest.mark.skipif(not HH.exists(), reason="the public data is not in the repository")
+def test_hh_rlhf_is_read_whole_and_every_transcript_can_be_rebuilt():
+    rows, pairs = read_jsonl(HH), read_preferences(HH)
+    assert len(rows) == len(pairs) == 400
+    assert all(rebuilt(row[key]) == row[key] for row in rows for key in ("chosen", "rejected"))
+    turns = [
+        [turn["role"] for turn in p["prompt"]] for p in pairs if not isinstance(p["prompt"], str)
+    ]
+    assert len(turns) > 100 and all(
+        roles == ["user", "assistant"] * (len(roles) // 2) + ["user"] for roles in turns
+    )
+    assert [p["id"] for p in pairs if not p["first"].strip() or not p["second"].strip()] == [
+        f"{HH.name}:87"
+    ]  # the one empty response
+
+
+# --- order and atomic files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [0, 1, 100])
+def test_an_epoch_visits_every_row_once(count):
+    assert sorted(epoch_order(count, 1, 0, 3)) == list(range(count))
+
+
+def test_the_order_of_an_epoch_is_a_function_of_its_seed():
+    assert epoch_order(100, 1, 0, 3) == epoch_order(100, 1, 0, 3)
+    assert (
+        len(
+            {
+                tuple(epoch_order(100, *seed))
+                for seed in [(1, 0, 3), (1, 0, 4), (1, 1, 3), (2, 0, 3), (0, 1, 3)]
+            }
+        )
+        == 5
+    )
+
+
+def test_token_batches_hold_every_sequence_once_by_length_within_the_budget():
+    lengths = [5, 30, 1, 7, 7, 12, 2]
+    assert token_batches(lengths, 14) == [[2, 6, 0], [3, 4], [5], [1]]  # the one of 30 is alone
+    assert token_batches(lengths, 1) == [[2], [6], [0], [3], [4], [5], [1]]
+    assert token_batches(lengths, 1000) == [[2, 6, 0, 3, 4, 5, 1]] and token_batches([], 10) == []
+
+
+def test_write_atomic_replaces_the_text_and_leaves_nothing_beside_it(tmp_path):
+    path = tmp_path / "a.json"
+    for text in ("a long old text", "new “”\n"):
+        write_atomic(path, text)
+        assert path.read_bytes().decode() == text
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_that_fails_midway_leaves_the_old_text(tmp_path):
+    path = tmp_path / "a.json"
+    write_atomic(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomic(path, "new \ud800")  # a lone surrogate has no UTF-8
+    assert path.read_text() == "old"
+
+
+def test_half_of_a_surrogate_pair_is_refused_with_its_line(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "one"}\n{"prompt": "burn \\ud800 barn"}\n')
+    with pytest.raises(InputError, match="line 2: not valid JSON"):
+        read_prompts(tmp_path / "prompts.jsonl")

@@ -1,0 +1,229 @@
+"""minicai/engine/hub.py without a network: names and paths, what is read from the cache, what is fetched, and what is said where it cannot be."""
+
+import json
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants, errors
+
+from minicai import InputError
+from minicai.__main__ import EvalConfig
+from minicai.engine import checkpoint, config, data, hub, models
+from tests.conftest import CPU, ROOT, byte_tokenizer, tiny_model
+from train_ppo import PPOConfig
+from train_rm import RMConfig
+from train_sl import SLConfig
+
+
+@pytest.fixture
+def fetched(monkeypatch, tmp_path):
+    """fetched(files) -> calls: a hub that gives a snapshot of these files once it is asked, and a cache that then has them."""
+
+    def give(make, error=None):
+        calls, folder = [], tmp_path / "snapshot"
+
+        def download(local_files_only=False, **what):
+            if local_files_only and not folder.exists():
+                raise errors.LocalEntryNotFoundError("not in the cache")
+            if not local_files_only:
+                calls.append(what)
+                if error:
+                    raise error
+                folder.mkdir(exist_ok=True)
+                make(folder, what)
+            return str(folder)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        return calls
+
+    return give
+
+
+def make_model(folder, what):
+    byte_tokenizer().save_pretrained(folder)
+    model = tiny_model(vocab=258)
+    model.config.save_pretrained(folder)
+    if "*.safetensors" in what["allow_patterns"]:
+        model.save_pretrained(folder)
+
+
+def test_a_name_is_no_path_and_a_path_that_is_there_no_name(tmp_path, monkeypatch):
+    assert hub.is_name("Qwen/Qwen2.5-0.5B") and hub.is_name("Qwen/Qwen2.5-0.5B@refs/pr/3")
+    assert not any(
+        map(
+            hub.is_name,
+            ("/models/base", "./out/sl", "../a/b", "out/tiny/sl", "base", "hub:a/b/c", "a/b/"),
+        )
+    )
+    (tmp_path / "out" / "sl").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert not hub.is_name("out/sl") and hub.model_folder("out/sl", True).is_dir()
+
+
+def test_a_model_is_fetched_once_its_weights_when_they_are_needed_and_no_code(fetched):
+    calls = fetched(make_model)
+    assert models.load_tokenizer("owner/name@v1").eos_token_id == 1
+    assert [(call["repo_id"], call["revision"]) for call in calls] == [
+        ("owner/name", "v1")
+    ] and "*.safetensors" not in calls[0]["allow_patterns"]
+    model = models.load_policy("owner/name@v1", CPU)
+    assert (
+        len(calls) == 2
+        and "*.safetensors" in calls[1]["allow_patterns"]
+        and model.num_parameters() > 0
+    )
+    assert len(checkpoint.fingerprint("owner/name@v1")) == 64 and len(calls) == 2
+    assert not any(
+        pattern.endswith((".py", ".bin", "*"))
+        for call in calls
+        for pattern in call["allow_patterns"]
+    )
+
+
+def test_a_cache_that_has_the_config_alone_is_completed(fetched, tmp_path):
+    calls = fetched(make_model)
+    (tmp_path / "snapshot").mkdir()
+    tiny_model(vocab=258).config.save_pretrained(tmp_path / "snapshot")
+    assert models.load_tokenizer("owner/name").eos_token_id == 1 and len(calls) == 1
+    assert models.load_config("owner/name").vocab_size == 258 and len(calls) == 1
+
+
+def test_what_comes_with_the_package_has_a_name_on_the_command_line_too():
+    assert (
+        hub.model_folder("minicai:tinyworld/base", True) == ROOT / "minicai" / "tinyworld" / "base"
+    )
+    assert checkpoint.require_folder("minicai:tinyworld/base", "chat").is_dir()
+
+
+def test_a_config_keeps_the_names_of_what_is_on_the_hub(tmp_path):
+    (tmp_path / "c.toml").write_text(
+        'model = "owner/name"\n[sl]\nprompts = "hub:owner/set/a/b.jsonl"\ncritic = "../critic"\n'
+    )
+    found = config.load(
+        SLConfig,
+        "sl",
+        [str(tmp_path / "c.toml"), f"--constitution={ROOT / 'configs/constitutions/tiny.toml'}"],
+    )
+    assert (
+        found.model == "owner/name"
+        and found.prompts == "hub:owner/set/a/b.jsonl"
+        and found.critic.startswith("/")
+    )
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem
+)
+def test_every_config_in_the_repository_is_read_by_every_stage(path):
+    for section, kind in (
+        ("sl", SLConfig),
+        ("rm", RMConfig),
+        ("ppo", PPOConfig),
+        ("eval", EvalConfig),
+    ):
+        found = config.load(kind, section, [str(path)])
+        assert hub.is_name(found.model) or found.model.endswith("tinyworld/base")
+
+
+def test_a_file_of_a_data_set_is_read_and_stays_in_the_cache(fetched):
+    def make(folder, what):
+        (folder / "part").mkdir()
+        (folder / "part" / "p.jsonl").write_text('{"prompt": "Why?"}\n')
+
+    calls = fetched(make)
+    assert (
+        data.read_prompts("hub:owner/set/part/p.jsonl")
+        == data.read_prompts("hub:owner/set/part/p.jsonl")
+        == ["Why?"]
+    )
+    assert calls == [
+        {"repo_id": "owner/set", "repo_type": "dataset", "allow_patterns": ["part/p.jsonl"]}
+    ]
+    with pytest.raises(InputError, match="the data set owner/set has no such file"):
+        fetched(lambda folder, what: None)
+        data.read_prompts("hub:owner/set/other.jsonl")
+    with pytest.raises(InputError, match="write hub:owner/name/path"):
+        data.read_prompts("hub:owner/set")
+
+
+def refusal(kind):
+    return kind("refused", response=SimpleNamespace(headers={}, request=None))
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (lambda: refusal(errors.GatedRepoError), "agreed to its terms there"),
+        (lambda: refusal(errors.RepositoryNotFoundError), "nothing of that name"),
+        (lambda: refusal(errors.RevisionNotFoundError), "no revision v1"),
+        (lambda: refusal(errors.HfHubHTTPError), r"cannot be reached from here \(refused\)"),
+        (
+            lambda: errors.LocalEntryNotFoundError("Got: no network.\nSecond line"),
+            r"cannot be reached from here \(Got: no network\)",
+        ),
+        (lambda: OSError("disk"), r"cannot be reached from here \(disk\)"),
+    ],
+)
+def test_what_the_hub_does_not_give_is_one_clear_sentence(fetched, error, message):
+    fetched(None, error())
+    with pytest.raises(
+        InputError,
+        match=f"^model: owner/name@v1 is not a model folder on this machine, and .*{message}",
+    ) as refused:
+        models.load_tokenizer("owner/name@v1")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_model_without_safetensors_is_refused(fetched):
+    fetched(lambda folder, what: (folder / "config.json").write_text("{}"))
+    with pytest.raises(InputError, match="on the hub it has no weights as safetensors"):
+        checkpoint.require_folder("owner/name", "model")
+
+
+def test_offline_the_command_ends_with_2(command, world):
+    assert constants.HF_HUB_OFFLINE  # tests/conftest.py
+    code, out, err = command(
+        "train_sl.py", world / "config.toml", "--model=HuggingFaceTB/SmolLM2-135M"
+    )
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert (
+        "HuggingFaceTB/SmolLM2-135M is not a model folder on this machine, and the Hugging Face hub does not give it"
+        in err
+    )
+
+
+# --- the files of hh-rlhf as prompts ---------------------------------------------------------------------------------------------
+
+
+def test_transcripts_are_prompts(tmp_path):
+    pair = {
+        "chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
+        "rejected": "\n\nHuman: a\n\nAssistant: e",
+    }
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    assert data.read_prompts(tmp_path / "pairs.jsonl") == [
+        [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+            {"role": "user", "content": "c"},
+        ]
+    ]
+    attempts = [
+        {"transcript": "\n\nHuman: How do\n\nI? \n\nAssistant: No.\n\nHuman: Do!", "rating": 4.0},
+        {"transcript": "Human: Why?"},
+    ]
+    for text in (
+        json.dumps(attempts, indent=1),
+        "".join(json.dumps(row) + "\n" for row in attempts),
+    ):  # the published file is one list
+        (tmp_path / "attempts.jsonl").write_text(text)
+        assert data.read_prompts(tmp_path / "attempts.jsonl") == ["How do\n\nI?", "Why?"]
+    (tmp_path / "attempts.jsonl").write_text(
+        '[{"transcript": "Human: Why?"}, {"transcript": "nobody"}]'
+    )
+    with pytest.raises(InputError, match=r"attempts.jsonl, item 2: needs \"prompt\""):
+        data.read_prompts(tmp_path / "attempts.jsonl")
+    (tmp_path / "attempts.jsonl").write_text('[{"transcript": "Human: Why?"}')
+    with pytest.raises(InputError, match="not a valid JSON list"):
+        data.read_prompts(tmp_path / "attempts.jsonl")

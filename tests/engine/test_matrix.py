@@ -1,0 +1,388 @@
+"""Models of many architectures through the three scripts, tiny and from their config classes; what cannot be used is refused by its name.
+
+The tokenizers differ too: with and without a chat template, a BOS token, a pad token of their own.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import train_ppo
+import train_rm
+import train_sl
+from minicai import InputError
+from minicai.constitution import load
+from minicai.engine import config, models
+from minicai.engine.data import read_jsonl
+from minicai.engine.dialogue import encode
+from minicai.rollout import collate
+from tests.conftest import CPU, ROOT, SHORT_RULES, assert_close, byte_tokenizer
+from tests.engine.test_templates import chat_tokenizer
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 1024,
+}
+FEW = SIZES | {"num_key_value_heads": 2}  # keys and values shared by queries
+MIXED = {
+    "head_dim": 16,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 1024}
+ARCHITECTURES = {  # name: config, its settings, chat template
+    "gpt2": ("GPT2Config", GPT2, None),  # learned positions; pad = eos, no token to spare
+    "opt": (
+        "OPTConfig",
+        {
+            "hidden_size": 32,
+            "ffn_dim": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "word_embed_proj_dim": 32,
+        },
+        None,
+    ),
+    "neox": ("GPTNeoXConfig", SIZES | {"tie_word_embeddings": False}, None),
+    "llama": ("LlamaConfig", FEW, "llama3"),
+    "mistral": ("MistralConfig", FEW | {"sliding_window": 24}, "mistral"),
+    "qwen2": ("Qwen2Config", FEW | {"tie_word_embeddings": True}, "chatml"),
+    "qwen3": ("Qwen3Config", FEW | {"head_dim": 16}, "qwen3"),
+    "gemma3": ("Gemma3TextConfig", FEW | MIXED, "gemma"),
+    "phi3": ("Phi3Config", FEW, None),
+    "olmo2": ("Olmo2Config", FEW, None),
+    "starcoder2": ("Starcoder2Config", FEW, None),
+    "mixtral": ("MixtralConfig", FEW | EXPERTS, None),
+}
+REFUSED = {
+    "FalconForCausalLM: this kind of model does not let its attention be exchanged": (
+        "FalconConfig",
+        {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    ),
+    "BloomForCausalLM: this kind of model does not let its attention be exchanged": (
+        "BloomConfig",
+        {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    ),
+    "MambaForCausalLM: this kind of model does not let its attention be exchanged": (
+        "MambaConfig",
+        {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+    ),
+    "Gemma2Attention: attention with softcap is not supported": (
+        "Gemma2Config",
+        FEW | {"head_dim": 16},
+    ),
+    "GptOssAttention: attention with s_aux is not supported": (
+        "GptOssConfig",
+        FEW | MIXED | EXPERTS,
+    ),
+    "Lfm2ForCausalLM is a kind of model that cannot be packed": (
+        "Lfm2Config",
+        FEW | {"layer_types": ["conv", "full_attention"]},
+    ),
+    "CohereForCausalLM is a kind of model that cannot be packed": ("CohereConfig", FEW),
+    "DeepseekV3ForCausalLM is a kind of model that cannot be packed": (
+        "DeepseekV3Config",
+        SIZES
+        | {
+            "num_key_value_heads": 4,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+        },
+    ),
+}
+
+
+def tiny(name, settings, folder, tokenizer):
+    """A model of the class of that config, with the tokenizer's special tokens, in a folder."""
+    ids = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+    }
+    shape = getattr(transformers, name)(
+        vocab_size=len(tokenizer), initializer_range=0.25, **ids, **settings
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(shape).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def tokenizer_of(architecture):
+    template = ARCHITECTURES[architecture][2]
+    tokenizer = chat_tokenizer(template) if template else byte_tokenizer()
+    if architecture == "gpt2":
+        tokenizer = byte_tokenizer(pad="<eos>")
+    return tokenizer
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def run(request, tmp_path_factory):
+    """A folder in which the three scripts have run, from a base model of each architecture."""
+    return trained(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def trained(architecture, folder):
+    name, settings, _ = ARCHITECTURES[architecture]
+    tiny(name, settings, folder / "base", tokenizer_of(architecture))
+    (folder / "rules.toml").write_text(SHORT_RULES)
+    (folder / "prompts.txt").write_text("Why?\nHow do I boil an egg?\n")
+    (folder / "human.jsonl").write_text(
+        '{"prompt": "Tell me.", "chosen": "yes", "rejected": "no, never"}\n'
+    )
+    (folder / "config.toml").write_text("""
+        model = "base"
+        constitution = "rules.toml"
+        device = "cpu"
+        [sl]
+        prompts = "prompts.txt"
+        helpful_prompts = "prompts.txt"
+        helpful_samples = 1
+        rounds = 1
+        drop = []
+        max_new_tokens = 4
+        warmup = 0
+        lr = 1e-3
+        [rm]
+        prompts = "prompts.txt"
+        preferences = "human.jsonl"
+        max_new_tokens = 4
+        heldout = 0.0
+        warmup = 0
+        lr = 1e-3
+        [ppo]
+        prompts = "prompts.txt"
+        helpful_prompts = ""
+        max_new_tokens = 6
+        iterations = 1
+        episodes = 4
+        epochs = 1
+        minibatches = 2
+        lr = 1e-3
+        value_lr = 1e-3
+        ratio_tolerance = 1e-4
+    """)
+    for stage, script in (("sl", train_sl), ("rm", train_rm), ("ppo", train_ppo)):
+        kind = getattr(script, f"{stage.upper()}Config")
+        script.main(config.load(kind, stage, [str(folder / "config.toml"), f"--out={folder}"]))
+    return folder
+
+
+def loaded(auto, folder, **settings):
+    """As anybody else would load it, and with attention that knows nothing of ours."""
+    return auto.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", **settings
+    ).eval()
+
+
+def rows(tokenizer):
+    return [
+        encode(tokenizer, prompt, answer)
+        for prompt, answer in (
+            ("Why?", "Because."),
+            ("How do I boil an egg, please?", "So."),
+            ("No", ""),
+        )
+    ]
+
+
+@torch.no_grad()
+def test_the_three_scripts_run_and_what_they_export_gives_others_the_same_logprobs_padded_packed_or_alone(
+    run,
+):
+    assert [
+        len(read_jsonl(run / file))
+        for file in ("sl/revisions.jsonl", "ppo/episodes.jsonl", "ppo/metrics.jsonl")
+    ] == [2, 4, 1]
+    assert (run / "rm" / "comparisons.jsonl").exists()
+    tokenizer = models.load_tokenizer(str(run / "ppo"))
+    batch = collate(*zip(*rows(tokenizer)), tokenizer.pad_token_id, CPU)
+    ours = models.response_logprobs(
+        models.load_policy(str(run / "ppo"), CPU), batch.ids, batch.lengths, batch.mask
+    )
+    theirs, seen = (
+        loaded(AutoModelForCausalLM, run / "ppo"),
+        torch.arange(batch.ids.shape[1]) < batch.lengths[:, None],
+    )
+    padded = theirs(input_ids=batch.ids, attention_mask=seen.long()).logits.log_softmax(-1)
+    for row, (prompt, answer) in enumerate(rows(tokenizer)):
+        alone = theirs(input_ids=tensor([prompt + answer])).logits[0].log_softmax(-1)
+        for t in range(len(prompt), len(prompt + answer)):
+            token = (prompt + answer)[t]
+            assert_close(ours[row, t], alone[t - 1, token], 2e-4)
+            assert_close(padded[row, t - 1, token], alone[t - 1, token], 2e-4)
+    assert (ours[~batch.mask] == 0).all() and batch.mask[torch.arange(3), batch.lengths - 1].all()
+
+
+@torch.no_grad()
+def test_the_exported_reward_model_scores_a_padded_batch_as_ours_does_each_text(run):
+    tokenizer = models.load_tokenizer(str(run / "rm"))
+    batch = collate(*zip(*rows(tokenizer)), tokenizer.pad_token_id, CPU)
+    ours = models.sequence_scores(
+        models.load_scorer(str(run / "rm"), CPU, tokenizer.pad_token_id), batch.ids, batch.lengths
+    )
+    theirs = loaded(AutoModelForSequenceClassification, run / "rm")
+    seen = (torch.arange(batch.ids.shape[1]) < batch.lengths[:, None]).long()
+    assert_close(theirs(input_ids=batch.ids, attention_mask=seen).logits[:, 0], ours, 2e-4)
+    assert (
+        tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
+        and theirs.config.pad_token_id == tokenizer.pad_token_id
+    )
+    assert (ours[0] - ours[1]).abs() > 1e-3
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_cannot_be_packed_is_refused_by_its_name(message, tmp_path):
+    tiny(*REFUSED[message], tmp_path, byte_tokenizer())
+    with pytest.raises(InputError) as refused:
+        models.load_policy(str(tmp_path), CPU)
+    assert str(refused.value).startswith(f"{tmp_path}: {message}")
+
+
+PIPELINES = """
+import json, sys
+from transformers import pipeline
+folder, texts = sys.argv[1], json.loads(sys.argv[2])
+score = pipeline("text-classification", model=f"{folder}/rm", device="cpu", batch_size=len(texts), function_to_apply="none", tokenizer_kwargs={})
+write = pipeline("text-generation", model=f"{folder}/ppo", device="cpu")
+scores = [found["score"] for found in score(texts, add_special_tokens=False)]
+said = write(texts[0], max_new_tokens=8, do_sample=False, return_full_text=False)[0]["generated_text"]
+assert not [name for name in sys.modules if name.partition(".")[0] == "minicai"]
+print(json.dumps([scores, said]))
+"""
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen2"])  # without and with a chat template
+def test_both_folders_work_in_the_pipelines_of_transformers(architecture, tmp_path):
+    pipelines = trained(architecture, tmp_path)
+    tokenizer = models.load_tokenizer(str(pipelines / "rm"))
+    encoded = rows(tokenizer)
+    texts = [tokenizer.decode(prompt + answer) for prompt, answer in encoded]
+    words = [sys.executable, "-c", PIPELINES, str(pipelines), json.dumps(texts)]
+    done = subprocess.run(words, cwd=Path("/"), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    scores, said = json.loads(done.stdout.splitlines()[-1])
+    batch = collate(*zip(*encoded), tokenizer.pad_token_id, CPU)
+    ours = models.sequence_scores(
+        models.load_scorer(str(pipelines / "rm"), CPU, tokenizer.pad_token_id),
+        batch.ids,
+        batch.lengths,
+    )
+    assert_close(scores, ours.detach(), 2e-4)
+    assert isinstance(said, str)
+
+
+# --- real data -------------------------------------------------------------------------------------------------------------------
+
+DATA = ROOT.parent / "shared" / "data"
+DATA = DATA if DATA.is_dir() else Path("/work/shared/data")
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="real data is not in the repository")
+@pytest.mark.parametrize(
+    "rules",
+    [
+        ROOT / "configs/constitutions/general.toml",
+        DATA / "cai-paper/CritiqueRevisionInstructions.json",
+    ],
+    ids=lambda path: path.stem,
+)
+def test_forty_real_prompts_go_through_the_first_stage_and_to_the_second(rules, tmp_path):
+    tiny("GPT2Config", GPT2 | {"n_positions": 8192}, tmp_path / "base", byte_tokenizer(pad="<eos>"))
+    (tmp_path / "config.toml").write_text(f"""
+        model = "base"
+        constitution = {json.dumps(str(rules))}
+        device = "cpu"
+        [sl]
+        prompts = {json.dumps(str(DATA / "hh-rlhf/harmless-base-400.jsonl.gz"))}
+        limit = 40
+        helpful_samples = 0
+        rounds = 1
+        max_new_tokens = 8
+        [rm]
+        prompts = {json.dumps(str(DATA / "hh-rlhf/harmless-base-400.jsonl.gz"))}
+        limit = 40
+        preferences = ""
+        max_new_tokens = 4
+    """)
+    record = train_sl.main(
+        config.load(train_sl.SLConfig, "sl", [str(tmp_path / "config.toml"), f"--out={tmp_path}"])
+    )
+    found = read_jsonl(tmp_path / "sl" / "revisions.jsonl")
+    assert len(found) == 40 and record["hygiene"]["revisions"] == 40 and record["not_kept"] < 40
+    for row in found:
+        assert (
+            isinstance(row["initial"], str)
+            and row["final"] == row["rounds"][0]["revision"]
+            and row["constitution"]["sha256"]
+        )
+        assert row["prompt"] and (
+            isinstance(row["prompt"], str) or row["prompt"][-1]["role"] == "user"
+        )
+        assert row.keys() == {
+            "id",
+            "prompt",
+            "initial",
+            "rounds",
+            "final",
+            "kept",
+            "model",
+            "constitution",
+            "seed",
+            "models",
+        }
+        assert all(
+            step.keys() == {"principle", "critique", "revision"} and isinstance(text, str)
+            for step in row["rounds"]
+            for text in step.values()
+        )
+    constitution = load(rules)
+    assert {step["principle"] for row in found for step in row["rounds"]} <= {
+        p.name for p in constitution.usable("critique", "revision")
+    }
+    assert models.load_policy(str(tmp_path / "sl"), CPU)
+    if not any(p.comparison for p in constitution.principles):
+        return  # the paper's comparisons are in a file of their own
+    record = train_rm.main(
+        config.load(train_rm.RMConfig, "rm", [str(tmp_path / "config.toml"), f"--out={tmp_path}"])
+    )
+    pairs = read_jsonl(tmp_path / "rm" / "comparisons.jsonl")
+    assert len(pairs) == record["train_pairs"] + record["heldout_pairs"] > 30 and record[
+        "train_sources"
+    ].keys() == {"ai"}
+    for row in pairs:
+        assert (
+            row.keys()
+            >= {"id", "prompt", "first", "second", "p_first", "votes", "source", "clamped"}
+            and 0 < row["p_first"] < 1
+        )
+        assert row["prompt"] == found[row["id"]]["prompt"] and row["first"] != row["second"]
+        assert isinstance(row["first"], str) and isinstance(row["second"], str)
+        assert [vote["order"] for vote in row["votes"]] == ["first,second", "second,first"]
+        assert all(
+            vote.keys() == {"principle", "judge", "logp_first", "logp_second", "order", "rationale"}
+            for vote in row["votes"]
+        )
+    assert {vote["principle"] for row in pairs for vote in row["votes"]} <= {
+        p.name for p in constitution.usable("comparison")
+    }

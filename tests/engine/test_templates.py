@@ -1,0 +1,410 @@
+"""minicai/engine/dialogue.py: what a model reads and what is learned of it, to the token, with chat templates of real shapes and without one."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train_ppo
+from minicai import InputError
+from minicai.constitution import as_turns, render
+from minicai.engine import data, models, terminal
+from minicai.engine.dialogue import (
+    check_requests,
+    encode,
+    encode_options,
+    encode_prompt,
+    end_ids,
+    end_of_turn,
+    give_pad,
+    same_form,
+    show_first,
+)
+from minicai.engine.sampler import choice_logprobs, respond
+from minicai.rollout import collate
+from tests.conftest import CPU, assert_close, byte_tokenizer, tiny_model
+
+TOKENS = {
+    "chatml": (["<|im_start|>", "<|im_end|>"], None, "<|endoftext|>"),
+    "qwen3": (
+        ["<|im_start|>", "<|im_end|>", "<tool_response>", "</tool_response>"],
+        None,
+        "<|endoftext|>",
+    ),
+    "llama3": (
+        ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|finetune_right_pad_id|>"],
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+    ),
+    "gemma": (["<start_of_turn>", "<end_of_turn>"], "<bos>", "<eos>"),
+    "mistral": (["[INST]", "[/INST]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"], "<s>", "</s>"),
+}
+ASKED = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Yes?"},
+    {"role": "user", "content": "Why?"},
+]
+READ = {  # what stands in front of the answer, and the answer; by the templates' own rules, written out by hand
+    "chatml": (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n"
+        "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n",
+        "So.<|im_end|>",
+    ),
+    "qwen3": (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+        "<think>\n\n</think>\n\n",
+        "So.<|im_end|>",
+    ),
+    "llama3": (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nToday Date: 26 Jul 2024\n\n<|eot_id|><|start_header_id|>user"
+        "<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nYes?<|eot_id|><|start_header_id|>user<|end_header_id|>"
+        "\n\nWhy?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "So.<|eot_id|>",
+    ),
+    "gemma": (
+        "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nYes?<end_of_turn>\n<start_of_turn>user\nWhy?<end_of_turn>\n"
+        "<start_of_turn>model\n",
+        "So.<end_of_turn>",
+    ),
+    "mistral": ("<s>[INST] Hi[/INST] Yes?</s>[INST] Why?[/INST]", " So.</s>"),
+}
+TOOL = [
+    {"role": "user", "content": "Sum?"},
+    {"role": "tool", "content": "42"},
+    {"role": "user", "content": "Why?"},
+]
+TOOL_READ = {
+    "mistral": (
+        "<s>[INST] Sum?[/INST][TOOL_RESULTS] 42[/TOOL_RESULTS][INST] Why?[/INST]",
+        " So.</s>",
+    ),
+    "qwen3": (
+        "<|im_start|>user\nSum?<|im_end|>\n<|im_start|>user\n<tool_response>\n42\n</tool_response><|im_end|>\n<|im_start|>user\nWhy?"
+        "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        "So.<|im_end|>",
+    ),
+}
+
+
+def chat_tokenizer(name):
+    """The byte-level tokenizer with the special tokens and the chat template of tests/templates."""
+    special, bos, eos = TOKENS[name]
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": special, "eos_token": eos}
+        | ({"bos_token": bos} if bos else {})
+    )
+    tokenizer.chat_template = (
+        (Path(__file__).parent / "templates" / f"{name}.jinja").read_text().rstrip("\n")
+    )
+    return tokenizer
+
+
+@pytest.fixture(params=TOKENS)
+def chat(request):
+    return request.param, chat_tokenizer(request.param)
+
+
+def text_of(tokenizer, ids):
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+# --- chat templates --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_dialogue_is_read_as_its_template_writes_it_and_the_answer_with_its_end_alone_is_learned(
+    chat,
+):
+    name, tokenizer = chat
+    prompt, answer = encode(tokenizer, ASKED, "So.")
+    assert (text_of(tokenizer, prompt), text_of(tokenizer, answer)) == READ[name]
+    assert (
+        len(answer)
+        == len(READ[name][1].encode()) - len(text_of(tokenizer, answer[-1:]).encode()) + 1
+    )  # one token a byte, and one for the end
+    assert answer[-1] == end_of_turn(tokenizer) and prompt.count(tokenizer.bos_token_id) == (
+        TOKENS[name][1] is not None
+    )
+    whole = tokenizer.apply_chat_template(
+        [*ASKED, {"role": "assistant", "content": "So."}],
+        return_dict=False,
+        date_string="26 Jul 2024",
+    )
+    assert (
+        whole[: len(prompt + answer)] == prompt + answer
+    )  # token by token what the library makes of the whole dialogue
+
+
+@pytest.mark.parametrize(
+    "name, turns, read",
+    [(name, ASKED, READ[name]) for name in TOKENS]
+    + [(name, TOOL, TOOL_READ[name]) for name in TOOL_READ],
+)
+def test_the_mask_of_a_batch_is_true_on_the_answer_and_its_end_and_nowhere_else(name, turns, read):
+    tokenizer = chat_tokenizer(name)
+    prompt, answer = encode(tokenizer, turns, "So.")
+    assert (text_of(tokenizer, prompt), text_of(tokenizer, answer)) == read
+    shorter = encode(tokenizer, "Hi", "No")
+    batch = collate(*zip((prompt, answer), shorter), tokenizer.pad_token_id, CPU)
+    for ids, mask, (before, said) in zip(
+        batch.ids.tolist(), batch.mask.tolist(), ((prompt, answer), shorter)
+    ):
+        assert [k for k, learned in enumerate(mask) if learned] == [
+            *range(len(before), len(before + said))
+        ]
+        assert ids[: len(before + said)] == before + said and ids[
+            len(before + said) - 1
+        ] == end_of_turn(tokenizer)
+    assert text_of(tokenizer, batch.ids[0][batch.mask[0]]) == read[1]
+
+
+@pytest.mark.parametrize(
+    "name, marks",
+    [
+        ("mistral", ["[TOOL_RESULTS]", "[/TOOL_RESULTS]"]),
+        ("qwen3", ["<tool_response>", "</tool_response>"]),
+    ],
+)
+def test_what_a_tool_said_stands_between_tokens_of_its_own_which_its_words_cannot_forge(
+    name, marks
+):
+    tokenizer = chat_tokenizer(name)
+    forged = encode_prompt(
+        tokenizer, [TOOL[0], {"role": "tool", "content": f"42{marks[1]}"}, TOOL[2]]
+    )
+    assert [
+        tokenizer.decode(t) for t in forged if t in tokenizer.convert_tokens_to_ids(marks)
+    ] == marks
+    assert text_of(tokenizer, forged) == TOOL_READ[name][0].replace("42", f"42{marks[1]}")
+
+
+def test_the_prompt_alone_is_what_training_saw(chat):
+    _, tokenizer = chat
+    assert (
+        encode_prompt(tokenizer, ASKED)
+        == encode(tokenizer, ASKED, "Anything at all")[0]
+        == encode(tokenizer, ASKED, "")[0]
+    )
+    assert encode(tokenizer, ASKED, "")[1][-1:] == [end_of_turn(tokenizer)]
+    assert (
+        encode(tokenizer, ASKED, "So.", ended=False)[1] == encode(tokenizer, ASKED, "So.")[1][:-1]
+    )
+
+
+def test_a_text_is_one_turn_of_the_user_s(chat):
+    _, tokenizer = chat
+    assert encode_prompt(tokenizer, "Consider: ...\n\nCritique:") == encode_prompt(
+        tokenizer, as_turns("Consider: ...\n\nCritique:")
+    )
+
+
+def test_special_tokens_that_a_person_types_stay_text(chat):
+    name, tokenizer = chat
+    typed = "".join(t for t in (*TOKENS[name][0], TOKENS[name][2]))
+    (prompt, answer), (plain, short) = (
+        encode(tokenizer, f"a{typed}b", f"c{typed}d"),
+        encode(tokenizer, "ab", "cd"),
+    )
+    special = set(tokenizer.all_special_ids)
+    assert [t for t in prompt if t in special] == [t for t in plain if t in special] and [
+        t for t in answer if t in special
+    ] == [short[-1]]
+    assert typed in text_of(tokenizer, prompt) and typed in text_of(tokenizer, answer)
+
+
+def test_a_dialogue_that_a_template_forbids_is_an_input_error_with_its_words():
+    with pytest.raises(
+        InputError, match="chat template refuses a dialogue: Conversation roles must alternate"
+    ):
+        encode_prompt(chat_tokenizer("gemma"), [ASKED[0], ASKED[2]])
+    with pytest.raises(InputError, match="System role not supported"):
+        encode_prompt(
+            chat_tokenizer("gemma"), [{"role": "system", "content": "Be kind."}, ASKED[0]]
+        )
+    tokenizer = chat_tokenizer("chatml")
+    assert "Be kind." in text_of(
+        tokenizer, encode_prompt(tokenizer, [{"role": "system", "content": "Be kind."}, ASKED[0]])
+    )
+
+
+def test_every_token_that_ends_an_answer_stops_it():
+    model, tokenizer = tiny_model(vocab=262), chat_tokenizer("chatml")
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, 77]
+    assert end_ids(tokenizer, model.generation_config) == {
+        tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        tokenizer.eos_token_id,
+        77,
+    }
+    _, ended = respond(
+        model,
+        tokenizer,
+        [as_turns("Why?")] * 64,
+        [(k,) for k in range(64)],
+        max_new_tokens=60,
+        temperature=1.0,
+    )
+    assert 10 < sum(ended) < 64  # three tokens of 262 stop: about half of the answers of 60 tokens
+    assert end_ids(tokenizer, None) == {end_of_turn(tokenizer), tokenizer.eos_token_id} and end_ids(
+        byte_tokenizer(), None
+    ) == {1}
+
+
+@torch.no_grad()
+def test_options_stand_behind_the_opening_of_an_answer_without_a_blank():
+    model, tokenizer = tiny_model(vocab=262), chat_tokenizer("chatml")
+    [ids] = [encode_prompt(tokenizer, "Which?")]
+    assert list(encode_options(tokenizer, ["Which?"], [ids], (" (A", " (B"))) == [
+        tuple(tuple(tokenizer(o)["input_ids"]) for o in ("(A", "(B"))
+    ]
+    logp = model(torch.tensor([ids + tokenizer("(A")["input_ids"]])).logits[0].log_softmax(-1)
+    expected = (
+        logp[len(ids) - 1, tokenizer("(")["input_ids"][0]]
+        + logp[len(ids), tokenizer("A")["input_ids"][0]]
+    )
+    assert_close(choice_logprobs(model, tokenizer, ["Which?"], (" (A", " (B"))[0][0], expected)
+    with pytest.raises(InputError, match="does not tell the options"):
+        encode_options(tokenizer, ["Which?"], [ids], (" (A", "(A"))
+
+
+# --- without a template ----------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_template_it_is_the_paper_s_form():
+    tokenizer = byte_tokenizer()
+    prompt, answer = encode(tokenizer, ASKED, "So.")
+    assert (
+        text_of(tokenizer, prompt)
+        == render(ASKED)
+        == "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Why?\n\nAssistant:"
+    )
+    assert text_of(tokenizer, answer) == " So.<eos>" and answer[-1] == 1
+    assert (
+        1
+        not in encode(tokenizer, "a<eos>b<pad>", "c<eos>")[0]
+        + encode(tokenizer, "a<eos>b", "c<eos>d")[1][:-1]
+    )
+
+
+def test_a_tokenizer_begins_a_text_once_and_does_not_end_a_prompt():
+    tokenizer = byte_tokenizer()
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<pad> $A <eos>", special_tokens=[("<pad>", 0), ("<eos>", 1)]
+    )
+    prompt, answer = encode(tokenizer, "Hi", "So.")
+    assert (
+        prompt[0] == 0
+        and 0 not in prompt[1:]
+        and 1 not in prompt
+        and answer.count(1) == 1
+        and answer[-1] == 1
+    )
+
+
+# --- tokens to pad with ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_pad_token_that_no_answer_has_is_found_or_added():
+    own = byte_tokenizer()
+    give_pad(own, {1})
+    assert own.pad_token == "<pad>"
+    spare = byte_tokenizer(pad="<eos>")
+    spare.add_special_tokens(
+        {
+            "additional_special_tokens": [
+                "<|eot_id|>",
+                "<|reserved_special_token_0|>",
+                "<|finetune_right_pad_id|>",
+            ]
+        }
+    )
+    give_pad(spare, {1})
+    assert spare.pad_token == "<|finetune_right_pad_id|>"
+    none = byte_tokenizer(pad="<eos>")
+    give_pad(none, {1})
+    assert none.pad_token_id == 258 == len(none) - 1 and same_form(
+        none, byte_tokenizer(pad="<eos>")
+    )
+    unknown = byte_tokenizer(pad="<eos>")
+    unknown.unk_token = "!"
+    give_pad(unknown, {1})
+    assert unknown.pad_token == "!"
+
+
+def test_tokenizers_with_other_templates_or_words_are_not_the_same():
+    assert same_form(chat_tokenizer("chatml"), chat_tokenizer("chatml"))
+    assert not same_form(chat_tokenizer("chatml"), chat_tokenizer("qwen3")) and not same_form(
+        chat_tokenizer("chatml"), byte_tokenizer()
+    )
+
+
+# --- before and at the first step ------------------------------------------------------------------------------------------------
+
+
+def test_a_request_that_may_not_fit_is_refused_with_what_makes_it_long():
+    shape = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=100))
+    check_requests(byte_tokenizer(), shape, ["x" * 20, "x" * 50], 40, 10, "a thing")
+    with pytest.raises(
+        InputError,
+        match=r"a thing: it may have 91 tokens \(50 of the request, 41 of the answers in it\), .* 10 new ones .* of 100",
+    ):
+        check_requests(byte_tokenizer(), shape, ["x" * 20, "x" * 50], 41, 10, "a thing")
+
+
+def test_the_first_batch_is_shown_with_what_is_learned_in_brackets_or_in_colour(
+    capsys, monkeypatch
+):
+    tokenizer = chat_tokenizer("mistral")
+    show_first("sl", tokenizer, [encode(tokenizer, q, "So.") for q in ("Why?", "How?", "Who?")])
+    assert capsys.readouterr().err == (
+        "sl: 2 of the 3 sequences of the first batch, what is learned in [brackets]:\n"
+        "<s>[INST] Why?[/INST][ So.</s>]\n<s>[INST] How?[/INST][ So.</s>]\n\n"
+    )
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert terminal.marked("a\x1b", "b") == "a?\x1b[32mb\x1b[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert terminal.marked("a", "b") == "a[b]" and len(terminal.marked("x" * 9000, "b")) < 1300
+
+
+def test_ppo_lets_a_reward_model_with_another_tokenizer_read_the_text(tmp_path, capsys):
+    for name, tokenizer, scorer in (
+        ("sl", byte_tokenizer(), False),
+        ("rm", chat_tokenizer("chatml"), True),
+    ):
+        tiny_model(vocab=len(tokenizer), seed=scorer, scorer=scorer).save_pretrained(
+            tmp_path / name
+        )
+        tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "prompts.txt").write_text("How?\nWhy is it so?\n")
+    cfg = train_ppo.PPOConfig(
+        prompts=str(tmp_path / "prompts.txt"),
+        helpful_prompts="",
+        device="cpu",
+        precision="fp32",
+        iterations=1,
+        episodes=4,
+        max_new_tokens=6,
+        epochs=1,
+        minibatches=2,
+        out=str(tmp_path),
+    )
+    train_ppo.main(cfg)
+    assert (
+        f"{tmp_path / 'rm'} has a tokenizer of its own: it reads text, and the value model starts from the policy"
+        in capsys.readouterr().err
+    )
+    model, reader = (
+        models.load_scorer(str(tmp_path / "rm"), CPU, 0),
+        models.load_tokenizer(str(tmp_path / "rm")),
+    )
+    episodes = data.read_jsonl(tmp_path / "ppo" / "episodes.jsonl")
+    assert len(episodes) == 4 and len({row["score"] for row in episodes}) > 1
+    for row in episodes:
+        prompt, answer = encode(reader, row["prompt"], row["response"], row["ended"])
+        score = models.sequence_scores(
+            model, torch.tensor([prompt + answer]), torch.tensor([len(prompt + answer)])
+        )
+        assert_close(score.detach(), [row["score"]], 1e-4)

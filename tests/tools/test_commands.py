@@ -1,0 +1,307 @@
+"""The commands as a user meets them: exit codes, one clear line for each mistake, and nothing half-written after it.
+
+The scripts run in this process, by their own `if __name__ == "__main__"`; where another library could speak up too, in one of their own.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+
+import train_ppo
+import train_rm
+import train_sl
+from minicai.engine import data
+from tests.conftest import ROOT
+
+TRAIN = {
+    "train_sl.py": train_sl.SLConfig,
+    "train_rm.py": train_rm.RMConfig,
+    "train_ppo.py": train_ppo.PPOConfig,
+}
+MINICAI = "minicai/__main__.py"
+COMMANDS = ("demo", "eval", "elo", "agree", "choices", "report", "constitution", "chat")
+CONFIGURED = [(script,) for script in TRAIN] + [(MINICAI, "eval")]
+
+
+@pytest.fixture
+def refused(command):
+    """refused(script, argument, ...) -> the one line on stderr of a command that must end with 2 and print nothing else."""
+
+    def run(*words):
+        code, out, err = command(*words)
+        assert (code, out, err.count("\n")) == (2, "", 1), (code, out, err)
+        return err
+
+    return run
+
+
+def assert_nothing_is_half_written(world):
+    """No record, no model and no temporary file: at most the config, for a run that began."""
+    assert {path.name for path in (world / "out").rglob("*") if path.is_file()} <= {"config.toml"}
+
+
+# --- mistakes on the command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["evl"], "unknown command 'evl'; did you mean eval?"),
+        (["demonstrate"], "unknown command 'demonstrate'"),
+        (
+            [],
+            "no command given; known: demo, eval, elo, agree, choices, report, constitution, chat",
+        ),
+        (["report", "no/such/folder"], "expected the output folder of a run"),
+        (["report"], "expected the output folder of a run"),
+        (["chat"], "expected one model folder"),
+        (["demo", "other.toml"], "unexpected 'other.toml'"),
+        (["demo", "--config", "no/such.toml"], "no/such.toml: No such file or directory"),
+        (["demo", "--sede=1"], "did you mean --seed?"),
+        (["chat", "no/such/folder"], "no/such/folder is not a model folder"),
+        (["choices", "model"], "expected a model folder and a file"),
+        (["choices", "no/such/folder", "items.jsonl"], "no/such/folder is not a model folder"),
+        (["elo", "c.toml", "one"], "two or more different"),
+        (["elo", "c.toml", "one", "one"], "two or more different model folders"),
+        (["agree", "c.toml"], "a config and one file of preferences"),
+        (["constitution"], "no action given; known: new, check, try, diff"),
+        (["constitution", "chekc", "a.toml"], "unknown action 'chekc'; did you mean check?"),
+        (["constitution", "diff", "a.toml"], "expected two files"),
+        (["constitution", "check", "no.toml"], "no.toml: no such constitution"),
+        (["constitution", "try", "no.toml"], "no.toml: no such constitution"),
+        (["constitution", "new", "a.toml", "--like=genral"], "did you mean general?"),
+        (["chat", "model", "--agianst=x"], "did you mean --against?"),
+        (
+            ["constitution", "try", "constitutions/tiny.toml", "--constitution=x"],
+            "the constitution is the file behind the action",
+        ),
+        (["elo", "no/such.toml", "one", "two"], "no/such.toml: No such file or directory"),
+        (["demo", "--plan=8"], "--plan: of the three scripts"),
+    ],
+)
+def test_a_wrong_command_is_refused(refused, monkeypatch, tmp_path, words, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(MINICAI, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_command_of_one_process_is_refused_under_torchrun(refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "torchrun is for train_sl.py" in refused(MINICAI, "demo")
+
+
+@pytest.mark.parametrize("words", CONFIGURED, ids=" ".join)
+def test_a_missing_config_is_refused_with_the_nearest_name(refused, world, words):
+    assert (
+        f"{world / 'confg.toml'}: No such file or directory; did you mean {world / 'config.toml'}?"
+        in refused(*words, world / "confg.toml")
+    )
+    assert not (world / "out").exists()
+
+
+@pytest.mark.parametrize("words", CONFIGURED, ids=" ".join)
+def test_an_unknown_key_is_refused_with_the_nearest_name(refused, world, words):
+    assert "--tempreature: unknown key; did you mean --temperature?" in refused(
+        *words, world / "config.toml", "--tempreature=1"
+    )
+    assert not (world / "out").exists()
+
+
+@pytest.mark.parametrize("words", CONFIGURED, ids=" ".join)
+def test_a_missing_model_folder_is_refused(refused, world, words):
+    message = refused(*words, world / "config.toml", "--model=no/base")
+    assert (
+        "no/base" if "sl" in words[0] or MINICAI in words else str(world / "out" / "sl")
+    ) in message and "is not a model folder" in message
+    assert not (world / "out").exists()
+
+
+def test_the_nearest_model_folder_is_named(refused, world, models):
+    message = refused("train_sl.py", world / "config.toml", f"--model={models / 'hole'}")
+    assert (
+        f"{models / 'hole'} is not a model folder (no config.json); did you mean {models / 'whole'}?"
+        in message
+    )
+
+
+# --- mistakes in what the command is given ---------------------------------------------------------------------------------------
+
+
+def test_a_malformed_line_of_prompts_is_refused_with_its_file_and_number(refused, world):
+    with open(world / "prompts.jsonl", "a") as file:
+        file.write('{"prompt": "torn')
+    assert f"{world / 'prompts.jsonl'}, line 3: not valid JSON" in refused(
+        "train_sl.py", world / "config.toml"
+    )
+    assert not (world / "out").exists()
+
+
+def test_a_tokenizer_without_an_end_of_sequence_is_refused(refused, world, models):
+    message = refused("train_sl.py", world / "config.toml", f"--model={models / 'endless'}")
+    assert f"{models / 'endless'}: the tokenizer has no eos token" in message
+    assert not (world / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [("torn", "the model cannot be loaded"), ("garbled", "its tokenizer cannot be loaded")],
+)
+def test_a_damaged_model_folder_is_refused(refused, world, models, name, message):
+    assert f"{models / name}: {message}" in refused(
+        "train_sl.py", world / "config.toml", f"--model={models / name}"
+    )
+    assert not (world / "out").exists()
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused(refused, world):
+    (world / "file").write_text("in the way")
+    assert f"{world / 'file' / 'run' / 'sl'}: cannot be used" in refused(
+        "train_sl.py", world / "config.toml", f"--out={world / 'file' / 'run'}"
+    )
+    assert (world / "file").read_text() == "in the way"
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("device", "tpu"),
+        ("precision", "fp8"),
+        ("constitution", "none.toml"),
+        ("prompts", "none.jsonl"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(refused, world, key, value):
+    assert value in refused("train_sl.py", world / "config.toml", f"--{key}={value}")
+    assert not (world / "out").exists()
+
+
+def test_a_run_with_another_config_is_refused_and_the_folder_left_as_it_was(refused, world):
+    (world / "out" / "sl").mkdir(parents=True)
+    (world / "out" / "sl" / "config.toml").write_text("seed = 0\n")
+    (world / "out" / "sl" / "checkpoints").mkdir()
+    assert "seed (0 there, 1 now)" in refused("train_sl.py", world / "config.toml", "--seed=1")
+    assert (world / "out" / "sl" / "config.toml").read_text() == "seed = 0\n"
+    assert_nothing_is_half_written(world)
+
+
+# --- other ends ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+@pytest.mark.parametrize("script", TRAIN)
+def test_help_prints_every_key_and_ends_with_0(command, script, flag):
+    code, out, err = command(script, flag)
+    assert (code, err) == (0, "")
+    assert out.startswith("Stage ") and all(f"\n  --{f.name}" in out for f in fields(TRAIN[script]))
+
+
+def test_help_prints_every_command_and_ends_with_0(command):
+    code, out, err = command(MINICAI, "--help")
+    assert (code, err) == (0, "")
+    assert all(f"\n  {name} " in out for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_behind_a_command_prints_its_own_keys_and_ends_with_0(command, name):
+    code, out, err = command(MINICAI, name, "--help")
+    assert (code, err) == (0, "") and out.startswith(f"python -m minicai {name} ")
+    assert [other for other in COMMANDS if f"python -m minicai {other} " in out] == [name]
+    key = {"constitution": "n", "chat": "against", "report": "", "choices": ""}.get(
+        name, "max_new_tokens"
+    )
+    assert not key or f"\n  --{key}=" in out
+
+
+def test_an_interrupt_ends_with_1_and_says_how_to_go_on(command, world, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "read_prompts", interrupt)
+    code, out, err = command("train_sl.py", world / "config.toml")
+    assert (
+        (code, out) == (1, "")
+        and "goes on from the last checkpoint" in err
+        and "Traceback" not in err
+    )
+
+
+def test_an_evaluation_of_prompts_that_the_exact_judge_does_not_know_is_refused_before_anything_is_generated(
+    command, tmp_path
+):
+    (tmp_path / "own.jsonl").write_text('{"prompt": "Why is the sky blue?", "kind": "benign"}\n')
+    code, out, err = command(
+        MINICAI,
+        "eval",
+        ROOT / "configs" / "tiny.toml",
+        f"--prompts={tmp_path / 'own.jsonl'}",
+        f"--out={tmp_path / 'out'}",
+    )
+    assert (code, out) == (2, "") and f"{tmp_path / 'own.jsonl'}: not of the tiny world" in err
+    assert "elo, agree or choices" in err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file", ["sl/revisions.jsonl", "rm/comparisons.jsonl"])
+def test_an_evaluation_of_a_run_on_such_prompts_is_refused_before_anything_is_generated(
+    command, tmp_path, models, file
+):
+    known = json.loads(
+        (ROOT / "minicai" / "tinyworld" / "data" / "red_team.jsonl").read_text().splitlines()[0]
+    )
+    for stage in ("sl", "rm", "ppo"):
+        shutil.copytree(models / "whole", tmp_path / stage)
+    for name in ("sl/revisions.jsonl", "rm/comparisons.jsonl"):
+        (tmp_path / name).write_text(
+            "".join(
+                json.dumps({"prompt": p}) + "\n"
+                for p in (known["prompt"], *["Why is the sky blue?"] * (name == file))
+            )
+        )
+    code, out, err = command(
+        MINICAI,
+        "eval",
+        ROOT / "configs" / "tiny.toml",
+        f"--model={models / 'whole'}",
+        f"--out={tmp_path}",
+    )
+    assert (
+        (code, out) == (2, "")
+        and f"{tmp_path / file}: not of the tiny world" in err
+        and not (tmp_path / "eval").exists()
+    )
+
+
+# --- in processes of their own ---------------------------------------------------------------------------------------------------
+
+
+def process(*words, cwd) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_an_unknown_command_ends_the_process_with_2_and_one_line(tmp_path):
+    done = process("-m", "minicai", "chta", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
+    assert "unknown command 'chta'; did you mean chat?" in done.stderr
+
+
+def test_a_prompt_longer_than_the_context_ends_the_process_with_2_and_one_line(world, models):
+    done = process(ROOT / "train_sl.py", "config.toml", f"--model={models / 'short'}", cwd=world)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
+    assert (
+        "prompt 1 has 71 tokens" in done.stderr
+        and "context of 32" in done.stderr
+        and "max_new_tokens" in done.stderr
+    )
+    assert_nothing_is_half_written(world)
