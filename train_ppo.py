@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 
 from minicai import InputError, losses
-from minicai.constitution import Prompt, as_turns
 from minicai.engine import checkpoint, config, guard, parallel, terminal
 from minicai.engine.data import epoch_order, read_prompts, token_batches
 from minicai.engine.dialogue import decode, encode, encode_prompt, end_ids, same_form, show_first
@@ -36,12 +35,14 @@ from minicai.engine.models import (
     token_values,
 )
 from minicai.engine.sampler import check_lengths, generate
-from minicai.evaluation.measures import distinct_ngrams, hacked
+from minicai.prompts import Prompt, as_turns
 from minicai.rollout import (
     Rollout,
     check_ratio,
     collate,
     collect,
+    distinct_ngrams,
+    hacked,
     score_texts,
     supervised_texts,
     watch,

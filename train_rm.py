@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 
 from minicai import constitution
-from minicai.constitution import CHOICES, Prompt, as_turns
 from minicai.critique import revision_pairs
 from minicai.engine import checkpoint, config, guard, parallel, terminal
 from minicai.engine.audit import models_record, stamp
@@ -55,6 +54,7 @@ from minicai.feedback import (
     label_shares,
 )
 from minicai.losses import centering_loss, mean_and_variance, moments, preference_loss
+from minicai.prompts import CHOICES, Prompt, as_turns
 from minicai.rollout import pair_scores
 from minicai.tools import phases, plan
 

@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 
 from minicai import constitution
-from minicai.constitution import Prompt, as_turns
 from minicai.critique import (
     all_at_once,
     at_random,
@@ -44,6 +43,7 @@ from minicai.engine.models import (
 from minicai.engine.sampler import check_lengths, respond, turn_size
 from minicai.examples import Example, fingerprint, in_front, load_examples
 from minicai.losses import nll_loss
+from minicai.prompts import Prompt, as_turns
 from minicai.rollout import collate
 from minicai.tools import phases, plan
 

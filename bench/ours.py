@@ -10,12 +10,12 @@ from works import LONGEST, Work, clock
 import train_ppo
 import train_rm
 import train_sl
-from minicai.constitution import CHOICES, render
 from minicai.engine import models, parallel
 from minicai.engine.data import Journal
 from minicai.engine.dialogue import encode
 from minicai.engine.sampler import choice_logprobs
 from minicai.engine.sampler import generate as sample
+from minicai.prompts import CHOICES, render
 
 Result = tuple[float, float, list[float], float]  # seconds, units of work, what to compare, FLOPs
 

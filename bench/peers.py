@@ -22,9 +22,9 @@ from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 from works import LONGEST, Work, clock
 
-from minicai.constitution import render
 from minicai.engine.data import epoch_order
 from minicai.engine.dialogue import encode
+from minicai.prompts import render
 
 logging.set_verbosity_error()
 warnings.filterwarnings("ignore")

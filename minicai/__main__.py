@@ -96,7 +96,6 @@ def demo(arguments: list[str]) -> None:
 def evaluate(cfg: EvalConfig, command: str) -> None:
     """Answers of base, sl and ppo to the evaluation prompts, judged; and the labels, reward model and revisions, judged likewise. Past failures are
     asked again, and harmful prompts in jailbreak phrasings; what fails now is in failures.jsonl, in the form of `failures`."""
-    from minicai.constitution import as_turns
     from minicai.engine import checkpoint, parallel
     from minicai.engine.audit import models_record, weights_sha256
     from minicai.engine.data import read_jsonl, read_prompts, room
@@ -105,6 +104,7 @@ def evaluate(cfg: EvalConfig, command: str) -> None:
     from minicai.evaluation import rates as judged
     from minicai.evaluation.agreement import write_rows
     from minicai.evaluation.jailbreaks import jailbreaks
+    from minicai.prompts import as_turns
     from minicai.report import page as report
 
     device, precision = parallel.setup(cfg.device, cfg.precision)

@@ -9,19 +9,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from minicai import InputError
-from minicai.constitution import (
-    Constitution,
-    Principle,
-    Prompt,
-    as_turns,
-    direct,
-    plain,
-    render_critique,
-    render_revision,
-    together,
-)
-from minicai.evaluation.measures import counted
+from minicai.constitution import Constitution, Principle, direct, plain, together
 from minicai.examples import Example, fingerprint, in_front
+from minicai.prompts import Prompt, as_turns, render_critique, render_revision
 
 Generate = Callable[
     [Sequence[str | list[dict]], Sequence[tuple[int, ...]]], list[str]
@@ -242,31 +232,4 @@ def hygiene(rows: Iterable[dict]) -> dict[str, int]:
         "revisions": len(each),
         **{fault: counts[fault] for fault in FAULTS},
         "stopped": sum("stopped" in row for row in rows),
-    }
-
-
-def changes(rows: Iterable[dict]) -> dict:
-    """What the revisions of revisions.jsonl did to what they revise, which no judge is needed for: by round and by principle the shares that
-    "changed" it (neither unchanged nor empty) and that are "faulty" (any of the other FAULTS), each as measures.counted."""
-    steps = [
-        (n, step["principle"], set(found))
-        for row in rows
-        for n, (step, found) in enumerate(zip(row["rounds"], faults(row)), 1)
-    ]
-
-    def shares(chosen: list[set[str]]) -> dict:
-        return {
-            "changed": counted([not found & {"empty", "unchanged"} for found in chosen]),
-            "faulty": counted([bool(found - {"unchanged"}) for found in chosen]),
-        }
-
-    return {
-        "by_round": [
-            shares([found for k, _, found in steps if k == n])
-            for n in sorted({n for n, _, _ in steps})
-        ],
-        "by_principle": {
-            name: shares([found for _, p, found in steps if p == name])
-            for name in sorted({p for _, p, _ in steps})
-        },
     }

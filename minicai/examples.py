@@ -14,15 +14,15 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from minicai import InputError
-from minicai.constitution import (
+from minicai.constitution import Principle
+from minicai.prompts import (
     CHOICES,
-    Principle,
     Prompt,
     render_comparison,
     render_conclusion,
     render_revision,
+    split_transcript,
 )
-from minicai.engine.data import split_transcript
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,10 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from minicai import InputError
-from minicai.constitution import (
-    Constitution,
-    Principle,
-    Prompt,
-    render_comparison,
-    render_conclusion,
-    render_thinking,
-)
+from minicai.constitution import Constitution, Principle
 from minicai.critique import Generate, draw_principle
-from minicai.evaluation.measures import counted
 from minicai.examples import Comparison, compared, compared_by_thinking, fingerprint
+from minicai.prompts import Prompt, render_comparison, render_conclusion, render_thinking
 
 Choose = Callable[[Sequence[str]], Sequence[Sequence[float]]]
 Pair = tuple[int, Prompt, str, str]  # id, prompt, first response, second response
@@ -327,29 +320,3 @@ def at_a(forward: float, backward: float) -> float:
     P(A) = (forward + 1 - backward) / 2
     """
     return (forward + 1 - backward) / 2
-
-
-def places(rows: Sequence[dict]) -> dict:
-    """What the place in the prompt was worth, over the pairs of comparisons.jsonl that were shown in both orders: "p_a", the mean of at_a (None of no
-    pair); "to_a" and "to_b", the shares that went to whatever stood at (A), at (B), both times, as measures.counted; the same "by_principle"."""
-    every, by_principle = [], {}
-    for row in rows:
-        every.append(in_both_orders(row["votes"]))
-        for name in {vote["principle"] for vote in row["votes"]}:
-            by_principle.setdefault(name, []).append(
-                in_both_orders([vote for vote in row["votes"] if vote["principle"] == name])
-            )
-
-    def shares(found: list[tuple[float, float] | None]) -> dict:
-        shown = [both for both in found if both]
-        return {
-            "p_a": fmean(at_a(*both) for both in shown) if shown else None,
-            "to_a": counted([a > 0.5 >= b for a, b in shown]),
-            "to_b": counted([a <= 0.5 < b for a, b in shown]),
-        }
-
-    return shares(every) | {
-        "by_principle": {
-            name: shares(found) for name, found in sorted(by_principle.items()) if any(found)
-        }
-    }

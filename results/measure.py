@@ -13,7 +13,6 @@ import train_rm
 import train_sl
 from minicai import __main__ as commands
 from minicai import constitution
-from minicai.constitution import Prompt, as_turns
 from minicai.critique import hygiene
 from minicai.engine import config, parallel
 from minicai.engine.data import read_jsonl, read_prompts
@@ -22,6 +21,7 @@ from minicai.engine.sampler import respond
 from minicai.evaluation import rates as evaluate
 from minicai.evaluation.jailbreaks import jailbreaks
 from minicai.examples import load_comparisons, load_examples
+from minicai.prompts import Prompt, as_turns
 from minicai.tools import phases
 
 KINDS = {

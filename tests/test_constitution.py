@@ -7,11 +7,8 @@ from pathlib import Path
 import pytest
 
 from minicai import InputError
-from minicai.constitution import (
-    Constitution,
-    Principle,
-    direct,
-    load,
+from minicai.constitution import Constitution, Principle, direct, load
+from minicai.prompts import (
     render,
     render_comparison,
     render_conclusion,

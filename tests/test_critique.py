@@ -10,21 +10,10 @@ import pytest
 
 import train_sl
 from minicai import InputError
-from minicai.constitution import (
-    Constitution,
-    Principle,
-    as_turns,
-    chain_of_thought,
-    direct,
-    render_critique,
-    render_revision,
-    strong,
-    together,
-)
+from minicai.constitution import Constitution, Principle, chain_of_thought, direct, strong, together
 from minicai.critique import (
     FAULTS,
     all_at_once,
-    changes,
     critique_and_revise,
     faults,
     hygiene,
@@ -32,6 +21,8 @@ from minicai.critique import (
     training_pairs,
 )
 from minicai.examples import Example, fingerprint, in_front
+from minicai.prompts import as_turns, render_critique, render_revision
+from minicai.report.page import changes
 
 RULES = Constitution(
     "rules",

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from minicai import InputError
-from minicai.constitution import READING, Constitution, Principle, load, plain
+from minicai.constitution import Constitution, Principle, load, plain
 from minicai.examples import (
     Comparison,
     Example,
@@ -17,6 +17,7 @@ from minicai.examples import (
     load_examples,
 )
 from minicai.feedback import label_pairs, label_pairs_by_thinking
+from minicai.prompts import READING
 from minicai.tinyworld.corpus import Corpus
 from minicai.tinyworld.grammar import comply, prompt_index
 from minicai.tinyworld.judge import judge

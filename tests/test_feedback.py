@@ -10,13 +10,7 @@ from statistics import fmean
 import pytest
 
 from minicai import InputError
-from minicai.constitution import (
-    Constitution,
-    Principle,
-    render_comparison,
-    render_conclusion,
-    render_thinking,
-)
+from minicai.constitution import Constitution, Principle
 from minicai.feedback import (
     at_a,
     best_against_worst,
@@ -32,8 +26,9 @@ from minicai.feedback import (
     majority,
     p_first_from_logprobs,
     p_first_of,
-    places,
 )
+from minicai.prompts import render_comparison, render_conclusion, render_thinking
+from minicai.report.page import places
 
 RULES = Constitution(
     "rules",

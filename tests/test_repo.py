@@ -45,7 +45,6 @@ LAYERS = [
                 "terminal",
                 "mirror",
                 "figures",
-                "recorder",
             )
         ),
     ],

@@ -18,9 +18,15 @@ from minicai import __main__ as commands
 from minicai.engine import models
 from minicai.engine.data import read_jsonl
 from minicai.engine.dialogue import encode, encode_pair
-from minicai.evaluation.measures import distinct_ngrams, hacked
 from minicai.evaluation.rates import reward_hacking
-from minicai.rollout import collate, pair_scores, score_texts, supervised_texts
+from minicai.rollout import (
+    collate,
+    distinct_ngrams,
+    hacked,
+    pair_scores,
+    score_texts,
+    supervised_texts,
+)
 from tests.conftest import CPU, EOS, PAD, assert_close, byte_tokenizer, tiny_model
 from tests.test_rollout import (  # noqa: F401
     PROMPTS,

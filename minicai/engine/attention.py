@@ -269,7 +269,7 @@ class Slots:
         start, count = torch.tensor(starts, device=device), torch.tensor(counts, device=device)
         self._row = torch.arange(len(counts), device=device).repeat_interleave(count)
         within = torch.arange(len(self._row), device=device) - (count.cumsum(0) - count)[self._row]
-        self.positions = self._at = start[self._row] + within  # [N]
+        self.positions = start[self._row] + within  # [N]
         self.last = count.cumsum(0) - 1  # [B] each row's last token in [N]
         self._ends = start + count
         self._masks: dict[int | None, tuple[list[Tensor], Tensor | None]] = {}
@@ -292,18 +292,6 @@ class Slots:
             )
             self._queries = self.positions[self._source].unflatten(0, self._shape)
 
-    def place_one_each(self, positions: Tensor, places: Tensor, width: int) -> None:
-        """The same for one token of each row, which stands at a place of its slot; all slots are read as far as `width`. It asks nothing of the host,
-        so that it can be recorded."""
-        self._row = self.last = torch.arange(len(positions), device=positions.device)
-        self.positions, self._at, self._ends = positions, places, positions + 1
-        self._parts, self._widths, self._long, self._masks = (
-            [slice(0, len(positions))],
-            [width],
-            [],
-            {},
-        )
-
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
@@ -316,8 +304,8 @@ class Slots:
                 for x in (k, v)
             )
         keys, values = self.layers[layer]
-        keys.index_put_((self._row, self._at), k)
-        values.index_put_((self._row, self._at), v)
+        keys.index_put_((self._row, self.positions), k)
+        values.index_put_((self._row, self.positions), v)
         if window not in self._masks:  # the same in every layer of the step
             many = (
                 self._visible(self._queries, self._reach, window, v.dtype) if self._long else None

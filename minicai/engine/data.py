@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from minicai import InputError, RunError
-from minicai.constitution import Prompt, render
 from minicai.engine import hub
+from minicai.prompts import Prompt, render, split_transcript
 
 
 @contextmanager
@@ -305,24 +305,3 @@ def read_preferences(path: str | Path) -> list[dict]:
     if not rows:
         raise InputError(f"{path}: holds no preference pair")
     return rows
-
-
-def split_transcript(text: str, where: str = "transcript") -> tuple[Prompt, str]:
-    """An hh-rlhf transcript ("\\n\\nHuman: ...\\n\\nAssistant: ...") as its prompt and the assistant's last response."""
-    pieces = re.split(r"\n\n(Human|Assistant):", text)
-    if (
-        pieces[0].strip()
-        or len(pieces) < 5
-        or pieces[1] != "Human"
-        or pieces[-4::2] != ["Human", "Assistant"]
-    ):
-        raise InputError(
-            f"{where}: not a transcript that opens with '\\n\\nHuman:' and ends with an '\\n\\nAssistant:' turn after a human one"
-        )
-    roles = {"Human": "user", "Assistant": "assistant"}
-    turns = [
-        {"role": roles[name], "content": said.removeprefix(" ")}
-        for name, said in zip(pieces[1::2], pieces[2::2])
-    ]
-    prompt, response = turns[:-1], turns[-1]["content"]
-    return (prompt[0]["content"] if len(prompt) == 1 else prompt), response

@@ -14,8 +14,8 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from minicai import InputError
-from minicai.constitution import Prompt, as_turns, render
 from minicai.engine import terminal
+from minicai.prompts import Prompt, as_turns, render
 
 Asked = (
     str | list[dict]

@@ -25,7 +25,6 @@ from minicai.engine import parallel
 from minicai.engine.attention import Slots, last_hidden
 from minicai.engine.dialogue import Asked, decode, encode_options, encode_prompt, end_ids
 from minicai.engine.models import apply_head, shared_hidden_states
-from minicai.engine.recorder import RECORDERS, Recorder
 from minicai.engine.terminal import Progress
 
 SHARE = 16  # tokens; a shorter common beginning is not worth a forward pass of its own
@@ -111,17 +110,11 @@ def generate(
         min(rows, len(prompts)), max(map(len, prompts), default=0) + max(limits, default=0)
     )
     shared = _prefill_shared(model, prompts, slots)
-    recorder = (
-        Recorder(model, slots, decide)
-        if model.device.type in RECORDERS and parallel.world() == 1
-        else None
-    )
     schedule = _Schedule(
         slots,
         prompts,
         [k for k in range(len(prompts)) if limits[k]],
         shared,
-        together=slots.count // 8 if recorder else 1,
     )
     uniforms = [
         iter(np.random.default_rng(seed).random(limit)) for seed, limit in zip(seeds, limits)
@@ -130,13 +123,8 @@ def generate(
         starts, feeds, points = zip(
             *((row.start, row.feed, next(uniforms[row.number])) for row in running)
         )
-        if recorder and max(map(len, feeds)) == 1:
-            drawn = recorder([token for (token,) in feeds], starts, points)
-        else:
-            drawn = decide(
-                last_hidden(model, slots, starts, feeds)[:, 0],
-                torch.tensor(points, dtype=torch.float64, device=model.device),
-            )
+        points_B = torch.tensor(points, dtype=torch.float64, device=model.device)
+        drawn = decide(last_hidden(model, slots, starts, feeds)[:, 0], points_B)
         for row, token, logprob, entropy in zip(running, *(x.tolist() for x in drawn)):
             completion = completions[row.number]
             completion.ids.append(token)
@@ -188,8 +176,8 @@ class _Row:
 
 
 class _Schedule:
-    """Which prompt decodes in which slot. Long prompts come first, equal ones one behind the other. They come in as soon as `together` slots
-    are free: one, or several where a step in which a prompt comes in costs much more than one that only decodes."""
+    """Which prompt decodes in which slot. Long prompts come first, equal ones one behind the
+    other."""
 
     def __init__(
         self,
@@ -197,14 +185,9 @@ class _Schedule:
         prompts: Sequence[Sequence[int]],
         chosen: Sequence[int],
         shared: int,
-        together: int = 1,
     ):
-        self.slots, self.prompts, self.shared, self.together = (
-            slots,
-            [tuple(prompt) for prompt in prompts],
-            shared,
-            together,
-        )
+        self.slots, self.shared = slots, shared
+        self.prompts = [tuple(prompt) for prompt in prompts]
         self.waiting = deque(sorted(chosen, key=lambda k: (-len(prompts[k]), self.prompts[k])))
         self.running: list[_Row] = []
         self.home: dict[
@@ -221,8 +204,7 @@ class _Schedule:
         free = [slot for slot, row in enumerate(running) if row.done] + list(
             range(len(running), self.slots.count)
         )
-        enough = len(free) >= min(self.together, len(self.waiting))
-        while enough and free and self.waiting:
+        while free and self.waiting:
             k = self.waiting.popleft()
             prompt = self.prompts[k]
             if prompt in entering:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from minicai.constitution import CHOICES, Constitution, Prompt, as_turns
+from minicai.constitution import Constitution
 from minicai.engine import parallel
 from minicai.engine.audit import models_record
 from minicai.engine.data import Journal
@@ -15,6 +15,7 @@ from minicai.engine.terminal import Progress
 from minicai.evaluation import choices, elo
 from minicai.evaluation.rates import human_agreement
 from minicai.feedback import Choose
+from minicai.prompts import CHOICES, Prompt, as_turns
 
 
 def feedback_model(folder: str, device: torch.device, precision: str, rows: int) -> Choose:

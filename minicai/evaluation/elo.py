@@ -13,8 +13,9 @@ from itertools import combinations
 import numpy as np
 
 from minicai import InputError
-from minicai.constitution import Constitution, Prompt
+from minicai.constitution import Constitution
 from minicai.feedback import Choose, label_pairs
+from minicai.prompts import Prompt
 
 SCALE = 400 / math.log(10)  # Elo points a nat: 400 points are odds of ten to one
 

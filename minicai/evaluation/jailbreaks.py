@@ -6,7 +6,7 @@ They keep the request word for word, so that whoever judges the plain request ca
 from collections.abc import Callable, Sequence
 
 from minicai import InputError
-from minicai.constitution import Prompt
+from minicai.prompts import Prompt
 
 
 def role_play(request: str, benign: str) -> str:

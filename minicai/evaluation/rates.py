@@ -11,8 +11,9 @@ from statistics import fmean
 
 from minicai import InputError
 from minicai.constitution import Constitution
-from minicai.evaluation.measures import agreement, counted, hacked, wilson_interval
+from minicai.evaluation.measures import agreement, counted, wilson_interval
 from minicai.feedback import Choose, at_a, by_place, in_both_orders, label_pairs
+from minicai.rollout import hacked
 from minicai.tinyworld.judge import Verdict, judge, meaning
 
 

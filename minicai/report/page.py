@@ -12,17 +12,22 @@ import platform
 import subprocess
 import time
 import tomllib
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 
 import jinja2
 import torch
 import transformers
 
-from minicai import InputError, critique, feedback
+from minicai import InputError
+from minicai.critique import faults
 from minicai.engine.data import finite, read_record, write_atomic
 from minicai.engine.guard import redact
 from minicai.engine.terminal import table
+from minicai.evaluation.measures import counted
+from minicai.feedback import at_a, in_both_orders
 from minicai.report import transcripts
 from minicai.report.panels import STAGES, number, panels, percent
 
@@ -203,15 +208,15 @@ def _from_journals(out: Path, summary: dict) -> dict:
     (_, revisions), (_, comparisons) = map(transcripts.read, journals)
     with transcripts.as_written(journals[0]):
         found |= (
-            {"revision": summary.get("revision", {}) | {"changes": critique.changes(revisions)}}
+            {"revision": summary.get("revision", {}) | {"changes": changes(revisions)}}
             if revisions
             else {}
         )
     with transcripts.as_written(journals[1]):
-        places = feedback.places(comparisons)
-    if places["to_a"]["count"]:
-        bias = places["to_a"]["rate"] + places["to_b"]["rate"]
-        found["labels"] = {"position_bias": bias} | summary.get("labels", {}) | {"places": places}
+        by_place = places(comparisons)
+    if by_place["to_a"]["count"]:
+        bias = by_place["to_a"]["rate"] + by_place["to_b"]["rate"]
+        found["labels"] = {"position_bias": bias} | summary.get("labels", {}) | {"places": by_place}
     return found
 
 
@@ -461,3 +466,56 @@ def _facts(summary: dict) -> list[tuple[str, str]]:
         ("minutes", f"{parts['total'] / 60:.1f} ({minutes})"),
         ("peak memory", f"{summary['peak_rss_mb']:.0f} MiB"),
     ]
+
+
+def changes(rows: Iterable[dict]) -> dict:
+    """What the revisions of revisions.jsonl did to what they revise, which no judge is needed for: by round and by principle the shares that
+    "changed" it (neither unchanged nor empty) and that are "faulty" (any of the other FAULTS), each as measures.counted."""
+    steps = [
+        (n, step["principle"], set(found))
+        for row in rows
+        for n, (step, found) in enumerate(zip(row["rounds"], faults(row)), 1)
+    ]
+
+    def shares(chosen: list[set[str]]) -> dict:
+        return {
+            "changed": counted([not found & {"empty", "unchanged"} for found in chosen]),
+            "faulty": counted([bool(found - {"unchanged"}) for found in chosen]),
+        }
+
+    return {
+        "by_round": [
+            shares([found for k, _, found in steps if k == n])
+            for n in sorted({n for n, _, _ in steps})
+        ],
+        "by_principle": {
+            name: shares([found for _, p, found in steps if p == name])
+            for name in sorted({p for _, p, _ in steps})
+        },
+    }
+
+
+def places(rows: Sequence[dict]) -> dict:
+    """What the place in the prompt was worth, over the pairs of comparisons.jsonl that were shown in both orders: "p_a", the mean of at_a (None of no
+    pair); "to_a" and "to_b", the shares that went to whatever stood at (A), at (B), both times, as measures.counted; the same "by_principle"."""
+    every, by_principle = [], {}
+    for row in rows:
+        every.append(in_both_orders(row["votes"]))
+        for name in {vote["principle"] for vote in row["votes"]}:
+            by_principle.setdefault(name, []).append(
+                in_both_orders([vote for vote in row["votes"] if vote["principle"] == name])
+            )
+
+    def shares(found: list[tuple[float, float] | None]) -> dict:
+        shown = [both for both in found if both]
+        return {
+            "p_a": fmean(at_a(*both) for both in shown) if shown else None,
+            "to_a": counted([a > 0.5 >= b for a, b in shown]),
+            "to_b": counted([a <= 0.5 < b for a, b in shown]),
+        }
+
+    return shares(every) | {
+        "by_principle": {
+            name: shares(found) for name, found in sorted(by_principle.items()) if any(found)
+        }
+    }

@@ -10,14 +10,8 @@ import random
 from collections import defaultdict
 from dataclasses import dataclass
 
-from minicai.constitution import (
-    Constitution,
-    Principle,
-    render,
-    render_comparison,
-    render_critique,
-    render_revision,
-)
+from minicai.constitution import Constitution, Principle
+from minicai.prompts import render, render_comparison, render_critique, render_revision
 from minicai.tinyworld import grammar
 from minicai.tinyworld.grammar import (
     EVASIONS,

@@ -15,13 +15,13 @@ from statistics import fmean
 import torch
 
 from minicai import constitution
-from minicai.constitution import CHOICES
 from minicai.engine import parallel, terminal
 from minicai.engine.config import builtin
 from minicai.engine.data import write_atomic
 from minicai.engine.models import load_policy, load_tokenizer
 from minicai.engine.sampler import choice_logprobs, generate
 from minicai.feedback import p_first_from_logprobs
+from minicai.prompts import CHOICES
 from minicai.tinyworld.corpus import Corpus
 from minicai.tinyworld.judge import judge
 

@@ -24,12 +24,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minicai import InputError
-from minicai.constitution import Constitution, Principle, load, render_critique, render_revision
+from minicai.constitution import Constitution, Principle, load
 from minicai.engine import config, parallel
 from minicai.engine.dialogue import Asked, encode_prompt, end_ids
 from minicai.engine.models import load_policy, load_tokenizer
 from minicai.engine.sampler import generate
 from minicai.engine.terminal import emphasis, plain
+from minicai.prompts import render_critique, render_revision
 
 COMMANDS = ("/new", "/principle", "/why", "/help", "/quit")
 ROOMY = 1024  # tokens of context, below which there is no room for a conversation

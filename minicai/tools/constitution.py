@@ -19,10 +19,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from minicai import InputError
-from minicai.constitution import Constitution, Prompt, load
+from minicai.constitution import Constitution, load
 from minicai.engine import config, terminal
 from minicai.engine.data import read_jsonl, read_prompts, read_record, write_atomic
 from minicai.feedback import Choose
+from minicai.prompts import Prompt
 from minicai.tools import trial
 from minicai.tools.proofread import Finding, proofread, too_long
 

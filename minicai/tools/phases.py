@@ -9,17 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from minicai import InputError, losses
-from minicai.constitution import (
-    Constitution,
-    Principle,
-    Prompt,
-    as_turns,
-    render,
-    render_comparison,
-    render_conclusion,
-    render_critique,
-    render_revision,
-)
+from minicai.constitution import Constitution, Principle
 from minicai.engine import checkpoint
 from minicai.engine.dialogue import check_requests, encode_pair, encode_prompt, same_form
 from minicai.engine.models import (
@@ -32,6 +22,15 @@ from minicai.engine.models import (
 from minicai.engine.sampler import Completion, final_logprobs
 from minicai.examples import Comparison, compared, compared_by_thinking
 from minicai.feedback import drawn_principles
+from minicai.prompts import (
+    Prompt,
+    as_turns,
+    render,
+    render_comparison,
+    render_conclusion,
+    render_critique,
+    render_revision,
+)
 from minicai.rollout import collect, pair_scores
 from minicai.tools import plan
 

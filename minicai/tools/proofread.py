@@ -10,13 +10,8 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import combinations
 
-from minicai.constitution import (
-    REQUESTS,
-    Constitution,
-    Principle,
-    render_comparison,
-    render_revision,
-)
+from minicai.constitution import REQUESTS, Constitution, Principle
+from minicai.prompts import render_comparison, render_revision
 
 NEAR = 0.9  # ratio of difflib over the words above which two requests say the same; in the constitutions that come with minicai it is at most 0.89
 LONG = 120  # words of a request; the longest of those constitutions has 56

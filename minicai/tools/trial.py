@@ -8,11 +8,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from minicai.constitution import REQUESTS, Constitution, Principle, Prompt
+from minicai.constitution import REQUESTS, Constitution, Principle
 from minicai.critique import Generate, critique_and_revise, faults, in_turn
 from minicai.engine.terminal import emphasis, plain
 from minicai.evaluation.measures import counted
 from minicai.feedback import Choose, by_place, label_pairs
+from minicai.prompts import Prompt
 
 SHOWN = 240  # characters of a text in a transcript; the files have the whole
 

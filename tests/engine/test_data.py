@@ -13,10 +13,10 @@ from minicai.engine.data import (
     read_jsonl,
     read_preferences,
     read_prompts,
-    split_transcript,
     token_batches,
     write_atomic,
 )
+from minicai.prompts import split_transcript
 
 HH = (
     Path(__file__).parents[3] / "shared" / "data" / "hh-rlhf" / "harmless-base-400.jsonl.gz"

@@ -8,7 +8,6 @@ import torch
 
 import train_ppo
 from minicai import InputError
-from minicai.constitution import as_turns, render
 from minicai.engine import data, models, terminal
 from minicai.engine.dialogue import (
     check_requests,
@@ -22,6 +21,7 @@ from minicai.engine.dialogue import (
     show_first,
 )
 from minicai.engine.sampler import choice_logprobs, respond
+from minicai.prompts import as_turns, render
 from minicai.rollout import collate
 from tests.conftest import CPU, assert_close, byte_tokenizer, tiny_model
 

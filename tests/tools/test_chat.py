@@ -7,10 +7,10 @@ import sys
 import pytest
 
 from minicai import InputError, __main__
-from minicai.constitution import as_turns, render, render_critique, render_revision
 from minicai.engine.models import load_policy, load_tokenizer
 from minicai.engine.sampler import respond
 from minicai.engine.terminal import plain
+from minicai.prompts import as_turns, render, render_critique, render_revision
 from minicai.tools import chat
 from tests.conftest import CPU, SHORT_RULES, byte_tokenizer
 from tests.tools.test_workshop import KIND

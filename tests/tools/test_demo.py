@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import train_rm
-from minicai.constitution import render
 from minicai.engine.data import read_jsonl
 from minicai.engine.sampler import generate
+from minicai.prompts import render
 from minicai.report import page as report
 
 ROOT = Path(__file__).parents[2]

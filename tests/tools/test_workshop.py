@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 
 from minicai import InputError, __main__
-from minicai.constitution import Constitution, Principle, render
+from minicai.constitution import Constitution, Principle
 from minicai.engine import config
 from minicai.engine.data import read_jsonl, read_prompts
 from minicai.feedback import p_first_of
+from minicai.prompts import render
 from minicai.tools import trial
 from tests.conftest import SHORT_RULES
 
