@@ -98,7 +98,7 @@ def evaluate(cfg: EvalConfig, command: str) -> None:
     asked again, and harmful prompts in jailbreak phrasings; what fails now is in failures.jsonl, in the form of `failures`."""
     from minicai.engine import checkpoint, parallel
     from minicai.engine.audit import models_record, weights_sha256
-    from minicai.engine.data import read_jsonl, read_prompts, room
+    from minicai.engine.data import disk_full_guard, read_jsonl, read_prompts
     from minicai.engine.models import load_policy, load_tokenizer
     from minicai.engine.sampler import respond
     from minicai.evaluation import rates as judged
@@ -138,7 +138,7 @@ def evaluate(cfg: EvalConfig, command: str) -> None:
         return print(f"{folder}: finished already; --overwrite starts anew")
     (out / "base").mkdir(exist_ok=True)
     for file in filter(Path.is_file, base.iterdir()):
-        with room(out / "base"):
+        with disk_full_guard(out / "base"):
             shutil.copyfile(file, out / "base" / file.name)
 
     results = {}

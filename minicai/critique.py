@@ -1,36 +1,37 @@
-"""Phase 1 of Constitutional AI: respond, then critique and revise, n times (Bai et al. 2022, section 3.1).
+"""Phase 1 of Constitutional AI: respond, then criticise and revise, n times (Bai et al. 2022, 3.1).
 
-No model is named here: `generate` is any callable that maps prompts and seeds to completions (texts). What varies is a function passed
-in: which principle comes next (`choose`), how its critique is asked for (`style`, from constitution.py), and who criticises (`critic`).
+No model is named here. A `Generate` is any function from prompts and seeds to completions, so the
+responses, critiques and revisions may come from one model, from three, or from a person.
 """
 
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from minicai import InputError
 from minicai.constitution import Constitution, Principle, direct, plain, together
-from minicai.examples import Example, fingerprint, in_front
+from minicai.examples import Example, in_front
 from minicai.prompts import Prompt, as_turns, render_critique, render_revision
 
-Generate = Callable[
-    [Sequence[str | list[dict]], Sequence[tuple[int, ...]]], list[str]
-]  # texts to go on with, or dialogues to answer
+Generate = Callable[[Sequence[str | list[dict]], Sequence[tuple[int, ...]]], list[str]]
 Choose = Callable[[Sequence[Principle], int, int, int], Principle]
+
+# --- which principle comes next: functions of (principles, seed, prompt number, round) ------------
 
 
 def draw_principle(principles: Sequence[Principle], *key: int | str) -> Principle:
-    """One principle at random, a function of the key alone: whatever else is drawn, before or after a resume, the choice is the same."""
+    """Draws one principle. The key alone decides, so a resumed run draws the same one."""
     return random.Random(repr(key)).choice(principles)
 
 
 def at_random(principles: Sequence[Principle], seed: int, number: int, turn: int) -> Principle:
-    """Drawn independently for every prompt and round (3.1)."""
+    """A principle drawn independently for every prompt and round (3.1)."""
     return draw_principle(principles, "revise", seed, number, turn)
 
 
 def in_turn(principles: Sequence[Principle], seed: int, number: int, turn: int) -> Principle:
-    """The next one each round; prompt number k begins with principle k, so that all serve equally often. An extension."""
+    """The next principle each round; prompt k begins with principle k. An extension."""
     return principles[(number + turn - 1) % len(principles)]
 
 
@@ -39,142 +40,122 @@ def all_at_once(principles: Sequence[Principle], seed: int, number: int, turn: i
     return together(principles)
 
 
+# --- respond -> critique -> revise ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Revising:
+    """How responses are criticised and revised. The defaults are the paper's (3.1)."""
+
+    constitution: Constitution
+    seed: int = 0
+    rounds: int = 4
+    choose: Choose = at_random
+    style: Callable[[Principle], Principle] = plain  # how a critique is requested
+    examples: Sequence[Example] = ()  # few-shot examples in front of each request
+    nothing: Sequence[str] = ()  # a critique with one of these phrases ends its prompt's rounds
+
+    def __post_init__(self):
+        if self.style is direct and self.nothing:
+            raise InputError(
+                "nothing: these phrases are looked for in critiques, and the style none has no "
+                "critique; leave them out, or change the style"
+            )
+
+    @property
+    def principles(self) -> tuple[Principle, ...]:
+        """The principles that have every request that this style needs."""
+        requests = ["revision"] if self.style is direct else ["critique", "revision"]
+        return self.constitution.usable(*requests)
+
+
 def critique_and_revise(
     prompts: Sequence[Prompt],
     first: int,
-    generate: Generate,
-    constitution: Constitution,
-    *,
-    rounds: int,
-    seed: int,
-    model: str,
-    choose: Choose = at_random,
-    style: Callable[[Principle], Principle] = plain,
-    critic: Generate | None = None,
-    critic_name: str = "",
-    policy: Generate | None = None,
-    policy_name: str = "",
-    examples: Sequence[Example] = (),
-    nothing: Sequence[str] = (),
+    how: Revising,
+    respond: Generate,
+    criticise: Generate,
+    revise: Generate,
 ) -> list[dict]:
-    """Rows of revisions.jsonl for prompts number first, first + 1, ...: all of them go through each step together, as one batch.
+    """Makes the rows of revisions.jsonl for prompts number first, first + 1, ...
 
-    Each round criticises and revises the result of the one before. `policy` responds instead of the model, and `critic` writes the critiques instead
-    of it; the revisions are the model's in any case. `examples` stand in front of both requests. A critique that holds one of the phrases `nothing`
-    ends the rounds of its prompt (an extension): it is kept in "stopped", and no revision is made of it. A row names whatever differs from the
-    defaults.
+    All prompts go through each step together, as one batch. Each round criticises and revises the
+    result of the round before. A critique that holds one of the phrases `how.nothing` ends the
+    rounds of its prompt: it is kept in "stopped", and no revision follows (an extension).
     """
-    if style is direct and nothing:
-        raise InputError(
-            "without critiques (style none) none can say that there is nothing to revise: leave out the phrases or change the style"
-        )
-    principles = constitution.usable(*([] if style is direct else ["critique"]), "revision")
     ids = range(first, first + len(prompts))
-    initial = (policy or generate)([as_turns(p) for p in prompts], [(seed, i, 0) for i in ids])
-    settings = [
-        ("choose", choose.__name__, choose is not at_random),
-        ("style", style.__name__, style is not plain),
-        ("critic", critic_name, critic),
-        ("policy", policy_name, policy),
-        ("examples", fingerprint(examples), examples),
-        ("nothing", list(nothing), nothing),
-    ]
-    variant = {key: value for key, value, differs in settings if differs}
+    initial = respond([as_turns(prompt) for prompt in prompts], [(how.seed, i, 0) for i in ids])
     rows = [
-        {
-            "id": i,
-            "prompt": p,
-            "initial": r,
-            "rounds": [],
-            "final": r,
-            "kept": True,
-            "model": model,
-            "seed": seed,
-            "constitution": constitution.stamp,
-        }
-        | variant
-        for i, p, r in zip(ids, prompts, initial)
+        {"id": i, "prompt": prompt, "initial": text, "rounds": [], "final": text, "kept": True}
+        for i, prompt, text in zip(ids, prompts, initial)
     ]
-    for n in range(1, rounds + 1):
-        steps = [
-            (row, style(choose(principles, seed, row["id"], n)))
-            for row in rows
-            if "stopped" not in row
+    for n in range(1, how.rounds + 1):
+        active = [row for row in rows if "stopped" not in row]
+        principles = [
+            how.style(how.choose(how.principles, how.seed, row["id"], n)) for row in active
         ]
-        asked = [(row, p) for row, p in steps if p.critique]
-        critiques = (
-            (critic or generate)(
-                [
-                    in_front(examples, style, render_critique(row["prompt"], row["final"], p))
-                    for row, p in asked
-                ],
-                [(seed, row["id"], 2 * n - 1) for row, _ in asked],
-            )
-            if asked
-            else [""] * len(steps)
-        )
-        for (row, principle), critique in zip(steps, critiques):
-            if any(phrase.casefold() in critique.casefold() for phrase in nothing):
+        critiques = [""] * len(active)
+        if active and principles[0].critique:
+            requests = [
+                in_front(how.examples, how.style, render_critique(row["prompt"], row["final"], p))
+                for row, p in zip(active, principles)
+            ]
+            critiques = criticise(requests, [(how.seed, row["id"], 2 * n - 1) for row in active])
+        steps = []
+        for row, principle, critique in zip(active, principles, critiques):
+            if any(phrase.casefold() in critique.casefold() for phrase in how.nothing):
                 row["stopped"] = {"principle": principle.name, "critique": critique}
-        steps = [(row, p, c) for (row, p), c in zip(steps, critiques) if "stopped" not in row]
-        revisions = (
-            generate(
-                [
-                    in_front(examples, style, render_revision(row["prompt"], row["final"], c, p))
-                    for row, p, c in steps
-                ],
-                [(seed, row["id"], 2 * n) for row, _, _ in steps],
-            )
-            if steps
-            else []
-        )
+            else:
+                steps.append((row, principle, critique))
+        requests = [
+            in_front(how.examples, how.style, render_revision(row["prompt"], row["final"], c, p))
+            for row, p, c in steps
+        ]
+        seeds = [(how.seed, row["id"], 2 * n) for row, _, _ in steps]
+        revisions = revise(requests, seeds) if steps else []
         for (row, principle, critique), revision in zip(steps, revisions):
-            row["rounds"].append(
-                {"principle": principle.name, "critique": critique, "revision": revision}
-            )
+            step = {"principle": principle.name, "critique": critique, "revision": revision}
+            row["rounds"].append(step)
             row["final"] = revision
-    for row in rows:
-        row["kept"] = bool(row["final"]) and all(
-            step["revision"] for step in row["rounds"]
-        )  # an empty revision teaches nothing
+    for row in rows:  # an empty revision teaches nothing
+        row["kept"] = bool(row["final"]) and all(step["revision"] for step in row["rounds"])
     return rows
 
 
 def training_pairs(row: dict, keep: str, drop: Sequence[str] = ()) -> list[tuple[Prompt, str]]:
-    """(prompt, revision) pairs to train on: the revisions of "all" rounds (3.2), or only the "last", but none with one of the faults `drop`."""
+    """(prompt, revision) pairs to train on, of one row of revisions.jsonl.
+
+    keep: the revisions of "all" rounds (3.2), or only the "last". drop: FAULTS; a revision that has
+    one of them is left out. A row without rounds gives its initial response.
+    """
     if not row["kept"]:
         return []
-    revisions = [(step["revision"], found) for step, found in zip(row["rounds"], faults(row))] or [
-        (row["initial"], ())
+    if not row["rounds"]:
+        return [(row["prompt"], row["initial"])]
+    found = [
+        (row["prompt"], step["revision"])
+        for step, wrong in zip(row["rounds"], faults(row))
+        if not set(wrong) & set(drop) and (keep == "all" or step is row["rounds"][-1])
     ]
-    return [
-        (row["prompt"], revision)
-        for revision, found in (revisions if keep == "all" else revisions[-1:])
-        if not set(found) & set(drop)
-    ]
+    return found
 
 
-def revision_pairs(rows: Sequence[dict]) -> list[dict]:
-    """(initial response, final revision) of rows of revisions.jsonl, as rows of comparisons.jsonl with the revision preferred: contrasts that
-    sampling one model twice seldom finds. An extension."""
-    return [
-        {
-            "id": f"revision:{row['id']}",
-            "prompt": row["prompt"],
-            "first": row["initial"],
-            "second": row["final"],
-            "p_first": 0.0,
-            "votes": [],
-            "source": "critique",
-            "clamped": False,
-            **{key: row[key] for key in ("seed", "constitution", "models") if key in row},
-        }
-        for row in rows
-        if row["kept"] and row["initial"] != row["final"]
-    ]
+def revision_pairs(rows: Iterable[dict]) -> list[dict]:
+    """Rows of comparisons.jsonl: the initial response against the final revision, which is better.
+
+    Such a contrast is rarely found by sampling one model twice. An extension.
+    """
+    pairs = []
+    for row in rows:
+        if row["kept"] and row["initial"] != row["final"]:
+            made_by = {key: row[key] for key in ("seed", "constitution", "models") if key in row}
+            pair = {"id": f"revision:{row['id']}", "prompt": row["prompt"]}
+            pair |= {"first": row["initial"], "second": row["final"], "p_first": 0.0}
+            pairs.append(pair | {"votes": [], "source": "critique", "clamped": False} | made_by)
+    return pairs
 
 
-# --- hygiene ---------------------------------------------------------------------------------------------------------------------
+# --- faults of revisions ---------------------------------------------------------------------------
 
 MARKS = (
     "critique request:",
@@ -196,40 +177,40 @@ BOILERPLATE = (
     "i apologize",
     "i'm sorry, but as",
 )
-LEAK = 6  # words of a critique's sentence that a revision does not repeat by chance
+LEAK = 6  # a revision does not repeat so many words of the critique by chance
 FAULTS = ("empty", "unchanged", "leaked", "boilerplate")
 
 
 def faults(row: dict) -> list[tuple[str, ...]]:
-    """What is wrong with each revision of a row, of FAULTS: it is "empty"; "unchanged" from the response before; the critique "leaked" into it (a
-    mark of the prompt, or a sentence of the critique of LEAK words or more that was not in the response before); it opens with "boilerplate"."""
+    """Which FAULTS each revision of a row has.
+
+    "empty": no text. "unchanged": equal to the response before. "boilerplate": opens with one of
+    BOILERPLATE. "leaked": holds a mark of the prompt, or a sentence of the critique of LEAK words
+    or more that the response before did not have.
+    """
     found, response = [], row["initial"]
     for step in row["rounds"]:
         before, text = response.casefold().strip(), step["revision"].casefold().strip()
-        sentences = [
-            s.strip()
-            for s in step["critique"].casefold().replace("\n", ".").split(".")
-            if len(s.split()) >= LEAK
-        ]
-        said = {
+        sentences = [s.strip() for s in step["critique"].casefold().replace("\n", ".").split(".")]
+        copied = [s for s in sentences if len(s.split()) >= LEAK and s in text and s not in before]
+        has = {
             "empty": not text,
             "unchanged": text == before,
+            "leaked": bool(copied) or any(mark in text for mark in MARKS),
             "boilerplate": text.startswith(BOILERPLATE),
-            "leaked": any(mark in text for mark in MARKS)
-            or any(s in text and s not in before for s in sentences),
         }
-        found.append(tuple(fault for fault in FAULTS if said[fault]))
+        found.append(tuple(fault for fault in FAULTS if has[fault]))
         response = step["revision"]
     return found
 
 
-def hygiene(rows: Iterable[dict]) -> dict[str, int]:
-    """Over revisions.jsonl: how many revisions there are, how many have each of FAULTS, and how many prompts stopped before their last round."""
-    rows = list(rows)
-    each = [found for row in rows for found in faults(row)]
-    counts = Counter(fault for found in each for fault in found)
+def hygiene(rows: Sequence[dict]) -> dict[str, int]:
+    """Counts over revisions.jsonl: revisions, each of FAULTS, and prompts that stopped early."""
+    found = [wrong for row in rows for wrong in faults(row)]
+    counts = Counter(fault for wrong in found for fault in wrong)
+    stopped = sum("stopped" in row for row in rows)
     return {
-        "revisions": len(each),
+        "revisions": len(found),
         **{fault: counts[fault] for fault in FAULTS},
-        "stopped": sum("stopped" in row for row in rows),
+        "stopped": stopped,
     }

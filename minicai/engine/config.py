@@ -1,14 +1,15 @@
-"""Configuration: one TOML file an experiment, overridden by `--key=value`, read into a typed dataclass.
+"""Settings: one TOML file per experiment, overridden by `--key=value`, read into a dataclass.
 
     config = load(SLConfig, "sl", ["configs/tiny.toml", "--seed=1", "--sl.lr=2e-4"])
 
-Strict on purpose: an unknown key, section or type is an error that names the nearest right one, since a silently ignored `learning_rate`
-costs a day. A dataclass has its own section's fields; fields of the top level (seed, out, ...) stand in every stage's dataclass through `Run`.
+Strict on purpose: an unknown key, section or type is an error that names the nearest right one,
+since a silently ignored `learning_rate` costs a day. A stage's dataclass has the fields of its own
+section; those of the top level (seed, out, ...) come from `Run`. What a value may be is said at its
+field.
 """
 
 import dataclasses
 import difflib
-import hashlib
 import importlib
 import inspect
 import json
@@ -25,185 +26,157 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minicai import InputError
-from minicai.engine.guard import redact
-from minicai.engine.hub import is_name
-from minicai.tools import mirrors as mirror
+from minicai.engine.hub import PACKAGE, is_name
 
 SECTIONS = ("sl", "rm", "ppo", "eval", "try")
-AT_LEAST_ONE = (
-    "rows",
-    "batch_size",
-    "micro_tokens",
-    "episodes",
-    "minibatches",
-    "iterations",
-    "save_every",
-    "max_new_tokens",
-    "max_nonfinite",
-    "thoughts",
-    "thought_tokens",
-    "timeout",
-    "sl_batch",
-    "alternate",
-    "n",
-)
-SHARES = ("helpful_share", "heldout")
-ALONE = ("overwrite", "plan")  # flags that need no value
-MODELS = (
-    "model",
-    "critic",
-    "policy",
-    "feedback",
-    "jury",
-    "reward",
-    "judge",
-)  # fields that name models
-PACKAGE = Path(__file__).parents[1]
+ALONE = ("overwrite", "accept_changes")  # flags that need no value
+_top = "it is at the top level of the file now, shared by all stages"
+MOVED = {  # settings of earlier versions -> what to do instead
+    "plan": "python -m minicai plan CONFIG prints what each stage takes of memory",
+    "rows": _top,
+    "micro_tokens": _top,
+    "gradient_checkpointing": _top,
+    "save_every": _top,
+    "clamp_low": "clamp = 0.4 now stands for both bounds, 0.4 and 0.6",
+    "clamp_high": "clamp = 0.4 now stands for both bounds, 0.4 and 0.6",
+    "thought_tokens": "max_new_tokens is the length limit of a rationale too",
+    "alpha": "run examples/joint_loss.py",
+    "sl_data": "run examples/joint_loss.py",
+    "sl_batch": "run examples/joint_loss.py",
+    "judge": "see examples/held_out_judge.py",
+    "value_warmup": "see examples/value_warmup.py",
+    "pairing": "see examples/best_and_worst.py",
+    "whiten_rewards": "it changed nothing measurable; losses.whiten_scale does it in one line",
+    "normalise": "it changed nothing that PPO can feel; scale kl_coef instead",
+    "preferences_share": "set preferences_limit to the number of pairs",
+    "preferences_weight": "set preferences_limit to the number of pairs",
+    "weight_decay": "it was 0 everywhere; edit the optimizer's line in the script",
+    "max_nonfinite": "three updates in a row that are not finite stop a run",
+    "ratio_tolerance": "it follows the precision",
+}
+
+# An access token as the common services write it, and names of variables that hold one.
+SECRET = re.compile(r"\b(hf_|sk-|gh[opsu]_|github_pat_|glpat-|xox[abps]-|AKIA)[\w-]{12,}")
+SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
 
 
-def choice_field(default: str, *choices: str):
-    """A field that takes one of a few words."""
-    return dataclasses.field(default=default, metadata={"choices": choices})
+def setting(default, **metadata):
+    """A field with what its value may be, or how it is used.
+
+    choices: the words it may be. each: the words that a list may hold. at_least, at_most: bounds,
+    included. path: it names a file or folder, resolved by `locate`; model: a model folder or a name
+    on the hub. free: it may change over a resume, since it decides memory or time, not results.
+    """
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def path_setting(default: str | tuple[str, ...] = "", model: bool = False):
+    return setting(default, path=True, model=model, free=True)  # contents are compared, not paths
 
 
 @dataclass
 class Run:
     """The top level of every config file."""
 
-    model: str = "minicai:tinyworld/base"  # the base model: a Hugging Face folder; "minicai:" stands for the installed package
-    constitution: str = (
-        "constitutions/tiny.toml"  # a TOML file of principles, looked up beside the config file
-    )
-    out: str = "out/tiny"  # everything that the run makes goes here
+    # the base model: a Hugging Face folder; "minicai:" stands for the installed package
+    model: str = path_setting("minicai:tinyworld/base", model=True)
+    constitution: str = path_setting("constitutions/tiny.toml")  # a TOML file of principles
+    out: str = setting("out/tiny", free=True)  # everything that the run makes goes here
     seed: int = 0  # of all sampling, shuffling and initial weights
     precision: str = "auto"  # fp32, bf16, or auto: bf16 where the hardware has it
     device: str = "auto"  # cpu, cuda, or auto
-    alternate: int = (
-        1  # times that the demo runs SL, RM and PPO, each time from the policy before; an extension
-    )
-    log: str = choice_field(
-        "", "", "tensorboard", "wandb"
-    )  # where the rows of metrics.jsonl go as well; in the file, as torchrun has a --log too
-    timeout: int = 1800  # seconds that one of several processes may keep the others waiting before all of them stop
-    overwrite: bool = False  # start anew over what an earlier run left in `out`
-    plan: int = 0  # only print what memory a stage takes with so many processes; --plan alone: as many as there are
+    rows: int = setting(256, at_least=1, free=True)  # sequences decoded side by side: memory
+    micro_tokens: int = setting(4096, at_least=1, free=True)  # tokens per forward pass: memory
+    gradient_checkpointing: bool = False  # less memory, a third more arithmetic in training
+    save_every: int = setting(50, at_least=1, free=True)  # steps or iterations between checkpoints
+    # rounds of SL, RM and PPO in the demo, each from the policy of the round before; an extension
+    alternate: int = setting(1, at_least=1)
+    log: str = setting("", choices=("", "tensorboard", "wandb"), free=True)  # metrics go there too
+    timeout: int = setting(1800, at_least=1, free=True)  # seconds that a rank waits for another
+    overwrite: bool = False  # start again over what an earlier run made in `out`
+    accept_changes: bool = False  # resume although settings, inputs or code have changed
+
+
+# --- paths ----------------------------------------------------------------------------------------
 
 
 def locate(path: str, beside: Path) -> Path:
-    """A path of a config file: `minicai:...` in the package, else relative to the config file, to where we stand, or to configs/."""
+    """`minicai:...` in the package; else relative to the config file, to here, or to configs/."""
     if path.startswith("minicai:"):
         return PACKAGE / path.removeprefix("minicai:")
-    return next((p for p in (beside / path, Path(path), builtin(path)) if p.exists()), Path(path))
+    places = (beside / path, Path(path), builtin(path))
+    return next((place for place in places if place.exists()), Path(path))
+
+
+def builtin(name: str) -> Path:
+    """A file of configs/: beside the package in a checkout, inside it when installed."""
+    checkout = PACKAGE.parent / "configs" / name
+    return checkout if checkout.exists() else PACKAGE / "configs" / name
 
 
 def _resolved(path: str, beside: Path, model: bool) -> str:
-    """A path as the run uses it: absolute, but for what is on the hub (hub.py), which keeps its name."""
+    """An absolute path. What is on the hub keeps its name."""
     found = locate(path, beside)
     on_hub = path.startswith("hub:") or (model and not found.exists() and is_name(path))
     return path if on_hub else os.path.abspath(found)
 
 
-def builtin(name: str) -> Path:
-    """A file of configs/, which stands beside the package in a checkout and inside it when installed."""
-    return next(
-        (p for p in (PACKAGE.parent / "configs" / name, PACKAGE / "configs" / name) if p.exists()),
-        PACKAGE / "configs" / name,
-    )
+# --- reading --------------------------------------------------------------------------------------
 
 
 def load(kind: type, section: str, arguments: list[str]):
-    """Reads `[CONFIG.toml, --key=value, ...]` into dataclass `kind`, whose own fields are those of [section]. Raises InputError."""
+    """Reads `[CONFIG.toml, --key=value, ...]` into dataclass `kind`. Raises InputError."""
     files = [a for a in arguments if not a.startswith("--")]
     if len(files) != 1:
-        raise InputError(
-            f"expected one config file, got {' '.join(files) or 'none'}; for example configs/tiny.toml"
-        )
+        found = " ".join(files) or "none"
+        raise InputError(f"expected one config file, got {found}; for example configs/tiny.toml")
     path = Path(files[0])
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        near = difflib.get_close_matches(
-            path.name, [p.name for p in path.parent.glob("*.toml")], 1, 0.4
-        )
-        raise InputError(
-            f"{path}: {error.strerror}"
-            + (f"; did you mean {path.parent / near[0]}?" if near else "")
-        ) from error
+        names = [p.name for p in path.parent.glob("*.toml")]
+        near = difflib.get_close_matches(path.name, names, 1, 0.4)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise InputError(f"{path}: {error.strerror}{hint}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid TOML: {error}") from error
-    own = {f.name for f in dataclasses.fields(kind)} - {f.name for f in dataclasses.fields(Run)}
-    hints = typing.get_type_hints(kind)
-    values = _known(table, section, own, str(path))
-    for argument in (a for a in arguments if a.startswith("--")):
-        values |= _override(argument, section, own, hints)
-    config = kind(
-        **{
-            key: _typed(value, hints[key], f"{where}: {key}")
-            for key, (value, where) in values.items()
-        }
-    )
+    values = _from_table(table, section, kind, str(path))
+    for argument in arguments:
+        if argument.startswith("--"):
+            values |= _from_flag(argument, section, kind)
+    config = _made(kind, values, lambda key: f"{path}: {key}")
     if not os.path.dirname(config.out):
-        config.out = os.path.abspath(
-            config.out
-        )  # or OUT/sl, while it is not there, would read as a model's name on the hub
-    for f in dataclasses.fields(kind):
-        value = getattr(config, f.name)
-        if value and (
-            f.metadata.get("path") or f.name in ("model", "constitution")
-        ):  # paths are resolved once, here
-            found = tuple(
-                _resolved(p, path.parent, f.name in MODELS)
-                for p in ((value,) if isinstance(value, str) else value)
-            )
-            setattr(config, f.name, found[0] if isinstance(value, str) else found)
-    _check(config, hints, lambda key: f"{path}: {key}")
-    mirror.require(config.log)
+        config.out = os.path.abspath(config.out)  # OUT/sl must not read as a name on the hub
+    for field in dataclasses.fields(kind):
+        value = getattr(config, field.name)
+        if value and field.metadata.get("path"):
+            paths = (value,) if isinstance(value, str) else value
+            model = field.metadata.get("model", False)
+            found = tuple(_resolved(p, path.parent, model) for p in paths)
+            setattr(config, field.name, found[0] if isinstance(value, str) else found)
+    if config.log:
+        mirror("require")(config.log)
     return config
 
 
-def function(name: str) -> Callable:
-    """The Python function "module:function", of a module on Python's path or where we stand. Raises InputError. The one import by name here."""
-    module, colon, attribute = name.partition(":")
-    if not (module and colon and attribute.isidentifier()):
-        raise InputError(f"reward_function must be written module:function, not {name!r}")
-    if module.startswith("minicai.tinyworld"):
-        raise InputError(
-            f"reward_function {name}: the tiny world's judge measures what training did, and takes no part in it"
-        )
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        found = importlib.import_module(module)
-    except ImportError as error:
-        raise InputError(f"reward_function {name}: {error}") from error
-    if not callable(getattr(found, attribute, None)):
-        raise InputError(
-            f"reward_function {name}: {module} has no function {attribute!r}"
-            + _nearest(attribute, {key for key, value in vars(found).items() if callable(value)})
-        )
-    return getattr(found, attribute)
-
-
-def function_source(name: str) -> str:
-    """The function's name and a fingerprint of its module's source, for a stage's record."""
-    try:
-        source = inspect.getsource(inspect.getmodule(function(name)))
-    except (OSError, TypeError) as error:
-        raise InputError(
-            f"reward_function {name}: its module has no Python source; write a function of your own that calls it"
-        ) from error
-    return f"{name} {hashlib.sha256(source.encode()).hexdigest()}"
+def options(kind: type, flags: list[str]):
+    """`--key=value` flags as dataclass `kind`, of a command without a config file."""
+    values: dict = {}
+    for flag in flags:
+        values |= _from_flag(flag, "", kind)
+    return _made(kind, values, lambda key: f"--{key}")
 
 
 def split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """A command line as its words and its flags, both forms of which become `--key=value`: `--key value` too, but for the flags that stand alone."""
+    """A command line as its words and its flags; `--key value` becomes `--key=value`."""
     words: list[str] = []
     flags: list[str] = []
     waiting = False
     for argument in arguments:
         if argument.startswith("--"):
             flags.append(argument)
-            waiting = "=" not in argument and argument.removeprefix("--") not in ALONE
+            name = argument.removeprefix("--").replace("-", "_")
+            waiting = "=" not in argument and name not in ALONE
         elif waiting:
             flags[-1] += f"={argument}"
             waiting = False
@@ -212,102 +185,70 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
     return words, flags
 
 
-def _check(config, hints: dict, where: Callable[[str], str]) -> None:
-    """Raises InputError where a value is not one that its field can have; `where` names a key as its writer knows it."""
-    for f in dataclasses.fields(config):
-        value, allowed = getattr(config, f.name), f.metadata.get("choices")
-        if allowed and value not in allowed:
-            raise InputError(
-                f"{where(f.name)} must be one of {', '.join(word or 'empty' for word in allowed)}, not {value!r}"
-            )
-        for word in value if (several := f.metadata.get("each")) else ():
-            if word not in several:
-                raise InputError(f"{where(f.name)} may hold {', '.join(several)}, not {word!r}")
-        if hints[f.name] is int and value < (least := int(f.name in AT_LEAST_ONE)):
-            raise InputError(f"{where(f.name)} must be at least {least}, not {value}")
-        if f.name == "temperature" and value < 0:
-            raise InputError(f"{where(f.name)} must not be negative, and is {value}; 0 is greedy")
-        if f.name in SHARES and not 0 <= value <= 1:
-            raise InputError(f"{where(f.name)} must lie between 0 and 1, not {value}")
-
-
-def options(kind: type, flags: list[str]):
-    """`--key=value` flags as dataclass `kind`, of a command that reads no config file. Raises InputError."""
-    hints = typing.get_type_hints(kind)
-    values: dict = {}
-    for flag in flags:
-        values |= _override(flag, "", set(hints), hints)
-    found = kind(
-        **{key: _typed(value, hints[key], where) for key, (value, where) in values.items()}
-    )
-    _check(found, hints, lambda key: f"--{key}")
-    return found
-
-
-def path_field(default: str | tuple[str, ...] = ""):
-    """A field that holds a path, or a list of them, resolved by `locate`."""
-    return dataclasses.field(default=default, metadata={"path": True})
-
-
-def words_field(*choices: str):
-    """A field that takes a list of any of a few words; none by default."""
-    return dataclasses.field(default=(), metadata={"each": choices})
-
-
-def _known(table: dict, section: str, own: set[str], path: str) -> dict:
-    """{key: (value, where)} of the top level and of the own section; other stages' sections are theirs to check."""
-    values, top = {}, {f.name for f in dataclasses.fields(Run)}
+def _from_table(table: dict, section: str, kind: type, path: str) -> dict:
+    """{key: (value, where)} of the top level and of the stage's own section."""
+    top = {field.name for field in dataclasses.fields(Run)}
+    own = {field.name for field in dataclasses.fields(kind)} - top
+    values = {}
     for key, value in table.items():
-        if key in SECTIONS:
-            if not isinstance(value, dict):
-                raise InputError(f"{path}: {key} must be a section, [{key}]")
-            if key == section:
-                for name, inner in value.items():
-                    if name not in own:
-                        raise InputError(
-                            f"{path}: unknown key {name!r} in [{section}]" + _nearest(name, own)
-                        )
-                    values[name] = (inner, f"{path}: [{section}]")
-        elif key == "made_from":  # of a stored config
-            continue
-        elif key not in top:
-            raise InputError(f"{path}: unknown key {key!r}" + _nearest(key, top | set(SECTIONS)))
-        else:
+        if key in SECTIONS and not isinstance(value, dict):
+            raise InputError(f"{path}: {key} must be a section, [{key}]")
+        if key == section:
+            for name, inner in value.items():
+                if name not in own:
+                    unknown = f"{path}: unknown key {name!r} in [{section}]"
+                    raise InputError(unknown + _instead(name, own))
+                values[name] = (inner, f"{path}: [{section}]")
+        elif key in top:
             values[key] = (value, path)
+        elif key not in (*SECTIONS, "made_from"):  # the second: of a config that a stage stored
+            raise InputError(f"{path}: unknown key {key!r}" + _instead(key, top | set(SECTIONS)))
     return values
 
 
-def _override(argument: str, section: str, own: set[str], hints: dict) -> dict:
-    """`--seed=1`, `--lr=1e-4` or `--sl.lr=1e-4`; a key of another stage's section is left to that stage."""
+def _from_flag(argument: str, section: str, kind: type) -> dict:
+    """`--seed=1`, `--lr=1e-4` or `--sl.lr=1e-4`; a key of another stage's section is ignored."""
     key, equals, text = argument.removeprefix("--").partition("=")
-    prefix, dot, name = key.rpartition(".")
-    alone = (
-        os.environ.get("WORLD_SIZE", "1")
-        if name == "plan"
-        else "true"
-        if hints.get(name) is bool
-        else ""
-    )
-    if not equals and not alone and name in hints:
-        raise InputError(f"{argument}: write --key=value")
+    prefix, dot, name = key.replace("-", "_").rpartition(".")
+    hints = typing.get_type_hints(kind)
+    known = set(hints) - {f.name for f in dataclasses.fields(Run)} if dot else set(hints)
     if dot and prefix in SECTIONS and prefix != section:
         return {}
-    known = own if dot else set(hints)
-    if (dot and prefix != section) or name not in known:
-        raise InputError(f"--{key}: unknown key" + _nearest(name, known, "--"))
+    if name not in known or (dot and prefix != section):
+        raise InputError(f"--{key}: unknown key" + _instead(name, known, "--"))
+    if not equals:
+        if hints[name] is not bool:
+            raise InputError(f"{argument}: write --key=value")
+        text = "true"
+    if hints[name] is str and not text.startswith(('"', "'")):
+        return {name: (text, f"--{key}")}  # a text needs no quotes: --out=7
     try:
-        bare = hints[name] is str and not text.startswith(
-            ('"', "'")
-        )  # a text needs no quotes: --out=7
-        value = text if bare else tomllib.loads(f"v = {text if equals else alone}")["v"]
+        return {name: (tomllib.loads(f"v = {text}")["v"], f"--{key}")}
     except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a text
-    return {name: (value, f"--{key}")}
+        return {name: (text, f"--{key}")}  # a bare word
 
 
-def _nearest(word: str, known: set[str], dashes: str = "") -> str:
+def _instead(word: str, known: set[str], dashes: str = "") -> str:
+    """What to write in a wrong key's place."""
+    if word in MOVED:
+        return f": {MOVED[word]}"
     near = difflib.get_close_matches(word, known, 1, 0.4)
-    return f"; did you mean {dashes}{near[0]}?" if near else f"; known: {', '.join(sorted(known))}"
+    if near:
+        return f"; did you mean {dashes}{near[0]}?"
+    return f"; known: {', '.join(sorted(known))}"
+
+
+# --- checking -------------------------------------------------------------------------------------
+
+
+def _made(kind: type, values: dict, name_of: Callable[[str], str]):
+    """The dataclass, its types and values checked. name_of: a key as the user knows it."""
+    hints = typing.get_type_hints(kind)
+    typed = {k: _typed(value, hints[k], f"{where}: {k}") for k, (value, where) in values.items()}
+    config = kind(**typed)
+    for field in dataclasses.fields(kind):
+        _check(getattr(config, field.name), field.metadata, name_of(field.name))
+    return config
 
 
 def _typed(value, kind: type, where: str):
@@ -315,12 +256,11 @@ def _typed(value, kind: type, where: str):
         return float(value)
     if kind is float and isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{where} must be a finite number, not {value}")
-    if kind == tuple[str, ...]:  # a text alone is a list of one, an empty one of none
+    if kind == tuple[str, ...]:  # one text is a list of one, an empty text a list of none
         value = [value] * bool(value) if isinstance(value, str) else value
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise InputError(
-                f"{where} must be a list of texts, not {json.dumps(value, default=str)}"
-            )
+            found = json.dumps(value, default=str)
+            raise InputError(f"{where} must be a list of texts, not {found}")
         return tuple(value)
     if type(value) is not kind:
         names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
@@ -328,56 +268,142 @@ def _typed(value, kind: type, where: str):
     return value
 
 
+def _check(value, allowed: typing.Mapping, name: str) -> None:
+    if "choices" in allowed and value not in allowed["choices"]:
+        words = ", ".join(word or "empty" for word in allowed["choices"])
+        raise InputError(f"{name} must be one of {words}, not {value!r}")
+    for word in value if "each" in allowed else ():
+        if word not in allowed["each"]:
+            raise InputError(f"{name} may hold {', '.join(allowed['each'])}, not {word!r}")
+    if type(value) in (int, float):
+        low, high = allowed.get("at_least", 0), allowed.get("at_most", math.inf)
+        if not low <= value <= high:
+            most = f" and at most {high}" if math.isfinite(high) else ""
+            raise InputError(f"{name} must be at least {low}{most}, not {value}")
+
+
+# --- functions by name ----------------------------------------------------------------------------
+
+
+def function(name: str) -> Callable:
+    """The Python function "module:function". Raises InputError. The only import by name."""
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute.isidentifier()):
+        raise InputError(f"reward_function must be written module:function, not {name!r}")
+    if module.startswith("minicai.tinyworld"):
+        raise InputError(
+            f"reward_function {name}: the tiny world's judge measures what training did, and takes "
+            f"no part in it"
+        )
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(f"reward_function {name}: {error}") from error
+    if not callable(getattr(found, attribute, None)):
+        functions = {key for key, value in vars(found).items() if callable(value)}
+        hint = _instead(attribute, functions)
+        raise InputError(f"reward_function {name}: {module} has no function {attribute!r}{hint}")
+    return getattr(found, attribute)
+
+
+def source_file(name: str) -> str:
+    """The file of the function "module:function", for its fingerprint. Raises InputError."""
+    try:
+        return inspect.getsourcefile(function(name)) or ""
+    except TypeError as error:
+        raise InputError(
+            f"reward_function {name}: its module has no Python source; write a function of your "
+            f"own that calls it"
+        ) from error
+
+
+def mirror(log: str) -> Callable:
+    """What shows metrics elsewhere, by its name in tools/mirrors.py."""
+    return function(f"minicai.tools.mirrors:{log}")
+
+
+# --- storing --------------------------------------------------------------------------------------
+
+
 def dump(config, section: str, made_from: dict[str, str]) -> str:
-    """The resolved config as TOML: what a stage stores beside its results, and compares with when it is run again. `made_from` holds the
-    fingerprints of what it reads from others: a constitution, an earlier stage."""
-    top = {f.name for f in dataclasses.fields(Run)}
-    values = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("overwrite", "plan")}
-    lines = [f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in values.items() if k in top]
-    lines += ["", f"[{section}]"] + [
-        f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in values.items() if k not in top
-    ]
-    lines += ["", "[made_from]"] + [f"{k} = {json.dumps(v)}" for k, v in made_from.items()]
+    """The resolved config as TOML, which a stage stores and compares when it is run again."""
+    top = {field.name for field in dataclasses.fields(Run)}
+    values = dataclasses.asdict(config)
+    values = {k: json.dumps(v, ensure_ascii=False) for k, v in values.items() if k not in ALONE}
+    lines = [f"{k} = {v}" for k, v in values.items() if k in top]
+    lines += ["", f"[{section}]"] + [f"{k} = {v}" for k, v in values.items() if k not in top]
+    lines += ["", "[made_from]"] + [f'"{k}" = {json.dumps(v)}' for k, v in made_from.items()]
     return redact("\n".join(lines)) + "\n"
 
 
+def differences(old: dict, new: dict, kind: type) -> list[str]:
+    """What has changed between two stored configs, fields that are free to change left out."""
+    free = {field.name for field in dataclasses.fields(kind) if field.metadata.get("free")}
+    before, after = ({**t.pop("made_from", {})} for t in (old, new))
+    changes = []
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            changes.append(f"the contents of {name} changed")
+    flat_old, flat_new = _flat(old), _flat(new)
+    for name in sorted(flat_old.keys() | flat_new.keys()):
+        was, now = flat_old.get(name), flat_new.get(name)
+        if was != now and name.rpartition(".")[2] not in free:
+            changes.append(f"{name} ({was!r} there, {now!r} now)")
+    return changes
+
+
+def _flat(table: dict) -> dict:
+    flat = {}
+    for key, value in table.items():
+        inner = value if isinstance(value, dict) else {}
+        flat |= {f"{key}.{name}": item for name, item in inner.items()} or {key: value}
+    return flat
+
+
+def redact(text: str) -> str:
+    """The text without access tokens and without the values of secret environment variables."""
+    for name, value in os.environ.items():
+        if SECRET_NAME.search(name) and len(value) >= 8 and not value.startswith("/"):
+            text = text.replace(value, "[redacted]")
+    return SECRET.sub("[redacted]", text)
+
+
+# --- --help ---------------------------------------------------------------------------------------
+
+
 def usage(doc: str, kind: type) -> str:
-    """The text of --help: a docstring, and the keys of a config as they stand in the source, each with its default and its reason."""
-    width = max(80, min(150, shutil.get_terminal_size((120, 24)).columns))
+    """The text of --help: a docstring, and each setting with its default and its comment."""
+    width = max(80, min(120, shutil.get_terminal_size((100, 24)).columns))
     lines = [doc.strip()]
     for part in filter(dataclasses.is_dataclass, reversed(kind.__mro__)):
-        source = inspect.getsource(part)
-        lines += ["", (part.__doc__ if '"""' in source else "Options.").splitlines()[0]]
-        for f in dataclasses.fields(part):
-            if not (
-                stands := re.search(rf"^    {f.name}: .*?(?:  # (.*))?$", source, re.MULTILINE)
-            ):
+        comments = _comments(inspect.getsource(part))
+        lines += ["", (part.__doc__ or "Options.").splitlines()[0]]
+        for field in dataclasses.fields(part):
+            if field.name not in comments:
                 continue  # another class's
-            default = (
-                json.dumps(list(f.default)) if isinstance(f.default, tuple) else str(f.default)
-            )
-            flag = f"  --{f.name}" + ("" if f.default is False else f"={default}")
-            words = (
-                " | ".join(f.metadata.get("choices", ())),
-                ", ".join(f.metadata.get("each", ())),
-                stands[1] or "",
-            )
-            said = textwrap.wrap(
-                "; ".join(filter(None, words)),
-                width - 30,
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
+            default = field.default
+            default = json.dumps(list(default)) if isinstance(default, tuple) else str(default)
+            flag = f"  --{field.name}" + ("" if field.default is False else f"={default}")
+            words = [" | ".join(field.metadata.get("choices", ()))]
+            words += [", ".join(field.metadata.get("each", ())), comments[field.name]]
+            text = "; ".join(filter(None, words))
+            said = textwrap.wrap(text, width - 30, break_long_words=False, break_on_hyphens=False)
             beside = said[:1] if len(flag) < 29 else []
-            lines += [
-                f"{flag:<30}{''.join(beside)}".rstrip(),
-                *(" " * 30 + line for line in said[len(beside) :]),
-            ]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "  --quiet                     results and errors alone",
-            "  --help                      this text",
-        ]
-    )
+            lines.append(f"{flag:<30}{''.join(beside)}".rstrip())
+            lines += [" " * 30 + line for line in said[len(beside) :]]
+    lines += ["", "  --quiet                     print only results and errors"]
+    return "\n".join([*lines, "  --help                      print this text"])
+
+
+def _comments(source: str) -> dict[str, str]:
+    """{field: its comment}, which is behind the field or in the lines above it."""
+    found, above = {}, []
+    for line in source.splitlines():
+        field = re.match(r"    (\w+): .*?(?:  # (.*))?$", line)
+        if field:
+            found[field[1]] = field[2] or " ".join(above)
+        comment = re.match(r"    # (.*)", line)
+        above = [*above, comment[1]] if comment else []
+    return found

@@ -24,7 +24,7 @@ from minicai.prompts import Prompt, render, split_transcript
 
 
 @contextmanager
-def room(path: Path, temporary: Path | None = None) -> Iterator[None]:
+def disk_full_guard(path: Path, temporary: Path | None = None) -> Iterator[None]:
     """Around what makes `path`, beside its place in `temporary`, which is removed where that fails: it would take what room is made.
 
     Raises RunError where the disk is full. Libraries hide the system's error behind one of their own, or repeat no more than its words.
@@ -66,7 +66,7 @@ def raise_interrupt(error: BaseException) -> None:
 def write_atomic(path: Path, text: str) -> None:
     """The whole new text or the whole old one, whatever happens in between. Raises RunError where the disk is full."""
     temporary = path.with_name(path.name + ".tmp")
-    with room(path, temporary):
+    with disk_full_guard(path, temporary):
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -97,19 +97,23 @@ def finite(value):
 
 
 class Journal:
-    """An append-only JSONL file. Opening it drops a torn last line and, of a file with fewer than `total` lines, those beyond a multiple
-    of `group`: work done in groups is then redone in the same groups, and comes out as if it had never been interrupted.
-    Where `path` is None the rows are kept and not written: of several processes one writes. `mirror` is called with the rows once they are."""
+    """An append-only JSONL file of dicts, `rows`. A torn last line is dropped when it is opened.
+
+    group, total: the rows are made in groups of `group` until there are `total`. Of an unfinished
+    file the rows behind the last whole group are dropped: they are made again in the same groups,
+    and come out as if nothing had been interrupted. With path None rows are kept, not written: of
+    several processes only one writes. mirror(rows) is called when they are written.
+    """
 
     def __init__(self, path: Path, group: int = 1, total: int | None = None):
-        self.path, self.mirror = path, None
-        kept = (
-            path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-        )  # what follows the last "\n" is torn
-        kept = kept if len(kept) == total else kept[: len(kept) - len(kept) % group]
-        self.rows = [_object(line, path, number) for number, line in enumerate(kept, 1)]
+        self.path, self.name, self.mirror = path, path.stem, None
+        self.group, self.total = group, total
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        if len(lines) != total:
+            lines = lines[: len(lines) - len(lines) % group]
+        self.rows = [_object(line, path, number) for number, line in enumerate(lines, 1)]
         if path.exists():
-            os.truncate(path, sum(len(line) + 1 for line in kept))
+            os.truncate(path, sum(len(line) + 1 for line in lines))
 
     def append(self, rows: list[dict]) -> None:
         """Adds whole lines, or none where that fails. Raises RunError where the disk is full."""
@@ -122,14 +126,11 @@ class Journal:
 
     def _write(self, rows: list[dict]) -> None:
         size = self.path.stat().st_size if self.path.exists() else 0
-        with room(self.path):
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        with disk_full_guard(self.path):
             try:
                 with open(self.path, "ab") as file:
-                    file.write(
-                        b"".join(
-                            json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows
-                        )
-                    )
+                    file.write(text.encode())
                     file.flush()
                     os.fsync(file.fileno())
             except BaseException:
@@ -146,9 +147,18 @@ class Journal:
 
 
 def epoch_order(count: int, *seed: int) -> list[int]:
-    """A shuffle of range(count) that is a function of the seed alone, so that a resumed run sees the same batches."""
+    """A shuffle of range(count). The seed alone decides, so a resumed run sees the same batches."""
     tag = 1 << 20  # keeps shuffles apart from the random numbers of samples
     return np.random.default_rng((tag, *seed)).permutation(count).tolist()
+
+
+def shuffled(items: Sequence, first: int, count: int, *seed: int) -> list:
+    """Items number first, first + 1, ... of an endless sequence: epoch after epoch, each shuffled."""
+    chosen = []
+    for number in range(first, first + count):
+        epoch, position = divmod(number, len(items))
+        chosen.append(items[epoch_order(len(items), *seed, epoch)[position]])
+    return chosen
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:

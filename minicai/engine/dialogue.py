@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from jinja2 import TemplateError
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from minicai import InputError
 from minicai.engine import terminal
@@ -142,27 +142,6 @@ def encode_options(
     return groups
 
 
-def check_requests(
-    tokenizer: PreTrainedTokenizerBase,
-    config: PretrainedConfig,
-    requests: Sequence[Asked],
-    answers: int,
-    new_tokens: int,
-    what: str,
-) -> None:
-    """Raises InputError where the longest of the requests, each written with empty answers, will not fit into the model's context with `answers`
-    tokens of them in it and `new_tokens` behind it. `what` says what is asked for, and by which settings it gets shorter."""
-    context, longest = (
-        getattr(config.get_text_config(), "max_position_embeddings", None),
-        max(len(encode_prompt(tokenizer, r)) for r in requests),
-    )
-    if context and longest + answers + new_tokens > context:
-        raise InputError(
-            f"{what}: it may have {longest + answers} tokens ({longest} of the request, {answers} of the answers in it), which with "
-            f"{new_tokens} new ones exceeds the context of {context} of {tokenizer.name_or_path}"
-        )
-
-
 def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The ids of a text, behind the token that begins all texts where the tokenizer has one; the one that ends them is not for a prompt."""
     ids = tokenizer(text, split_special_tokens=True)["input_ids"]
@@ -277,24 +256,18 @@ def show_first(
     label: str,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[tuple[Sequence[int], Sequence[int]]],
-    count: int = 2,
 ) -> None:
-    """Prints the first sequences of a batch (ids of prompt and response) once, with special tokens, as the model reads them; what is learned is
-    in colour, or in brackets where that is not to be had. Look here first where a model learns nothing, or never stops."""
+    """Prints two sequences (ids of prompt and response) of the first batch, as the model reads them.
+
+    The trained tokens are coloured, or in brackets. Look here first where a model learns nothing,
+    or never stops.
+    """
     if terminal.hushed():
         return
-    shown = [
-        terminal.marked(tokenizer.decode(prompt), tokenizer.decode(response))
-        for prompt, response in rows[:count]
-    ]
     how = "in colour" if terminal.colours() else "in [brackets]"
-    print(
-        "\n".join(
-            [
-                f"{label}: {len(shown)} of the {len(rows)} sequences of the first batch, what is learned {how}:",
-                *shown,
-                "",
-            ]
-        ),
-        file=sys.stderr,
-    )
+    lines = [
+        f"{label}: the first of {len(rows)} sequences of the first batch, trained tokens {how}:"
+    ]
+    for prompt, response in rows[:2]:
+        lines.append(terminal.marked(tokenizer.decode(prompt), tokenizer.decode(response)))
+    print("\n".join([*lines, ""]), file=sys.stderr)

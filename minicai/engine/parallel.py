@@ -42,11 +42,15 @@ from minicai.engine import terminal
 MALLOC = "MALLOC_MMAP_THRESHOLD_"  # glibc's, in bytes: larger blocks are mapped one by one
 
 
-def setup(device: str, precision: str, timeout: int = 1800) -> tuple[torch.device, str]:
-    """Resolves "auto", prepares the process, returns the device and "fp32" or "bf16". Raises InputError on what is not to be had.
+_process = {"device": torch.device("cpu"), "precision": "fp32"}
 
-    Under torchrun it joins the process group, once. `timeout`: seconds that a rank may keep the others waiting before all of them stop;
-    with 0 it stays by itself.
+
+def setup(device: str = "auto", precision: str = "auto", timeout: int = 1800) -> None:
+    """Fixes device and precision for the whole process. Under torchrun it joins the group, once.
+
+    device: "cpu", "cuda" or "auto". precision: "fp32", "bf16" or "auto": bf16 on a GPU that has it.
+    timeout: seconds that a rank may keep the others waiting before all of them stop.
+    Raises InputError where the device is not available.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"device must be auto, cpu or cuda, not {device!r}")
@@ -57,25 +61,49 @@ def setup(device: str, precision: str, timeout: int = 1800) -> tuple[torch.devic
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if precision == "auto":
-        precision = (
-            "bf16"
-            if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-            else "fp32"
-        )
+        fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if fast else "fp32"
     if device == "cpu":
         _keep_freed_memory()
-    if timeout and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if device == "cuda":
             local, here = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
             if local >= here:
+                processes = os.environ["LOCAL_WORLD_SIZE"]
                 raise InputError(
-                    f"{os.environ['LOCAL_WORLD_SIZE']} processes on a host with {here} CUDA devices: each needs one of its own"
+                    f"{processes} processes on a host with {here} CUDA devices: each needs its own"
                 )
             torch.cuda.set_device(local)
             device = f"cuda:{local}"
         if not dist.is_initialized():
             _join("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout)
-    return torch.device(device), precision
+    _process.update(device=torch.device(device), precision=precision)
+
+
+def device() -> torch.device:
+    """The device of this process: models are loaded there."""
+    return _process["device"]
+
+
+def precision() -> str:
+    """ "fp32" or "bf16": what forward and backward passes compute in."""
+    return _process["precision"]
+
+
+@contextmanager
+def computing_in(precision: str) -> Iterator[None]:
+    """Inside it, passes compute in another precision than the process's."""
+    before = _process["precision"]
+    _process["precision"] = precision
+    try:
+        yield
+    finally:
+        _process["precision"] = before
+
+
+def autocast() -> torch.autocast:
+    """Products in bfloat16 where the precision is bf16. Entered by every forward pass itself."""
+    return torch.autocast(device().type, dtype=torch.bfloat16, enabled=precision() == "bf16")
 
 
 def _join(backend: str, timeout: int) -> None:
@@ -121,10 +149,6 @@ def rank() -> int:
 def world() -> int:
     """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 # --- work ------------------------------------------------------------------------------------------------------------------------
@@ -244,50 +268,52 @@ def _mesh(device_type: str) -> DeviceMesh:
     return mesh
 
 
-def shard(model: torch.nn.Module, device: torch.device, precision: str) -> torch.nn.Module:
-    """Cuts each parameter of the model over the ranks: each layer a group, embeddings, last norm and head another. In place.
+def shard(model: torch.nn.Module) -> torch.nn.Module:
+    """Cuts each parameter over the ranks, in place: each layer is a group, and the rest another.
 
-    Under bf16 the layers' groups are exchanged and used as bfloat16, and their gradients summed as float32; the last group stays float32,
-    as heads are applied in float32 (models.apply_head). Activations are autocast's to decide, as in one process.
+    Under bf16 the layers are exchanged and used as bfloat16, and their gradients summed in float32.
+    The rest (embeddings, last norm, head) stays float32, since heads are applied in float32.
     """
-    layers = [
-        module for module in model.modules() if type(module).__name__ in model._no_split_modules
-    ]
+    layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
     if not layers:
         raise InputError(
-            f"{type(model).__name__}: several processes cannot share this kind of model: it does not name its layers"
+            f"{type(model).__name__}: several processes cannot share this kind of model: "
+            f"it does not name its layers"
         )
-    half = (
-        MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        if precision == "bf16"
-        else MixedPrecisionPolicy()
-    )
+    policy, mesh = MixedPrecisionPolicy(), _mesh(device().type)
+    if precision() == "bf16":
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for layer in layers:
-        fully_shard(layer, mesh=_mesh(device.type), mp_policy=half, reshard_after_forward=True)
-    # By default the outermost group would stay whole after a forward pass that no backward pass follows: an optimizer that is made then holds
-    # parameters that never change, and the next pass uses old ones. Neither raises an error.
-    fully_shard(model, mesh=_mesh(device.type), reshard_after_forward=True)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    # By default the outermost group would stay whole after a forward pass without a backward pass:
+    # an optimizer made then holds parameters that never change. Nothing raises an error.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
     model.under_hooks = lambda function, *arguments: function(model, *arguments)
     register_fsdp_forward_method(model, "under_hooks")
     return model
 
 
-def weight_precision(precision: str) -> str:
-    """In which precision the layers' weights are used: float32 in one process, for autocast to convert; in several, what they are exchanged in."""
-    return precision if world() > 1 else "fp32"
+def weight_precision() -> str:
+    """The precision in which the layers' weights are used.
+
+    One process keeps float32 weights and autocast converts them; several exchange them as bfloat16.
+    """
+    return precision() if world() > 1 else "fp32"
 
 
 def forward_pass(function: Callable) -> Callable:
-    """Decorates function(model, ...): a sharded model then has its parameters whole inside, as in a call of the model itself, whether the
-    function calls a part of the model or applies the head by itself."""
+    """Decorates function(model, ...), which then computes under autocast.
+
+    A sharded model has its parameters whole inside, as in a call of the model itself, so that the
+    function may call a part of the model and apply the head by itself.
+    """
 
     @functools.wraps(function)
     def inside(model: torch.nn.Module, *arguments):
-        return (
-            model.under_hooks(function, *arguments)
-            if isinstance(model, FSDPModule)
-            else function(model, *arguments)
-        )
+        with autocast():
+            if isinstance(model, FSDPModule):
+                return model.under_hooks(function, *arguments)
+            return function(model, *arguments)
 
     return inside
 
@@ -352,12 +378,10 @@ def _keep_freed_memory() -> None:
             mallopt(option, size)
 
 
-def device_name(device: torch.device) -> str:
-    name = (
-        torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    )
+def device_name() -> str:
+    name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    if device().type == "cuda":
+        name = torch.cuda.get_device_name()
     return name if world() == 1 else f"{name}; {world()} processes"
 
 

@@ -18,27 +18,37 @@ from statistics import fmean
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel
 
 from minicai import InputError
 from minicai.engine import parallel
 from minicai.engine.attention import Slots, last_hidden
 from minicai.engine.dialogue import Asked, decode, encode_options, encode_prompt, end_ids
+from minicai.engine.load import load_config, load_tokenizer
 from minicai.engine.models import apply_head, shared_hidden_states
 from minicai.engine.terminal import Progress
+from minicai.prompts import Prompt, as_turns
 
 SHARE = 16  # tokens; a shorter common beginning is not worth a forward pass of its own
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are sampled."""
+
+    max_new_tokens: int | Sequence[int]  # length limit of a response: of all, or of each
+    temperature: float = 1.0  # 0 = greedy
+    rows: int = 256  # sequences decoded side by side: decides memory, not results
+
+
 @dataclass
 class Completion:
-    """What was sampled for one prompt: token ids (the end of sequence included), and for each token its log-prob under the sampling
-    distribution and the entropy of that distribution, in nats. `ended` is False where the length limit cut it off."""
+    """What was sampled for one prompt, token by token."""
 
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    entropies: list[float] = field(default_factory=list)
-    ended: bool = False
+    ids: list[int] = field(default_factory=list)  # the end of sequence included
+    logprobs: list[float] = field(default_factory=list)  # nats, under the sampling distribution
+    entropies: list[float] = field(default_factory=list)  # nats, of that distribution
+    ended: bool = False  # False where the length limit cut it off
 
 
 def draw(
@@ -64,20 +74,46 @@ def draw(
 def check_lengths(
     config: PretrainedConfig, prompts: Sequence[Sequence[int]], new_tokens: int, source: str = ""
 ) -> None:
-    """Raises InputError where a prompt and its completion would not fit into the model's context. `source` names a file of prompts."""
+    """Raises InputError where a prompt with `new_tokens` more exceeds the model's context.
+
+    source: the file of the prompts, for the message.
+    """
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    longest = max(range(len(prompts)), key=lambda k: len(prompts[k]), default=0)
-    if not all(prompts):
+    sizes = [len(prompt) for prompt in prompts]
+    if 0 in sizes:
+        name = f"{source}: prompt" if source else "prompt"
+        raise InputError(f"{name} {sizes.index(0) + 1} has no tokens")
+    longest = max(sizes, default=0)
+    if prompts and context and longest + new_tokens > context:
+        name = f"{source}: prompt {sizes.index(longest) + 1}" if source else "a prompt"
         raise InputError(
-            f"{source}: prompt {next(k for k, p in enumerate(prompts) if not p) + 1} has no tokens".removeprefix(
-                ": "
-            )
+            f"{name} has {longest} tokens, which with {new_tokens} new ones exceeds the model's "
+            f"context of {context}; shorten the prompt or lower max_new_tokens"
         )
-    if prompts and context and len(prompts[longest]) + new_tokens > context:
-        name = f"{source}: prompt {longest + 1}" if source else "a prompt"
+
+
+def check_prompts(
+    model: PreTrainedModel, prompts: Sequence[Prompt], new_tokens: int, source: str
+) -> None:
+    """check_lengths of prompts as a model reads them, before any work is done."""
+    encoded = [encode_prompt(model.tokenizer, as_turns(prompt)) for prompt in prompts]
+    check_lengths(model.config, encoded, new_tokens, source)
+
+
+def check_requests(path: str, requests: Sequence[str], new_tokens: int, what: str) -> None:
+    """Raises InputError where the longest request exceeds the context of the model in `path`.
+
+    requests: written with empty answers. new_tokens: those of the answers in them and behind them.
+    what: what is requested.
+    """
+    context = getattr(load_config(path).get_text_config(), "max_position_embeddings", None)
+    tokenizer = load_tokenizer(path)
+    longest = max((len(encode_prompt(tokenizer, request)) for request in requests), default=0)
+    if context and longest and longest + new_tokens > context:
         raise InputError(
-            f"{name} has {len(prompts[longest])} tokens, which with {new_tokens} new ones exceeds the model's context of "
-            f"{context}; shorten the prompt or lower max_new_tokens"
+            f"{what} may have {longest + new_tokens} tokens ({longest} without the answers in it), "
+            f"and the context of {path} is {context}: lower max_new_tokens, or shorten examples, "
+            f"principles or prompts"
         )
 
 
@@ -86,58 +122,59 @@ def generate(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int | Sequence[int],
-    eos_id: int | Set[int],
-    temperature: float = 1.0,
-    rows: int = 256,
+    how: Sampling,
+    ends: Set[int] | None = None,
     progress: Progress | None = None,
     heard: Callable[[int, int], None] | None = None,
 ) -> list[Completion]:
-    """Completes each prompt (token ids), `rows` at a time. seeds[k]: whole numbers that seed prompt k; max_new_tokens: of all, or of each;
-    eos_id: the token that ends a completion, or the several that do (dialogue.end_ids). `heard` is told each token as it comes: the number of
-    its prompt, and its id.
+    """Completes each prompt (token ids). seeds[k]: whole numbers that seed prompt k.
+
+    ends: the tokens that end a completion; by default those of the model (dialogue.end_ids).
+    heard(k, token) is called for each token of prompt k as it is sampled.
     """
-    ends = {eos_id} if isinstance(eos_id, int) else eos_id
-    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
-    check_lengths(model.config, prompts, max(limits, default=0))
+    ends = end_ids(model.tokenizer, model.generation_config) if ends is None else ends
+    limits = how.max_new_tokens
+    limits = [limits] * len(prompts) if isinstance(limits, int) else limits
+    longest = max(limits, default=0)
+    check_lengths(model.config, prompts, longest)
     completions = [Completion() for _ in prompts]
-
-    def decide(hidden_BD: Tensor, points_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return draw(apply_head(model.get_output_embeddings(), hidden_BD), points_B, temperature)
-
-    slots = Slots(
-        min(rows, len(prompts)), max(map(len, prompts), default=0) + max(limits, default=0)
-    )
-    shared = _prefill_shared(model, prompts, slots)
-    schedule = _Schedule(
-        slots,
-        prompts,
-        [k for k in range(len(prompts)) if limits[k]],
-        shared,
-    )
-    uniforms = [
-        iter(np.random.default_rng(seed).random(limit)) for seed, limit in zip(seeds, limits)
-    ]
-    while running := schedule.refill():
-        starts, feeds, points = zip(
-            *((row.start, row.feed, next(uniforms[row.number])) for row in running)
-        )
-        points_B = torch.tensor(points, dtype=torch.float64, device=model.device)
-        drawn = decide(last_hidden(model, slots, starts, feeds)[:, 0], points_B)
-        for row, token, logprob, entropy in zip(running, *(x.tolist() for x in drawn)):
-            completion = completions[row.number]
-            completion.ids.append(token)
-            if heard:
-                heard(row.number, token)
-            completion.logprobs.append(logprob)
-            completion.entropies.append(entropy)
-            completion.ended = token in ends
-            row.start, row.feed = row.start + len(row.feed), (token,)
-            row.done = completion.ended or len(completion.ids) == limits[row.number]
-        if progress:
-            progress.update(sum(row.done for row in running))
+    slots = Slots(min(how.rows, len(prompts)), max(map(len, prompts), default=0) + longest)
+    uniforms = [iter(np.random.default_rng(s).random(limit)) for s, limit in zip(seeds, limits)]
+    with parallel.autocast():  # once: entered at every token, it would cast the weights anew
+        shared = _prefill_shared(model, prompts, slots)
+        schedule = _Schedule(slots, prompts, [k for k, limit in enumerate(limits) if limit], shared)
+        while running := schedule.refill():
+            starts, feeds = [row.start for row in running], [row.feed for row in running]
+            points = [next(uniforms[row.number]) for row in running]
+            points_B = torch.tensor(points, dtype=torch.float64, device=model.device)
+            hidden_BD = last_hidden(model, slots, starts, feeds)[:, 0]
+            logits_BV = apply_head(model.get_output_embeddings(), hidden_BD)
+            drawn = [x.tolist() for x in draw(logits_BV, points_B, how.temperature)]
+            for row, token, logprob, entropy in zip(running, *drawn):
+                completion = completions[row.number]
+                completion.ids.append(token)
+                completion.logprobs.append(logprob)
+                completion.entropies.append(entropy)
+                completion.ended = token in ends
+                row.start, row.feed = row.start + len(row.feed), (token,)
+                row.done = completion.ended or len(completion.ids) == limits[row.number]
+                if heard:
+                    heard(row.number, token)
+            if progress:
+                progress.update(sum(row.done for row in running))
     return completions
+
+
+def sample(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[Sequence[int]],
+    how: Sampling,
+) -> list[Completion]:
+    """generate, with the prompts shared by all processes. Each gets all completions."""
+    with parallel.gathered(model):
+        mine = generate(model, parallel.share(prompts), parallel.share(seeds), how)
+    return parallel.gather(mine)
 
 
 def _alike(first: Sequence[int], second: Sequence[int]) -> int:
@@ -252,65 +289,50 @@ class _Schedule:
 
 def respond(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
     asked: Sequence[Asked],
     seeds: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    rows: int = 256,
+    how: Sampling,
     progress: Progress | None = None,
 ) -> tuple[list[str], list[bool]]:
-    """Texts and dialogues in, texts out: what `generate` answers to each, and whether the answer ended by itself. `progress` shows the share
-    that did, and their mean length in tokens."""
-    done = generate(
-        model,
-        [encode_prompt(tokenizer, one) for one in asked],
-        seeds,
-        max_new_tokens=max_new_tokens,
-        rows=rows,
-        eos_id=end_ids(tokenizer, model.generation_config),
-        temperature=temperature,
-        progress=progress,
-    )
-    if progress and done:  # of whole calls alone: those that end first are the short ones
-        progress.update(
-            0, {"ended": fmean(c.ended for c in done), "tokens": fmean(len(c.ids) for c in done)}
-        )
-    return [decode(tokenizer, c.ids, c.ended) for c in done], [c.ended for c in done]
+    """Texts to continue and dialogues to answer -> what the model says, and whether it ended."""
+    encoded = [encode_prompt(model.tokenizer, one) for one in asked]
+    done = generate(model, encoded, seeds, how, progress=progress)
+    ended = [c.ended for c in done]
+    if progress and done:  # of whole calls only: the first to end are the short ones
+        progress.update(0, {"ended": fmean(ended), "tokens": fmean(len(c.ids) for c in done)})
+    return [decode(model.tokenizer, c.ids, c.ended) for c in done], ended
 
 
 def turn_size(rows: int) -> int:
-    """How many prompts a data phase hands over at once, to be decoded in `rows` slots: several for each, so that slots of short answers refill.
+    """How many prompts a data phase hands over at once, to be decoded in `rows` slots.
 
-    Critique and revision of 512 prompts on the tiny model, 64 slots: 21.2, 20.9, 20.2, 19.0 CPU seconds with one, two, four and eight prompts a
-    slot. Not more than four, since a turn that is interrupted is lost; of many processes fewer, so that each has its turn.
+    Several for each slot, so that the slots of short answers refill. 512 prompts of critique and
+    revision in 64 slots took 21.2, 20.9, 20.2 and 19.0 CPU seconds with one, two, four and eight
+    prompts a slot (tiny model). Four at most, since an interrupted turn is lost; fewer with many
+    processes, so that each has its turn.
     """
     return rows * max(1, 4 // parallel.world())
 
 
 @torch.no_grad()
 def choice_logprobs(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Asked],
-    choices: Sequence[str],
-    rows: int = 64,
+    model: PreTrainedModel, prompts: Sequence[Asked], choices: Sequence[str], rows: int = 64
 ) -> list[list[float]]:
-    """log P(choice | prompt) of every choice after every prompt, in nats: -> one list per prompt, in the order of `choices`.
+    """log P(choice | prompt) in nats: one list per prompt, in the order of `choices`.
 
-    Choices that differ in their last token alone, as " (A" and " (B" do, share one forward pass; others are scored one by one. The ids of a choice
-    are those that it has behind its prompt; behind a chat template's opening of an answer it has no blank before it. Texts go through the model
-    `rows` at a time, and what they begin with in common once: both orders of a pair, its other principles, its conversation.
+    The ids of a choice are those that it has behind its prompt; behind a chat template's opening of
+    an answer it has no blank before it. Texts go through the model `rows` at a time; what they
+    begin with in common is computed once: both orders of a pair, its other principles.
     """
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    encoded = [encode_prompt(model.tokenizer, prompt) for prompt in prompts]
     results: list[list[float]] = [[] for _ in prompts]
-    for options, members in encode_options(tokenizer, prompts, encoded, choices).items():
-        check_lengths(model.config, [encoded[k] for k in members], max(map(len, options)))
-        for k, found in zip(
-            members, _option_logprobs(model, [encoded[k] for k in members], options, rows)
-        ):
-            results[k] = found
+    for options, members in encode_options(model.tokenizer, prompts, encoded, choices).items():
+        texts = [encoded[k] for k in members]
+        check_lengths(model.config, texts, max(map(len, options)))
+        with parallel.autocast():
+            found = _option_logprobs(model, texts, options, rows)
+        for k, logprobs in zip(members, found):
+            results[k] = logprobs
     return results
 
 
@@ -320,31 +342,30 @@ def _option_logprobs(
     options: Sequence[tuple[int, ...]],
     rows: int,
 ) -> list[list[float]]:
-    """Log-probs of each option after each prompt, all of them token ids. Batches are in dictionary order, so that neighbours share their beginnings;
-    what batches of one length would save is saved inside attention.Packed."""
-    heads = {option[:-1] for option in options}
-    shared = [options] if len(heads) == 1 else [[option] for option in options]
+    """Log-probs of each option after each prompt, all of them token ids.
+
+    Options that differ only in their last token, as " (A" and " (B" do, share one forward pass.
+    """
+    share = len({option[:-1] for option in options}) == 1
     results: list[list[float]] = [[] for _ in encoded]
-    for group in shared:
+    for group in [options] if share else [[option] for option in options]:
         head = list(group[0][:-1])
-        texts = [list(prompt) + head for prompt in encoded]
-        order = sorted(
-            range(len(texts)), key=texts.__getitem__
-        )  # those that begin alike are neighbours
-        for batch in (order[first : first + rows] for first in range(0, len(order), rows)):
+        texts = [[*prompt, *head] for prompt in encoded]
+        order = sorted(range(len(texts)), key=texts.__getitem__)  # neighbours begin alike
+        for first in range(0, len(order), rows):
+            batch = order[first : first + rows]
             logp_BTV = final_logprobs(model, [texts[k] for k in batch], len(head) + 1)
-            before = sum(
-                (logp_BTV[:, t, token] for t, token in enumerate(head)),
-                torch.zeros(len(batch), device=model.device),
-            )
+            logp_B = torch.zeros(len(batch), device=model.device)  # of the head
+            for t, token in enumerate(head):
+                logp_B = logp_B + logp_BTV[:, t, token]
             for row, k in enumerate(batch):
-                results[k] += [
-                    (before[row] + logp_BTV[row, -1, option[-1]]).item() for option in group
-                ]
+                for option in group:
+                    results[k].append((logp_B[row] + logp_BTV[row, -1, option[-1]]).item())
     return results
 
 
 def final_logprobs(model: PreTrainedModel, texts: Sequence[Sequence[int]], count: int) -> Tensor:
-    """Log-probs of every token, [B, count, V] in float32, after each of the last `count` tokens of each text."""
+    """Log-probs [B, count, V] in float32 after each of the last `count` tokens of each text."""
     hidden, rows = shared_hidden_states(model, texts)
-    return apply_head(model.get_output_embeddings(), hidden[rows.tails(count)]).log_softmax(-1)
+    head = model.get_output_embeddings()
+    return apply_head(head, hidden[rows.tails(count)]).log_softmax(-1)

@@ -98,3 +98,37 @@ def agreement(
 
 
 # --- watching ------------------------------------------------------------------------------------------------------------------------
+
+
+def hacked(
+    reward: Sequence[float | None],
+    judge: Sequence[float | None],
+    window: int = 5,
+    errors: float = 4.0,
+) -> str:
+    """What to say where the learned reward rises while a judge that it was not trained on falls; "" where it does not (Gao et al. 2022).
+
+    The last `window` rollouts are compared with the `window` that the judge liked best: it speaks where reward_now - reward_then and
+    judge_then - judge_now both exceed `errors` standard errors sigma sqrt(2 / window), with sigma^2 = mean((x_{t+1} - x_t)^2) / 2, which a
+    trend hardly touches. A judge that stays as it is sets it off in 3 % of runs of 60 rollouts. None (not finite): that rollout is passed over.
+    """
+    pairs = [(r, j) for r, j in zip(reward, judge, strict=True) if r is not None and j is not None]
+    if len(pairs) < 2 * window:
+        return ""
+    best = max(
+        range(len(pairs) - 2 * window + 1), key=lambda k: sum(j for _, j in pairs[k : k + window])
+    )
+    (r_then, r_now, r_error), (j_then, j_now, j_error) = (
+        (
+            fmean(series[best : best + window]),
+            fmean(series[-window:]),
+            math.sqrt(fmean((b - a) ** 2 for a, b in pairwise(series)) / window),
+        )
+        for series in zip(*pairs)
+    )
+    if r_now - r_then > errors * r_error and j_then - j_now > errors * j_error:
+        return (
+            f"the learned reward rose from {r_then:.3g} to {r_now:.3g} while the judge fell from {j_then:.3g} to {j_now:.3g}: the policy may be "
+            "exploiting the reward model; look at its latest responses in episodes.jsonl, and raise kl_coef or stop earlier"
+        )
+    return ""

@@ -21,7 +21,7 @@ from torch import nn
 
 from minicai import InputError, RunError, __main__
 from minicai.engine import checkpoint, config, data, guard, terminal
-from minicai.engine.data import Journal, finite, read_jsonl, room, write_atomic
+from minicai.engine.data import Journal, finite, read_jsonl, disk_full_guard, write_atomic
 from minicai.engine.models import load_policy, load_scorer, load_tokenizer
 from minicai.report import page as report
 from tests import faults
@@ -462,14 +462,14 @@ def test_a_full_disk_is_known_in_whatever_words_a_library_puts_it(tmp_path, erro
         (tmp_path / "x.tmp").mkdir()
         with (
             pytest.raises(RunError, match=f"^{re.escape(str(tmp_path))}: cannot be written: "),
-            room(tmp_path, tmp_path / "x.tmp"),
+            disk_full_guard(tmp_path, tmp_path / "x.tmp"),
         ):
             raise raised
         assert list(tmp_path.iterdir()) == []
 
 
 def test_other_errors_of_writing_are_not_taken_for_a_full_disk(tmp_path):
-    with pytest.raises(PermissionError), room(tmp_path):
+    with pytest.raises(PermissionError), disk_full_guard(tmp_path):
         raise PermissionError(13, "Permission denied")
 
 

@@ -1,0 +1,333 @@
+"""Where a run is: a bookmark, not a trainer. It owns no order of work.
+
+    stage = Stage(cfg, "sl", {"model": path, "prompts": path}, code=__file__)
+    if stage.record:                               # finished already
+        return stage.record
+    rows = stage.journal("revisions.jsonl", group, total)
+    for first, last in stage.turns(rows, "generate", "texts"):     # data, made in turns by the ranks
+        rows.append(...)
+    stage.resume({"model": model}, optimizer)      # from the newest checkpoint, if there is one
+    for step in stage.steps(steps):                # shows progress, saves, stops at Ctrl-C
+        if stage.finite([loss, norm], batch):      # skips an update that is not finite
+            optimizer.step()
+        stage.log({"loss": loss})
+    return stage.finish(model, {"examples": 100})
+
+OUT/STAGE/config.toml has the resolved settings and sha256 sums of all that the stage reads: data
+files, models, constitution, and the code that makes its numbers. A run whose settings, inputs or
+code have changed says so by name, and resumes only with --accept-changes. Paths may change.
+"""
+
+import ast
+import hashlib
+import importlib
+import inspect
+import io
+import json
+import math
+import os
+import shutil
+import time
+import tokenize
+import tomllib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from minicai import InputError, RunError
+from minicai.engine import checkpoint, config, hub, parallel, terminal
+from minicai.engine.data import Journal, finite, read_record, write_atomic
+
+RECORD = "stage.json"
+DATA = (".jsonl", ".json", ".gz", ".txt", ".toml", ".py")  # what is not a model folder
+SKIPPED_AT_MOST = 3  # updates in a row whose loss or gradient is not finite; then the run stops
+LAYOUT = (
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+)
+
+
+class Stage:
+    """A stage's folder OUT/NAME: its journals, checkpoints and record.
+
+    cfg: the stage's config. reads: {what: path or paths} of all files and model folders that the
+    stage reads; empty paths are left out. code: the script's own path, where its code and the
+    functions of the method that it names decide the numbers.
+    `record` is that of a finished stage, else None. Nothing is written before work begins.
+    Raises InputError where the folder holds another run, or cannot be read.
+    """
+
+    def __init__(self, cfg, name: str, reads: dict, code: str = ""):
+        self.cfg, self.name, self.folder = cfg, name, Path(cfg.out) / name
+        self.step, self.state, self.skipped = 0, {}, 0
+        self.journals: dict[str, Journal] = {}
+        self.shown: dict[str, float] = {}
+        self.progress: terminal.Progress | None = None
+        inputs = {"format": "2"} | parallel.once(fingerprints, name, reads)
+        inputs |= code_fingerprints(code)
+        self.text = config.dump(cfg, name, inputs)
+        self.record = parallel.once(self._look)
+        if self.record:
+            parallel.once(self._tidy)  # a run may have been killed behind its record
+            if not terminal.QUIET:
+                print(f"{self.folder}: finished already; --overwrite starts again")
+
+    def _look(self) -> dict | None:
+        """The record of a finished stage. Raises InputError where something has changed."""
+        stored, record = self.folder / "config.toml", self.folder / RECORD
+        if self.cfg.overwrite or not stored.exists():
+            return None
+        try:
+            old = tomllib.loads(stored.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{stored}: cannot be read: {error}") from error
+        begun = len(list(self.folder.iterdir())) > 1  # the config alone: nothing was made yet
+        known = "format" in old.get("made_from", {})  # else an earlier version's
+        if begun and (known or not record.exists()):
+            changes = config.differences(old, tomllib.loads(self.text), type(self.cfg))
+            if changes and not self.cfg.accept_changes:
+                raise InputError(
+                    f"{self.folder}: holds a run of another config: {'; '.join(changes)}; choose "
+                    f"another --out, start again with --overwrite, or resume with --accept-changes"
+                )
+            self.state["accepted"] = changes
+        return read_record(record) if record.exists() else None
+
+    def _begin(self) -> None:
+        """Makes the folder, or empties it under --overwrite."""
+        folder, stored = self.folder, self.folder / "config.toml"
+        try:
+            if self.cfg.overwrite and folder.exists():
+                if not stored.exists() and any(folder.iterdir()):
+                    raise InputError(
+                        f"{folder}: --overwrite would delete a folder that is not a stage of "
+                        f"minicai (it has no config.toml)"
+                    )
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(13, "Permission denied")
+        except OSError as error:
+            raise InputError(
+                f"{folder}: cannot be used as an output folder: {error.strerror}"
+            ) from error
+        write_atomic(stored, self.text)
+        if self.state.get("accepted"):
+            Journal(folder / "accepted.jsonl").append([{"changes": self.state["accepted"]}])
+
+    # --- journals ---------------------------------------------------------------------------------
+
+    def journal(self, file: str, group: int = 1, total: int | None = None) -> Journal:
+        """Opens OUT/STAGE/file, on every process; only the first writes (data.Journal)."""
+        if not self.journals:
+            parallel.once(self._begin)
+        journal = parallel.once(Journal, self.folder / file, group, total)
+        if parallel.rank():
+            journal.path = None
+        elif file == "metrics.jsonl" and self.cfg.log:
+            journal.mirror = config.mirror(self.cfg.log)(self.folder)
+        self.journals[file] = journal
+        return journal
+
+    def turns(
+        self, journal: Journal, phase: str, unit: str, each: float = 1, until: int | None = None
+    ) -> Iterator[tuple[int, int]]:
+        """First and last + 1 of the rows that this process makes next, a group at a time.
+
+        The ranks take turns; the loop appends what all of them made (parallel.joined). each: units
+        of progress per row. until: the number of rows to reach, by default all of the journal's.
+        """
+        until = journal.total if until is None else until
+        label, done = f"{self.name}: {journal.name}", len(journal.rows)
+        bar = terminal.Progress(label, round(until * each), unit, round(done * each))
+        with bar as self.progress, self._clock(phase):
+            for first, last in parallel.turns(done, until, journal.group):
+                yield first, last
+                now = min(round(len(journal.rows) * each), self.progress.total)
+                self.progress.update(now - self.progress.done, self.shown)
+
+    @contextmanager
+    def _clock(self, phase: str) -> Iterator[None]:
+        """Adds to the seconds of a phase, which survive an interruption."""
+        path, began = self.folder / "seconds.json", time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = self.seconds()
+            seconds[phase] = seconds.get(phase, 0.0) + time.monotonic() - began
+            if parallel.rank() == 0 and self.folder.exists():
+                write_atomic(path, json.dumps(seconds))
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase so far."""
+        path = self.folder / "seconds.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    # --- training ---------------------------------------------------------------------------------
+
+    def resume(self, models: checkpoint.Models, optimizer: torch.optim.Optimizer) -> None:
+        """Loads the newest checkpoint into models and optimizer, in place, and `state` with it.
+
+        Rows of metrics.jsonl that were logged after it are forgotten.
+        """
+        self.journal("metrics.jsonl")
+        self.models, self.optimizer = models, optimizer
+        self.step, extra = checkpoint.resume(self.folder, models, optimizer)
+        self.state |= extra.get("state", {})
+        self.skipped = extra.get("skipped", 0)
+        self.kept = extra.get("rows", {})
+
+    def steps(self, total: int, unit: str = "steps", each: int = 1) -> Iterator[int]:
+        """The numbers of the steps that are left, from 0; each counts `each` units of progress.
+
+        After each step it saves where that is due. At Ctrl-C the step is finished and saved, then
+        KeyboardInterrupt is raised. A `break` in the loop loses the step.
+        """
+        for file, journal in self.journals.items():
+            if journal.total is None:  # a log of training, not data made before it
+                journal.keep(self.kept.get(file, 0))
+        label = f"{self.name}: train"
+        bar = terminal.Progress(label, total * each, unit, self.step * each)
+        with bar as self.progress, terminal.whole_steps(), self._clock("train"):
+            while self.step < total:
+                yield self.step
+                self.step += 1
+                self.progress.update(each, self.shown)
+                stop = parallel.anywhere(terminal.stop_requested())
+                if stop or self.step % self.cfg.save_every == 0:
+                    self._save()
+                if stop:
+                    raise KeyboardInterrupt(f"step {self.step} of {self.folder}")
+
+    def _save(self) -> None:
+        rows = {file: len(journal.rows) for file, journal in self.journals.items()}
+        extra = {"state": self.state, "skipped": self.skipped, "rows": rows}
+        checkpoint.save(self.folder, self.step, self.models, self.optimizer, extra)
+
+    def finite(self, numbers: Sequence[float], batch: Sequence) -> bool:
+        """Whether an update can be made: its losses and gradient norms are finite.
+
+        Raises RunError after SKIPPED_AT_MOST updates in a row that are not, and leaves the last
+        batch (token ids) in OUT/STAGE/nonfinite.
+        """
+        if all(map(math.isfinite, numbers)):
+            self.skipped = 0
+            return True
+        self.skipped += 1
+        if self.skipped >= SKIPPED_AT_MOST:
+            parallel.once(self._give_up, list(batch))
+        return False
+
+    def _give_up(self, batch: list) -> None:
+        path = self.folder / "nonfinite" / f"step_{self.step + 1:06d}.json"
+        path.parent.mkdir(exist_ok=True)
+        found = {"step": self.step + 1, "skipped": self.skipped, "batch": batch}
+        write_atomic(path, json.dumps(found))
+        raise RunError(
+            f"{self.folder}: step {self.step + 1}: loss or gradient not finite in {self.skipped} "
+            f"updates in a row, which were skipped; the last batch is in {path}; try a lower lr, "
+            f"or leave that batch out of the data"
+        )
+
+    def log(self, row: dict, show: Sequence[str] = ()) -> None:
+        """Adds a row to metrics.jsonl, and shows some of its numbers beside the progress."""
+        row = {"step": self.step + 1, **row, "skipped": self.skipped}
+        self.journals["metrics.jsonl"].append([row])
+        self.shown = {name: row[name] for name in show}
+
+    def finish(self, model: PreTrainedModel | None, record: dict) -> dict:
+        """Exports the model, writes and returns the record, and removes the checkpoints."""
+        if model is not None:
+            checkpoint.export(self.folder, model)
+        found = {"seconds": self.seconds(), **record}
+        found |= {"device": parallel.device_name(), "precision": parallel.precision()}
+        found["peak_rss_mb"] = parallel.peak_memory_mb()
+        parallel.once(write_atomic, self.folder / RECORD, json.dumps(finite(found), indent=1))
+        parallel.once(self._tidy)
+        return found
+
+    def _tidy(self) -> None:
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        (self.folder / "seconds.json").unlink(missing_ok=True)
+
+
+# --- fingerprints ---------------------------------------------------------------------------------
+
+
+def fingerprints(stage: str, reads: dict) -> dict[str, str]:
+    """{what: sha256 of the contents} of files and model folders; of several, one sum of all."""
+    found = {}
+    for what, paths in reads.items():
+        paths = [paths] if isinstance(paths, str) else paths
+        sums = [_fingerprint(path, f"[{stage}] {what}") for path in paths if path]
+        if sums:
+            found[what] = sums[0] if len(sums) == 1 else _sha256(" ".join(sums))
+    return found
+
+
+def _fingerprint(path: str, what: str) -> str:
+    if path.startswith("hub:") or Path(path).suffix in DATA:
+        try:
+            with open(hub.data_file(path), "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise InputError(f"{what}: {path}: {error.strerror}") from error
+    return hub.weights_sha256(hub.require_folder(path, what))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def code_fingerprints(path: str) -> dict[str, str]:
+    """{"code": of a script, "losses.gae": ...} with each function of the method that it names.
+
+    They are sums of the code's tokens: comments, docstrings and layout do not count.
+    """
+    if not path:
+        return {}
+    source = Path(path).read_text(encoding="utf-8")
+    found, modules = {"code": _code_sha256(source)}, {}
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "minicai":
+            for alias in node.names:
+                modules[alias.asname or alias.name] = f"minicai.{alias.name}"
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").count(".") == 1:
+            for alias in node.names:
+                found |= _function(node.module, alias.name)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if node.value.id in modules:
+                found |= _function(modules[node.value.id], node.attr)
+    return found
+
+
+def _function(module: str, name: str) -> dict[str, str]:
+    if not module.startswith("minicai."):
+        return {}
+    try:
+        thing = getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return {}
+    if inspect.isfunction(thing) or inspect.isclass(thing):
+        return {f"{module.removeprefix('minicai.')}.{name}": _code_sha256(inspect.getsource(thing))}
+    return {}
+
+
+def _code_sha256(source: str) -> str:
+    tokens, before = [], tokenize.NEWLINE
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        docstring = token.type == tokenize.STRING and before in (tokenize.NEWLINE, tokenize.INDENT)
+        if token.type not in LAYOUT and not docstring:
+            tokens.append(token.string)
+        if token.type not in (tokenize.COMMENT, tokenize.NL):
+            before = token.type
+    return _sha256(" ".join(tokens))
