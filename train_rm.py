@@ -15,13 +15,14 @@ feedback model in both orders. The paper's few-shot comparisons are `examples`, 
 import math
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 
 import torch
 
 from minicai import InputError, constitution
 from minicai.critique import revision_pairs
-from minicai.engine import config, parallel, terminal
+from minicai.engine import config, parallel
 from minicai.engine.data import epoch_order, read_jsonl, read_preferences, read_prompts, split
 from minicai.engine.dialogue import encode_pair, show_first
 from minicai.engine.load import load_policy, load_scorer, models_record, stamp
@@ -41,19 +42,19 @@ from minicai.engine.sampler import (
     respond,
     turn_size,
 )
-from minicai.engine.stage import Stage
-from minicai.examples import compared, compared_by_thinking, load_comparisons
+from minicai.engine.stage import Stage, script
+from minicai.examples import load_comparisons
 from minicai.feedback import (
     Labelling,
-    drawn_principles,
     hard_labels,
     join_judges,
     label_pairs,
     label_pairs_by_thinking,
     label_shares,
+    longest_comparisons,
 )
 from minicai.losses import centering_loss, preference_loss
-from minicai.prompts import CHOICES, Prompt, as_turns, render, render_comparison, render_conclusion
+from minicai.prompts import CHOICES, as_turns
 
 STREAM = 2  # keeps this stage's random numbers apart from the other stages'
 TRAINED, FROZEN = ("reward",), ()  # what it holds while it trains, for the memory plan
@@ -102,19 +103,15 @@ class RMConfig(config.Run):
 
 def main(cfg: RMConfig) -> dict:
     """Runs or resumes the stage. Returns its record, which is also in OUT/rm/stage.json."""
-    parallel.setup(cfg.device, cfg.precision, cfg.timeout)
-    parallel.require(cfg.batch_size, "[rm]: batch_size")
     policy_path, judges = cfg.policy or f"{cfg.out}/sl", (cfg.feedback or cfg.model, *cfg.jury)
     if len(set(judges)) < len(judges):
         raise InputError(f"[rm] jury: a feedback model is named twice among {', '.join(judges)}")
     revisions = f"{policy_path}/revisions.jsonl" if cfg.revision_pairs else ""
-    reads = {"policy": policy_path, "feedback": judges[0], "jury": cfg.jury, "revisions": revisions}
-    reads |= {"constitution": cfg.constitution, "examples": cfg.examples, "earlier": cfg.earlier}
-    reads |= {"prompts": cfg.prompts, "preferences": cfg.preferences}
-    stage = Stage(cfg, "rm", reads, code=__file__)
+    reads = {"policy": policy_path, "feedback": judges[0], "revisions": revisions}
+    stage = Stage(cfg, "rm", reads | {"constitution": cfg.constitution}, code=__file__)
     if stage.record:
         return stage.record
-
+    parallel.require(cfg.batch_size, "[rm]: batch_size")
     rules, thinking = constitution.load(cfg.constitution), cfg.labels == "chain_of_thought"
     examples = load_comparisons(cfg.examples, thinking) if cfg.examples else ()
     bounds = (cfg.clamp, 1 - cfg.clamp)
@@ -123,62 +120,73 @@ def main(cfg: RMConfig) -> dict:
     prompts = read_prompts(cfg.prompts)[: cfg.limit or None]
     human = read_preferences(cfg.preferences) if cfg.preferences else []
     human = human[: cfg.preferences_limit or None]
-    check_context(cfg, how, prompts, judges)
+
+    # Does everything fit into the models' contexts? 4: the tokens of an option.
+    policy, limit = load_policy(policy_path), cfg.max_new_tokens
+    check_prompts(policy, prompts, limit + 1, cfg.prompts)
+    pairs = [encode_pair(policy.tokenizer, row) for row in human]
+    texts = [prompt + response for prompt, *both in pairs for response in both]
+    check_lengths(policy.config, texts, 0, cfg.preferences)
+    requests = longest_comparisons(prompts, how, thinking)
+    for judge in judges:
+        answers = (3 if thinking else 2) * limit + 4
+        check_requests(judge, requests, answers, "[rm]: a comparison")
+
+    def think(who, texts: list, seeds: list[tuple[int, ...]]) -> list[str]:
+        seeds = [(STREAM, *seed) for seed in seeds]
+        return respond(who, texts, seeds, sampling)[0]
 
     # 1. Sample `candidates` responses to each prompt, and pair them: pairs.jsonl.
     choices = list(combinations(range(cfg.candidates), 2))
     size, each = turn_size(cfg.rows), len(choices)
     pairs = stage.journal("pairs.jsonl", size * each, len(prompts) * each)
-    policy = load_policy(policy_path)
-    check_prompts(policy, prompts, cfg.max_new_tokens + 1, cfg.prompts)  # + 1: the end of sequence
-    encoded = [encode_pair(policy.tokenizer, row) for row in human]
-    texts = [prompt + response for prompt, *both in encoded for response in both]
-    check_lengths(policy.config, texts, 0, cfg.preferences)
     with parallel.gathered(policy):
         for first, last in stage.turns(pairs, "generate", "responses", cfg.candidates / each):
-            numbers = range(first // each, last // each)
+            numbers, rows = range(first // each, last // each), []
             asked = [as_turns(prompts[i]) for i in numbers] * cfg.candidates
             seeds = [(STREAM, cfg.seed, i, c) for c in range(cfg.candidates) for i in numbers]
             answers, ended = respond(policy, asked, seeds, sampling, stage.progress)
-            rows, count = [], len(numbers)
             for k, i in enumerate(numbers):
-                for c, (a, b) in enumerate(choices):
-                    a, b = a * count + k, b * count + k
+                for c, sides in enumerate(choices):
+                    a, b = (candidate * len(numbers) + k for candidate in sides)
                     row = {"id": i * each + c, "prompt": prompts[i]}
-                    row |= {"first": answers[a], "second": answers[b]}
-                    cut = [side for side, at in (("first", a), ("second", b)) if not ended[at]]
-                    rows.append(row | {"cut": cut})  # cut off by the length limit
+                    row |= {"first": answers[a], "second": answers[b], "cut": []}
+                    row["cut"] += ["first"] * (not ended[a]) + ["second"] * (not ended[b])
+                    rows.append(row)
             pairs.append(parallel.joined(rows))
-    del policy
+    del policy  # its memory is needed for the feedback models
 
-    # 2. Label them by AI feedback: comparisons.jsonl. Pairs with given labels follow.
+    # 2. Label them by AI feedback: comparisons.jsonl. Pairs whose labels are given follow.
     different = [row for row in pairs.rows if row["first"] != row["second"]]
     given = revision_pairs(read_jsonl(revisions)[: cfg.revision_pairs]) if revisions else []
     for k, path in enumerate(cfg.earlier, 1):
-        for row in read_jsonl(path):
-            if row["source"] != "human":
-                given.append(row | {"id": f"round{k}:{row['id']}"})
+        labelled = [row for row in read_jsonl(path) if row["source"] != "human"]
+        given += [row | {"id": f"round{k}:{row['id']}"} for row in labelled]
     given += human
-    journal = stage.journal("comparisons.jsonl", cfg.rows, len(different) + len(given))
-    if len(journal.rows) < len(different):
-        made_by, models = stamp(*judges), [load_policy(path) for path in judges]
+    comparisons = stage.journal("comparisons.jsonl", cfg.rows, len(different) + len(given))
+    if len(comparisons.rows) < len(different):
+        models, made_by = [load_policy(judge) for judge in judges], stamp(*judges)
         with parallel.gathered(*models):
-            for first, last in stage.turns(journal, "label", "pairs", until=len(different)):
-                group = different[first:last]
-                found = [
-                    label(group, model, path, how, sampling, thinking)
-                    for model, path in zip(models, judges)
-                ]
+            for first, last in stage.turns(comparisons, "label", "pairs", until=len(different)):
+                group, found = different[first:last], []
+                asked = [(row["id"], row["prompt"], row["first"], row["second"]) for row in group]
+                for model, judge in zip(models, judges):
+                    choose = partial(choice_logprobs, model, choices=CHOICES, rows=cfg.rows)
+                    if thinking:
+                        part = partial(think, model)
+                        found.append(label_pairs_by_thinking(asked, choose, part, how, judge))
+                    else:
+                        found.append(label_pairs(asked, choose, how, judge))
                 rows = join_judges(found, cfg.vote) if cfg.jury else found[0]
                 rows = hard_labels(rows) if cfg.labels == "hard" else rows
                 rows = [pair | row | made_by for pair, row in zip(group, rows)]
-                journal.append(parallel.joined(rows))
+                comparisons.append(parallel.joined(rows))
                 stage.shown = label_shares(rows)
         del models
-    journal.append(given[len(journal.rows) - len(different) :])
+    comparisons.append(given[len(comparisons.rows) - len(different) :])
 
     # 3. Minimise  L_RM = - [ p log sigma(r_A - r_B) + (1 - p) log sigma(r_B - r_A) ].
-    rows, heldout = split(journal.rows, cfg.heldout, cfg.seed)
+    rows, heldout = split(comparisons.rows, cfg.heldout, cfg.seed)
     model = load_scorer(policy_path, seed=cfg.seed)
     encoded = [encode_pair(model.tokenizer, row) for row in rows]
     if cfg.gradient_checkpointing:
@@ -201,8 +209,8 @@ def main(cfg: RMConfig) -> dict:
         batch = order[k * cfg.batch_size : (k + 1) * cfg.batch_size]
         if step == 0:
             (prompt, first, second), p = encoded[batch[0]], rows[batch[0]]["p_first"]
-            label_text = f"rm: train, the first is better with p = {p:.2f}"
-            show_first(label_text, model.tokenizer, [(prompt, first), (prompt, second)])
+            shown = [(prompt, first), (prompt, second)]
+            show_first(f"rm: train, P(first is better) = {p:.2f}", model.tokenizer, shown)
 
         # Micro-batches add up to the batch: divide each once, by the pairs of the whole batch.
         loss, correct, decided = 0.0, 0.0, 0.0
@@ -238,53 +246,13 @@ def main(cfg: RMConfig) -> dict:
     r_first, r_second = scored_pairs(model, pairs, cfg.micro_tokens)
     better = torch.tensor([row["p_first"] > 0.5 for row in decided], device=model.device)
     agree = ((r_first > r_second) == better).float()
-    return stage.finish(
-        model,
-        {
-            "train_pairs": len(rows),
-            "heldout_pairs": len(heldout),
-            "accuracy_vs_labels": agree.mean().item(),
-            "heldout_ids": [row["id"] for row in heldout],
-            "train_sources": Counter(row["source"] for row in rows),
-            "models": models_record((policy_path, *judges)),
-        },
-    )
-
-
-def label(pairs: list, model, name: str, how: Labelling, sampling: Sampling, thinking: bool):
-    """Rows of comparisons.jsonl for the pairs, labelled by one feedback model."""
-    asked = [(row["id"], row["prompt"], row["first"], row["second"]) for row in pairs]
-
-    def choose(texts: list[str]) -> list[list[float]]:
-        return choice_logprobs(model, texts, CHOICES, sampling.rows)
-
-    def think(texts: list[str], seeds: list[tuple[int, ...]]) -> list[str]:
-        return respond(model, texts, [(STREAM, *seed) for seed in seeds], sampling)[0]
-
-    if thinking:
-        return label_pairs_by_thinking(asked, choose, think, how, name)
-    return label_pairs(asked, choose, how, name)
-
-
-def check_context(cfg: RMConfig, how: Labelling, prompts: list[Prompt], judges: tuple) -> None:
-    """Raises InputError where comparing responses to the longest prompt exceeds a context."""
-    drawn_principles(how.constitution, cfg.principles, cfg.seed, 0)
-    longest, requests = max(prompts, key=lambda prompt: len(render(prompt))), []
-    thinking = cfg.labels == "chain_of_thought"
-    for principle in how.constitution.usable("comparison"):
-        words = (longest, "", "", principle)
-        if thinking:
-            text = compared_by_thinking(how.examples, principle, render_conclusion(*words, ""))
-        else:
-            text = compared(how.examples, principle, render_comparison(*words))
-        requests.append(text)
-    answers = (3 if thinking else 2) * cfg.max_new_tokens + 4  # 4: the tokens of an option
-    for judge in judges:
-        check_requests(judge, requests, answers, "[rm]: a comparison")
+    record = {"train_pairs": len(rows), "heldout_pairs": len(heldout)}
+    record["accuracy_vs_labels"] = agree.mean().item()
+    record["heldout_ids"] = [row["id"] for row in heldout]
+    record["train_sources"] = Counter(row["source"] for row in rows)
+    record["models"] = models_record((policy_path, *judges))
+    return stage.finish(model, record)
 
 
 if __name__ == "__main__":
-    terminal.run(
-        lambda arguments: main(config.load(RMConfig, "rm", arguments)),
-        config.usage(__doc__, RMConfig),
-    )
+    script(main, RMConfig, "rm", __doc__)

@@ -26,18 +26,19 @@ from minicai.critique import (
     critique_and_revise,
     hygiene,
     in_turn,
+    longest_requests,
     training_pairs,
 )
-from minicai.engine import config, parallel, terminal
+from minicai.engine import config, parallel
 from minicai.engine.data import epoch_order, read_prompts
 from minicai.engine.dialogue import encode, show_first
 from minicai.engine.load import load_policy, models_record, stamp
 from minicai.engine.models import checkpoint_layers, micro_batches, response_logprobs
 from minicai.engine.sampler import Sampling, check_prompts, check_requests, respond, turn_size
-from minicai.engine.stage import Stage
-from minicai.examples import fingerprint, in_front, load_examples
+from minicai.engine.stage import Stage, script
+from minicai.examples import fingerprint, load_examples
 from minicai.losses import nll_loss
-from minicai.prompts import Prompt, as_turns, render, render_critique, render_revision
+from minicai.prompts import as_turns
 from minicai.rollout import collate
 
 STREAM = 1  # keeps this stage's random numbers apart from the other stages'
@@ -90,22 +91,15 @@ class SLConfig(config.Run):
 
 def main(cfg: SLConfig) -> dict:
     """Runs or resumes the stage. Returns its record, which is also in OUT/sl/stage.json."""
-    parallel.setup(cfg.device, cfg.precision, cfg.timeout)
-    parallel.require(cfg.batch_size, "[sl]: batch_size")
-    reads = {"model": cfg.model, "policy": cfg.policy, "critic": cfg.critic}
-    reads |= {"constitution": cfg.constitution, "examples": cfg.examples}
-    reads |= {"prompts": cfg.prompts, "helpful_prompts": cfg.helpful_prompts}
+    reads = {"model": cfg.model, "constitution": cfg.constitution}
     stage = Stage(cfg, "sl", reads, code=__file__)
     if stage.record:
         return stage.record
-
-    rules, style, choose = (
-        constitution.load(cfg.constitution),
-        STYLES[cfg.style],
-        CHOOSE[cfg.principles],
-    )
+    parallel.require(cfg.batch_size, "[sl]: batch_size")
+    rules = constitution.load(cfg.constitution)
     examples = load_examples(cfg.examples) if cfg.examples else ()
-    how = Revising(rules, cfg.seed, cfg.rounds, choose, style, examples, cfg.nothing)
+    chosen = {"choose": CHOOSE[cfg.principles], "style": STYLES[cfg.style]}
+    how = Revising(rules, cfg.seed, cfg.rounds, **chosen, examples=examples, nothing=cfg.nothing)
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
     prompts = read_prompts(cfg.prompts)[: cfg.limit or None]
     harmless = read_prompts(cfg.helpful_prompts) if cfg.helpful_samples else []
@@ -118,10 +112,14 @@ def main(cfg: SLConfig) -> dict:
     check_prompts(model, prompts, cfg.max_new_tokens, cfg.prompts)
     check_prompts(model, harmless, cfg.max_new_tokens, cfg.helpful_prompts)
     if cfg.rounds:
-        check_context(cfg, how, prompts)
+        critiques, revisions = longest_requests(prompts, how)
+        limit = cfg.max_new_tokens
+        check_requests(cfg.critic or cfg.model, critiques, 2 * limit, "[sl]: a critique request")
+        answers = 3 if critiques else 2  # the response, the critique, and the revision behind them
+        check_requests(cfg.model, revisions, answers * limit, "[sl]: a revision request")
 
     # 1. Respond, criticise, revise: revisions.jsonl, one row per red-team prompt.
-    def complete(who, texts, seeds) -> list[str]:
+    def complete(who, texts: list, seeds: list[tuple[int, ...]]) -> list[str]:
         seeds = [(STREAM, *seed) for seed in seeds]
         return respond(who, texts, seeds, sampling, stage.progress)[0]
 
@@ -212,40 +210,12 @@ def main(cfg: SLConfig) -> dict:
         optimizer.zero_grad(set_to_none=True)
         stage.log({"loss": loss, "tokens": tokens, "grad_norm": grad_norm}, show=("loss",))
 
-    return stage.finish(
-        model,
-        {
-            "examples": len(encoded),
-            "not_kept": sum(not row["kept"] for row in revisions.rows),
-            "hygiene": hygiene(revisions.rows),
-            "constitution": rules.stamp,
-            "models": models_record((cfg.model, cfg.policy, cfg.critic)),
-        },
-    )
-
-
-def check_context(cfg: SLConfig, how: Revising, prompts: list[Prompt]) -> None:
-    """Raises InputError where a request about the longest prompt would exceed a model's context."""
-    longest = max(prompts, key=lambda prompt: len(render(prompt)))
-    principles = how.principles
-    if cfg.principles == "all":
-        principles = [constitution.together(principles)]
-    principles = [how.style(principle) for principle in principles]
-
-    def check(path: str, requests: list[str], answers: int, what: str) -> None:
-        requests = [in_front(how.examples, how.style, request) for request in requests]
-        check_requests(
-            path, requests, answers * cfg.max_new_tokens, f"[sl]: a request for a {what}"
-        )
-
-    critiques = [render_critique(longest, "", p) for p in principles if p.critique]
-    check(cfg.critic or cfg.model, critiques, 2, "critique")
-    revisions = [render_revision(longest, "", "", p) for p in principles]
-    check(cfg.model, revisions, 3 if critiques else 2, "revision")
+    record = {"examples": len(encoded), "hygiene": hygiene(revisions.rows)}
+    record["not_kept"] = sum(not row["kept"] for row in revisions.rows)
+    record |= {"constitution": rules.stamp}
+    record["models"] = models_record((cfg.model, cfg.policy, cfg.critic))
+    return stage.finish(model, record)
 
 
 if __name__ == "__main__":
-    terminal.run(
-        lambda arguments: main(config.load(SLConfig, "sl", arguments)),
-        config.usage(__doc__, SLConfig),
-    )
+    script(main, SLConfig, "sl", __doc__)

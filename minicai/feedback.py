@@ -15,7 +15,13 @@ from minicai import InputError
 from minicai.constitution import Constitution, Principle
 from minicai.critique import Generate, draw_principle
 from minicai.examples import Comparison, compared, compared_by_thinking, fingerprint
-from minicai.prompts import Prompt, render_comparison, render_conclusion, render_thinking
+from minicai.prompts import (
+    Prompt,
+    render,
+    render_comparison,
+    render_conclusion,
+    render_thinking,
+)
 
 Choose = Callable[[Sequence[str]], Sequence[Sequence[float]]]
 Pair = tuple[int, Prompt, str, str]  # id, prompt, first response, second response
@@ -201,6 +207,24 @@ def join_judges(rows_by_judge: Sequence[Sequence[dict]], combine: str) -> list[d
 def hard_labels(rows: Sequence[dict]) -> list[dict]:
     """The rows with labels 0, 1/2 or 1 (4.3: far worse than soft labels)."""
     return [_labelled(row | {"labels": "hard"}) for row in rows]
+
+
+def longest_comparisons(prompts: Sequence[Prompt], how: Labelling, thinking: bool) -> list[str]:
+    """What is asked about the longest prompt, with empty responses in it.
+
+    To check that it fits into a model's context, before any work is done. Raises InputError where
+    the constitution has too few principles with a comparison.
+    """
+    drawn_principles(how.constitution, how.principles, how.seed, 0)
+    longest, requests = max(prompts, key=lambda prompt: len(render(prompt))), []
+    for principle in how.constitution.usable("comparison"):
+        words = (longest, "", "", principle)
+        if thinking:
+            text = compared_by_thinking(how.examples, principle, render_conclusion(*words, ""))
+        else:
+            text = compared(how.examples, principle, render_comparison(*words))
+        requests.append(text)
+    return requests
 
 
 def drawn_principles(

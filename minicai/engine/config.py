@@ -121,6 +121,13 @@ def _resolved(path: str, beside: Path, model: bool) -> str:
     return path if on_hub else os.path.abspath(found)
 
 
+def paths(config) -> dict[str, str | tuple[str, ...]]:
+    """{field: its path or paths} of all fields of the own section that name files or folders."""
+    top = {field.name for field in dataclasses.fields(Run)}
+    own = [f for f in dataclasses.fields(config) if f.metadata.get("path") and f.name not in top]
+    return {field.name: getattr(config, field.name) for field in own}
+
+
 # --- reading --------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,6 @@
 """Where a run is: a bookmark, not a trainer. It owns no order of work.
 
-    stage = Stage(cfg, "sl", {"model": path, "prompts": path}, code=__file__)
+    stage = Stage(cfg, "sl", {"model": cfg.model}, code=__file__)
     if stage.record:                               # finished already
         return stage.record
     rows = stage.journal("revisions.jsonl", group, total)
@@ -30,7 +30,7 @@ import shutil
 import time
 import tokenize
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,19 +57,22 @@ LAYOUT = (
 class Stage:
     """A stage's folder OUT/NAME: its journals, checkpoints and record.
 
-    cfg: the stage's config. reads: {what: path or paths} of all files and model folders that the
-    stage reads; empty paths are left out. code: the script's own path, where its code and the
-    functions of the method that it names decide the numbers.
+    cfg: the stage's config; device and precision of the process are set up by it. reads: {what:
+    path or paths} of files and model folders that the stage reads, beside those that the paths of
+    its section name; "" is none. code: the script's own path, where its code and the functions of
+    the method that it names decide the numbers.
     `record` is that of a finished stage, else None. Nothing is written before work begins.
     Raises InputError where the folder holds another run, or cannot be read.
     """
 
     def __init__(self, cfg, name: str, reads: dict, code: str = ""):
+        parallel.setup(cfg.device, cfg.precision, cfg.timeout)
         self.cfg, self.name, self.folder = cfg, name, Path(cfg.out) / name
         self.step, self.state, self.skipped = 0, {}, 0
         self.journals: dict[str, Journal] = {}
         self.shown: dict[str, float] = {}
         self.progress: terminal.Progress | None = None
+        reads = config.paths(cfg) | reads
         inputs = {"format": "2"} | parallel.once(fingerprints, name, reads)
         inputs |= code_fingerprints(code)
         self.text = config.dump(cfg, name, inputs)
@@ -256,6 +259,13 @@ class Stage:
     def _tidy(self) -> None:
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         (self.folder / "seconds.json").unlink(missing_ok=True)
+
+
+def script(main: Callable, kind: type, section: str, doc: str) -> None:
+    """Runs a script's main on the config that its command line names."""
+    terminal.run(
+        lambda arguments: main(config.load(kind, section, arguments)), config.usage(doc, kind)
+    )
 
 
 # --- fingerprints ---------------------------------------------------------------------------------
