@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 
 from minicai import losses
-from minicai.engine import config, parallel
+from minicai.engine import parallel
+from minicai.engine.config import Run, function, path_setting, setting, source_file
 from minicai.engine.data import epoch_order, read_prompts, shuffled
 from minicai.engine.dialogue import decode, encode_prompt, show_first
 from minicai.engine.load import load_policy, load_scorer, require_same_tokens
@@ -35,32 +36,39 @@ from minicai.engine.models import (
 from minicai.engine.sampler import Sampling, check_prompts, sample
 from minicai.engine.stage import Stage, script
 from minicai.prompts import as_turns
-from minicai.rollout import Rollout, check_ratio, collate, distinct_ngrams, spread, watch
+from minicai.rollout import (
+    NORMS,
+    UPDATE,
+    Rollout,
+    check_ratio,
+    collate,
+    distinct_ngrams,
+    mean_update,
+    spread,
+    watch,
+)
 
 STREAM = 3  # keeps this stage's random numbers apart from the other stages'
 TRAINED, FROZEN = ("policy", "value"), ("reference", "reward")  # for the memory plan
-# Sums over the tokens of an update, the gradient norms of both models, and the tokens.
-WATCHED = ("policy_loss", "value_loss", "approx_kl", "clip_fraction")
-NORMS = ("policy_grad_norm", "value_grad_norm")
 KL = {"k1": losses.kl_k1, "k2": losses.kl_k2, "k3": losses.kl_k3}
 
 
 @dataclass
-class PPOConfig(config.Run):
+class PPOConfig(Run):
     """[ppo] in the config file. Section numbers are the paper's; "HH" is Bai et al. 2022a."""
 
     # models and data
-    policy: str = config.path_setting(model=True)  # policy and reference; "" = OUT/sl (4.1)
-    reward: str = config.path_setting(model=True)  # reward and value model; "" = OUT/rm
-    prompts: str = config.path_setting("minicai:tinyworld/data/red_team.jsonl")  # 4.2
-    helpful_prompts: str = config.path_setting("minicai:tinyworld/data/helpful.jsonl")  # 4.2
-    helpful_share: float = config.setting(0.5, at_most=1)  # of the prompts of an iteration
+    policy: str = path_setting(model=True)  # policy and reference; "" = OUT/sl (4.1)
+    reward: str = path_setting(model=True)  # reward and value model; "" = OUT/rm
+    prompts: str = path_setting("minicai:tinyworld/data/red_team.jsonl")  # 4.2
+    helpful_prompts: str = path_setting("minicai:tinyworld/data/helpful.jsonl")  # 4.2
+    helpful_share: float = setting(0.5, at_most=1)  # of the prompts of an iteration
 
     # rollouts
-    iterations: int = config.setting(60, at_least=1)  # rollouts
-    episodes: int = config.setting(64, at_least=1)  # responses per rollout
+    iterations: int = setting(60, at_least=1)  # rollouts
+    episodes: int = setting(64, at_least=1)  # responses per rollout
     temperature: float = 1.0  # of the policy, in sampling and in every log-prob
-    max_new_tokens: int = config.setting(256, at_least=1)  # length limit of a response
+    max_new_tokens: int = setting(256, at_least=1)  # length limit of a response
 
     # reward and advantage
     kl_coef: float = 0.05  # beta, per nat (HH: 0.001 on its reward scale)
@@ -69,18 +77,18 @@ class PPOConfig(config.Run):
 
     # updates
     epochs: int = 4  # passes over a rollout
-    minibatches: int = config.setting(4, at_least=1)  # updates per pass
+    minibatches: int = setting(4, at_least=1)  # updates per pass
     clip_range: float = 0.2  # of the ratio (HH)
     value_clip_range: float = 0.2  # of a value's change
     vf_coef: float = 0.1  # weight of the value loss
     lr: float = 1e-6  # of the policy
     value_lr: float = 1e-6  # of the value model
-    schedule: str = config.setting("constant", choices=("constant", "linear"))  # of both rates
+    schedule: str = setting("constant", choices=("constant", "linear"))  # of both rates
     grad_clip: float = 1.0  # norm, of each model
 
     # extensions
     reward_function: str = ""  # "module:function" in the reward model's place
-    kl_estimator: str = config.setting("k1", choices=tuple(KL))  # of the penalty in the reward
+    kl_estimator: str = setting("k1", choices=tuple(KL))  # of the penalty in the reward
     kl_target: float = 0.0  # nats per response; above 0 beta adapts towards it
     kl_horizon: int = 10000  # episodes; how slowly it adapts
     target_kl: float = 0.1  # nats per token from the sampling policy: stops a rollout's updates
@@ -95,7 +103,7 @@ def main(cfg: PPOConfig) -> dict:
         "",
     )
     if cfg.reward_function:
-        reward_path, source = "", config.source_file(cfg.reward_function)
+        reward_path, source = "", source_file(cfg.reward_function)
     reads = {"policy": policy_path, "reward": reward_path, "reward_function": source}
     stage = Stage(cfg, "ppo", reads, code=__file__)
     if stage.record:
@@ -113,8 +121,7 @@ def main(cfg: PPOConfig) -> dict:
         policy, value_model = checkpoint_layers(policy), checkpoint_layers(value_model)
     groups = [{"params": model.parameters()} for model in (policy, value_model)]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-5, weight_decay=0, fused=True)
-    harmful = read_prompts(cfg.prompts)
-    harmless = read_prompts(cfg.helpful_prompts) if cfg.helpful_prompts else []
+    harmful, harmless = read_prompts(cfg.prompts), read_prompts(cfg.helpful_prompts)
     n_harmless = round(cfg.episodes * cfg.helpful_share) if harmless else 0
     n_harmful = cfg.episodes - n_harmless
     check_prompts(policy, harmful, cfg.max_new_tokens, cfg.prompts)
@@ -145,7 +152,7 @@ def main(cfg: PPOConfig) -> dict:
         if reward_model:
             scores = in_micro_batches(sequence_scores, reward_model, *parts)
         else:
-            scores = score_texts(config.function(cfg.reward_function), prompts, texts)
+            scores = score_texts(function(cfg.reward_function), prompts, texts)
         if iteration == 0:
             show_first("ppo", policy.tokenizer, list(zip(encoded, [c.ids for c in completions])))
             tolerance = 0.01 if parallel.precision() == "fp32" else 0.2
@@ -186,15 +193,16 @@ def main(cfg: PPOConfig) -> dict:
                         v, part.values, part.returns, mask_part, cfg.value_clip_range
                     )
                     parallel.backward(cfg.vf_coef * vf.sum() / tokens)
-                    moved = losses.approx_kl(new, old, mask_part)
-                    clipped = losses.clip_fraction(new, old, mask_part, cfg.clip_range)
+                    with torch.no_grad():
+                        moved = losses.approx_kl(new, old, mask_part)
+                        clipped = losses.clip_fraction(new, old, mask_part, cfg.clip_range)
                     sums += torch.stack([x.detach().sum() for x in (pg, vf, moved, clipped)]).cpu()
                 sums = parallel.total(sums).tolist()
                 norms = [parallel.clip_grad_norm(m, cfg.grad_clip) for m in (policy, value_model)]
                 if stage.finite(sums + norms, minibatch.ids.tolist()):
                     optimizer.step()
-                    update = dict(zip(WATCHED + NORMS, sums + norms))
-                    updates.append(update | {"tokens": tokens})
+                    names = (*UPDATE, *NORMS, "tokens")
+                    updates.append(dict(zip(names, (*sums, *norms, tokens))))
                 else:
                     nonfinite += 1
                 optimizer.zero_grad(set_to_none=True)
@@ -208,12 +216,7 @@ def main(cfg: PPOConfig) -> dict:
         row["eos_rate"] = ended.float().mean().item()
         row["explained_variance"] = losses.explained_variance(values, returns, mask).item()
         row["distinct_2"] = distinct_ngrams([c.ids for c in completions], 2)
-        tokens = max(sum(update["tokens"] for update in updates), 1)
-        for name in WATCHED:
-            row[name] = sum(update[name] for update in updates) / tokens
-        for name in NORMS:
-            row[name] = sum(update[name] for update in updates) / max(len(updates), 1)
-        row |= {"updates": len(updates), "nonfinite": nonfinite, "kl_coef": kl_coef}
+        row |= mean_update(updates) | {"nonfinite": nonfinite, "kl_coef": kl_coef}
         stage.log(row, show=("reward", "kl"))
         names = ("step", "prompt", "response", "score", "ended")
         found = zip(prompts, texts, scores.tolist(), ended.tolist())
@@ -222,11 +225,8 @@ def main(cfg: PPOConfig) -> dict:
             aim = (cfg.kl_target, cfg.kl_horizon, cfg.episodes)
             stage.state["kl_coef"] = kl_coef = losses.adaptive_kl_coef(kl_coef, row["kl"], *aim)
 
-    # Of the last tenth of the iterations, those whose numbers are finite (else None).
-    last = stage.journals["metrics.jsonl"].rows[-max(1, cfg.iterations // 10) :]
-    last = [row for row in last if None not in (row["kl"], row["reward"])]
-    means = {key: sum(row[key] for row in last) / max(len(last), 1) for key in ("kl", "reward")}
-    return stage.finish(policy, {"episodes": len(episodes.rows), **means})
+    record = {"episodes": len(episodes.rows)} | stage.means("kl", "reward")
+    return stage.finish(policy, record)
 
 
 if __name__ == "__main__":

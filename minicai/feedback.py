@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from statistics import fmean
 
 from minicai import InputError
@@ -87,6 +88,28 @@ def p_first_of(row: dict) -> float:
     if row.get("labels") == "hard":
         p_first = majority([p_first])
     return clamp(p_first, *row["clamp"]) if "clamp" in row else p_first
+
+
+# --- pairs ----------------------------------------------------------------------------------------
+
+
+def pair_up(
+    numbers: Sequence[int], prompts: Sequence[Prompt], answers: Sequence[str], ended: Sequence[bool]
+) -> list[dict]:
+    """All pairs of the sampled responses to prompts of the given numbers: rows of pairs.jsonl.
+
+    answers, ended: candidate 0 of every prompt, then candidate 1, and so on. Pairs k n to k n + n - 1
+    are those of prompt k. "cut" names the sides that the length limit cut off.
+    """
+    count, rows = len(numbers), []
+    choices = list(combinations(range(len(answers) // max(count, 1)), 2))
+    for k, number in enumerate(numbers):
+        for c, (one, other) in enumerate(choices):
+            a, b = one * count + k, other * count + k
+            row = {"id": number * len(choices) + c, "prompt": prompts[number]}
+            cut = ["first"] * (not ended[a]) + ["second"] * (not ended[b])
+            rows.append(row | {"first": answers[a], "second": answers[b], "cut": cut})
+    return rows
 
 
 # --- labels of pairs ------------------------------------------------------------------------------

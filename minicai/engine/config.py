@@ -50,6 +50,7 @@ MOVED = {  # settings of earlier versions -> what to do instead
     "normalise": "it changed nothing that PPO can feel; scale kl_coef instead",
     "preferences_share": "set preferences_limit to the number of pairs",
     "preferences_weight": "set preferences_limit to the number of pairs",
+    "helpful_share": "set helpful_limit, or helpful_samples",
     "weight_decay": "it was 0 everywhere; edit the optimizer's line in the script",
     "max_nonfinite": "three updates in a row that are not finite stop a run",
     "ratio_tolerance": "it follows the precision",

@@ -23,11 +23,18 @@ from transformers import PretrainedConfig, PreTrainedModel
 from minicai import InputError
 from minicai.engine import parallel
 from minicai.engine.attention import Slots, last_hidden
-from minicai.engine.dialogue import Asked, decode, encode_options, encode_prompt, end_ids
+from minicai.engine.dialogue import (
+    Asked,
+    decode,
+    encode_options,
+    encode_pair,
+    encode_prompt,
+    end_ids,
+)
 from minicai.engine.load import load_config, load_tokenizer
 from minicai.engine.models import apply_head, shared_hidden_states
 from minicai.engine.terminal import Progress
-from minicai.prompts import Prompt, as_turns
+from minicai.prompts import CHOICES, Prompt, as_turns
 
 SHARE = 16  # tokens; a shorter common beginning is not worth a forward pass of its own
 
@@ -98,6 +105,13 @@ def check_prompts(
     """check_lengths of prompts as a model reads them, before any work is done."""
     encoded = [encode_prompt(model.tokenizer, as_turns(prompt)) for prompt in prompts]
     check_lengths(model.config, encoded, new_tokens, source)
+
+
+def check_pairs(model: PreTrainedModel, rows: Sequence[dict], source: str) -> None:
+    """check_lengths of given preference pairs, rows of comparisons.jsonl."""
+    pairs = [encode_pair(model.tokenizer, row) for row in rows]
+    texts = [prompt + response for prompt, *both in pairs for response in both]
+    check_lengths(model.config, texts, 0, source)
 
 
 def check_requests(path: str, requests: Sequence[str], new_tokens: int, what: str) -> None:
@@ -301,6 +315,25 @@ def respond(
     if progress and done:  # of whole calls only: the first to end are the short ones
         progress.update(0, {"ended": fmean(ended), "tokens": fmean(len(c.ids) for c in done)})
     return [decode(model.tokenizer, c.ids, c.ended) for c in done], ended
+
+
+def responder(
+    model: PreTrainedModel, how: Sampling, stream: int, progress: Progress | None = None
+) -> Callable[[Sequence[Asked], Sequence[tuple[int, ...]]], list[str]]:
+    """A model as a function from texts and seeds to completions (critique.Generate).
+
+    stream: in front of each seed; it keeps the random numbers of stages apart.
+    """
+
+    def complete(asked: Sequence[Asked], seeds: Sequence[tuple[int, ...]]) -> list[str]:
+        return respond(model, asked, [(stream, *seed) for seed in seeds], how, progress)[0]
+
+    return complete
+
+
+def chooser(model: PreTrainedModel, rows: int) -> Callable[[Sequence[Asked]], list[list[float]]]:
+    """A model as a function from comparisons to log-probs of (A) and (B) (feedback.Choose)."""
+    return lambda texts: choice_logprobs(model, texts, CHOICES, rows)
 
 
 def turn_size(rows: int) -> int:

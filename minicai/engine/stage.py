@@ -73,8 +73,8 @@ class Stage:
         self.shown: dict[str, float] = {}
         self.progress: terminal.Progress | None = None
         reads = config.paths(cfg) | reads
-        inputs = {"format": "2"} | parallel.once(fingerprints, name, reads)
-        inputs |= code_fingerprints(code)
+        self.sums = parallel.once(fingerprints, name, reads)
+        inputs = {"format": "2"} | _inputs(reads, self.sums) | code_fingerprints(code)
         self.text = config.dump(cfg, name, inputs)
         self.record = parallel.once(self._look)
         if self.record:
@@ -124,6 +124,10 @@ class Stage:
         write_atomic(stored, self.text)
         if self.state.get("accepted"):
             Journal(folder / "accepted.jsonl").append([{"changes": self.state["accepted"]}])
+
+    def stamp(self, *paths: str) -> dict[str, dict[str, str]]:
+        """What a row says of the models that made it: {"models": {path: 12 digits of its sum}}."""
+        return {"models": {path: self.sums[path][:12] for path in paths if path}}
 
     # --- journals ---------------------------------------------------------------------------------
 
@@ -245,11 +249,19 @@ class Stage:
         self.journals["metrics.jsonl"].append([row])
         self.shown = {name: row[name] for name in show}
 
+    def means(self, *names: str) -> dict[str, float]:
+        """Means of logged numbers over the last tenth of the steps; those not finite are left out."""
+        rows = self.journals["metrics.jsonl"].rows
+        last = rows[-max(1, len(rows) // 10) :]
+        last = [row for row in last if None not in [row[name] for name in names]]
+        return {name: sum(row[name] for row in last) / max(len(last), 1) for name in names}
+
     def finish(self, model: PreTrainedModel | None, record: dict) -> dict:
         """Exports the model, writes and returns the record, and removes the checkpoints."""
         if model is not None:
             checkpoint.export(self.folder, model)
         found = {"seconds": self.seconds(), **record}
+        found["models"] = {p: s for p, s in self.sums.items() if not _is_file(p)}
         found |= {"device": parallel.device_name(), "precision": parallel.precision()}
         found["peak_rss_mb"] = parallel.peak_memory_mb()
         parallel.once(write_atomic, self.folder / RECORD, json.dumps(finite(found), indent=1))
@@ -272,24 +284,42 @@ def script(main: Callable, kind: type, section: str, doc: str) -> None:
 
 
 def fingerprints(stage: str, reads: dict) -> dict[str, str]:
-    """{what: sha256 of the contents} of files and model folders; of several, one sum of all."""
+    """{path: sha256 of the contents} of the files and model folders that a stage reads."""
+    sums = {}
+    for what, paths in reads.items():
+        for path in _listed(paths):
+            name = f"[{stage}] {what}"
+            if _is_file(path):
+                sums[path] = _file_sha256(path, name)
+            else:
+                sums[path] = hub.weights_sha256(hub.require_folder(path, name))
+    return sums
+
+
+def _inputs(reads: dict, sums: dict[str, str]) -> dict[str, str]:
+    """{what: sum of its contents}; of several files, one sum of all."""
     found = {}
     for what, paths in reads.items():
-        paths = [paths] if isinstance(paths, str) else paths
-        sums = [_fingerprint(path, f"[{stage}] {what}") for path in paths if path]
-        if sums:
-            found[what] = sums[0] if len(sums) == 1 else _sha256(" ".join(sums))
+        several = [sums[path] for path in _listed(paths)]
+        if several:
+            found[what] = several[0] if len(several) == 1 else _sha256(" ".join(several))
     return found
 
 
-def _fingerprint(path: str, what: str) -> str:
-    if path.startswith("hub:") or Path(path).suffix in DATA:
-        try:
-            with open(hub.data_file(path), "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise InputError(f"{what}: {path}: {error.strerror}") from error
-    return hub.weights_sha256(hub.require_folder(path, what))
+def _listed(paths: str | Sequence[str]) -> list[str]:
+    return [path for path in ([paths] if isinstance(paths, str) else paths) if path]
+
+
+def _is_file(path: str) -> bool:
+    return path.startswith("hub:") or Path(path).suffix in DATA
+
+
+def _file_sha256(path: str, what: str) -> str:
+    try:
+        with open(hub.data_file(path), "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{what}: {path}: {error.strerror}") from error
 
 
 def _sha256(text: str) -> str:
