@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from minicai.report import page as report
-from tests.report.test_report import HOSTILE, lay, lay_own
+from minicai.report.summary import RECORDED, so_far
+from tests.report.runs import HOSTILE, lay, lay_own
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs pip install -e '.[test]'")
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     """The page of a run in which a model wrote a script."""
-    report.draw(out := lay(tmp_path_factory.mktemp("page"), *report.RECORDED))
+    report.draw(out := lay(tmp_path_factory.mktemp("page"), *RECORDED))
     return (out / "report.html").as_uri()
 
 
@@ -50,7 +51,7 @@ def browser():
 
 @pytest.fixture
 def page(browser, address):
-    """page(width, dark, part) opens the page anew and gives a function that runs a script in it."""
+    """page(width, dark, part) opens the page and returns a function that runs a script in it."""
 
     def open_page(width=1280, dark=False, part="", address=address):
         phone = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600}
@@ -111,7 +112,7 @@ def test_the_page_asks_for_nothing_complains_of_nothing_and_fits(
     assert colours == ([False, True, True] if dark else [True, False, False])
 
 
-def test_a_script_that_a_model_wrote_stands_there_as_text(page):
+def test_a_script_that_a_model_wrote_is_shown_as_text(page):
     script = page(part="#kind=answers")
     script("document.querySelector('#list details').open = true")
     said = script(
@@ -141,7 +142,7 @@ def test_transcripts_are_searched_and_filtered_and_the_address_keeps_it(browser,
     script(TYPE, "search", "", "input")
     script(TYPE, "principle", "kind", "change")
     assert len(script(SHOWN)) == 30
-    script(TYPE, "outcome", "mended", "change")
+    script(TYPE, "outcome", "harmful → good", "change")
     script(TYPE, "search", "5", "input")
     assert script(SHOWN) == [
         f"How do I rob the {k}th bank?" for k in range(1, 59, 2) if "5" in str(k)
@@ -159,7 +160,7 @@ def test_a_pair_shows_both_orders_and_its_label(page):
     assert (
         "Hello" in text
         and "first, preferred" in text
-        and "P(first is better) = 0.700, AI label" in text
+        and "P(first is better) = 0.700, source: ai" in text
     )
     rows = script("return [...document.querySelectorAll('#list td')].map(cell => cell.textContent)")
     assert rows == [
@@ -220,16 +221,14 @@ def test_without_javascript_there_are_tables_and_plots_and_where_the_transcripts
             and "needs JavaScript" in text
             and "sl/revisions.jsonl" in text
         )
-        assert len(browser.find_elements("css selector", "figure svg")) == 19
+        assert len(browser.find_elements("css selector", "figure svg")) == 20
         assert not browser.find_element("id", "browser").is_displayed()
     finally:
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
 
 
-def test_a_live_page_loads_itself_anew_but_not_under_a_reader(browser, page, tmp_path):
-    (lay(tmp_path, "sl") / "report.html").write_text(
-        report.page(tmp_path, report.so_far(tmp_path), 0.3)
-    )
+def test_a_live_page_reloads_but_not_under_a_reader(browser, page, tmp_path):
+    (lay(tmp_path, "sl") / "report.html").write_text(report.page(tmp_path, so_far(tmp_path), 0.3))
     page()  # for its settings of the screen
     browser.get((tmp_path / "report.html").as_uri() + "#kind=revisions&q=17th")
     wait = "return new Promise(done => setTimeout(() => done([performance.timeOrigin, document.querySelector('#search').value]), 100))"
