@@ -68,8 +68,8 @@ SHARES = (
         "labels.places.by_principle",
         "labels",
         "Position bias of the labels",
-        "Share of pairs, shown in both orders, in which the same position, (A) or (B), won both "
-        "times. p a: mean probability of position (A).",
+        "Of the pairs shown in both orders, the shares in which position (A), or (B), won both "
+        "times. p a: mean probability of (A).",
         {"p_a": "", "to_a": PPO, "to_b": BASE},
     ),
 )

@@ -67,7 +67,7 @@ GLOSSARY = {
     "position_bias": "share of the pairs in which the order in the prompt decides the label",
     "entropy": "mean entropy of the policy's next-token distribution over response tokens, in nats",
     "eos_rate": "share of the responses in a rollout that end by themselves",
-    "distinct_2": "share of distinct word pairs in a rollout; it falls when texts repeat themselves",
+    "distinct_2": "share of distinct word pairs in a rollout; it falls with repetition",
     "clip_fraction": "share of the response tokens whose probability ratio PPO clipped",
     "explained_variance": "1 - var(return - value) / var(return): 1 is a perfect value model, 0 is "
     "no better than a constant",

@@ -1,6 +1,7 @@
-"""The report in a browser: Debian's chromium without a window, by Selenium; skipped where either is missing.
+"""The report in a browser: Debian's chromium without a window, by Selenium.
 
-MINICAI_SCREENSHOTS=DIR saves there what the pages look like, whole, on a phone and on a desk, light and dark.
+The tests are skipped where either is missing. MINICAI_SCREENSHOTS=DIR saves pictures of the whole
+pages in DIR: on a phone and on a desk, light and dark.
 """
 
 import base64
@@ -32,7 +33,7 @@ def address(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def own_address(tmp_path_factory):
-    """The page of a run that no exact judge knows, its models compared by `elo` and its labels by `agree`."""
+    """The page of a run without the exact judge, after `elo` and `agree`."""
     report.draw(out := lay_own(tmp_path_factory.mktemp("own"), "elo", "agree"))
     return (out / "report.html").as_uri()
 
@@ -68,8 +69,16 @@ def page(browser, address):
 SHOWN = (
     "return [...document.querySelectorAll('#list summary .title')].map(title => title.textContent)"
 )
-TYPE = "const box = document.getElementById(arguments[0]); box.value = arguments[1]; box.dispatchEvent(new Event(arguments[2]))"
-PRESS = "document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {key: arguments[0], bubbles: true, cancelable: true}))"
+TYPE = """
+    const box = document.getElementById(arguments[0]);
+    box.value = arguments[1];
+    box.dispatchEvent(new Event(arguments[2]));
+"""
+PRESS = """
+    const options = {key: arguments[0], bubbles: true, cancelable: true};
+    document.activeElement.dispatchEvent(new KeyboardEvent('keydown', options));
+"""
+LATER = "return new Promise(done => setTimeout(() => done(%s), 100))"
 
 
 def screenshot(browser, name: str) -> None:
@@ -106,8 +115,10 @@ def test_the_page_asks_for_nothing_complains_of_nothing_and_fits(
         address
     } and browser.get_log("browser") == []
     colours = script(
-        "const style = getComputedStyle(document.documentElement), text = getComputedStyle(document.querySelector('figure svg text'));"
-        "return [style.backgroundColor, style.color, text.fill].map(c => c.match(/\\d+/g).map(Number).reduce((a, b) => a + b) > 380)"
+        "const style = getComputedStyle(document.documentElement);"
+        "const text = getComputedStyle(document.querySelector('figure svg text'));"
+        "const light = c => c.match(/\\d+/g).map(Number).reduce((a, b) => a + b) > 380;"
+        "return [style.backgroundColor, style.color, text.fill].map(light)"
     )
     assert colours == ([False, True, True] if dark else [True, False, False])
 
@@ -115,9 +126,7 @@ def test_the_page_asks_for_nothing_complains_of_nothing_and_fits(
 def test_a_script_that_a_model_wrote_is_shown_as_text(page):
     script = page(part="#kind=answers")
     script("document.querySelector('#list details').open = true")
-    said = script(
-        "return new Promise(done => setTimeout(() => done([...document.querySelectorAll('#list .said')].map(p => p.textContent))))"
-    )
+    said = script(LATER % "[...document.querySelectorAll('#list .said')].map(p => p.textContent)")
     assert (
         said == ["yes", "yes", HOSTILE]
         and script("return document.querySelectorAll('#list script, #list img').length") == 0
@@ -154,9 +163,7 @@ def test_transcripts_are_searched_and_filtered_and_the_address_keeps_it(browser,
 def test_a_pair_shows_both_orders_and_its_label(page):
     script = page(part="#kind=comparisons")
     script("document.querySelector('#list details').open = true")
-    text = script(
-        "return new Promise(done => setTimeout(() => done(document.querySelector('#list .body').innerText)))"
-    )
+    text = script(LATER % "document.querySelector('#list .body').innerText")
     assert (
         "Hello" in text
         and "first, preferred" in text
@@ -231,7 +238,7 @@ def test_a_live_page_reloads_but_not_under_a_reader(browser, page, tmp_path):
     (lay(tmp_path, "sl") / "report.html").write_text(report.page(tmp_path, so_far(tmp_path), 0.3))
     page()  # for its settings of the screen
     browser.get((tmp_path / "report.html").as_uri() + "#kind=revisions&q=17th")
-    wait = "return new Promise(done => setTimeout(() => done([performance.timeOrigin, document.querySelector('#search').value]), 100))"
+    wait = LATER % "[performance.timeOrigin, document.querySelector('#search').value]"
     began, _ = browser.execute_script(wait)
     browser.execute_script("document.querySelector('#list summary').click()")
     time.sleep(1)
