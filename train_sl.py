@@ -114,8 +114,8 @@ def main(cfg: SLConfig) -> dict:
         check_requests(cfg.model, revisions, answers * limit, "[sl]: a revision request")
 
     # 1. Respond, criticise, revise: revisions.jsonl, one row per red-team prompt.
-    seeded = {"seed": cfg.seed} | stage.stamp(cfg.model, cfg.policy, cfg.critic)
-    made_by = {"model": cfg.model, "constitution": rules.stamp} | seeded
+    models = stage.stamp(cfg.model, cfg.policy, cfg.critic)
+    made_by = {"model": cfg.model, "seed": cfg.seed, "constitution": rules.stamp} | models
     group, texts = turn_size(cfg.rows), 1 + cfg.rounds * (1 if cfg.style == "none" else 2)
     revisions = stage.journal("revisions.jsonl", group, len(prompts))
     with parallel.gathered(*{model, reviser, critic}):
@@ -137,7 +137,7 @@ def main(cfg: SLConfig) -> dict:
             asked_turns = [as_turns(prompt) for prompt in asked]
             answers, _ = respond(model, asked_turns, seeds, sampling, stage.progress)
             rows = [
-                {"id": i, "prompt": prompt, "response": answer} | seeded
+                {"id": i, "prompt": prompt, "response": answer, "seed": cfg.seed} | models
                 for i, prompt, answer in zip(numbers, asked, answers)
             ]
             helpful.append(parallel.joined(rows))

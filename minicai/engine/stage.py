@@ -22,13 +22,12 @@ import ast
 import hashlib
 import importlib
 import inspect
-import io
 import json
 import math
 import os
+import re
 import shutil
 import time
-import tokenize
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,17 +40,10 @@ from minicai import InputError, RunError
 from minicai.engine import checkpoint, config, hub, parallel, terminal
 from minicai.engine.data import Journal, finite, read_record, write_atomic
 
-RECORD = "stage.json"
-DATA = (".jsonl", ".json", ".gz", ".txt", ".toml", ".py")  # what is not a model folder
 SKIPPED_AT_MOST = 3  # updates in a row whose loss or gradient is not finite; then the run stops
-LAYOUT = (
-    tokenize.COMMENT,
-    tokenize.NL,
-    tokenize.NEWLINE,
-    tokenize.INDENT,
-    tokenize.DEDENT,
-    tokenize.ENDMARKER,
-)
+DATA = (".jsonl", ".json", ".gz", ".txt", ".toml", ".py")  # what is a file, not a model folder
+METHOD = ("losses", "prompts", "constitution", "examples", "critique", "feedback", "rollout")
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 
 
 class Stage:
@@ -68,7 +60,7 @@ class Stage:
     def __init__(self, cfg, name: str, reads: dict, code: str = ""):
         parallel.setup(cfg.device, cfg.precision, cfg.timeout)
         self.cfg, self.name, self.folder = cfg, name, Path(cfg.out) / name
-        self.step, self.state, self.skipped = 0, {}, 0
+        self.step, self.state, self.skipped, self.accepted = 0, {}, 0, []
         self.journals: dict[str, Journal] = {}
         self.shown: dict[str, float] = {}
         self.progress: terminal.Progress | None = None
@@ -84,23 +76,23 @@ class Stage:
 
     def _look(self) -> dict | None:
         """The record of a finished stage. Raises InputError where something has changed."""
-        stored, record = self.folder / "config.toml", self.folder / RECORD
+        stored, record = self.folder / "config.toml", self.folder / "stage.json"
         if self.cfg.overwrite or not stored.exists():
             return None
         try:
             old = tomllib.loads(stored.read_text(encoding="utf-8"))
+            begun = len(os.listdir(self.folder)) > 1  # the config alone: nothing was made yet
         except (OSError, ValueError) as error:
             raise InputError(f"{stored}: cannot be read: {error}") from error
-        begun = len(list(self.folder.iterdir())) > 1  # the config alone: nothing was made yet
-        known = "format" in old.get("made_from", {})  # else an earlier version's
-        if begun and (known or not record.exists()):
+        earlier_version = "format" not in old.get("made_from", {})
+        if begun and not (earlier_version and record.exists()):
             changes = config.differences(old, tomllib.loads(self.text), type(self.cfg))
             if changes and not self.cfg.accept_changes:
                 raise InputError(
                     f"{self.folder}: holds a run of another config: {'; '.join(changes)}; choose "
                     f"another --out, start again with --overwrite, or resume with --accept-changes"
                 )
-            self.state["accepted"] = changes
+            self.accepted = changes
         return read_record(record) if record.exists() else None
 
     def _begin(self) -> None:
@@ -108,7 +100,7 @@ class Stage:
         folder, stored = self.folder, self.folder / "config.toml"
         try:
             if self.cfg.overwrite and folder.exists():
-                if not stored.exists() and any(folder.iterdir()):
+                if any(folder.iterdir()) and not stored.exists():
                     raise InputError(
                         f"{folder}: --overwrite would delete a folder that is not a stage of "
                         f"minicai (it has no config.toml)"
@@ -118,12 +110,11 @@ class Stage:
             if not os.access(folder, os.W_OK):
                 raise PermissionError(13, "Permission denied")
         except OSError as error:
-            raise InputError(
-                f"{folder}: cannot be used as an output folder: {error.strerror}"
-            ) from error
+            reason = error.strerror
+            raise InputError(f"{folder}: cannot be used as an output folder: {reason}") from error
         write_atomic(stored, self.text)
-        if self.state.get("accepted"):
-            Journal(folder / "accepted.jsonl").append([{"changes": self.state["accepted"]}])
+        if self.accepted:
+            Journal(folder / "accepted.jsonl").append([{"changes": self.accepted}])
 
     def stamp(self, *paths: str) -> dict[str, dict[str, str]]:
         """What a row says of the models that made it: {"models": {path: 12 digits of its sum}}."""
@@ -264,7 +255,7 @@ class Stage:
         found["models"] = {p: s for p, s in self.sums.items() if not _is_file(p)}
         found |= {"device": parallel.device_name(), "precision": parallel.precision()}
         found["peak_rss_mb"] = parallel.peak_memory_mb()
-        parallel.once(write_atomic, self.folder / RECORD, json.dumps(finite(found), indent=1))
+        parallel.once(write_atomic, self.folder / "stage.json", json.dumps(finite(found), indent=1))
         parallel.once(self._tidy)
         return found
 
@@ -329,45 +320,23 @@ def _sha256(text: str) -> str:
 def code_fingerprints(path: str) -> dict[str, str]:
     """{"code": of a script, "losses.gae": ...} with each function of the method that it names.
 
-    They are sums of the code's tokens: comments, docstrings and layout do not count.
+    They are sums of the code without comments, docstrings and layout. No path, no sums.
     """
     if not path:
         return {}
-    source = Path(path).read_text(encoding="utf-8")
-    found, modules = {"code": _code_sha256(source)}, {}
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module == "minicai":
-            for alias in node.names:
-                modules[alias.asname or alias.name] = f"minicai.{alias.name}"
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").count(".") == 1:
-            for alias in node.names:
-                found |= _function(node.module, alias.name)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            if node.value.id in modules:
-                found |= _function(modules[node.value.id], node.attr)
+    code = _code(Path(path).read_text(encoding="utf-8"))
+    found, names = {"code": _sha256(code)}, set(re.findall(r"\w+", code))
+    for name in METHOD:
+        module = importlib.import_module(f"minicai.{name}")
+        for key, thing in vars(module).items():
+            if key in names and getattr(thing, "__module__", "") == module.__name__:
+                found[f"{name}.{key}"] = _sha256(_code(inspect.getsource(thing)))
     return found
 
 
-def _function(module: str, name: str) -> dict[str, str]:
-    if not module.startswith("minicai."):
-        return {}
-    try:
-        thing = getattr(importlib.import_module(module), name, None)
-    except ImportError:
-        return {}
-    if inspect.isfunction(thing) or inspect.isclass(thing):
-        return {f"{module.removeprefix('minicai.')}.{name}": _code_sha256(inspect.getsource(thing))}
-    return {}
-
-
-def _code_sha256(source: str) -> str:
-    tokens, before = [], tokenize.NEWLINE
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        docstring = token.type == tokenize.STRING and before in (tokenize.NEWLINE, tokenize.INDENT)
-        if token.type not in LAYOUT and not docstring:
-            tokens.append(token.string)
-        if token.type not in (tokenize.COMMENT, tokenize.NL):
-            before = token.type
-    return _sha256(" ".join(tokens))
+def _code(source: str) -> str:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return ast.unparse(tree)
