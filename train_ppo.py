@@ -97,14 +97,10 @@ class PPOConfig(Run):
 
 def main(cfg: PPOConfig) -> dict:
     """Runs or resumes the stage. Returns its record, which is also in OUT/ppo/stage.json."""
-    policy_path, reward_path, source = (
-        cfg.policy or f"{cfg.out}/sl",
-        cfg.reward or f"{cfg.out}/rm",
-        "",
-    )
-    if cfg.reward_function:
-        reward_path, source = "", source_file(cfg.reward_function)
-    reads = {"policy": policy_path, "reward": reward_path, "reward_function": source}
+    policy_path, reward_path = cfg.policy or f"{cfg.out}/sl", cfg.reward or f"{cfg.out}/rm"
+    source = cfg.reward_function and source_file(cfg.reward_function)
+    reads = {"policy": policy_path, "reward": "" if source else reward_path}
+    reads["reward_function"] = source
     stage = Stage(cfg, "ppo", reads, code=__file__)
     if stage.record:
         return stage.record
@@ -133,14 +129,15 @@ def main(cfg: PPOConfig) -> dict:
     kl_coef = stage.state.get("kl_coef", cfg.kl_coef)
     for iteration in stage.steps(cfg.iterations, "episodes", cfg.episodes):
         # 1. Sample one response to each prompt from the policy as it is.
-        prompts = shuffled(harmful, iteration * n_harmful, n_harmful, STREAM, cfg.seed, 0)
-        prompts += shuffled(harmless, iteration * n_harmless, n_harmless, STREAM, cfg.seed, 1)
+        prompts = shuffled(harmful, iteration, n_harmful, STREAM, cfg.seed, 0)
+        prompts += shuffled(harmless, iteration, n_harmless, STREAM, cfg.seed, 1)
         encoded = [encode_prompt(policy.tokenizer, as_turns(prompt)) for prompt in prompts]
         seeds = [(STREAM, cfg.seed, iteration, k) for k in range(cfg.episodes)]
         completions = sample(policy, encoded, seeds, sampling)
         texts = [decode(policy.tokenizer, c.ids, c.ended) for c in completions]
         ended = torch.tensor([c.ended for c in completions], device=policy.device)
-        batch = collate(encoded, [c.ids for c in completions], policy.device)
+        responses = [c.ids for c in completions]
+        batch = collate(encoded, responses, policy.device)
         mask = batch.mask
 
         # 2. What the four models say of each token: log-probs, values, scores. The sampler's own
@@ -154,7 +151,7 @@ def main(cfg: PPOConfig) -> dict:
         else:
             scores = score_texts(function(cfg.reward_function), prompts, texts)
         if iteration == 0:
-            show_first("ppo", policy.tokenizer, list(zip(encoded, [c.ids for c in completions])))
+            show_first("ppo", policy.tokenizer, list(zip(encoded, responses)))
             tolerance = 0.01 if parallel.precision() == "fp32" else 0.2
             check_ratio(logprobs, spread([c.logprobs for c in completions], mask), tolerance)
 
@@ -180,22 +177,19 @@ def main(cfg: PPOConfig) -> dict:
             for rows in order.tensor_split(cfg.minibatches):
                 minibatch = rollout.select(rows)
                 tokens, sums = int(minibatch.mask.sum()), torch.zeros(4, dtype=torch.float64)
-                for part in micro_batches(minibatch.lengths.tolist(), cfg.micro_tokens):
-                    part = minibatch.select(part)
-                    old, mask_part = part.logprobs, part.mask
+                for part in micro_batches(minibatch, cfg.micro_tokens):
+                    old, inside = part.logprobs, part.mask
                     new = response_logprobs(policy, part, cfg.temperature)
-                    pg = losses.policy_loss(new, old, part.advantages, mask_part, cfg.clip_range)
+                    pg = losses.policy_loss(new, old, part.advantages, inside, cfg.clip_range)
                     parallel.backward(pg.sum() / tokens)
                     # Two backward calls, since the models share no layer: the activations of one
                     # are freed before the other runs (924 MiB at the peak, not 1,087).
-                    v = token_values(value_model, part)
-                    vf = losses.value_loss(
-                        v, part.values, part.returns, mask_part, cfg.value_clip_range
-                    )
+                    v, v_old = token_values(value_model, part), part.values
+                    vf = losses.value_loss(v, v_old, part.returns, inside, cfg.value_clip_range)
                     parallel.backward(cfg.vf_coef * vf.sum() / tokens)
                     with torch.no_grad():
-                        moved = losses.approx_kl(new, old, mask_part)
-                        clipped = losses.clip_fraction(new, old, mask_part, cfg.clip_range)
+                        moved = losses.approx_kl(new, old, inside)
+                        clipped = losses.clip_fraction(new, old, inside, cfg.clip_range)
                     sums += torch.stack([x.detach().sum() for x in (pg, vf, moved, clipped)]).cpu()
                 sums = parallel.total(sums).tolist()
                 norms = [parallel.clip_grad_norm(m, cfg.grad_clip) for m in (policy, value_model)]
@@ -215,7 +209,7 @@ def main(cfg: PPOConfig) -> dict:
         row = {"reward": scores.mean().item(), **watch(mask, logprobs, ref_logprobs, entropies)}
         row["eos_rate"] = ended.float().mean().item()
         row["explained_variance"] = losses.explained_variance(values, returns, mask).item()
-        row["distinct_2"] = distinct_ngrams([c.ids for c in completions], 2)
+        row["distinct_2"] = distinct_ngrams(responses, 2)
         row |= mean_update(updates) | {"nonfinite": nonfinite, "kl_coef": kl_coef}
         stage.log(row, show=("reward", "kl"))
         names = ("step", "prompt", "response", "score", "ended")
@@ -225,8 +219,7 @@ def main(cfg: PPOConfig) -> dict:
             aim = (cfg.kl_target, cfg.kl_horizon, cfg.episodes)
             stage.state["kl_coef"] = kl_coef = losses.adaptive_kl_coef(kl_coef, row["kl"], *aim)
 
-    record = {"episodes": len(episodes.rows)} | stage.means("kl", "reward")
-    return stage.finish(policy, record)
+    return stage.finish(policy, {"episodes": len(episodes.rows)} | stage.means("kl", "reward"))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minicai import InputError, constitution, feedback
+from minicai import constitution, feedback
 from minicai.critique import revision_pairs
 from minicai.engine import models, parallel, sampler
 from minicai.engine.config import Run, path_setting, setting
@@ -78,8 +78,6 @@ class RMConfig(Run):
 def main(cfg: RMConfig) -> dict:
     """Runs or resumes the stage. Returns its record, which is also in OUT/rm/stage.json."""
     policy_path, judges = cfg.policy or f"{cfg.out}/sl", (cfg.feedback or cfg.model, *cfg.jury)
-    if len(set(judges)) < len(judges):
-        raise InputError(f"[rm] jury: a feedback model is named twice among {', '.join(judges)}")
     revisions = f"{policy_path}/revisions.jsonl" if cfg.revision_pairs else ""
     reads = {"policy": policy_path, "feedback": judges[0], "revisions": revisions}
     stage = Stage(cfg, "rm", reads | {"constitution": cfg.constitution}, code=__file__)
@@ -100,9 +98,8 @@ def main(cfg: RMConfig) -> dict:
     sampler.check_prompts(policy, prompts, limit + 1, cfg.prompts)
     sampler.check_pairs(policy, human, cfg.preferences)
     requests = feedback.longest_comparisons(prompts, how, thinking)
-    for judge in judges:
-        answers = (3 if thinking else 2) * limit + 4
-        sampler.check_requests(judge, requests, answers, "[rm]: a comparison")
+    answers = (3 if thinking else 2) * limit + 4
+    sampler.check_requests(judges, requests, answers, "[rm] feedback and jury: a comparison")
 
     # 1. Sample `candidates` responses to each prompt, and pair them: pairs.jsonl.
     each = math.comb(cfg.candidates, 2)  # pairs per prompt
@@ -164,7 +161,7 @@ def main(cfg: RMConfig) -> dict:
         # Micro-batches add up to the batch: divide each once, by the pairs of the whole batch.
         loss, correct, decided = 0.0, 0.0, 0.0
         lengths = models.pair_lengths([encoded[r] for r in batch])
-        for part in models.micro_batches(lengths, cfg.micro_tokens):
+        for part in models.micro_rows(lengths, cfg.micro_tokens):
             part = [batch[k] for k in part]
             p_first = torch.tensor([rows[r]["p_first"] for r in part], device=model.device)
             r_first, r_second = models.pair_scores(model, [encoded[r] for r in part])
@@ -193,12 +190,15 @@ def main(cfg: RMConfig) -> dict:
     decided = [row for row in heldout if row["p_first"] != 0.5]
     pairs = [encode_pair(model.tokenizer, row) for row in decided]
     r_first, r_second = models.scored_pairs(model, pairs, cfg.micro_tokens)
-    better = torch.tensor([row["p_first"] > 0.5 for row in decided], device=model.device)
+    better = torch.tensor([row["p_first"] for row in decided], device=model.device) > 0.5
     agree = ((r_first > r_second) == better).float()
-    record = {"train_pairs": len(rows), "heldout_pairs": len(heldout)}
-    record |= {"accuracy_vs_labels": agree.mean().item()}
-    record |= {"heldout_ids": [row["id"] for row in heldout]}
-    record |= {"train_sources": Counter(row["source"] for row in rows)}
+    record = {
+        "train_pairs": len(rows),
+        "heldout_pairs": len(heldout),
+        "accuracy_vs_labels": agree.mean().item(),
+        "heldout_ids": [row["id"] for row in heldout],
+        "train_sources": Counter(row["source"] for row in rows),
+    }
     return stage.finish(model, record)
 
 

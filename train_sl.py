@@ -47,7 +47,6 @@ STYLES = {
     "strong": constitution.strong,
     "none": constitution.direct,
 }
-FAULTS = ("unchanged", "leaked", "boilerplate")
 
 
 @dataclass
@@ -82,7 +81,7 @@ class SLConfig(Run):
     policy: str = path_setting(model=True)  # who responds and learns; "" = the model
     critic: str = path_setting(model=True)  # who writes the critiques; "" = the model
     nothing: tuple[str, ...] = ()  # "no issues": a critique with such a phrase ends the rounds
-    drop: tuple[str, ...] = setting((), each=FAULTS)  # leave out revisions with these faults
+    drop: tuple[str, ...] = setting((), each=critique.FAULTS)  # faults of revisions to leave out
 
 
 def main(cfg: SLConfig) -> dict:
@@ -109,9 +108,9 @@ def main(cfg: SLConfig) -> dict:
     if cfg.rounds:
         critiques, revisions = critique.longest_requests(prompts, how)
         limit = cfg.max_new_tokens
-        check_requests(cfg.critic or cfg.model, critiques, 2 * limit, "[sl]: a critique request")
+        check_requests([cfg.critic or cfg.model], critiques, 2 * limit, "[sl]: a critique request")
         answers = 3 if critiques else 2  # the response, the critique, and the revision behind them
-        check_requests(cfg.model, revisions, answers * limit, "[sl]: a revision request")
+        check_requests([cfg.model], revisions, answers * limit, "[sl]: a revision request")
 
     # 1. Respond, criticise, revise: revisions.jsonl, one row per red-team prompt.
     models = stage.stamp(cfg.model, cfg.policy, cfg.critic)
@@ -134,8 +133,8 @@ def main(cfg: SLConfig) -> dict:
         for first, last in stage.turns(helpful, "generate", "samples"):
             numbers, asked = range(first, last), wanted[first:last]
             seeds = [(STREAM, cfg.seed, i, 999) for i in numbers]
-            asked_turns = [as_turns(prompt) for prompt in asked]
-            answers, _ = respond(model, asked_turns, seeds, sampling, stage.progress)
+            texts = [as_turns(prompt) for prompt in asked]
+            answers, _ = respond(model, texts, seeds, sampling, stage.progress)
             rows = [
                 {"id": i, "prompt": prompt, "response": answer, "seed": cfg.seed} | models
                 for i, prompt, answer in zip(numbers, asked, answers)
@@ -168,8 +167,7 @@ def main(cfg: SLConfig) -> dict:
 
         # Micro-batches add up to the batch: divide each once, by the tokens of the whole batch.
         tokens, loss = int(batch.mask.sum()), 0.0
-        for part in micro_batches(batch.lengths.tolist(), cfg.micro_tokens):
-            part = batch.select(part)
+        for part in micro_batches(batch, cfg.micro_tokens):
             logprobs = response_logprobs(model, part)
             part_loss = nll_loss(logprobs, part.mask).sum() / tokens
             parallel.backward(part_loss)
@@ -185,9 +183,13 @@ def main(cfg: SLConfig) -> dict:
         optimizer.zero_grad(set_to_none=True)
         stage.log({"loss": loss, "tokens": tokens, "grad_norm": grad_norm}, show=("loss",))
 
-    record = {"examples": len(encoded), "hygiene": critique.hygiene(revisions.rows)}
-    record["not_kept"] = sum(not row["kept"] for row in revisions.rows)
-    return stage.finish(model, record | {"constitution": rules.stamp})
+    record = {
+        "examples": len(encoded),
+        "hygiene": critique.hygiene(revisions.rows),
+        "not_kept": sum(not row["kept"] for row in revisions.rows),
+        "constitution": rules.stamp,
+    }
+    return stage.finish(model, record)
 
 
 if __name__ == "__main__":

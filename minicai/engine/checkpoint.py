@@ -33,7 +33,20 @@ from minicai.engine.load import TOLERANCE
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in one process it is meant to
 KEPT = 2  # checkpoints: the newest, and the one before it
 # What the table of contents of a checkpoint of tensors consists of.
-PLAIN = ["Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "_StorageInfo", "_MEM_FORMAT_ENCODING", "_get_layout", "Size", "PosixPath", "WindowsPath"]
+PLAIN = [
+    "Metadata",
+    "MetadataIndex",
+    "StorageMeta",
+    "TensorStorageMetadata",
+    "TensorProperties",
+    "ChunkStorageMetadata",
+    "_StorageInfo",
+    "_MEM_FORMAT_ENCODING",
+    "_get_layout",
+    "Size",
+    "PosixPath",
+    "WindowsPath",
+]
 Models = dict[str, torch.nn.Module]
 
 

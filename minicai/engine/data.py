@@ -152,10 +152,10 @@ def epoch_order(count: int, *seed: int) -> list[int]:
     return np.random.default_rng((tag, *seed)).permutation(count).tolist()
 
 
-def shuffled(items: Sequence, first: int, count: int, *seed: int) -> list:
-    """Items number first, first + 1, ... of an endless sequence: epoch after epoch, each shuffled."""
+def shuffled(items: Sequence, turn: int, count: int, *seed: int) -> list:
+    """`count` items for each turn 0, 1, ...: epoch after epoch, each epoch shuffled by the seed."""
     chosen = []
-    for number in range(first, first + count):
+    for number in range(turn * count, (turn + 1) * count):
         epoch, position = divmod(number, len(items))
         chosen.append(items[epoch_order(len(items), *seed, epoch)[position]])
     return chosen

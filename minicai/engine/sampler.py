@@ -114,21 +114,26 @@ def check_pairs(model: PreTrainedModel, rows: Sequence[dict], source: str) -> No
     check_lengths(model.config, texts, 0, source)
 
 
-def check_requests(path: str, requests: Sequence[str], new_tokens: int, what: str) -> None:
-    """Raises InputError where the longest request exceeds the context of the model in `path`.
+def check_requests(
+    paths: Sequence[str], requests: Sequence[str], new_tokens: int, what: str
+) -> None:
+    """Raises InputError where the longest request exceeds the context of a model in `paths`.
 
     requests: written with empty answers. new_tokens: those of the answers in them and behind them.
-    what: what is requested.
+    what: the setting and what is requested. A model may be named once only.
     """
-    context = getattr(load_config(path).get_text_config(), "max_position_embeddings", None)
-    tokenizer = load_tokenizer(path)
-    longest = max((len(encode_prompt(tokenizer, request)) for request in requests), default=0)
-    if context and longest and longest + new_tokens > context:
-        raise InputError(
-            f"{what} may have {longest + new_tokens} tokens ({longest} without the answers in it), "
-            f"and the context of {path} is {context}: lower max_new_tokens, or shorten examples, "
-            f"principles or prompts"
-        )
+    if len(set(paths)) < len(paths):
+        raise InputError(f"{what}: a model is named twice among {', '.join(paths)}")
+    for path in paths if requests else ():
+        context = getattr(load_config(path).get_text_config(), "max_position_embeddings", None)
+        tokenizer = load_tokenizer(path)
+        longest = max(len(encode_prompt(tokenizer, request)) for request in requests)
+        if context and longest + new_tokens > context:
+            raise InputError(
+                f"{what} may have {longest + new_tokens} tokens ({longest} without the answers in "
+                f"it), and the context of {path} is {context}: lower max_new_tokens, or shorten "
+                f"examples, principles or prompts"
+            )
 
 
 @torch.inference_mode()
