@@ -65,8 +65,10 @@ class Stage:
         self.shown: dict[str, float] = {}
         self.progress: terminal.Progress | None = None
         reads = config.paths(cfg) | reads
-        self.sums = parallel.once(fingerprints, name, reads)
-        inputs = {"format": "2"} | _inputs(reads, self.sums) | code_fingerprints(code)
+        found = parallel.once(fingerprints, name, reads)
+        inputs = {"format": "2"} | {what: " ".join(s.values()) for what, s in found.items()}
+        inputs |= code_fingerprints(code)
+        self.sums = {path: sha for sums in found.values() for path, sha in sums.items()}
         self.text = config.dump(cfg, name, inputs)
         self.record = parallel.once(self._look)
         if self.record:
@@ -252,7 +254,8 @@ class Stage:
         if model is not None:
             checkpoint.export(self.folder, model)
         found = {"seconds": self.seconds(), **record}
-        found["models"] = {p: s for p, s in self.sums.items() if not _is_file(p)}
+        models = {path: sha for path, sha in self.sums.items() if Path(path).suffix not in DATA}
+        found["models"] = models
         found |= {"device": parallel.device_name(), "precision": parallel.precision()}
         found["peak_rss_mb"] = parallel.peak_memory_mb()
         parallel.once(write_atomic, self.folder / "stage.json", json.dumps(finite(found), indent=1))
@@ -274,38 +277,20 @@ def script(main: Callable, kind: type, section: str, doc: str) -> None:
 # --- fingerprints ---------------------------------------------------------------------------------
 
 
-def fingerprints(stage: str, reads: dict) -> dict[str, str]:
-    """{path: sha256 of the contents} of the files and model folders that a stage reads."""
-    sums = {}
-    for what, paths in reads.items():
-        for path in _listed(paths):
-            name = f"[{stage}] {what}"
-            if _is_file(path):
-                sums[path] = _file_sha256(path, name)
-            else:
-                sums[path] = hub.weights_sha256(hub.require_folder(path, name))
-    return sums
-
-
-def _inputs(reads: dict, sums: dict[str, str]) -> dict[str, str]:
-    """{what: sum of its contents}; of several files, one sum of all."""
+def fingerprints(stage: str, reads: dict) -> dict[str, dict[str, str]]:
+    """{what: {path: sha256 of the contents}} of the files and model folders that a stage reads."""
     found = {}
     for what, paths in reads.items():
-        several = [sums[path] for path in _listed(paths)]
-        if several:
-            found[what] = several[0] if len(several) == 1 else _sha256(" ".join(several))
+        paths = [paths] if isinstance(paths, str) else paths
+        sums = {path: _contents(path, f"[{stage}] {what}") for path in paths if path}
+        if sums:
+            found[what] = sums
     return found
 
 
-def _listed(paths: str | Sequence[str]) -> list[str]:
-    return [path for path in ([paths] if isinstance(paths, str) else paths) if path]
-
-
-def _is_file(path: str) -> bool:
-    return path.startswith("hub:") or Path(path).suffix in DATA
-
-
-def _file_sha256(path: str, what: str) -> str:
+def _contents(path: str, what: str) -> str:
+    if not path.startswith("hub:") and Path(path).suffix not in DATA:
+        return hub.weights_sha256(hub.require_folder(path, what))
     try:
         with open(hub.data_file(path), "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
