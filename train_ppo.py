@@ -47,9 +47,12 @@ from minicai.rollout import (
     supervised_texts,
     watch,
 )
-from minicai.tools import phases, plan
 
 STREAM = 3  # keeps this stage's random numbers apart from the other stages'
+TRAINED, FROZEN = (
+    ("policy", "value"),
+    ("reference", "reward"),
+)  # the models that it holds (minicai plan)
 KL = {"k1": losses.kl_k1, "k2": losses.kl_k2, "k3": losses.kl_k3}
 
 
@@ -118,11 +121,11 @@ class PPOConfig(config.Run):
 
 def main(cfg: PPOConfig) -> dict:
     """Runs or resumes the stage and returns its record, which is also in OUT/ppo/stage.json."""
-    device, precision = parallel.setup(cfg.device, cfg.precision, 0 if cfg.plan else cfg.timeout)
+    if cfg.plan:
+        raise InputError("--plan: use python -m minicai plan CONFIG, which plans all three stages")
+    device, precision = parallel.setup(cfg.device, cfg.precision, cfg.timeout)
     harmful = read_prompts(cfg.prompts)
     helpful = read_prompts(cfg.helpful_prompts) if cfg.helpful_prompts else []
-    if cfg.plan:
-        return plan.show(phases.ppo(cfg, harmful + helpful, precision), device, precision, cfg.plan)
     tokenizer, models = load_models(
         cfg, device, precision, {cfg.prompts: harmful, cfg.helpful_prompts: helpful}
     )

@@ -56,9 +56,10 @@ from minicai.feedback import (
 from minicai.losses import centering_loss, mean_and_variance, moments, preference_loss
 from minicai.prompts import CHOICES, Prompt, as_turns
 from minicai.rollout import pair_scores
-from minicai.tools import phases, plan
+from minicai.tools import phases
 
 STREAM = 2  # keeps this stage's random numbers apart from the other stages'
+TRAINED, FROZEN = ("reward",), ("policy", "feedback")  # the models that it holds (minicai plan)
 
 
 @dataclass
@@ -137,7 +138,11 @@ class RMConfig(config.Run):
 
 def main(cfg: RMConfig) -> dict:
     """Runs or resumes the stage and returns its record, which is also in OUT/rm/stage.json."""
-    device, precision = parallel.setup(cfg.device, cfg.precision, 0 if cfg.plan else cfg.timeout)
+    if cfg.plan:
+        raise config.InputError(
+            "--plan: use python -m minicai plan CONFIG, which plans all three stages"
+        )
+    device, precision = parallel.setup(cfg.device, cfg.precision, cfg.timeout)
     parallel.require(cfg.batch_size, "[rm]: batch_size")
     rules = constitution.load(cfg.constitution)
     phases.check_rm_settings(cfg, rules)
@@ -150,10 +155,6 @@ def main(cfg: RMConfig) -> dict:
         if cfg.preferences
         else []
     )
-    if cfg.plan:
-        return plan.show(
-            phases.rm(cfg, rules, prompts, human, examples, precision), device, precision, cfg.plan
-        )
     policy_path, feedback_path = cfg.policy or str(Path(cfg.out) / "sl"), cfg.feedback or cfg.model
     tokenizer, feedback_tokenizer = load_tokenizer(policy_path), load_tokenizer(feedback_path)
     give_pad(

@@ -45,9 +45,10 @@ from minicai.examples import Example, fingerprint, in_front, load_examples
 from minicai.losses import nll_loss
 from minicai.prompts import Prompt, as_turns
 from minicai.rollout import collate
-from minicai.tools import phases, plan
+from minicai.tools import phases
 
 STREAM = 1  # keeps this stage's random numbers apart from the other stages'
+TRAINED, FROZEN = ("model",), ()  # the models that it holds (minicai plan)
 CHOOSE = {"random": at_random, "in_turn": in_turn, "all": all_at_once}
 STYLES = {
     "plain": constitution.plain,
@@ -113,7 +114,11 @@ class SLConfig(config.Run):
 
 def main(cfg: SLConfig) -> dict:
     """Runs or resumes the stage and returns its record, which is also in OUT/sl/stage.json."""
-    device, precision = parallel.setup(cfg.device, cfg.precision, 0 if cfg.plan else cfg.timeout)
+    if cfg.plan:
+        raise config.InputError(
+            "--plan: use python -m minicai plan CONFIG, which plans all three stages"
+        )
+    device, precision = parallel.setup(cfg.device, cfg.precision, cfg.timeout)
     parallel.require(cfg.batch_size, "[sl]: batch_size")
     if cfg.helpful_share == 1:
         raise config.InputError(
@@ -132,14 +137,6 @@ def main(cfg: SLConfig) -> dict:
     )
     start = cfg.policy or cfg.model
     tokenizer = load_tokenizer(start)
-    if cfg.plan:
-        shown = in_front(examples, STYLES[cfg.style], "")
-        return plan.show(
-            phases.sl(cfg, rules, prompts + helpful_prompts, shown, tokenizer, precision),
-            device,
-            precision,
-            cfg.plan,
-        )
     model = load_policy(start, device, precision)
     for path, asked in ((cfg.prompts, prompts), (cfg.helpful_prompts, helpful_prompts)):
         check_lengths(
