@@ -49,10 +49,9 @@ from minicai.rollout import (
 )
 
 STREAM = 3  # keeps this stage's random numbers apart from the other stages'
-TRAINED, FROZEN = (
-    ("policy", "value"),
-    ("reference", "reward"),
-)  # the models that it holds (minicai plan)
+# The models that this stage holds, for the memory plan (minicai/tools/plan.py).
+TRAINED = ("policy", "value")
+FROZEN = ("reference", "reward")
 KL = {"k1": losses.kl_k1, "k2": losses.kl_k2, "k3": losses.kl_k3}
 
 

@@ -59,7 +59,9 @@ from minicai.rollout import pair_scores
 from minicai.tools import phases
 
 STREAM = 2  # keeps this stage's random numbers apart from the other stages'
-TRAINED, FROZEN = ("reward",), ("policy", "feedback")  # the models that it holds (minicai plan)
+# The models that this stage holds, for the memory plan (minicai/tools/plan.py).
+TRAINED = ("reward",)
+FROZEN = ("policy", "feedback")
 
 
 @dataclass

@@ -48,7 +48,9 @@ from minicai.rollout import collate
 from minicai.tools import phases
 
 STREAM = 1  # keeps this stage's random numbers apart from the other stages'
-TRAINED, FROZEN = ("model",), ()  # the models that it holds (minicai plan)
+# The models that this stage holds, for the memory plan (minicai/tools/plan.py).
+TRAINED = ("model",)
+FROZEN = ()
 CHOOSE = {"random": at_random, "in_turn": in_turn, "all": all_at_once}
 STYLES = {
     "plain": constitution.plain,

@@ -14,6 +14,7 @@ layers' matrix products (4 in fp32, 2 in bf16).
 
 import argparse
 import os
+import re
 from collections import namedtuple
 
 import torch
@@ -33,7 +34,6 @@ from minicai.prompts import as_turns, render_revision
 SCRIPTS = {"sl": train_sl, "rm": train_rm, "ppo": train_ppo}
 # The config's key for the folder of a model, where it differs from the model's name.
 STARTS = {"model": "policy", "reference": "policy", "value": "reward"}
-HOLES = 360  # MiB that the CPU's heap loses between blocks of different sizes (LOG.md)
 
 # P, the parameters inside the layers, L, H, I, Q, K, and V (0 where the head gives one number).
 Shape = namedtuple("Shape", "parameters inside layers hidden inner queries keys vocabulary")
@@ -45,7 +45,8 @@ def shape(cfg, name: str) -> Shape:
     A model that an earlier stage makes has the sizes of the base model.
     """
     folder = getattr(cfg, STARTS.get(name, name), "") or cfg.model
-    sizes, scalar = load_config(folder).get_text_config(), name in ("reward", "value")
+    sizes = load_config(folder).get_text_config()
+    scalar = name in ("reward", "value")
     kind = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
     try:
         # Tensors on the "meta" device take no memory: so any architecture can be counted.
@@ -53,12 +54,13 @@ def shape(cfg, name: str) -> Shape:
             model = kind.from_config(sizes)
     except ValueError:
         raise InputError(f"{folder}: no language model can be made from its config.json") from None
-    layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
+    # The layers are the numbered parts: model.layers.0.mlp, transformer.h.0.attn.
+    inside = (p for n, p in model.named_parameters() if re.search(r"\.\d+\.", n))
     heads = sizes.num_attention_heads
     head = getattr(sizes, "head_dim", sizes.hidden_size // heads)
     return Shape(
         model.num_parameters(),
-        sum(map(torch.numel, torch.nn.ModuleList(layers).parameters())),
+        sum(map(torch.numel, inside)),
         sizes.num_hidden_layers,
         sizes.hidden_size,
         getattr(sizes, "intermediate_size", 4 * sizes.hidden_size),
@@ -73,8 +75,12 @@ def count(models) -> int:
     return sum(m.parameters for m in models)
 
 
-def planned(stage: str, arguments: list, N: int) -> dict:
-    """One stage in N processes: {stage and phase: {component: bytes}}. Raises InputError."""
+def planned(stage: str, arguments, N) -> dict:
+    """One stage in N processes, {stage and phase: {component: bytes}}. Raises InputError.
+
+    stage: "sl", "rm" or "ppo"; arguments: a config file and its --key=value overrides. Phases are
+    named after the model that generates or labels in them, or "training".
+    """
     script = SCRIPTS[stage]
     cfg = config.load(getattr(script, f"{stage.upper()}Config"), stage, arguments)
     b = 2 if parallel.setup(cfg.device, cfg.precision, 0)[1] == "bf16" else 4
@@ -82,21 +88,31 @@ def planned(stage: str, arguments: list, N: int) -> dict:
     trained = [models[name] for name in script.TRAINED]
 
     # Lengths in tokens: of prompts, and of the longest request around a prompt and two answers.
-    tokenizer, new = load_tokenizer(cfg.model), cfg.max_new_tokens
+    tokenizer = load_tokenizer(cfg.model)
+    new = cfg.max_new_tokens
     prompts = read_prompts(cfg.prompts)
     prompts += read_prompts(getattr(cfg, "helpful_prompts", "") or cfg.prompts)
     lengths = [len(encode_prompt(tokenizer, as_turns(prompt))) for prompt in prompts]
-    whole, longest = sum(lengths) / len(lengths) + new, max(lengths) + new
+    whole = sum(lengths) / len(lengths) + new
+    longest = max(lengths) + new
     asked = (render_revision("", "", "", p) for p in constitution.load(cfg.constitution).principles)
     request = max(len(encode_prompt(tokenizer, text)) for text in asked)
 
     # A micro-batch has micro_tokens, or a process's part of the batch where that is less.
     if stage == "ppo":
-        rows, batch = min(cfg.rows, cfg.episodes / N), cfg.episodes / cfg.minibatches
-    else:  # a batch of pairs has twice as many sequences
-        rows, batch = cfg.rows, cfg.batch_size * (1 + (stage == "rm"))
+        rows = min(cfg.rows, cfg.episodes / N)
+        batch = cfg.episodes / cfg.minibatches
+    else:
+        rows = cfg.rows
+        batch = cfg.batch_size * (1 + (stage == "rm"))  # a pair has two sequences
     tokens = min(cfg.micro_tokens, batch / N * whole)
+    responses = tokens * new / whole
+    if stage == "rm":  # the prompt of a pair goes through the layers once
+        tokens = (tokens + responses) / 2
 
+    # MiB that the CPU's heap loses between blocks of different sizes, by measurement (LOG.md).
+    # Where the environment has each block mapped by itself, it loses none.
+    holes = 360 * (parallel.MALLOC not in os.environ)
     phases = {}
     for name in [*(script.FROZEN if stage == "rm" else script.TRAINED[:1]), "training"]:
         # PPO's models learn one after the other. The policy, with its logits, is the larger.
@@ -105,7 +121,7 @@ def planned(stage: str, arguments: list, N: int) -> dict:
         # process makes it of the model at work. Several exchange it instead of the float32 weights.
         half = (4 - b) * m.inside
         if name == "training":
-            held, adam = trained, trained
+            held = adam = trained
             # Autograd keeps what the backward pass will read. Per token and layer, this is
             #   of two norms, the input, its normalised form and the output, in float32: 24 H
             #   (in bf16, one copy of the output for each of five products: about as much);
@@ -125,10 +141,11 @@ def planned(stage: str, arguments: list, N: int) -> dict:
                 "activations": again if cfg.gradient_checkpointing else m.layers * layer,
                 # The loss needs the logits of responses, CHUNK tokens at a time: as float32
                 # log-probs, with their gradient and that of the logits: 3 x 4 V.
-                "logits": 12 * min(tokens * new / whole, CHUNK) * m.vocabulary,
+                "logits": 12 * min(responses, CHUNK) * m.vocabulary,
             }
         else:
-            held, adam = [m], []
+            held = [m]
+            adam = []
             # A critique, a revision and a comparison have two answers and a request around a
             # prompt. Labels are read off the end of a text: no slot is needed.
             more = 0 if name == "policy" else 2 * new + request
@@ -150,7 +167,8 @@ def planned(stage: str, arguments: list, N: int) -> dict:
                 "logits": 28 * rows * m.vocabulary,
             }
         if stage == "ppo":  # all models and Adam's state are there in all phases
-            held, adam = models.values(), trained
+            held = models.values()
+            adam = trained
         parts = phases[f"{stage} {name}"] = {
             # Weights are float32 and cut over the processes: 4 P / N.
             "weights": 4 * count(held) / N,
@@ -158,10 +176,9 @@ def planned(stage: str, arguments: list, N: int) -> dict:
             "Adam": 8 * count(adam) / N,
             "copies": half if N == 1 else gathered,
             **passing,
-            # The libraries, as in this process, and the holes in the heap, unless each block is
-            # mapped by itself. On a GPU, CUDA's context takes about as much.
-            "process": (parallel.peak_memory_mb() + HOLES * (parallel.MALLOC not in os.environ))
-            * 2**20,
+            # The libraries take what they take in this process. The holes in a CPU's heap add to
+            # it. On a GPU, CUDA's context takes about as much as both.
+            "process": (parallel.peak_memory_mb() + holes) * 2**20,
         }
         parts["total"] = sum(parts.values())
     return phases
@@ -169,18 +186,17 @@ def planned(stage: str, arguments: list, N: int) -> dict:
 
 def main(arguments: list[str]) -> None:
     """Prints the plan of all three stages, in GiB per process."""
-    parser = argparse.ArgumentParser("minicai plan")
+    parser = argparse.ArgumentParser("minicai", usage=argparse.SUPPRESS)
     parser.add_argument("--processes", type=int, default=1)
     options, rest = parser.parse_known_args(arguments)
     if options.processes < 1:
         raise InputError("--processes must be at least 1")
-    phases, rows = {}, []
+    phases = {}
+    rows = []
     for stage in SCRIPTS:
         phases |= planned(stage, rest, options.processes)
     for phase, parts in phases.items():
         rows.append([phase, *(f"{size / 2**30:.3f}" for size in parts.values())])
     largest = max(phases, key=lambda phase: phases[phase]["total"])
     print(table(["GiB per process", *parts], rows))
-    print(
-        f"\nThe largest phase is {largest}: {phases[largest]['total'] / 2**30:.3f} GiB per process."
-    )
+    print(f"\nLargest: {largest}, {phases[largest]['total'] / 2**30:.3f} GiB per process.")
