@@ -5,7 +5,12 @@ weights and makes no folder. Each formula is written above the line that compute
 memory goes is a lesson in itself: the weights are rarely the largest part.
 
 Each phase is planned at its fullest moment: every slot is taken, every response reaches its length
-limit, and every micro-batch is full. All results are bytes in one process.
+limit, and every micro-batch is full. All results are bytes in one process. PPO's scoring has no
+phase here: it reads the same micro-batches as training and keeps less.
+
+Not planned: models that some settings add (critic, jury, judge), few-shot examples and rationales
+around a request. PPO's frozen models count 4 bytes per parameter, though one process in bf16 stores
+their layers in 2 (models.freeze).
 
 Legend: N processes, P parameters of a model, L layers, H hidden size, I inner size of the MLP,
 Q = heads x head size, K = key-value heads x head size, V vocabulary, b bytes of a number in the
@@ -42,14 +47,14 @@ Shape = namedtuple("Shape", "parameters inside layers hidden inner queries keys 
 def shape(cfg, name: str) -> Shape:
     """The sizes of the model that a script calls `name`. Raises InputError.
 
-    A model that an earlier stage makes has the sizes of the base model.
+    A model that the config does not name, as an earlier stage makes it, has the base model's sizes.
     """
     folder = getattr(cfg, STARTS.get(name, name), "") or cfg.model
     sizes = load_config(folder).get_text_config()
     scalar = name in ("reward", "value")
     kind = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
     try:
-        # Tensors on the "meta" device take no memory: so any architecture can be counted.
+        # Tensors on the "meta" device have a shape and no memory, so any model can be counted.
         with torch.device("meta"):
             model = kind.from_config(sizes)
     except ValueError:
