@@ -24,7 +24,7 @@ import transformers
 from minicai import InputError
 from minicai.critique import faults
 from minicai.engine.data import finite, read_record, write_atomic
-from minicai.engine.guard import redact
+from minicai.engine.config import redact
 from minicai.engine.terminal import table
 from minicai.evaluation.measures import counted
 from minicai.feedback import at_a, in_both_orders
