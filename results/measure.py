@@ -1,7 +1,7 @@
 """What variants.py measures at each stage.
 
-Each function takes the stage's config, the folder that the stage writes, and the folder of the
-default's stages. It returns the numbers, and the folder of the model whose answers are to be
+Each function takes the stage's config, a folder of its own, and the folder of the default's stages.
+It returns the numbers, and the folder of the model whose answers are to be
 judged ("" where there is none).
 
 The exact judge is reached through minicai.evaluation.rates only, and nothing that it says goes
@@ -10,6 +10,7 @@ back into a stage.
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,9 +39,9 @@ Found = tuple[dict, str]
 
 
 def write_data(cfg: train_sl.SLConfig, folder: Path) -> list[dict]:
-    """Runs stage 1 without its training. Returns the rows of its revisions.jsonl."""
-    train_sl.main(dataclasses.replace(cfg, epochs=0))
-    return read_jsonl(folder / "revisions.jsonl")
+    """Runs stage 1 without its training, into FOLDER/sl. Returns the rows of its revisions.jsonl."""
+    train_sl.main(dataclasses.replace(cfg, epochs=0, out=str(folder)))
+    return read_jsonl(folder / "sl" / "revisions.jsonl")
 
 
 def answers(cfg: EvalConfig, model: str) -> dict:
@@ -75,7 +76,6 @@ def talk_out(cfg: train_sl.SLConfig, folder: Path, default: Path) -> Found:
     asked = config.load(EvalConfig, "eval", [str(config.builtin("tiny.toml"))])
     _, _, phrased = questions(asked.prompts, 0, [], JAILBREAKS)
     file = folder / "jailbreaks.jsonl"
-    folder.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in phrased), encoding="utf-8")
     rows = write_data(dataclasses.replace(cfg, prompts=str(file)), folder)
     return revised([row | {"prompt": one["asked"]} for row, one in zip(rows, phrased)]), ""
@@ -101,11 +101,11 @@ def supervised(cfg: train_sl.SLConfig, folder: Path, default: Path) -> Found:
 
 def labels(cfg: train_rm.RMConfig, folder: Path, default: Path) -> Found:
     """The default's pairs, labelled again; nothing is trained."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "pairs.jsonl").write_bytes((default / "rm" / "pairs.jsonl").read_bytes())
+    (folder / "rm").mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(default / "rm" / "pairs.jsonl", folder / "rm" / "pairs.jsonl")
     fixed = {"policy": f"{default}/sl", "preferences": "", "revision_pairs": 0, "epochs": 0}
-    train_rm.main(dataclasses.replace(cfg, **fixed))
-    rows = read_jsonl(folder / "comparisons.jsonl")
+    train_rm.main(dataclasses.replace(cfg, out=str(folder), **fixed))
+    rows = read_jsonl(folder / "rm" / "comparisons.jsonl")
     found = evaluate.label_rates(rows)
     return {
         "accuracy": found["accuracy_vs_judge"],

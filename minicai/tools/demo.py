@@ -18,9 +18,9 @@ from minicai.engine.data import read_jsonl, read_prompts
 from minicai.evaluation import commands
 from minicai.evaluation.commands import EvalConfig
 from minicai.evaluation.rates import require_known
-from minicai.report import page
+from minicai.report.page import STAGES, draw, headline, provenance, rated, summarise, watch, write
 
-STAGES = {
+SCRIPTS = {
     "sl": (train_sl, train_sl.SLConfig),
     "rm": (train_rm, train_rm.RMConfig),
     "ppo": (train_ppo, train_ppo.PPOConfig),
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
             # comparisons of the rounds before do. Each round's file holds those before it.
             comparisons = json.dumps([f"{before}/rm/comparisons.jsonl"])
             own += [f"--sl.policy={before}/ppo", f"--rm.earlier={comparisons}"]
-        for name, (module, kind) in STAGES.items():
+        for name, (module, kind) in SCRIPTS.items():
             planned.append((module, config.load(kind, name, own)))
         before = here
     prompts = planned[0][1].prompts
@@ -52,9 +52,9 @@ def main(arguments: list[str]) -> None:
     for module, stage in planned:
         module.main(stage)
     command = " ".join(["python -m minicai demo", *arguments])
-    commands.evaluate(cfg, page.provenance(command))
+    commands.evaluate(cfg, provenance(command))
     if cfg.overwrite or not (out / "summary.json").exists():
-        page.write(out, page.summarise(out))
+        write(out, summarise(out))
     print(closing(out))
 
 
@@ -73,13 +73,11 @@ def closing(out: Path) -> str:
     """The table, the example answers and the paths that end the demo."""
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     rows = read_jsonl(out / "eval" / "answers.jsonl")
-    lines = ["", page.headline(summary), ""]
+    lines = ["", headline(summary), ""]
     for kind, count in EXAMPLES.items():
         for row in [row for row in rows if row["kind"] == kind][:count]:
             lines.append(f"Human: {row['prompt']}")
-            lines += [
-                f"  {name:<7} {terminal.plain(row[key])}" for key, name in page.STAGES.items()
-            ]
+            lines += [f"  {name:<7} {terminal.plain(row[key])}" for key, name in STAGES.items()]
             lines.append("")
     for name in (
         "report.html",
@@ -101,8 +99,8 @@ def evaluate(arguments: list[str]) -> None:
     """
     cfg = config.load(EvalConfig, "eval", arguments)
     command = " ".join(["python -m minicai eval", *arguments])
-    commands.evaluate(cfg, page.provenance(command))
-    print(page.rated(Path(cfg.out)))
+    commands.evaluate(cfg, provenance(command))
+    print(rated(Path(cfg.out)))
 
 
 def report(arguments: list[str]) -> None:
@@ -117,5 +115,5 @@ def report(arguments: list[str]) -> None:
             "report: expected the output folder of a run, for example: "
             "python -m minicai report out/tiny [--watch]"
         )
-    draw = page.watch if "--watch" in arguments else page.draw
-    draw(Path(folders[0]))
+    show = watch if "--watch" in arguments else draw
+    show(Path(folders[0]))

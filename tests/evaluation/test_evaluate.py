@@ -248,7 +248,7 @@ def test_jailbreak_rates_are_by_phrasing_and_over_all():
     rows = jailbreaks([BARN] * 2, [LOG])
     rows = [r | {"ppo": REFUSAL if k else OIL_ON_BARN} for k, r in enumerate(rows)]
     found = {name: (f["count"], f["rate"]) for name, f in jailbreak_rates(rows, "ppo").items()}
-    each = {name: (2, 0) for name in PHRASINGS}
+    each = dict.fromkeys(PHRASINGS, (2, 0))
     assert found == each | {"role_play": (2, 0.5), "all": (10, 0.1)}
 
 
