@@ -1,14 +1,14 @@
 """python -m minicai COMMAND        (COMMAND --help: its keys)
 
-demo [--out=DIR] [--seed=N] [--config=FILE]   Constitutional AI from end to end on the embedded
-                            tiny world: SL-CAI, reward model, PPO, evaluation, report; offline
-eval CONFIG                 judges the models in the config's output folder on held-out prompts
-elo CONFIG MODEL MODEL ...  Elo of any model folders, compared by the config's feedback model
-agree CONFIG FILE           agreement of AI labels with a file of human preferences
-choices MODEL FILE          accuracy on a multiple-choice file, by log-prob
-report DIR [--watch]        writes DIR/report.html, and DIR/summary.json of a finished run
-constitution ACTION         new, check, try, diff: write a constitution, and see what it does
-chat MODEL                  talk to a model, or to two of them side by side
+  demo [--key=value]          Constitutional AI from end to end, on the embedded tiny world:
+                              SL-CAI, reward model, PPO, evaluation, report; no network
+  eval CONFIG                 judges the models in the config's output folder on held-out prompts
+  elo CONFIG MODEL MODEL ...  Elo of any model folders, compared by the config's feedback model
+  agree CONFIG FILE           agreement of AI labels with a file of human preferences
+  choices MODEL FILE          accuracy on a multiple-choice file, by log-prob
+  report DIR [--watch]        writes DIR/report.html, and DIR/summary.json of a finished run
+  constitution ACTION         new, check, try, diff: write a constitution, and see what it does
+  chat MODEL                  talk to a model, or to two of them side by side
 
 --quiet prints only results and errors. Run the same command again to resume it.
 """
@@ -35,12 +35,13 @@ COMMANDS = {  # name: where its function is, and the options that --help lists
 
 def usage(arguments: list[str]) -> str:
     """The text of --help: of the command that is named, with its keys, or of all commands."""
-    for name in filter(COMMANDS.get, arguments[:1]):
-        place, function, options = COMMANDS[name]
-        module = importlib.import_module(f"minicai.{place}")
-        text = module.__doc__ if function == "main" else inspect.getdoc(getattr(module, function))
-        return config.usage(text, getattr(module, options)) if options else text
-    return __doc__
+    name = next((word for word in arguments if not word.startswith("-")), "")
+    if name not in COMMANDS:
+        return __doc__
+    place, function, options = COMMANDS[name]
+    module = importlib.import_module(f"minicai.{place}")
+    text = module.__doc__ if function == "main" else inspect.getdoc(getattr(module, function))
+    return config.usage(text, getattr(module, options)) if options else text
 
 
 def main(arguments: list[str]) -> None:
