@@ -18,7 +18,7 @@ from minicai.engine.data import read_jsonl, read_prompts
 from minicai.evaluation import commands
 from minicai.evaluation.commands import EvalConfig
 from minicai.evaluation.rates import require_known
-from minicai.report.page import STAGES, draw, headline, provenance, rated, summarise, watch, write
+from minicai.report import page
 
 SCRIPTS = {
     "sl": (train_sl, train_sl.SLConfig),
@@ -26,6 +26,7 @@ SCRIPTS = {
     "ppo": (train_ppo, train_ppo.PPOConfig),
 }
 EXAMPLES = {"harmful": 2, "benign": 1}  # how many prompts have their answers printed
+WRITTEN = ("report.html", "summary.json", "sl/revisions.jsonl", "rm/comparisons.jsonl", "ppo")
 
 
 def main(arguments: list[str]) -> None:
@@ -52,9 +53,9 @@ def main(arguments: list[str]) -> None:
     for module, stage in planned:
         module.main(stage)
     command = " ".join(["python -m minicai demo", *arguments])
-    commands.evaluate(cfg, provenance(command))
+    commands.evaluate(cfg, page.provenance(command))
     if cfg.overwrite or not (out / "summary.json").exists():
-        write(out, summarise(out))
+        page.write(out, page.summarise(out))
     print(closing(out))
 
 
@@ -73,19 +74,15 @@ def closing(out: Path) -> str:
     """The table, the example answers and the paths that end the demo."""
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     rows = read_jsonl(out / "eval" / "answers.jsonl")
-    lines = ["", headline(summary), ""]
+    lines = ["", page.headline(summary), ""]
     for kind, count in EXAMPLES.items():
         for row in [row for row in rows if row["kind"] == kind][:count]:
             lines.append(f"Human: {row['prompt']}")
-            lines += [f"  {name:<7} {terminal.plain(row[key])}" for key, name in STAGES.items()]
+            lines += [
+                f"  {name:<7} {terminal.plain(row[key])}" for key, name in page.STAGES.items()
+            ]
             lines.append("")
-    for name in (
-        "report.html",
-        "summary.json",
-        "sl/revisions.jsonl",
-        "rm/comparisons.jsonl",
-        "ppo",
-    ):
+    for name in WRITTEN:
         lines.append(f"wrote  {out / name}")
     talk = f"talk   python -m minicai chat {out / 'ppo'} --against={out / 'base'}"
     return "\n".join([*lines, talk])
@@ -99,8 +96,8 @@ def evaluate(arguments: list[str]) -> None:
     """
     cfg = config.load(EvalConfig, "eval", arguments)
     command = " ".join(["python -m minicai eval", *arguments])
-    commands.evaluate(cfg, provenance(command))
-    print(rated(Path(cfg.out)))
+    commands.evaluate(cfg, page.provenance(command))
+    print(page.rated(Path(cfg.out)))
 
 
 def report(arguments: list[str]) -> None:
@@ -115,5 +112,5 @@ def report(arguments: list[str]) -> None:
             "report: expected the output folder of a run, for example: "
             "python -m minicai report out/tiny [--watch]"
         )
-    show = watch if "--watch" in arguments else draw
+    show = page.watch if "--watch" in arguments else page.draw
     show(Path(folders[0]))

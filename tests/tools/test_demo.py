@@ -21,7 +21,7 @@ from minicai.engine.load import load_policy, load_scorer
 from minicai.engine.models import scored_pairs
 from minicai.engine.sampler import Sampling, generate
 from minicai.prompts import render
-from minicai.tools import demo
+from minicai.report import page
 from tests.conftest import ROOT
 
 SHORT = str(ROOT / "configs" / "tiny-short.toml")
@@ -139,26 +139,6 @@ def test_another_config_over_an_old_run_is_refused_and_names_the_key(run, comman
     assert code == 2 and "seed (0 there, 5 now)" in error
 
 
-def test_a_later_round_starts_from_the_policy_and_the_comparisons_of_the_one_before(
-    tmp_path, command, monkeypatch
-):
-    ran = []
-    for module, _ in demo.SCRIPTS.values():
-        monkeypatch.setattr(module, "main", ran.append)
-    monkeypatch.setattr(demo.commands, "evaluate", lambda cfg, run: ran.append(cfg))
-    (tmp_path / "summary.json").touch()
-    monkeypatch.setattr(demo, "closing", lambda out: f"the end of {out}")
-    code, printed, error = command(MINICAI, "demo", "--alternate=3", f"--out={tmp_path}")
-    assert code == 0 and printed.endswith(f"the end of {tmp_path}\n"), error
-    rounds = [tmp_path / "round1", tmp_path / "round2", tmp_path]
-    assert [cfg.out for cfg in ran] == [str(out) for out in rounds for _ in range(3)] + [
-        str(tmp_path)
-    ]
-    assert [cfg.policy for cfg in ran[:-1:3]] == ["", *(str(out / "ppo") for out in rounds[:2])]
-    earlier = [(str(out / "rm" / "comparisons.jsonl"),) for out in rounds[:2]]
-    assert [cfg.earlier for cfg in ran[1:-1:3]] == [(), *earlier]
-
-
 def test_transformers_alone_answers_as_our_sampler_does(run):
     folder = run[0] / "ppo"
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -204,10 +184,10 @@ def test_the_report_asks_for_nothing_and_escapes_what_models_wrote(run, tmp_path
     answers = read_jsonl(out / "eval" / "answers.jsonl")
     answers[0]["ppo"] = "<script>alert(1)</script>"
     (out / "eval" / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
-    demo.write(out, demo.summarise(out))
-    page = (out / "report.html").read_text()
-    assert "<script>alert(1)" not in page and "\\u003cscript\\u003ealert(1)" in page
-    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page)
+    page.write(out, page.summarise(out))
+    text = (out / "report.html").read_text()
+    assert "<script>alert(1)" not in text and "\\u003cscript\\u003ealert(1)" in text
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", text)
 
 
 def test_the_committed_runs_are_of_three_seeds_and_meet_the_bars():
