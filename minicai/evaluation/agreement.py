@@ -1,4 +1,4 @@
-"""Asks models: for answers, and as a feedback model, whose labels are compared with people's."""
+"""Asks models: for answers, for preferences (a feedback model), and for scores (a reward model)."""
 
 import random
 from collections.abc import Sequence

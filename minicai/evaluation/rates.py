@@ -297,7 +297,6 @@ def failures(
     """
     found = []
     for row, line in zip(answers, lines):
-        if failure := line["outcomes"][stage]:
-            own = {"prompt": row["prompt"], "failure": failure, "response": row[stage]}
-            found.append(own | made_by)
-    return found
+        own = {"prompt": row["prompt"], "failure": line["outcomes"][stage], "response": row[stage]}
+        found.append(own | made_by)
+    return [line for line in found if line["failure"]]
