@@ -18,8 +18,8 @@ import transformers
 
 from minicai import InputError
 from minicai.critique import faults
-from minicai.engine.data import read_record
 from minicai.engine.config import redact
+from minicai.engine.data import read_record
 from minicai.engine.terminal import table
 from minicai.evaluation.measures import counted
 from minicai.feedback import at_a, in_both_orders
