@@ -25,9 +25,9 @@ from minicai.engine import config, terminal
 COMMANDS = {  # name: where its function is, and the options that --help lists
     "demo": ("tools.demo", "main", "EvalConfig"),
     "eval": ("tools.demo", "evaluate", "EvalConfig"),
-    "elo": ("evaluation.commands", "elo", "EvalConfig"),
-    "agree": ("evaluation.commands", "agree", "EvalConfig"),
-    "choices": ("evaluation.commands", "choices", ""),
+    "elo": ("tools.judging", "elo", "EvalConfig"),
+    "agree": ("tools.judging", "agree", "EvalConfig"),
+    "choices": ("tools.judging", "choices", ""),
     "report": ("tools.demo", "report", ""),
     "plan": ("tools.plan", "main", ""),
     "constitution": ("tools.constitution", "main", "TryConfig"),

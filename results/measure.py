@@ -23,7 +23,7 @@ from minicai.engine.data import read_jsonl, read_record
 from minicai.engine.sampler import Sampling
 from minicai.evaluation import rates as evaluate
 from minicai.evaluation.agreement import answer, orders_as
-from minicai.evaluation.commands import EvalConfig, questions
+from minicai.tools.judging import EvalConfig, questions
 from minicai.evaluation.measures import share
 from minicai.feedback import at_a, in_both_orders
 from minicai.tools import demo

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))  # this checkout's code, whatever is installed
 from minicai import InputError
 from minicai.engine import config, parallel, terminal
 from minicai.engine.data import finite, write_atomic
-from minicai.evaluation.commands import EvalConfig
+from minicai.tools.judging import EvalConfig
 from minicai.report import summary as report
 from results import collect, measure
 

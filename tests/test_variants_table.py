@@ -8,7 +8,7 @@ import pytest
 
 from minicai import InputError
 from minicai.engine import config
-from minicai.evaluation.commands import EvalConfig
+from minicai.tools.judging import EvalConfig
 from results import collect, measure, variants
 from results.rewards import refusing_words
 

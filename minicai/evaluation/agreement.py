@@ -7,11 +7,11 @@ from pathlib import Path
 from minicai.engine.dialogue import encode_pair
 from minicai.engine.load import load_policy, load_scorer
 from minicai.engine.models import scored_pairs
-from minicai.engine.sampler import Sampling, choice_logprobs, respond
+from minicai.engine.sampler import Sampling, respond
 from minicai.engine.terminal import Progress
 from minicai.evaluation.measures import agreement
 from minicai.feedback import Choose, Labelling, label_pairs
-from minicai.prompts import CHOICES, as_turns
+from minicai.prompts import as_turns
 
 STREAM = 4  # keeps the random numbers of evaluation apart from those of the stages
 
@@ -30,12 +30,6 @@ def answer(
     for row, text in zip(rows, texts):
         row[name] = text
     return ended
-
-
-def feedback_model(folder: str, rows: int) -> Choose:
-    """The model in a folder, as feedback.label_pairs asks it, `rows` texts at a time."""
-    model = load_policy(folder)
-    return lambda texts: choice_logprobs(model, texts, CHOICES, rows)
 
 
 def human_agreement(

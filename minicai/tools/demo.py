@@ -15,10 +15,10 @@ import train_sl
 from minicai import InputError
 from minicai.engine import config, terminal
 from minicai.engine.data import read_jsonl, read_prompts
-from minicai.evaluation import commands
-from minicai.evaluation.commands import EvalConfig
 from minicai.evaluation.rates import require_known
 from minicai.report import page, summary
+from minicai.tools import judging as commands
+from minicai.tools.judging import EvalConfig
 
 SCRIPTS = {
     "sl": (train_sl, train_sl.SLConfig),

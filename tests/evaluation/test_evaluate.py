@@ -12,7 +12,6 @@ from minicai.engine.config import PACKAGE
 from minicai.engine.data import read_jsonl
 from minicai.evaluation import rates as evaluation
 from minicai.evaluation.agreement import human_agreement
-from minicai.evaluation.commands import questions
 from minicai.evaluation.jailbreaks import PHRASINGS, jailbreaks
 from minicai.evaluation.measures import wilson_interval
 from minicai.evaluation.rates import (
@@ -30,6 +29,7 @@ from minicai.evaluation.rates import (
 )
 from minicai.feedback import label_pairs
 from minicai.tinyworld.judge import judge, meaning
+from minicai.tools.judging import questions
 from results.measure import place_bias
 from tests.evaluation.people import (
     BARN,

@@ -22,11 +22,11 @@ from minicai.engine.data import (
     read_prompts,
     read_record,
 )
-from minicai.engine.load import load_policy, models_record
-from minicai.engine.sampler import Sampling, choice_logprobs
+from minicai.engine.load import load_policy
+from minicai.engine.sampler import Sampling, choice_logprobs, chooser
 from minicai.engine.stage import Stage
 from minicai.evaluation import rates
-from minicai.evaluation.agreement import answer, feedback_model, human_agreement, orders_as
+from minicai.evaluation.agreement import answer, human_agreement, orders_as
 from minicai.evaluation.choices import read_choices, score_choices
 from minicai.evaluation.elo import play, ratings
 from minicai.evaluation.jailbreaks import jailbreaks
@@ -62,12 +62,10 @@ def evaluate(cfg: EvalConfig, run: dict) -> None:
     failures.jsonl has the form of the setting `failures`. Raises InputError where the judge does
     not know a prompt.
     """
-    parallel.setup(cfg.device, cfg.precision)
     began, out = time.monotonic(), Path(cfg.out)
     answers, past, phrased = questions(cfg.prompts, cfg.limit, cfg.failures, cfg.jailbreaks)
-    reads = {"model": cfg.model, "prompts": cfg.prompts, "failures": cfg.failures}
-    reads |= {name: f"{out}/{name}" for name in ("sl", "rm", "ppo")}
-    stage = Stage(cfg, "eval", reads)
+    reads = {name: f"{out}/{name}" for name in ("sl", "rm", "ppo")}
+    stage = Stage(cfg, "eval", reads | {"model": cfg.model})
     if stage.record:
         return
     revisions = rates.read_known(f"{out}/sl/revisions.jsonl")
@@ -110,7 +108,6 @@ def evaluate(cfg: EvalConfig, run: dict) -> None:
     found |= {"revision": rates.revision_rates(revisions), "labels": rates.label_rates(comparisons)}
     found |= {"rm_accuracy_vs_judge": share(agreed), "rm_judged_pairs": len(agreed)}
     found |= {"run": run, "hacking": hacking, "seconds": time.monotonic() - began}
-    found["models"] = models_record(f"{out}/{name}" for name in MODELS)
     stage.finish(None, found)
 
 
@@ -152,21 +149,21 @@ def elo(arguments: list[str]) -> None:
             "python -m minicai elo configs/tiny.toml out/tiny/sl out/tiny/ppo"
         )
     cfg, how, reads = comparing([words.pop(0), *flags])
-    stage = Stage(cfg, "elo", reads | {"prompts": cfg.prompts, "models": words})
+    stage = Stage(cfg, "elo", reads | {"models": words})
     record = stage.record
     if not record:
-        prompts = read_prompts(cfg.prompts)[: cfg.limit or None]
+        prompts = read_prompts(cfg.prompts, cfg.limit)
         answers = [{"id": n, "prompt": prompt} for n, prompt in enumerate(prompts)]
         seeds = [(cfg.seed, n, 0) for n in range(len(answers))]
         sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
         for model in words:
             answer(answers, model, model, seeds, sampling)
         judge = reads["feedback"]
-        rows = play(answers, words, feedback_model(judge, cfg.rows), how, judge)
+        rows = play(answers, words, chooser(load_policy(judge), cfg.rows), how, judge)
         save(stage, "answers", answers)
         save(stage, "comparisons", rows)
         found = {"elo": ratings(rows, words, seed=cfg.seed), "prompts": len(answers)}
-        record = stage.finish(None, found | made_by(how, judge, *words))
+        record = stage.finish(None, found | made_by(how, judge))
     rows = []
     for model, row in record["elo"].items():
         points = [f"{x:.0f}" for x in (row["elo"], *row["interval"])]
@@ -188,12 +185,12 @@ def agree(arguments: list[str]) -> None:
             "python -m minicai agree configs/tiny.toml human.jsonl.gz"
         )
     cfg, how, reads = comparing([words[0], *flags])
-    preferences = read_preferences(words[1])[: cfg.limit or None]
+    preferences = read_preferences(words[1], cfg.limit)
     stage = Stage(cfg, "agree", reads | {"file": words[1]})
     record = stage.record
     if not record:
         judge = reads["feedback"]
-        choose = feedback_model(judge, cfg.rows)
+        choose = chooser(load_policy(judge), cfg.rows)
         found, rows = human_agreement(preferences, choose, how, judge)
         save(stage, "comparisons", rows)
         record = stage.finish(None, found | made_by(how, judge))
@@ -211,17 +208,15 @@ def agree(arguments: list[str]) -> None:
 def comparing(arguments: list[str]) -> tuple[EvalConfig, Labelling, dict[str, str]]:
     """The config of elo or agree, how pairs are labelled, and what both read (of stage.Stage)."""
     cfg = config.load(EvalConfig, "eval", arguments)
-    parallel.setup(cfg.device, cfg.precision)
     rules = constitution.load(cfg.constitution)
     rules.usable("comparison")  # raises InputError where there is none
     reads = {"constitution": cfg.constitution, "feedback": cfg.feedback or cfg.model}
     return cfg, Labelling(rules, cfg.seed), reads
 
 
-def made_by(how: Labelling, *models: str) -> dict:
-    """What a record says of its models, the feedback model first, and of the constitution."""
-    stamps = {"constitution": how.constitution.stamp, "models": models_record(models)}
-    return {"feedback": models[0], "seed": how.seed, **stamps}
+def made_by(how: Labelling, judge: str) -> dict:
+    """What a record says of how its pairs were labelled."""
+    return {"feedback": judge, "seed": how.seed, "constitution": how.constitution.stamp}
 
 
 def choices(arguments: list[str]) -> None:
