@@ -162,8 +162,7 @@ def train(out: Path, steps: int, seed: int, threads: int) -> None:
     others = [p for name, p in named if p.ndim != 2 or "embed" in name]
     muon = Muon(matrices)
     adam = torch.optim.AdamW(others, ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    size = sum(p.numel() for p in model.parameters())
-    print(f"{size:,} parameters, {len(tokenizer)} tokens", flush=True)
+    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)
     began = time.time()
     for step in range(steps):
         documents = [corpus.draw(step / steps) for _ in range(DOCUMENTS)]
