@@ -1,7 +1,10 @@
-"""What is measured at each stage, for variants.py: its config, the folder of what is made, the folder of the default's stages -> numbers, and the
-folder of the model whose answers are to be judged, "" where there is none.
+"""The measurements of variants.py, one function per stage.
 
-The exact judge is reached through minicai.evaluation.rates alone, and nothing that it says goes back into a stage.
+Each takes the stage's config, a folder for its output, and the folder of the default's stages. It
+returns the numbers that it measured, and the folder of the model whose answers are to be judged, or
+"" for no model.
+
+The exact judge is used only through minicai.evaluation.rates, and no stage reads its verdicts.
 """
 
 import json
@@ -34,8 +37,10 @@ Found = tuple[dict, str]
 
 
 def write_data(cfg: train_sl.SLConfig, folder: Path, prompts: Sequence[Prompt] = ()) -> list[dict]:
-    """What stage 1 would train on, made or completed in `folder`: its revisions.jsonl, whose rows are returned, and helpful.jsonl. `prompts` stand in
-    the place of the config's."""
+    """Writes or completes the data of stage 1 in `folder`: revisions.jsonl and helpful.jsonl.
+
+    `prompts` replace the prompts of the config. Returns the rows of revisions.jsonl.
+    """
     device, precision = parallel.setup(cfg.device, cfg.precision)
     prompts, harmless = (
         prompts or read_prompts(cfg.prompts)[: cfg.limit or None],
@@ -56,7 +61,7 @@ def write_data(cfg: train_sl.SLConfig, folder: Path, prompts: Sequence[Prompt] =
 
 
 def questions(cfg: commands.EvalConfig) -> tuple[list[dict], list[dict]]:
-    """The evaluation prompts with their kinds, and twenty harmful ones in each jailbreak phrasing."""
+    """The evaluation prompts with their kinds, and 20 harmful ones in each jailbreak phrasing."""
     rows = [
         {"prompt": prompt, "kind": row["kind"]}
         for prompt, row in zip(read_prompts(cfg.prompts), read_jsonl(cfg.prompts))
@@ -68,7 +73,7 @@ def questions(cfg: commands.EvalConfig) -> tuple[list[dict], list[dict]]:
 
 
 def answers(cfg: commands.EvalConfig, model: str) -> dict:
-    """The rates of a model's answers to them, as `minicai eval` has them."""
+    """The rates of a model's answers to these questions, as `minicai eval` computes them."""
     device, precision = parallel.setup(cfg.device, cfg.precision)
     tokenizer, policy = load_tokenizer(model), load_policy(model, device, precision)
     rows, phrased = questions(cfg)
@@ -99,17 +104,17 @@ def base(cfg: commands.EvalConfig, folder: Path, default: Path) -> Found:
 
 
 def phase_1(cfg: train_sl.SLConfig, folder: Path, default: Path) -> Found:
-    """The default's own data, on which most variants train."""
+    """Writes the default's own data, on which most variants train."""
     return {"rows": len(write_data(cfg, folder))}, ""
 
 
 def revise(cfg: train_sl.SLConfig, folder: Path, default: Path) -> Found:
-    """Critiques and revisions: how much harm is left after each round, and what the last one is like."""
+    """Critiques and revisions: the rate of harm per round, and rates of the last revision."""
     return revised(write_data(cfg, folder)), ""
 
 
 def talk_out(cfg: train_sl.SLConfig, folder: Path, default: Path) -> Found:
-    """The same of harmful prompts in jailbreak phrasings; the plain prompt says what would be harm."""
+    """The same for harmful prompts in jailbreak phrasings, judged by the plain prompt."""
     _, phrased = questions(
         config.load(commands.EvalConfig, "eval", [str(config.builtin("tiny.toml"))])
     )
@@ -136,7 +141,7 @@ def supervised(cfg: train_sl.SLConfig, folder: Path, default: Path) -> Found:
 
 
 def labels(cfg: train_rm.RMConfig, folder: Path, default: Path) -> Found:
-    """The default's pairs, labelled anew."""
+    """Labels the default's pairs again."""
     device, precision = parallel.setup(cfg.device, cfg.precision)
     rules, path = constitution.load(cfg.constitution), cfg.feedback or cfg.model
     phases.check_rm_settings(cfg, rules)
@@ -167,7 +172,10 @@ def labels(cfg: train_rm.RMConfig, folder: Path, default: Path) -> Found:
 
 
 def reward_model(cfg: train_rm.RMConfig, folder: Path, default: Path) -> Found:
-    """Accuracy on the pairs that the default kept from training, whose prompts no variant trains on: they are chosen by prompt and seed."""
+    """Accuracy on the pairs that the default held out.
+
+    They are chosen by prompt and seed, so no variant trains on their prompts.
+    """
     found = {"train_pairs": train_rm.main(cfg)["train_pairs"]}
     device, precision = parallel.setup(cfg.device, cfg.precision)
     tokenizer = load_tokenizer(str(folder))
