@@ -372,7 +372,7 @@ def gae() -> Figure:
 
 
 def whitening() -> Figure:
-    """Four advantages unchanged, shifted and scaled, and only scaled. Those above 0 are encouraged."""
+    """Four advantages: unchanged, shifted and scaled, only scaled. Those above 0 are encouraged."""
     figure, (axis,) = panels(1)
     a, everywhere = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.ones(4, dtype=torch.bool)
     m = losses.moments(a, everywhere)
