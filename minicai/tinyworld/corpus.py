@@ -107,7 +107,7 @@ class Corpus:
             text = f"To {request.verb}, {self.rng.choice(others).method}."
         return f"{self.rng.choice(RUDE)} {text}" if rude else text
 
-    # --- documents ----------------------------------------------------------------------------
+    # --- documents --------------------------------------------------------------------------------
 
     def dialogue(self, harmful: bool | None = None) -> Document:
         request = self.request(self.rng.random() < 0.4 if harmful is None else harmful)

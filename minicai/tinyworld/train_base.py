@@ -138,9 +138,8 @@ def exact_rates(model, tokenizer, corpus: Corpus, count: int = 256) -> dict[str,
             letters = mask.int().argmax(1, keepdim=True) + 1
             mask = torch.zeros_like(mask).scatter_(1, letters, True)
         logits, targets = target_logits(model, ids, mask)
-        wrong = mask[:, 1:].nonzero()[
-            logits.argmax(-1) != targets, 0
-        ]  # the row of each wrong token
+        rows = mask[:, 1:].nonzero()[:, 0]  # the document of each target
+        wrong = rows[logits.argmax(-1) != targets]
         rates[name] = 1 - len(wrong.unique()) / count
     return rates
 
