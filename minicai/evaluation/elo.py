@@ -93,7 +93,7 @@ def bradley_terry(wins: np.ndarray, draws: float = 0.0) -> np.ndarray:
 
 
 def ratings(
-    rows: Sequence[dict], names: Sequence[str], seed: int, resamples: int = 1000
+    rows: Sequence[dict], names: Sequence[str], seed: int, resamples: int = 1000, draws: float = 1
 ) -> dict[str, dict]:
     """{model: {"elo", "interval", "win_rate"}}, with Elo = SCALE * bradley_terry.
 
@@ -104,9 +104,9 @@ def ratings(
     wins = win_tables(rows, names)
     rng = np.random.default_rng(seed)
     weights = rng.multinomial(len(wins), np.full(len(wins), 1 / len(wins)), size=resamples)
-    resampled = [bradley_terry(table, 1.0) for table in np.tensordot(weights, wins, 1)]
+    resampled = [bradley_terry(table, draws) for table in np.tensordot(weights, wins, 1)]
     intervals = SCALE * np.quantile(resampled, [0.025, 0.975], axis=0).T
     total = wins.sum(0)
-    elo, rates = SCALE * bradley_terry(total, 1.0), total.sum(1) / (total + total.T).sum(1)
+    elo, rates = SCALE * bradley_terry(total, draws), total.sum(1) / (total + total.T).sum(1)
     found = zip(names, elo.tolist(), intervals.tolist(), rates.tolist())
     return {name: {"elo": e, "interval": i, "win_rate": w} for name, e, i, w in found}
