@@ -70,9 +70,10 @@ class Stage:
         self.journals: dict[str, Journal] = {}
         self.shown: dict[str, float] = {}
         self.progress: terminal.Progress | None = None
-        inputs = {"format": "2"} | parallel.once(fingerprints, name, reads)
+        section = name.partition("/")[0]  # [try] of OUT/try/NAME
+        inputs = {"format": "2"} | parallel.once(fingerprints, section, reads)
         inputs |= code_fingerprints(code)
-        self.text = config.dump(cfg, name, inputs)
+        self.text = config.dump(cfg, section, inputs)
         self.record = parallel.once(self._look)
         if self.record:
             parallel.once(self._tidy)  # a run may have been killed behind its record
