@@ -57,7 +57,7 @@ class ChatOptions:
 class Speaker:
     """A model in a conversation."""
 
-    label: str  # before what it says: "" of a single model
+    label: str  # "NAME: " before all that it says; "" for a single model
     model: PreTrainedModel
     how: Sampling
     seed: int
@@ -75,7 +75,7 @@ class Speaker:
             turns = turns[2:]
         return turns
 
-    def speak(self, prompt: Asked, label: str) -> str:
+    def speak(self, prompt: Asked, label: str = "") -> str:
         """Prints what the model says, word by word, and returns it. Ctrl-C stops it.
 
         Prints the reason and returns "" where the prompt does not fit into the context.
@@ -92,7 +92,7 @@ class Speaker:
 
         self.said += 1
         ids, seeds = encode_prompt(tokenizer, prompt), (STREAM, self.seed, self.said)
-        print(emphasis(label), end="", flush=True)
+        print(emphasis(self.label + label), end="", flush=True)
         try:
             generate(self.model, [ids], [seeds], self.how, heard=hear)
         except KeyboardInterrupt:
@@ -136,7 +136,8 @@ def main(arguments: list[str]) -> None:
                 obey(line, speakers, rules)
             elif line:
                 for speaker in speakers:
-                    speaker.turns = speaker.turns if history else []
+                    if not history:
+                        speaker.turns = []
                     ask(speaker, line)
 
 
@@ -169,7 +170,7 @@ def ask(speaker: Speaker, question: str) -> None:
     turns = speaker.latest(asked, list)
     if len(turns) < len(asked):
         note(f"the context is full: the first {len(asked) - len(turns)} turns are forgotten")
-    answer = speaker.speak(turns, speaker.label)
+    answer = speaker.speak(turns)
     if answer:
         speaker.turns, speaker.why = [*turns, {"role": "assistant", "content": answer}], []
 
@@ -180,7 +181,7 @@ def obey(line: str, speakers: list[Speaker], rules: Constitution | None) -> None
     if command not in COMMANDS:
         note(f"unknown command {command}{config.nearest(command, COMMANDS)}")
     elif command == "/help":
-        note((__doc__ or "").split("\n\n", 1)[1].strip("\n"))
+        note(__doc__.partition("\n\n")[2])
     elif command == "/new":
         for speaker in speakers:
             speaker.turns, speaker.why = [], []
@@ -202,13 +203,12 @@ def explain(speakers: list[Speaker], rules: Constitution, name: str, revise: boo
         if not speaker.turns:
             note("there is no answer yet")
         elif name:
-            if speaker.label:
-                print(emphasis(speaker.label) + plain(speaker.turns[-1]["content"]))
             criticise(speaker, principles[name], revise)
         elif not speaker.why:
             note("there is no revision yet; /why NAME criticises the answer")
-        for principle, critique in [] if name else speaker.why:
-            print(emphasis(f"critique, {principle}: ") + plain(critique), flush=True)
+        else:
+            for principle, critique in speaker.why:
+                print(emphasis(f"{speaker.label}critique, {principle}: ") + plain(critique))
 
 
 def criticise(speaker: Speaker, principle: Principle, revise: bool) -> None:

@@ -95,8 +95,8 @@ def check(files: list[str], flags: list[str]) -> None:
         found = [*(_context(rules, model) if model else []), *proofread(rules)]
         print(f"{file}: {rules.name} {rules.version}, principles: {len(rules.principles)}")
         for finding in found:
-            name = f"{finding.principle}: " if finding.principle else ""
-            print(f"  {terminal.emphasis(finding.level)}  {name}{finding.message}")
+            name = finding.principle or rules.name
+            print(f"  {terminal.emphasis(finding.level)}  {name}: {finding.message}")
         errors = sum(finding.level == "error" for finding in found)
         print(f"  errors: {errors}, advice: {len(found) - errors}")
         wrong += [file] * bool(errors)

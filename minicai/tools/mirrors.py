@@ -1,7 +1,8 @@
 """Shows metrics elsewhere too: in TensorBoard or Weights & Biases (the setting `log`).
 
-Each row of a stage's metrics.jsonl is sent when it is written: only its numbers, no config, command
-line, code or environment. After a resume the file counts: it forgets rows behind the checkpoint.
+`tensorboard` and `wandb` return a function that takes new rows of metrics.jsonl. It sends only
+their numbers: no config, command line, code or environment. The file is what counts: a resumed run
+forgets its rows after the checkpoint.
 """
 
 from collections.abc import Callable
@@ -10,8 +11,6 @@ from pathlib import Path
 
 from minicai import InputError
 from minicai.engine.config import redact
-
-Mirror = Callable[[list[dict]], None]
 
 
 def require(log: str) -> None:
@@ -22,7 +21,7 @@ def require(log: str) -> None:
         )
 
 
-def tensorboard(folder: Path) -> Mirror:
+def tensorboard(folder: Path) -> Callable:
     """Writes events to folder/tensorboard. A resumed run replaces those of the steps it repeats.
 
     `tensorboard --logdir OUT` shows the stages side by side.
@@ -42,7 +41,7 @@ def tensorboard(folder: Path) -> Mirror:
     return add
 
 
-def wandb(folder: Path) -> Mirror:
+def wandb(folder: Path) -> Callable:
     """Makes a run in the project minicai, named by the stage and grouped by the output folder.
 
     A resumed stage makes a new run with the steps that are left.

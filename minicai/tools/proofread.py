@@ -288,8 +288,10 @@ def too_long(rules: Constitution, count: Callable[[str], int], context: int) -> 
         prompts = [render_revision("", "", "", p), render_comparison("", "", "", p)]
         longest = max(map(count, prompts))
         if longest > context // 2:
-            taken = f"its requests take {longest} of the model's {context} tokens"
-            message = f"{taken}, which conversation, responses and critique share: shorten them"
+            message = (
+                f"its requests take {longest} of the model's {context} tokens, which conversation, "
+                f"responses and critique share: shorten them"
+            )
             level = "error" if longest >= context else "advice"
             found.append(Finding(level, p.name, message))
     return found

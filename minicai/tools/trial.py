@@ -101,8 +101,8 @@ def run(cfg, file: str) -> tuple[Path, list[dict], list[dict]]:
         labels = judge(cfg, stage, journal.rows, [rules])
         record = {"principles": by_principle(journal.rows, labels), "text": asdict(rules)}
         stage.finish(None, made_by | record)
-    files = [stage.folder / f"{name}.jsonl" for name in ("revisions", "comparisons")]
-    return stage.folder, *map(read_jsonl, files)
+    rows = read_jsonl(stage.folder / "revisions.jsonl")
+    return stage.folder, rows, read_jsonl(stage.folder / "comparisons.jsonl")
 
 
 def judge(cfg, stage: Stage, rows: Sequence[dict], versions: Sequence[Constitution]) -> list[dict]:
@@ -247,14 +247,11 @@ def transcripts(rows: Sequence[dict], labels: Sequence[dict], first: str, second
 
 def wording(old: Constitution, new: Constitution) -> str:
     """The requests that differ, with the characters that changed marked."""
-    texts = [
-        [
-            f"{p.name}, {request}: {getattr(p, request)}"
-            for p in rules.principles
-            for request in REQUESTS
-        ]
-        for rules in (old, new)
-    ]
+    texts = []
+    for rules in (old, new):
+        texts.append(
+            [f"{p.name}, {r}: {getattr(p, r)}" for p in rules.principles for r in REQUESTS]
+        )
     changes = [plain(line).rstrip() for line in difflib.ndiff(*texts) if line[0] != " "]
     title = emphasis(f"{old.name} {old.version} -> {new.name} {new.version}")
     return "\n  ".join([title, *changes]) + "\n"
