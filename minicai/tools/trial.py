@@ -48,8 +48,8 @@ def diff(cfg, *files: str) -> None:
     if old.sha256 == new.sha256:
         raise InputError(f"{' and '.join(files)} have the same principles: nothing to compare")
     before, after = (run(cfg, file) for file in files)
+    # run() has compared the other inputs with those of earlier runs
     reads = {"old": f"{before[0]}/revisions.jsonl", "new": f"{after[0]}/revisions.jsonl"}
-    reads["feedback"] = cfg.feedback or cfg.model
     stage = Stage(cfg, f"diff/{short(old)}_{short(new)}", reads)
     rows = against(before[1], after[1])
     if not stage.record:
@@ -64,6 +64,7 @@ def diff(cfg, *files: str) -> None:
         "new against old: changed: the two revisions differ. preferred: of those, the judge model "
         "prefers\nthe new one. In brackets: 95 % intervals.\n"
     )
+    rows = list(filter(changed, rows))
     print(f"{transcripts(rows, labels, 'old', 'new')}\nwrote  {stage.folder}")
 
 
