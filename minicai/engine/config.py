@@ -21,7 +21,7 @@ import sys
 import textwrap
 import tomllib
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -238,12 +238,15 @@ def _from_flag(argument: str, section: str, kind: type) -> dict:
 
 def _instead(word: str, known: set[str], dashes: str = "") -> str:
     """What to write in a wrong key's place."""
-    if word in MOVED:
-        return f": {MOVED[word]}"
+    return f": {MOVED[word]}" if word in MOVED else nearest(word, sorted(known), dashes)
+
+
+def nearest(word: str, known: Collection[str], dashes: str = "") -> str:
+    """The end of an error about an unknown word: the most similar known one, or all of them."""
     near = difflib.get_close_matches(word, known, 1, 0.4)
     if near:
         return f"; did you mean {dashes}{near[0]}?"
-    return f"; known: {', '.join(sorted(known))}"
+    return f"; known: {', '.join(known)}"
 
 
 # --- checking -------------------------------------------------------------------------------------

@@ -64,12 +64,12 @@ class Stage:
         self.journals: dict[str, Journal] = {}
         self.shown: dict[str, float] = {}
         self.progress: terminal.Progress | None = None
-        reads = config.paths(cfg) | reads
-        found = parallel.once(fingerprints, name, reads)
+        reads, section = config.paths(cfg) | reads, name.partition("/")[0]  # [try] of OUT/try/NAME
+        found = parallel.once(fingerprints, section, reads)
         inputs = {"format": "2"} | {what: " ".join(s.values()) for what, s in found.items()}
         inputs |= code_fingerprints(code)
         self.sums = {path: sha for sums in found.values() for path, sha in sums.items()}
-        self.text = config.dump(cfg, name, inputs)
+        self.text = config.dump(cfg, section, inputs)
         self.record = parallel.once(self._look)
         if self.record:
             parallel.once(self._tidy)  # a run may have been killed behind its record
