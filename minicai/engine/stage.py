@@ -22,13 +22,11 @@ import ast
 import hashlib
 import importlib
 import inspect
-import io
 import json
 import math
 import os
 import shutil
 import time
-import tokenize
 import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,16 +40,8 @@ from minicai.engine import checkpoint, config, hub, parallel, terminal
 from minicai.engine.data import Journal, finite, read_record, write_atomic
 
 RECORD = "stage.json"
-DATA = (".jsonl", ".json", ".gz", ".txt", ".toml", ".py")  # what is not a model folder
+DATA = (".jsonl", ".json", ".gz", ".txt", ".toml", ".py")  # not a model folder, if missing
 SKIPPED_AT_MOST = 3  # updates in a row whose loss or gradient is not finite; then the run stops
-LAYOUT = (
-    tokenize.COMMENT,
-    tokenize.NL,
-    tokenize.NEWLINE,
-    tokenize.INDENT,
-    tokenize.DEDENT,
-    tokenize.ENDMARKER,
-)
 
 
 class Stage:
@@ -67,6 +57,7 @@ class Stage:
     def __init__(self, cfg, name: str, reads: dict, code: str = ""):
         self.cfg, self.name, self.folder = cfg, name, Path(cfg.out) / name
         self.step, self.state, self.skipped = 0, {}, 0
+        self.accepted: list[str] = []  # changes, under --accept-changes
         self.journals: dict[str, Journal] = {}
         self.shown: dict[str, float] = {}
         self.progress: terminal.Progress | None = None
@@ -97,7 +88,7 @@ class Stage:
                     f"{self.folder}: holds a run of another config: {'; '.join(changes)}; choose "
                     f"another --out, start again with --overwrite, or resume with --accept-changes"
                 )
-            self.state["accepted"] = changes
+            self.accepted = changes
         return read_record(record) if record.exists() else None
 
     def _begin(self) -> None:
@@ -118,9 +109,9 @@ class Stage:
             raise InputError(
                 f"{folder}: cannot be used as an output folder: {error.strerror}"
             ) from error
+        if self.accepted:
+            Journal(folder / "accepted.jsonl").append([{"changes": self.accepted}])
         write_atomic(stored, self.text)
-        if self.state.get("accepted"):
-            Journal(folder / "accepted.jsonl").append([{"changes": self.state["accepted"]}])
 
     # --- journals ---------------------------------------------------------------------------------
 
@@ -273,7 +264,7 @@ def fingerprints(stage: str, reads: dict) -> dict[str, str]:
 
 
 def _fingerprint(path: str, what: str) -> str:
-    if path.startswith("hub:") or Path(path).suffix in DATA:
+    if path.startswith("hub:") or Path(path).is_file() or Path(path).suffix in DATA:
         try:
             with open(hub.data_file(path), "rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
@@ -289,7 +280,8 @@ def _sha256(text: str) -> str:
 def code_fingerprints(path: str) -> dict[str, str]:
     """{"code": of a script, "losses.gae": ...} with each function of the method that it names.
 
-    They are sums of the code's tokens: comments, docstrings and layout do not count.
+    They are sums of the code as ast.unparse writes it, without docstrings: comments and layout do
+    not count.
     """
     if not path:
         return {}
@@ -323,11 +315,9 @@ def _function(module: str, name: str) -> dict[str, str]:
 
 
 def _code_sha256(source: str) -> str:
-    tokens, before = [], tokenize.NEWLINE
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        docstring = token.type == tokenize.STRING and before in (tokenize.NEWLINE, tokenize.INDENT)
-        if token.type not in LAYOUT and not docstring:
-            tokens.append(token.string)
-        if token.type not in (tokenize.COMMENT, tokenize.NL):
-            before = token.type
-    return _sha256(" ".join(tokens))
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        if documented and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return _sha256(ast.unparse(tree))
