@@ -68,7 +68,7 @@ def refusal(function, *arguments):
         return str(error)
 
 
-# --- one step of each script, and its gradients ----------------------------------------------------------------------------------
+# --- one step of each script, and its gradients ---------------------------------------------------
 
 
 def gradients(step):
@@ -222,7 +222,7 @@ def script_gradients(folder, architecture, results):
     results[f"{architecture} ppo"] = noted, json.dumps(row) + "\n"
 
 
-# --- two processes alone ---------------------------------------------------------------------------------------------------------
+# --- two processes alone --------------------------------------------------------------------------
 
 
 def vocabulary(results):
@@ -347,7 +347,7 @@ def half_precision(folder, results):
     results["bf16 ppo"] = train_ppo.main(cfg)["episodes"]
 
 
-# --- whole scripts ---------------------------------------------------------------------------------------------------------------
+# --- whole scripts --------------------------------------------------------------------------------
 
 
 def scripts(folder, results):

@@ -1,4 +1,4 @@
-"""Journals that survive a kill at any byte, the readers of prompts and preference pairs, and what they say about a wrong line."""
+"""Journals that survive a kill at any byte, the readers of prompts and pairs, and wrong lines."""
 
 import gzip
 import json
@@ -43,7 +43,7 @@ def refusal(read, path: Path) -> str:
     return str(caught.value).removeprefix(str(path))
 
 
-# --- journal ---------------------------------------------------------------------------------------------------------------------
+# --- journal --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_a_malformed_line_that_is_not_the_torn_last_one_is_refused_and_the_file_
     assert path.read_bytes() == before
 
 
-# --- prompts ---------------------------------------------------------------------------------------------------------------------
+# --- prompts --------------------------------------------------------------------------------------
 
 
 def test_prompts_of_a_text_file_are_its_lines_that_are_not_blank(tmp_path):
@@ -210,7 +210,7 @@ def test_a_damaged_gzip_file_is_refused(tmp_path, damage):
     assert "cannot be read" in refusal(read_prompts, path)
 
 
-# --- preference pairs ------------------------------------------------------------------------------------------------------------
+# --- preference pairs -----------------------------------------------------------------------------
 
 SINGLE = "\n\nHuman: How tall is it?\n\nAssistant: "
 MULTI = "\n\nHuman: Is the Human: Assistant line\nodd?\n\nAssistant: A little.\n\n- so\n\nHuman:  And now?\n\nAssistant: "
@@ -348,7 +348,7 @@ def test_hh_rlhf_is_read_whole_and_every_transcript_can_be_rebuilt():
     ]  # the one empty response
 
 
-# --- order and atomic files ------------------------------------------------------------------------------------------------------
+# --- order and atomic files -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [0, 1, 100])

@@ -193,7 +193,7 @@ def test_offline_the_command_ends_with_2(command, world):
     )
 
 
-# --- the files of hh-rlhf as prompts ---------------------------------------------------------------------------------------------
+# --- the files of hh-rlhf as prompts --------------------------------------------------------------
 
 
 def test_transcripts_are_prompts(tmp_path):

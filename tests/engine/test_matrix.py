@@ -292,7 +292,7 @@ def test_both_folders_work_in_the_pipelines_of_transformers(architecture, tmp_pa
     assert isinstance(said, str)
 
 
-# --- real data -------------------------------------------------------------------------------------------------------------------
+# --- real data ------------------------------------------------------------------------------------
 
 DATA = ROOT.parent / "shared" / "data"
 DATA = DATA if DATA.is_dir() else Path("/work/shared/data")

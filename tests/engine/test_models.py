@@ -58,7 +58,7 @@ def logprobs_by_hand(model, temperature=1.0):
     return expected
 
 
-# --- log-probs -------------------------------------------------------------------------------------------------------------------
+# --- log-probs ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -140,7 +140,7 @@ def test_logprobs_and_scores_are_float32_whatever_the_model_computes_in():
     )
 
 
-# --- scores and values -----------------------------------------------------------------------------------------------------------
+# --- scores and values ----------------------------------------------------------------------------
 
 
 def test_the_value_of_a_token_is_read_one_token_before_it(scorer):
@@ -244,7 +244,7 @@ def test_no_pass_looks_in_the_positions_for_where_rows_begin_which_a_gpu_would_b
     assert own and len(looked) == own
 
 
-# --- loading ---------------------------------------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +311,7 @@ def test_a_missing_folder_and_a_tokenizer_without_eos_are_input_errors_that_name
     assert models.load_tokenizer(folder).pad_token_id == PAD
 
 
-# --- frozen models ---------------------------------------------------------------------------------------------------------------
+# --- frozen models --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -119,7 +119,7 @@ def runs(tmp_path_factory):
     return folder, one, two
 
 
-# --- gradients -------------------------------------------------------------------------------------------------------------------
+# --- gradients ------------------------------------------------------------------------------------
 
 
 def assert_equal_steps(ours, one):
@@ -150,7 +150,7 @@ def test_the_mean_of_the_ranks_means_would_be_another_gradient(runs):
         assert results["right normalisation"] < 1e-6 and results["wrong normalisation"] > 1e-2
 
 
-# --- the scripts -----------------------------------------------------------------------------------------------------------------
+# --- the scripts ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", DATA)
@@ -218,7 +218,7 @@ def test_a_finished_stage_gives_every_rank_the_record_of_the_first(runs):
         assert made == found == theirs
 
 
-# --- the vocabulary --------------------------------------------------------------------------------------------------------------
+# --- the vocabulary -------------------------------------------------------------------------------
 
 
 def test_what_is_shared_out_comes_back_in_order(runs):
@@ -273,7 +273,7 @@ def test_in_one_process_all_of_it_is_the_identity():
     assert parallel.forward_pass(lambda model, x: (model, x))(model, 3) == (model, 3)
 
 
-# --- loading ---------------------------------------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "hub", "pieces"])
@@ -309,7 +309,7 @@ def test_a_new_head_is_the_same_at_any_number_of_processes(runs):
     assert first["whole"] == second["whole"] == alone.tolist()
 
 
-# --- generation and precision ----------------------------------------------------------------------------------------------------
+# --- generation and precision ---------------------------------------------------------------------
 
 
 def test_ranks_that_generate_different_lengths_exchange_nothing_and_draw_what_one_process_draws(
@@ -330,7 +330,7 @@ def test_layers_in_bfloat16_keep_float32_weights_and_gradients(runs):
         assert results["bf16 ppo"] == 6
 
 
-# --- checkpoints and ends --------------------------------------------------------------------------------------------------------
+# --- checkpoints and ends -------------------------------------------------------------------------
 
 
 def running(folder):
@@ -469,7 +469,7 @@ def test_when_a_rank_hangs_all_end_after_the_timeout_and_say_why(runs):
     )  # torchrun gives a process that does not end half a minute
 
 
-# --- several hosts ---------------------------------------------------------------------------------------------------------------
+# --- several hosts --------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -541,7 +541,7 @@ def test_two_hosts_of_two_processes_train_what_one_process_trains(runs):
         torch.testing.assert_close(ours[name], weight, rtol=0, atol=2e-5)
 
 
-# --- the command line ------------------------------------------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [train_sl.SLConfig, train_rm.RMConfig, train_ppo.PPOConfig])

@@ -61,7 +61,7 @@ def common_eos(model, temperature):
     return naive(model, PROMPTS[0], SEEDS[0], temperature, NO_TOKEN)[0][2]
 
 
-# --- decoding --------------------------------------------------------------------------------------------------------------------
+# --- decoding -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 0.7])
@@ -263,7 +263,7 @@ def test_a_prompt_that_does_not_fit_is_an_input_error_that_names_it():
         decode(model, 1.0, NO_TOKEN, prompts, SEEDS, length=7)
 
 
-# --- drawing ---------------------------------------------------------------------------------------------------------------------
+# --- drawing --------------------------------------------------------------------------------------
 
 LOGITS = tensor([2.0, 0.0, 1.0, -1.0, 0.5, -3.0])
 
@@ -303,7 +303,7 @@ def test_greedy_drawing_takes_the_most_likely_token_and_its_plain_logprob():
     assert_close(logprobs, LOGITS.log_softmax(0)[:1])
 
 
-# --- choices ---------------------------------------------------------------------------------------------------------------------
+# --- choices --------------------------------------------------------------------------------------
 
 QUESTIONS = ["Which is better?", "A or B, and why not C?", "?", "Which one\nis it?"]
 

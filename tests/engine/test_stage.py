@@ -465,7 +465,7 @@ def test_the_count_of_skipped_updates_survives_a_resume(place):
     interrupted(place, "step 5", broken=(2, 3))
     assert run(place, broken=(5,))["weight"]
     interrupted(place, "step 5", broken=(2, 3), overwrite=True)
-    with pytest.raises(RunError, match="step 5: .* in 3 updates in a row"):
+    with pytest.raises(RunError, match=r"step 5: .* in 3 updates in a row"):
         run(place, broken=(4,))
 
 

@@ -110,7 +110,7 @@ def text_of(tokenizer, ids):
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
-# --- chat templates --------------------------------------------------------------------------------------------------------------
+# --- chat templates -------------------------------------------------------------------------------
 
 
 def test_a_dialogue_is_read_as_its_template_writes_it_and_the_answer_with_its_end_alone_is_learned(
@@ -267,7 +267,7 @@ def test_options_stand_behind_the_opening_of_an_answer_without_a_blank():
         encode_options(tokenizer, ["Which?"], [ids], (" (A", "(A"))
 
 
-# --- without a template ----------------------------------------------------------------------------------------------------------
+# --- without a template ---------------------------------------------------------------------------
 
 
 def test_without_a_template_it_is_the_paper_s_form():
@@ -303,7 +303,7 @@ def test_a_tokenizer_begins_a_text_once_and_does_not_end_a_prompt():
     )
 
 
-# --- tokens to pad with ----------------------------------------------------------------------------------------------------------
+# --- tokens to pad with ---------------------------------------------------------------------------
 
 
 def test_a_pad_token_that_no_answer_has_is_found_or_added():
@@ -340,7 +340,7 @@ def test_tokenizers_with_other_templates_or_words_are_not_the_same():
     )
 
 
-# --- before and at the first step ------------------------------------------------------------------------------------------------
+# --- before and at the first step -----------------------------------------------------------------
 
 
 def test_a_request_that_may_not_fit_is_refused_with_what_makes_it_long():
