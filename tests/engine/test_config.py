@@ -1,4 +1,4 @@
-"""Configs: strict, typed, with the nearest right name for a wrong one and the new of a moved one."""
+"""Configs: strict, typed, with the nearest right name for a wrong one."""
 
 import dataclasses
 import os
