@@ -1,13 +1,19 @@
-"""Kills runs and compares what they end with: `python -m tests.faults --kills 60 [--seed 0]` (a quarter of an hour; the last line counts).
+"""Kills runs and compares what they end with: `python -m tests.faults --kills 60 [--seed 0]`.
 
-A small demo runs once undisturbed. Then it runs again and again in chains of lives: SIGKILL to the whole process group, the same command anew,
-until it ends by itself. Two kills of three come at moments spread evenly over the undisturbed run, known again by how much its journals hold; the
-others wait for a file or folder on its way to its place (`*.tmp`: a checkpoint, an export, a record) and strike while it is being made. At the end
-of a chain the output folder must hold the files of the undisturbed run and no others, every tensor equal bit for bit, every JSONL file byte for
-byte, and no process may be left.
+It takes a quarter of an hour, and its last line counts. A small demo runs once undisturbed. Then it
+runs in chains of lives: SIGKILL to the whole process group, the same command again, until it ends
+by itself. Two kills of three come at moments spread evenly over the undisturbed run, known by how
+much its journals hold. The others wait for a file or folder on its way to its place (`*.tmp`: a
+checkpoint, an export, a record) and strike while it is being made. At the end of a chain the output
+folder must hold the files of the undisturbed run and no others, every tensor equal bit for bit,
+every JSONL file byte for byte, and no process may be left.
+
+`--stages CONFIG OUT` runs the three stages in one process: what the campaign of the tests kills,
+since it starts once where the demo has more to import.
 """
 
 import argparse
+import importlib
 import os
 import random
 import signal
@@ -21,28 +27,27 @@ from pathlib import Path
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[1]
-CHAIN = 6  # kills a chain: each costs a start (5 s) and the work since the last checkpoint, each chain a whole run
+CHAIN = 6  # kills per chain: each costs a start (5 s) and the work since the last checkpoint
+STAGES = ("sl", "rm", "ppo")
 CONFIG = f"""
 model = "minicai:tinyworld/base"
 constitution = "{ROOT}/configs/constitutions/tiny.toml"
+rows = 4
+save_every = 2
 [sl]
 limit = 32
 helpful_limit = 32
 helpful_samples = 1
 rounds = 2
-rows = 4
 max_new_tokens = 56
 batch_size = 16
 lr = 5e-4
-save_every = 2
 [rm]
 limit = 40
 preferences_limit = 60
-rows = 4
 max_new_tokens = 56
 batch_size = 16
 lr = 1e-3
-save_every = 2
 [ppo]
 iterations = 6
 episodes = 16
@@ -51,7 +56,6 @@ epochs = 2
 lr = 2e-4
 value_lr = 4e-4
 kl_target = 1.0
-save_every = 2
 [eval]
 prompts = "eval.jsonl"
 max_new_tokens = 48
@@ -68,20 +72,16 @@ PARTS = {
 }
 
 
-def start(out: Path) -> subprocess.Popen:
+def start(out: Path, demo: bool) -> subprocess.Popen:
     """The command under test, in a session of its own, which it shares with whatever it starts."""
-    command = [
-        sys.executable,
-        "-m",
-        "minicai",
-        "demo",
-        f"--config={out.parent / 'faults.toml'}",
-        f"--out={out}",
-    ]
+    file = out.parent / "faults.toml"
+    words = ["tests.faults", "--stages", str(file), str(out)]
+    if demo:
+        words = ["minicai", "demo", f"--config={file}", f"--out={out}"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     with open(out.parent / "stderr.txt", "w") as errors:
         return subprocess.Popen(
-            command,
+            [sys.executable, "-m", *words],
             cwd=out.parent,
             env=environment,
             stdout=subprocess.DEVNULL,
@@ -90,23 +90,23 @@ def start(out: Path) -> subprocess.Popen:
         )
 
 
+def run_stages(file: str, out: str) -> None:
+    """The three stages, one after the other."""
+    from minicai.engine import config
+
+    for name in STAGES:
+        script = importlib.import_module(f"train_{name}")
+        kind = getattr(script, f"{name.upper()}Config")
+        script.main(config.load(kind, name, [file, f"--out={out}"]))
+
+
 def being_made(out: Path) -> list[str]:
     """What is on its way to its place: paths of *.tmp below the output folder."""
     found = []
-    for folder in (
-        ".",
-        "sl",
-        "rm",
-        "ppo",
-        "eval",
-        "sl/checkpoints",
-        "rm/checkpoints",
-        "ppo/checkpoints",
-    ):
+    for folder in (".", *STAGES, "eval", *(f"{name}/checkpoints" for name in STAGES)):
         try:
-            found += [
-                f"{folder}/{name}" for name in os.listdir(out / folder) if name.endswith(".tmp")
-            ]
+            names = [name for name in os.listdir(out / folder) if name.endswith(".tmp")]
+            found += [f"{folder}/{name}" for name in names]
         except FileNotFoundError:
             continue
     return found
@@ -118,7 +118,10 @@ def written(out: Path) -> int:
 
 
 def kill_at(process: subprocess.Popen, out: Path, size: int, pause: float) -> bool:
-    """SIGKILL to the group `pause` seconds after the journals hold `size` bytes; False where the process has ended before."""
+    """SIGKILL to the group `pause` seconds after the journals hold `size` bytes.
+
+    False where the process has ended before.
+    """
     while process.poll() is None and written(out) < size:
         time.sleep(0.002)
     try:
@@ -130,7 +133,10 @@ def kill_at(process: subprocess.Popen, out: Path, size: int, pause: float) -> bo
 
 
 def kill_while_writing(process: subprocess.Popen, out: Path, number: int) -> bool:
-    """SIGKILL to the group while the `number`-th new *.tmp is there; False where the process has ended before."""
+    """SIGKILL to the group while the `number`-th new *.tmp is there.
+
+    False where the process has ended before.
+    """
     old, seen = set(being_made(out)), []
     while process.poll() is None:
         now = set(being_made(out))
@@ -144,19 +150,14 @@ def kill_while_writing(process: subprocess.Popen, out: Path, number: int) -> boo
 
 
 def place(out: Path) -> str:
-    """Where a run stands that was just killed: its stage, and what it wrote last or was writing."""
-    stage = next(
-        (name for name in ("sl", "rm", "ppo", "eval") if not (out / name / "stage.json").exists()),
-        "report",
-    )
-    if tmp := being_made(out):
-        return f"{stage}: writing {tmp[0].split('/')[-1]}"
-    written = (
-        sorted((p.stat().st_mtime, p.name.split(".")[0]) for p in (out / stage).glob("*"))
-        if stage != "report"
-        else []
-    )
-    return f"{stage}: {PARTS.get(written[-1][1], 'writing') if written else 'start'}"
+    """Where a run was killed: its stage, and what it wrote last or was writing."""
+    unfinished = [name for name in STAGES if not (out / name / "stage.json").exists()]
+    stage = [*unfinished, "later"][0]
+    making = being_made(out)
+    if making:
+        return f"{stage}: writing {making[0].split('/')[-1]}"
+    files = sorted((p.stat().st_mtime, p.name.split(".")[0]) for p in (out / stage).glob("*"))
+    return f"{stage}: {PARTS.get(files[-1][1], 'writing') if files else 'start'}"
 
 
 def left_running(group: int) -> bool:
@@ -171,7 +172,7 @@ def left_running(group: int) -> bool:
 
 
 def differences(ours: Path, theirs: Path) -> list[str]:
-    """Names of the files of a run that the other has not, or has with other weights or other lines."""
+    """Names of the files that only one of two runs has, or that have other weights or lines."""
     names = [{str(p.relative_to(out)) for p in out.rglob("*")} for out in (ours, theirs)]
     differing = sorted(names[0] ^ names[1])
     for name in sorted(names[0] & names[1]):
@@ -187,76 +188,72 @@ def differences(ours: Path, theirs: Path) -> list[str]:
 
 
 def finish(out: Path, process: subprocess.Popen) -> str:
-    """Waits for a run to end by itself; what is wrong with its end, or ""."""
+    """Waits for a run to end by itself. Returns what is wrong with its end, or ""."""
     code = process.wait()
-    error = (out.parent / "stderr.txt").read_text()[-2000:]
-    return (
-        f"exit code {code}: {error}"
-        if code
-        else "left a process behind"
-        if left_running(process.pid)
-        else ""
-    )
+    if code:
+        return f"exit code {code}: {(out.parent / 'stderr.txt').read_text()[-2000:]}"
+    return "left a process behind" if left_running(process.pid) else ""
 
 
-def campaign(kills: int, seed: int, folder: Path, per_chain: int = CHAIN) -> int:
-    """Kills that many times, says so line by line, and returns how many of the kills were in chains that ended as if undisturbed."""
+def prepare(folder: Path) -> None:
+    """Writes the config, and the prompts with which the demo evaluates."""
     (folder / "faults.toml").write_text(CONFIG)
-    evaluation = (
-        (ROOT / "minicai" / "tinyworld" / "data" / "eval.jsonl")
-        .read_text()
-        .splitlines(keepends=True)
-    )
-    (folder / "eval.jsonl").write_text("".join(evaluation[::20]))
-    whole = folder / "undisturbed"
-    began, process, reached = (
-        time.monotonic(),
-        start(whole),
-        {0: 0.0},
-    )  # bytes in the journals: seconds after the start
-    while process.poll() is None:
-        reached.setdefault(written(whole), time.monotonic() - began)
-        time.sleep(0.002)
-    if error := finish(whole, process):
-        raise RuntimeError(f"the undisturbed run failed: {error}")
-    seconds, startup = time.monotonic() - began, sorted(reached.values())[1]
-    print(
-        f"undisturbed: {seconds:.1f} s, the first {startup:.1f} until the first line of a journal",
-        flush=True,
-    )
+    source = ROOT / "minicai" / "tinyworld" / "data" / "eval.jsonl"
+    lines = source.read_text().splitlines(keepends=True)
+    (folder / "eval.jsonl").write_text("".join(lines[::20]))
 
-    draw, struck, identical, chains, places = random.Random(seed), 0, 0, 0, Counter()
+
+def undisturbed(out: Path, demo: bool) -> tuple[float, float, dict[int, float]]:
+    """Runs once. Returns its seconds, those before the first line of a journal, and
+    {bytes in the journals: seconds after the start}."""
+    began, process, reached = time.monotonic(), start(out, demo), {0: 0.0}
+    while process.poll() is None:
+        reached.setdefault(written(out), time.monotonic() - began)
+        time.sleep(0.002)
+    error = finish(out, process)
+    if error:
+        raise RuntimeError(f"the undisturbed run failed: {error}")
+    return time.monotonic() - began, sorted(reached.values())[1], reached
+
+
+def campaign(kills: int, seed: int, folder: Path, demo: bool = True) -> int:
+    """Kills that many times, and prints each line by line.
+
+    demo: the whole demo; else the three stages. Returns how many of the kills were in chains that
+    ended as if undisturbed.
+    """
+    prepare(folder)
+    whole = folder / "undisturbed"
+    seconds, startup, reached = undisturbed(whole, demo)
+    print(f"undisturbed: {seconds:.1f} s, the first line of a journal after {startup:.1f}")
+    draw, struck, identical, chains = random.Random(seed), 0, 0, 0
+    places: Counter = Counter()
     while struck < kills:
         out, chains = folder / f"chain_{chains}", chains + 1
-        planned = min(per_chain, kills - struck)
-        hit, life, error = 0, 0, ""
-        while life < planned and not error:
-            process, life = start(out), life + 1
-            moment = (life - 1 + draw.random()) / planned * seconds  # of the undisturbed run
+        planned = min(CHAIN, kills - struck)
+        hit, error = 0, ""
+        for life in range(planned):
+            process = start(out, demo)
+            moment = (life + draw.random()) / planned * seconds  # of the undisturbed run
             if draw.random() < 1 / 3:
-                done = kill_while_writing(process, out, draw.randint(1, 6))
+                killed = kill_while_writing(process, out, draw.randint(1, 6))
             else:
                 size = max(size for size, at in reached.items() if at <= moment)
-                done = kill_at(
-                    process,
-                    out,
-                    size,
-                    moment - reached[size] + (startup if written(out) >= size > 0 else 0.0),
-                )
-            if not done:
+                late = startup if written(out) >= size > 0 else 0.0
+                killed = kill_at(process, out, size, moment - reached[size] + late)
+            if not killed:
                 break  # it ended before
-            struck, hit = struck + 1, hit + 1
-            where = place(out)
-            places[where.split(" ")[0] + " " + where.split(" ")[1]] += 1
-            error = "left a process behind" if left_running(process.pid) else ""
-            print(f"kill {struck} of {kills}: chain {chains}, life {life}, {where}", flush=True)
-        error = error or finish(out, process if not done else start(out))
+            struck, hit, where = struck + 1, hit + 1, place(out)
+            places[" ".join(where.split(" ")[:2])] += 1
+            print(f"kill {struck} of {kills}: chain {chains}, {where}", flush=True)
+            if left_running(process.pid):
+                error = "left a process behind"
+                break
+        error = error or finish(out, start(out, demo) if killed else process)
         wrong = error or ", ".join(differences(out, whole))
         identical += 0 if wrong else hit
-        print(
-            f"chain {chains}: {hit} kills, {'DIFFERS: ' + wrong if wrong else 'identical'}",
-            flush=True,
-        )
+        end = f"DIFFERS: {wrong}" if wrong else "identical"
+        print(f"chain {chains}: {hit} kills, {end}", flush=True)
     print(", ".join(f"{name} {count}" for name, count in sorted(places.items())))
     print(f"{identical} of {struck} identical", flush=True)
     return identical
@@ -266,6 +263,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stages", nargs=2, metavar=("CONFIG", "OUT"))
     options = parser.parse_args()
+    if options.stages:
+        run_stages(*options.stages)
+        sys.exit(0)
     with tempfile.TemporaryDirectory() as scratch:
-        sys.exit(0 if campaign(options.kills, options.seed, Path(scratch)) == options.kills else 1)
+        identical = campaign(options.kills, options.seed, Path(scratch))
+    sys.exit(0 if identical == options.kills else 1)

@@ -137,6 +137,7 @@ class Stage:
         """
         until = journal.total if until is None else until
         label, done = f"{self.name}: {journal.name}", len(journal.rows)
+        self.shown = {}  # not the numbers of the phase before
         bar = terminal.Progress(label, round(until * each), unit, round(done * each))
         with bar as self.progress, self._clock(phase):
             for first, last in parallel.turns(done, until, journal.group):
