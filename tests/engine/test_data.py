@@ -45,7 +45,7 @@ def write(path: Path, content: str | bytes) -> Path:
 
 
 def refusal(read, path: Path) -> str:
-    """The sentence with which the file is refused, without the file's name, with which it begins."""
+    """The sentence with which the file is refused, without the file's name, its beginning."""
     with pytest.raises(InputError) as caught:
         read(path)
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
@@ -286,8 +286,8 @@ def test_transcripts_are_prompts(tmp_path):
 
 SINGLE = "\n\nHuman: How tall is it?\n\nAssistant: "
 MULTI = (
-    "\n\nHuman: Is the Human: Assistant line\nodd?\n\nAssistant: A little.\n\n- so\n\nHuman:  And now?"
-    "\n\nAssistant: "
+    "\n\nHuman: Is the Human: Assistant line\nodd?"
+    "\n\nAssistant: A little.\n\n- so\n\nHuman:  And now?\n\nAssistant: "
 )
 
 

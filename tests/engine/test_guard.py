@@ -221,7 +221,7 @@ READERS = ("pickle", "marshal", "shelve", "dill", "joblib", "yaml")
 
 
 def unsafe_call(node):
-    """Whether a call runs what it reads: code, more of a file than weights, remote code, a shell."""
+    """Whether a call runs what it reads: code, more than weights, remote code, a shell."""
     keywords = {k.arg: getattr(k.value, "value", "computed") for k in node.keywords}
     name = ast.unparse(node.func)
     # GenerationConfig reads only numbers
