@@ -19,6 +19,7 @@ import train_sl
 from minicai import InputError, losses
 from minicai.engine import checkpoint, hub, load, models, parallel, terminal
 from minicai.engine.sampler import Sampling, generate
+from minicai.engine.stage import Stage
 from minicai.rollout import collate
 from tests.conftest import ARCHITECTURES, CPU, EOS
 
@@ -149,7 +150,8 @@ def script_gradients(folder, architecture, results):
     with patch.object(models, "CHUNK", 20):
         results[f"{architecture} sl"] = gradients(train_sl, sl)
     if architecture in STEPS["rm"]:
-        rm = rm_config(folder, out, policy=path, prompts=few, preferences="", heldout=0.0, **given)
+        labelled = {"feedback": str(folder / "llama"), "preferences": "", "heldout": 0.0}
+        rm = rm_config(folder, out, policy=path, prompts=few, **labelled, **given)
         results[f"{architecture} rm"] = gradients(train_rm, rm)
     if architecture in STEPS["ppo"]:
         given |= {"policy": path, "reward": f"{path}-scorer", "value_lr": 0.0, "iterations": 1}
@@ -285,15 +287,15 @@ class Stop(Exception):
 
 def interrupted(cfg, steps):
     """Runs or resumes train_sl for so many steps, and ends it in the next."""
-    order, calls = train_sl.epoch_order, []
+    log, calls = Stage.log, []
 
-    def stop(*arguments):
+    def stop(*arguments, **options):
         calls.append(1)
         if len(calls) > steps:
             raise Stop
-        return order(*arguments)
+        log(*arguments, **options)
 
-    with patch.object(train_sl, "epoch_order", stop):
+    with patch.object(Stage, "log", stop):
         try:
             train_sl.main(cfg)
         except Stop:

@@ -12,7 +12,6 @@ import train_rm
 import train_sl
 from minicai import InputError
 from minicai.engine import config, parallel, sampler, terminal
-from minicai.engine.attention import Slots
 from minicai.engine.models import response_logprobs
 from minicai.engine.sampler import Sampling, check_lengths, choice_logprobs, draw, generate
 from minicai.rollout import collate
@@ -185,29 +184,40 @@ def windowed(window):
     ).eval()
 
 
+@pytest.fixture
+def widths(monkeypatch):
+    """widths(model) is a list that grows by (tokens, numbers of keys read) at each pass."""
+    passes, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, *more, **options):
+        passes[-1][1].add(key.shape[-2])
+        return attention(query, key, *more, **options)
+
+    def begin(_, arguments, inputs):
+        passes.append((inputs["input_ids"].shape[1], set()))
+
+    def watch(model):
+        model.base_model.register_forward_pre_hook(begin, with_kwargs=True)
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+        return passes
+
+    return watch
+
+
 @pytest.mark.parametrize("window", [None, 9])
-def test_long_rows_that_are_read_apart_decode_as_they_would_alone(window, monkeypatch):
+def test_long_rows_that_are_read_apart_decode_as_they_would_alone(window, widths, monkeypatch):
     model = windowed(window) if window else tiny_model()
+    lengths = (40, 36, 9, 8, 7, 6, 5, 4, 3, 3, 2, 2)
     prompts = [
-        [(7 * n + 3 * k) % 60 + 2 for k in range(length)]
-        for n, length in enumerate((40, 36, 9, 8, 7, 6, 5, 4, 3, 3, 2, 2))
+        [(7 * n + 3 * k) % 60 + 2 for k in range(length)] for n, length in enumerate(lengths)
     ]
-    seeds, limits, place, read = (
-        [(5, n) for n in range(12)],
-        [30, 4, 5, 2, *[6, 3] * 4],
-        Slots.place,
-        [],
-    )
-
-    def watched(slots, starts, counts, device):
-        place(slots, starts, counts, device)
-        read.append((len(slots._parts), max(counts)))
-
-    monkeypatch.setattr(Slots, "place", watched)
+    seeds, limits = [(5, n) for n in range(12)], [30, 4, 5, 2, *[6, 3] * 4]
+    passes = widths(model)
     completions = generate(model, prompts, seeds, Sampling(limits, rows=4), {NO_TOKEN})
-    assert {(1, 1), (2, 1)} < set(read) and any(
-        parts == 2 and most > 1 for parts, most in read
-    )  # apart, also where a prompt comes in
+    decoding = {len(read) for tokens, read in passes if tokens <= 4}
+    assert decoding == {1, 2}  # together, and the long rows apart
+    assert any(len(read) > 1 for tokens, read in passes if tokens > 4)  # where a prompt comes in
+    monkeypatch.undo()
     for prompt, seed, limit, completion in zip(prompts, seeds, limits, completions, strict=True):
         ids, logprobs, _ = naive(model, prompt, seed, 1.0, NO_TOKEN, limit)
         assert completion.ids == ids
@@ -370,17 +380,16 @@ def test_texts_that_begin_alike_share_their_beginning(tokenizer, forward_calls):
 
 def test_a_data_phase_writes_the_same_whatever_the_number_of_slots(folder, tmp_path, monkeypatch):
     """And hands over several prompts per slot, and shows how far it is."""
-    handed, progress, respond = [], [], sampler.respond
+    handed, progress = [], []
 
-    def noted(model, texts, seeds, how, *more):
-        handed.append((len(texts), how.rows))
-        return respond(model, texts, seeds, how, *more)
+    def noted(model, prompts, seeds, how, **more):
+        handed.append((len(prompts), how.rows))
+        return generate(model, prompts, seeds, how, **more)
 
     def closed(bar, *_):
         progress.append((bar.done, bar.total, set(bar.numbers)))
 
-    for module in (train_sl, train_rm):
-        monkeypatch.setattr(module, "respond", noted)
+    monkeypatch.setattr(sampler, "generate", noted)
     monkeypatch.setattr(terminal.Progress, "__exit__", closed)
     for rows in (1, 100):
         flags = [str(folder / "config.toml"), f"--out={tmp_path / str(rows)}", f"--rows={rows}"]
