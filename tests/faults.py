@@ -61,7 +61,8 @@ prompts = "eval.jsonl"
 max_new_tokens = 48
 """
 SMALLER = ["--sl.limit=8", "--sl.helpful_limit=8", "--rm.limit=8", "--rm.preferences_limit=16"]
-SMALLER += ["--sl.batch_size=4", "--rm.batch_size=4", "--ppo.iterations=3", "--ppo.episodes=8"]
+SMALLER += ["--sl.batch_size=4", "--rm.batch_size=4", "--ppo.iterations=2", "--ppo.episodes=8"]
+SMALLER += ["--max_new_tokens=20", "--epochs=1", "--save_every=1"]
 PARTS = {
     "revisions": "data",
     "helpful": "data",

@@ -260,30 +260,35 @@ def test_what_cannot_be_packed_is_refused_by_its_name(message, tmp_path):
 PIPELINES = """
 import json, sys
 from transformers import pipeline
-folder, texts = sys.argv[1], json.loads(sys.argv[2])
-how = {"device": "cpu", "batch_size": len(texts), "function_to_apply": "none"}
-score = pipeline("text-classification", model=f"{folder}/rm", tokenizer_kwargs={}, **how)
-write = pipeline("text-generation", model=f"{folder}/ppo", device="cpu")
-scores = [found["score"] for found in score(texts, add_special_tokens=False)]
-said = write(texts[0], max_new_tokens=8, do_sample=False, return_full_text=False)
+found = []
+for folder, texts in json.loads(sys.argv[1]):
+    how = {"device": "cpu", "batch_size": len(texts), "function_to_apply": "none"}
+    score = pipeline("text-classification", model=f"{folder}/rm", tokenizer_kwargs={}, **how)
+    write = pipeline("text-generation", model=f"{folder}/ppo", device="cpu")
+    scores = [one["score"] for one in score(texts, add_special_tokens=False)]
+    said = write(texts[0], max_new_tokens=8, do_sample=False, return_full_text=False)
+    found.append([scores, said[0]["generated_text"]])
 assert not [name for name in sys.modules if name.partition(".")[0] == "minicai"]
-print(json.dumps([scores, said[0]["generated_text"]]))
+print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "qwen2"])  # without and with a chat template
-def test_both_folders_work_in_the_pipelines_of_transformers(architecture, trained):
-    run = trained(architecture)
-    reward = load.load_scorer(str(run / "rm"))
-    encoded = rows(reward.tokenizer)
-    texts = [reward.tokenizer.decode(prompt + answer) for prompt, answer in encoded]
-    words = [sys.executable, "-c", PIPELINES, str(run), json.dumps(texts)]
+def test_both_folders_work_in_the_pipelines_of_transformers(trained):
+    asked, ours = [], []
+    for architecture in ("gpt2", "qwen2"):  # without and with a chat template
+        run = trained(architecture)
+        reward = load.load_scorer(str(run / "rm"))
+        encoded = rows(reward.tokenizer)
+        texts = [reward.tokenizer.decode(prompt + answer) for prompt, answer in encoded]
+        asked.append((str(run), texts))
+        ours.append(sequence_scores(reward, collate(*zip(*encoded), CPU)).detach())
+    words = [sys.executable, "-c", PIPELINES, json.dumps(asked)]
     done = subprocess.run(words, cwd=Path("/"), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    scores, said = json.loads(done.stdout.splitlines()[-1])
-    ours = sequence_scores(reward, collate(*zip(*encoded), CPU))
-    assert_close(scores, ours.detach(), 2e-4)
-    assert isinstance(said, str)
+    found = json.loads(done.stdout.splitlines()[-1])
+    for (scores, said), expected in zip(found, ours, strict=True):
+        assert_close(scores, expected, 2e-4)
+        assert isinstance(said, str)
 
 
 # --- real data ------------------------------------------------------------------------------------
