@@ -237,7 +237,8 @@ def campaign(kills: int, seed: int, folder: Path, demo: bool = True) -> int:
         hit, error = 0, ""
         for life in range(planned):
             process = start(out, demo)
-            moment = (life + draw.random()) / planned * seconds  # of the undisturbed run
+            through = (life + draw.random()) / planned  # of the undisturbed run behind its start
+            moment = startup + through * (seconds - startup)
             if draw.random() < 1 / 3:
                 killed = kill_while_writing(process, out, draw.randint(1, 6))
             else:
