@@ -1,9 +1,11 @@
 """What test_parallel.py runs in one process and, under torchrun, in two, to compare the results.
 
-parallel_run.py checks|finish|stop|hang|hosts FOLDER
+parallel_run.py checks|stop|hang|hosts FOLDER
 """
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -43,6 +45,7 @@ RESPONSES = [
 ]
 ROWS = range(5)
 RULES = str(Path(__file__).parents[1] / "configs" / "constitutions" / "tiny.toml")
+DONE = "all checks are done"
 STEPS = {  # whose gradients are compared, by script: all kinds of layers in one of them
     "sl": ARCHITECTURES,
     "rm": ("llama", "qwen2"),
@@ -302,6 +305,23 @@ def interrupted(cfg, steps):
             return
 
 
+def stopped(folder, results):
+    """The second rank is asked to stop in the third step."""
+    log, calls = Stage.log, []
+
+    def ask(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3 and parallel.rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        log(*arguments, **options)
+
+    with patch.object(Stage, "log", ask), patch.dict(terminal._stop):
+        try:
+            train_sl.main(sl_config(folder, folder / "stopped", save_every=1000))
+        except KeyboardInterrupt as end:
+            results["stopped"] = str(end)
+
+
 def store(folder, results):
     torch.save(results, folder / f"results-{parallel.world()}-{parallel.rank()}.pt")
 
@@ -312,16 +332,27 @@ def checks(folder):
         script_gradients(folder, architecture, results)
     scripts(folder, results)
     exports(folder)
-    if parallel.world() > 1:
-        vocabulary(results)
-        loading(folder, results)
-        normalisation(folder, results)
-        generation(folder, results)
-        half_precision(folder, results)
-        interrupted(sl_config(folder, folder / "moving"), 2)
-        interrupted(sl_config(folder, folder / "resumed"), 3)
-        train_sl.main(sl_config(folder, folder / "resumed"))
+    if parallel.world() == 1:
+        store(folder, results)
+        return
+    vocabulary(results)
+    loading(folder, results)
+    normalisation(folder, results)
+    generation(folder, results)
+    half_precision(folder, results)
+    stopped(folder, results)
+    interrupted(sl_config(folder, folder / "two-one"), 3)
+    interrupted(sl_config(folder, folder / "resumed"), 3)
+    for name in ("resumed", "one-two"):
+        train_sl.main(sl_config(folder, folder / name))
     store(folder, results)
+    print(DONE, file=sys.stderr, flush=True)
+    endless(folder)
+
+
+def endless(folder):
+    """Until somebody ends it."""
+    train_sl.main(sl_config(folder, folder / "endless", epochs=100000))
 
 
 def hosts(folder):
@@ -336,21 +367,15 @@ def hosts(folder):
     store(folder, results)
 
 
-def finish(folder):
-    """The end of a run that two processes began and one resumed; then one without an end."""
-    train_sl.main(sl_config(folder, folder / "moving"))
-    train_sl.main(sl_config(folder, folder / "killed", epochs=100000))
-
-
 def stop(folder):
-    train_sl.main(sl_config(folder, folder / "stopped", epochs=100000, save_every=1000))
+    train_sl.main(sl_config(folder, folder / "asked", epochs=100000, save_every=1000))
 
 
 def hang(folder):
     train_sl.main(sl_config(folder, folder / "hung", epochs=100000, timeout=15))
 
 
-WORK = {"checks": checks, "finish": finish, "stop": stop, "hang": hang, "hosts": hosts}
+WORK = {"checks": checks, "stop": stop, "hang": hang, "hosts": hosts}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -297,9 +297,9 @@ def code_fingerprints(path: str) -> dict[str, str]:
             for alias in node.names:
                 found |= _function(node.module, alias.name)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            if node.value.id in modules:
-                found |= _function(modules[node.value.id], node.attr)
+        module = modules.get(getattr(getattr(node, "value", None), "id", None))
+        if module and isinstance(node, ast.Attribute):
+            found |= _function(module, node.attr)
     return found
 
 

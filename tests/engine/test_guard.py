@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from minicai.engine import checkpoint, load
 from minicai.engine.data import read_jsonl
+from minicai.engine.stage import Stage
 from tests import faults
 from tests.conftest import ROOT, broken, tiny_model
 
@@ -73,29 +75,37 @@ def train(runs, *arguments):
 
 def test_ctrl_c_and_sigterm_save_the_step_and_the_run_ends_as_if_undisturbed(command, runs):
     settings = ["--epochs=60", "--batch_size=2", "--save_every=100000", "--lr=1e-3", "--keep=last"]
-    stopped, folder = [], runs / "out" / "sl"
-    metrics = folder / "metrics.jsonl"
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before = metrics.stat().st_size if metrics.exists() else 0
-        process = train(runs, *settings)
-        while process.poll() is None:
-            time.sleep(0.002)
-            if metrics.exists() and metrics.stat().st_size > before:
-                break
-        process.send_signal(number)
-        error = process.communicate(timeout=60)[1]
-        step = len(read_jsonl(metrics))
-        assert process.returncode == 1 and "Traceback" not in error, error
-        assert f"from step {step} of {folder}" in error and "stopping after this step" in error
-        assert checkpoint.latest(folder)[0] == step
-        stopped.append(step)
-    assert 0 < stopped[0] < stopped[1] < 60
+    arguments, folder = [runs / "config.toml", *settings], runs / "out" / "sl"
+    metrics, log = folder / "metrics.jsonl", Stage.log
+    process = train(runs, *settings)
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    first = assert_stopped(folder, process.returncode, error)
+
+    def ask(*row, **options):
+        log(*row, **options)
+        if len(read_jsonl(metrics)) == first + 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with patch.object(Stage, "log", ask):
+        code, _, error = command("train_sl.py", *arguments)
+    assert 0 < first < assert_stopped(folder, code, error) == first + 2 < 60
     for name in ("out", "straight"):
-        flags = [*settings, f"--out={runs / name}"]
-        assert command("train_sl.py", runs / "config.toml", *flags)[0] == 0
+        assert command("train_sl.py", *arguments, f"--out={runs / name}")[0] == 0
     for name in ("model.safetensors", "metrics.jsonl"):
         straight = runs / "straight" / "sl" / name
         assert (folder / name).read_bytes() == straight.read_bytes()
+
+
+def assert_stopped(folder, code, error):
+    """The step at which a run stopped, which is saved and named."""
+    step = len(read_jsonl(folder / "metrics.jsonl"))
+    assert code == 1 and "Traceback" not in error, error
+    assert f"from step {step} of {folder}" in error and "stopping after this step" in error
+    assert checkpoint.latest(folder)[0] == step
+    return step
 
 
 # --- numbers that are not finite ------------------------------------------------------------------

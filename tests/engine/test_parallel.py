@@ -78,25 +78,59 @@ def make_models(folder):
         byte_tokenizer().save_pretrained(folder / name)
 
 
+def running(folder):
+    """Numbers of the processes that work on a folder: torchrun's own, and the ranks'."""
+    words = ["pgrep", "-f", f"parallel_run.py .* {folder}$"]
+    return subprocess.run(words, capture_output=True, text=True, check=False).stdout.split()
+
+
+def gone(folder, within):
+    """Whether they have all ended within so many seconds."""
+    end = time.monotonic() + within
+    while running(folder) and time.monotonic() < end:
+        time.sleep(0.2)
+    return not running(folder)
+
+
+def worker_when_it_trains(process, folder, out):
+    """Waits until some steps of train_sl are done -> the number of the process that is rank 1."""
+    metrics, end = out / "sl" / "metrics.jsonl", time.monotonic() + 240
+    while time.monotonic() < end and process.poll() is None:
+        if metrics.exists() and metrics.read_bytes().count(b"\n") > 5:
+            break
+        time.sleep(0.1)
+    named = {pid: Path("/proc", pid, "environ").read_bytes() for pid in running(folder)}
+    workers = [pid for pid, text in named.items() if b"\0RANK=1\0" in b"\0" + text]
+    assert len(workers) == 1, process.communicate(timeout=60)
+    return int(workers[0])
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """The folder of the runs, and the results of one process and of each of two."""
+def whole(tmp_path_factory):
+    """The folder of the runs, the process, its stderr, and its seconds after a rank was killed."""
     folder, threads = tmp_path_factory.mktemp("parallel"), torch.get_num_threads()
     make_models(folder)
     (folder / "prompts.txt").write_text("\n".join(parallel_run.TEXTS))
     (folder / "six.txt").write_text("\n".join(parallel_run.TEXTS[:6]))
-    pairs = [
-        {"prompt": p, "chosen": q, "rejected": p[:9]}
-        for p, q in zip(parallel_run.TEXTS, reversed(parallel_run.TEXTS))
-    ]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    process = torchrun("checks", folder)
+    pairs = zip(parallel_run.TEXTS, reversed(parallel_run.TEXTS))
+    rows = [{"prompt": p, "chosen": q, "rejected": p[:9]} for p, q in pairs]
+    parallel_run.write_rows(folder / "pairs.jsonl", rows)
     torch.set_num_threads(1)
+    parallel_run.interrupted(parallel_run.sl_config(folder, folder / "one-two"), 3)
+    process = torchrun("checks", folder)
     parallel_run.checks(folder)
     torch.set_num_threads(threads)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert "Warning" not in err, err
+    os.kill(worker_when_it_trains(process, folder, folder / "endless"), signal.SIGKILL)
+    killed = time.monotonic()
+    _, err = process.communicate(timeout=120)
+    return folder, process, err, time.monotonic() - killed
+
+
+@pytest.fixture(scope="module")
+def runs(whole):
+    """The folder of the runs, and the results of one process and of each of two."""
+    folder, _, err, _ = whole
+    assert "Warning" not in err.partition(parallel_run.DONE)[0], err
     names = ("results-1-0.pt", "results-2-0.pt", "results-2-1.pt")
     one, *two = (torch.load(folder / name, weights_only=False) for name in names)
     return folder, one, two
@@ -322,80 +356,38 @@ def test_layers_in_bfloat16_keep_float32_weights_and_gradients(runs):
 # --- checkpoints and ends -------------------------------------------------------------------------
 
 
-def running(folder):
-    """Numbers of the processes that work on a folder: torchrun's own, and the ranks'."""
-    return subprocess.run(
-        ["pgrep", "-f", f"parallel_run.py .* {folder}$"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.split()
-
-
-def gone(folder, within):
-    """Whether they have all ended within so many seconds."""
-    end = time.monotonic() + within
-    while running(folder) and time.monotonic() < end:
-        time.sleep(0.2)
-    return not running(folder)
-
-
-@pytest.fixture(scope="module")
-def moved(runs):
-    """A run that two processes began, this one resumes and two end.
-
-    And another of two processes, one of which is killed while it trains.
-    """
-    folder, moving = runs[0], runs[0] / "moving" / "sl"
-    assert checkpoint.latest(moving)[0] == 2 and not (moving / "stage.json").exists()
-    parallel_run.interrupted(parallel_run.sl_config(folder, folder / "moving"), 2)
-    assert checkpoint.latest(moving)[0] == 4 and not (moving / "stage.json").exists()
-    process = torchrun("finish", folder)
-    os.kill(worker_when_it_trains(process, folder, folder / "killed"), signal.SIGKILL)
-    killed = time.monotonic()
-    _, err = process.communicate(timeout=120)
-    return folder, process, err, time.monotonic() - killed
-
-
-def worker_when_it_trains(process, folder, out):
-    """Waits until some steps of train_sl are done -> the number of the process that is rank 1."""
-    metrics, end = out / "sl" / "metrics.jsonl", time.monotonic() + 120
-    while time.monotonic() < end and process.poll() is None:
-        if metrics.exists() and metrics.read_bytes().count(b"\n") > 5:
-            break
-        time.sleep(0.1)
-    named = {pid: Path("/proc", pid, "environ").read_bytes() for pid in running(folder)}
-    workers = [pid for pid, text in named.items() if b"\0RANK=1\0" in b"\0" + text]
-    assert len(workers) == 1, process.communicate(timeout=60)
-    return int(workers[0])
-
-
 def test_two_processes_resume_to_the_very_same_bytes(runs):
     straight, resumed = (runs[0] / name / "sl" for name in ("run-2", "resumed"))
     for name in ("model.safetensors", "metrics.jsonl", "revisions.jsonl"):
         assert (straight / name).read_bytes() == (resumed / name).read_bytes(), name
 
 
-def test_two_one_two_processes_train_what_one_trains_alone(moved):
-    one, two = (moved[0] / name / "sl" for name in ("run-1", "moving"))
-    weights, theirs = (load_file(folder / "model.safetensors") for folder in (one, two))
-    base = load_file(moved[0] / "llama" / "model.safetensors")
-    for name, weight in weights.items():
-        torch.testing.assert_close(theirs[name], weight, rtol=0, atol=2e-6)
-        assert (weight - base[name]).abs().max() > 1e-2
-    assert len((two / "metrics.jsonl").read_text().splitlines()) == 6
-    for name in ("revisions.jsonl", "helpful.jsonl"):
-        assert (one / name).read_bytes() == (two / name).read_bytes()
+def test_two_processes_resume_what_one_began_and_one_what_two_began(runs):
+    folder = runs[0]
+    moved = folder / "two-one" / "sl"
+    assert checkpoint.latest(moved)[0] == 2 and not (moved / "stage.json").exists()
+    train_sl.main(parallel_run.sl_config(folder, folder / "two-one"))
+    base = load_file(folder / "llama" / "model.safetensors")
+    straight = folder / "run-1" / "sl"
+    expected = load_file(straight / "model.safetensors")
+    for name in ("two-one", "one-two"):
+        found = load_file(folder / name / "sl" / "model.safetensors")
+        for key, weight in expected.items():
+            torch.testing.assert_close(found[key], weight, rtol=0, atol=2e-6)
+            assert (weight - base[key]).abs().max() > 1e-2
+        assert (folder / name / "sl" / "metrics.jsonl").read_bytes().count(b"\n") == 6
+        for file in ("revisions.jsonl", "helpful.jsonl"):
+            assert (folder / name / "sl" / file).read_bytes() == (straight / file).read_bytes()
 
 
-def test_when_a_rank_is_killed_all_end_within_a_minute_and_say_why(moved):
-    folder, process, err, seconds = moved
+def test_when_a_rank_is_killed_all_end_within_a_minute_and_say_why(whole):
+    folder, process, err, seconds = whole
     assert process.returncode == 1 and seconds < 60 and gone(folder, 60 - seconds)
     assert "Signal 9 (SIGKILL)" in err or "another rank has ended" in err
 
 
-def test_a_checkpoint_of_two_processes_is_whole_or_not_there(moved):
-    found = sorted((moved[0] / "killed" / "sl" / "checkpoints").iterdir())
+def test_a_checkpoint_of_two_processes_is_whole_or_not_there(runs):
+    found = sorted((runs[0] / "endless" / "sl" / "checkpoints").iterdir())
     whole = [path for path in found if path.suffix != ".tmp"]
     assert 1 <= len(whole) <= 3  # two, and perhaps the one before that was about to be removed
     names = {".metadata", "extra.json", "__0_0.distcp", "__1_0.distcp"}
@@ -403,9 +395,17 @@ def test_a_checkpoint_of_two_processes_is_whole_or_not_there(moved):
 
 
 def test_when_one_rank_is_asked_to_stop_all_save_the_same_step(runs):
-    folder, out = runs[0], runs[0] / "stopped" / "sl"
+    out = runs[0] / "stopped" / "sl"
+    assert [results["stopped"] for results in runs[2]] == [f"step 3 of {out}"] * 2
+    assert checkpoint.latest(out)[0] == 3
+    assert (out / "metrics.jsonl").read_bytes().count(b"\n") == 3
+
+
+@pytest.mark.slow
+def test_when_one_rank_is_asked_to_stop_the_whole_command_ends(runs):
+    folder, out = runs[0], runs[0] / "asked" / "sl"
     process = torchrun("stop", folder)
-    os.kill(worker_when_it_trains(process, folder, folder / "stopped"), signal.SIGTERM)
+    os.kill(worker_when_it_trains(process, folder, folder / "asked"), signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     step = len((out / "metrics.jsonl").read_text().splitlines())
     assert process.returncode == 1 and f"from step {step} of {out}" in err
