@@ -178,7 +178,7 @@ def vocabulary(results):
         "anywhere": [parallel.anywhere(rank == 1), parallel.anywhere(False)],
         "once": parallel.once(lambda: f"rank {rank}"),
         "level": parallel.level([[1]] * (1 + 2 * rank)),
-        "micro": list(models.micro_batches([9, 9, 9, 1, 9], 10)),
+        "micro": list(models.micro_rows([9, 9, 9, 1, 9], 10)),
         "refused": refusal(parallel.require, 1, "episodes"),
         "same refusal": refusal(parallel.once, hub.require_folder, f"nowhere-{rank}", "model"),
     }

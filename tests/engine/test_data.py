@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from minicai import InputError, RunError
 from minicai.engine.data import (
     Journal,
+    batch_of_step,
     disk_full_guard,
     epoch_order,
     finite,
@@ -444,13 +445,21 @@ def test_the_order_of_an_epoch_is_a_function_of_its_seed():
     )
 
 
-def test_a_shuffled_sequence_is_epoch_after_epoch_whatever_the_pieces():
+def test_a_shuffled_sequence_is_epoch_after_epoch_whatever_the_size_of_a_turn():
     items = "abcde"
     whole = shuffled(items, 0, 12, 1, 0)
     assert sorted(whole[:5]) == sorted(whole[5:10]) == list(items) and whole[:5] != whole[5:10]
-    pieces = [shuffled(items, first, 3, 1, 0) for first in range(0, 12, 3)]
+    pieces = [shuffled(items, turn, 3, 1, 0) for turn in range(4)]
     assert [item for piece in pieces for item in piece] == whole
     assert whole != shuffled(items, 0, 12, 1, 1) and shuffled(items, 7, 0, 1) == []
+
+
+def test_the_batches_of_an_epoch_hold_every_position_once():
+    batches = [batch_of_step(step, 7, 3, 1, 0) for step in range(6)]
+    assert [len(batch) for batch in batches] == [3, 3, 1] * 2
+    first, second = (sum(batches[k : k + 3], []) for k in (0, 3))
+    assert sorted(first) == sorted(second) == list(range(7)) and first != second
+    assert batch_of_step(4, 7, 3, 1, 0) == batches[4] != batch_of_step(4, 7, 3, 1, 1)
 
 
 def test_token_batches_hold_every_sequence_once_by_length_within_the_budget():

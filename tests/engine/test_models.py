@@ -226,11 +226,17 @@ def test_pairs_in_micro_batches_have_the_same_scores():
     assert [x.tolist() for x in models.scored_pairs(model, [], 10)] == [[], []]
 
 
-def test_micro_batches_hold_every_sequence_once_within_the_budget():
+def test_micro_batches_hold_every_row_once_within_the_budget():
     lengths = [5, 30, 1, 7, 7, 12, 2]
-    parts = list(models.micro_batches(lengths, 14))
+    parts = list(models.micro_rows(lengths, 14))
     assert sorted(k for part in parts for k in part) == list(range(7))
     assert all(len(part) == 1 or sum(lengths[k] for k in part) <= 14 for part in parts)
+    found = list(models.micro_batches(batch(), 14))
+    rows = list(models.micro_rows(batch().lengths.tolist(), 14))
+    assert len(found) == len(rows) == 3
+    for part, numbers in zip(found, rows):
+        assert torch.equal(part.lengths, batch().lengths[numbers])
+        assert torch.equal(part.ids, batch().select(tensor(numbers)).ids)
 
 
 # --- reward functions -----------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from minicai import InputError, RunError, losses
-from minicai.engine import checkpoint, config, terminal
+from minicai.engine import checkpoint, config, stage, terminal
 from minicai.engine.data import read_jsonl
 from minicai.engine.stage import Stage, code_fingerprints
 from tests.conftest import SHORT_RULES
@@ -70,6 +70,7 @@ def place(tmp_path, monkeypatch):
     equations = importlib.util.module_from_spec(module)
     module.loader.exec_module(equations)
     monkeypatch.setitem(sys.modules, "minicai.equations", equations)
+    monkeypatch.setattr(stage, "METHOD", (*stage.METHOD, "equations"))
     return tmp_path
 
 
