@@ -4,7 +4,7 @@
     if stage.record:                               # finished already
         return stage.record
     rows = stage.journal("revisions.jsonl", group, total)
-    for first, last in stage.turns(rows, "generate", "texts"):     # data, made in turns by the ranks
+    for first, last in stage.turns(rows, "generate", "texts"):  # data, made in turns by the ranks
         rows.append(...)
     stage.resume({"model": model}, optimizer)      # from the newest checkpoint, if there is one
     for step in stage.steps(steps):                # shows progress, saves, stops at Ctrl-C
@@ -244,7 +244,7 @@ class Stage:
         self.shown = {name: row[name] for name in show}
 
     def means(self, *names: str) -> dict[str, float]:
-        """Means of logged numbers over the last tenth of the steps; those not finite are left out."""
+        """Means of logged numbers over the last tenth of the steps, without those not finite."""
         rows = self.journals["metrics.jsonl"].rows
         last = rows[-max(1, len(rows) // 10) :]
         last = [row for row in last if None not in [row[name] for name in names]]

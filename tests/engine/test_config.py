@@ -276,7 +276,6 @@ def test_no_number_of_a_stage_may_be_negative(kind, section, path):
 @pytest.mark.parametrize(
     "kind, section, flag",
     [
-        (train_sl.SLConfig, "sl", "--helpful_share=1.0"),
         (train_sl.SLConfig, "sl", "--drop=['rude']"),
         (train_rm.RMConfig, "rm", "--candidates=1"),
         (train_rm.RMConfig, "rm", "--clamp=0.6"),

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from itertools import chain
 from pathlib import Path
 from unittest.mock import patch
 
@@ -457,7 +458,7 @@ def test_a_shuffled_sequence_is_epoch_after_epoch_whatever_the_size_of_a_turn():
 def test_the_batches_of_an_epoch_hold_every_position_once():
     batches = [batch_of_step(step, 7, 3, 1, 0) for step in range(6)]
     assert [len(batch) for batch in batches] == [3, 3, 1] * 2
-    first, second = (sum(batches[k : k + 3], []) for k in (0, 3))
+    first, second = ([*chain(*batches[k : k + 3])] for k in (0, 3))
     assert sorted(first) == sorted(second) == list(range(7)) and first != second
     assert batch_of_step(4, 7, 3, 1, 0) == batches[4] != batch_of_step(4, 7, 3, 1, 1)
 
