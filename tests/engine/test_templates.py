@@ -341,13 +341,15 @@ def test_a_request_that_may_not_fit_is_refused_with_what_makes_it_long(tmp_path)
     shape = tiny_model(vocab=258).config
     shape.max_position_embeddings = 100
     shape.save_pretrained(tmp_path)
-    check_requests(str(tmp_path), ["x" * 20, "x" * 50], 50, "a thing")
-    check_requests(str(tmp_path), [], 500, "a thing")
+    check_requests([str(tmp_path)], ["x" * 20, "x" * 50], 50, "a thing")
+    check_requests([str(tmp_path)], [], 500, "a thing")
     with pytest.raises(InputError) as caught:
-        check_requests(str(tmp_path), ["x" * 20, "x" * 50], 51, "a thing")
+        check_requests([str(tmp_path)], ["x" * 20, "x" * 50], 51, "a thing")
     said = str(caught.value)
     assert said.startswith("a thing may have 101 tokens (50 without the answers in it)")
     assert str(tmp_path) in said and "100" in said
+    with pytest.raises(InputError, match="a model is named twice"):
+        check_requests([str(tmp_path)] * 2, [], 1, "a thing")
 
 
 def test_the_first_batch_is_shown_with_what_is_learned_marked(capsys, monkeypatch):
