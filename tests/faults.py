@@ -1,15 +1,17 @@
-"""Kills runs and compares what they end with: `python -m tests.faults --kills 60 [--seed 0]`.
+"""Kills runs, resumes them, and compares their results with those of an undisturbed run.
 
-It takes a quarter of an hour, and its last line counts. A small demo runs once undisturbed. Then it
-runs in chains of lives: SIGKILL to the whole process group, the same command again, until it ends
-by itself. Two kills of three come at moments spread evenly over the undisturbed run, known by how
-much its journals hold. The others wait for a file or folder on its way to its place (`*.tmp`: a
-checkpoint, an export, a record) and strike while it is being made. At the end of a chain the output
-folder must hold the files of the undisturbed run and no others, every tensor equal bit for bit,
-every JSONL file byte for byte, and no process may be left.
+    python -m tests.faults --kills 60 [--seed 0]
 
-`--stages CONFIG OUT` runs the three stages in one process with a quarter of the work: what the
-campaign of the tests kills.
+It takes a quarter of an hour, and the last line says how many kills did no harm. A small demo first
+runs undisturbed. Then it runs in chains: SIGKILL to the whole process group, the same command
+again, until the run ends by itself. Two kills in three come at moments that are spread evenly over
+the undisturbed run; the size of the journals tells when such a moment has come. The other kills
+come while a file or folder (`*.tmp`: a checkpoint, an export, a record) is being written. At the
+end of a chain the output folder must hold exactly the files of the undisturbed run. All tensors
+must be equal bit for bit, all JSONL files byte for byte, and no process may still run.
+
+`--stages CONFIG OUT` runs the three stages in one process with a quarter of the work. The test
+suite kills that.
 """
 
 import argparse
@@ -27,7 +29,9 @@ from pathlib import Path
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[1]
-CHAIN = 6  # kills per chain: each costs a start (5 s) and the work since the last checkpoint
+# Kills per chain. Each kill costs a start (5 s) and the work since the last checkpoint; each chain
+# costs a whole run.
+CHAIN = 6
 STAGES = ("sl", "rm", "ppo")
 CONFIG = f"""
 model = "minicai:tinyworld/base"
@@ -76,7 +80,7 @@ PARTS = {
 
 
 def start(out: Path, demo: bool) -> subprocess.Popen:
-    """The command under test, in a session of its own, which it shares with whatever it starts."""
+    """Starts the command under test in its own session, which its child processes share."""
     file = out.parent / "faults.toml"
     words = ["tests.faults", "--stages", str(file), str(out)]
     if demo:
@@ -104,7 +108,7 @@ def run_stages(file: str, out: str) -> None:
 
 
 def being_made(out: Path) -> list[str]:
-    """What is on its way to its place: paths of *.tmp below the output folder."""
+    """The paths of *.tmp below the output folder: what is being written now."""
     found = []
     for folder in (".", *STAGES, "eval", *(f"{name}/checkpoints" for name in STAGES)):
         try:
@@ -116,14 +120,14 @@ def being_made(out: Path) -> list[str]:
 
 
 def written(out: Path) -> int:
-    """Bytes in the journals: how far a run has come."""
+    """Bytes in the journals, as a measure of a run's progress."""
     return sum(path.stat().st_size for path in out.glob("*/*.jsonl"))
 
 
 def kill_at(process: subprocess.Popen, out: Path, size: int, pause: float) -> bool:
-    """SIGKILL to the group `pause` seconds after the journals hold `size` bytes.
+    """Sends SIGKILL to the group `pause` seconds after the journals hold `size` bytes.
 
-    False where the process has ended before.
+    Returns False if the process has ended before.
     """
     while process.poll() is None and written(out) < size:
         time.sleep(0.002)
@@ -136,9 +140,9 @@ def kill_at(process: subprocess.Popen, out: Path, size: int, pause: float) -> bo
 
 
 def kill_while_writing(process: subprocess.Popen, out: Path, number: int) -> bool:
-    """SIGKILL to the group while the `number`-th new *.tmp is there.
+    """Sends SIGKILL to the group while the `number`-th new *.tmp exists.
 
-    False where the process has ended before.
+    Returns False if the process has ended before.
     """
     old, seen = set(being_made(out)), []
     while process.poll() is None:
@@ -153,7 +157,7 @@ def kill_while_writing(process: subprocess.Popen, out: Path, number: int) -> boo
 
 
 def place(out: Path) -> str:
-    """Where a run was killed: its stage, and what it wrote last or was writing."""
+    """Where a run was killed: its stage, and what it was writing or wrote last."""
     unfinished = [name for name in STAGES if not (out / name / "stage.json").exists()]
     stage = [*unfinished, "later"][0]
     making = being_made(out)
@@ -164,7 +168,7 @@ def place(out: Path) -> str:
 
 
 def left_running(group: int) -> bool:
-    """Whether a process of the group is there still, a moment after its end."""
+    """Whether a process of the group still runs five seconds later."""
     for _ in range(50):
         try:
             os.killpg(group, 0)
@@ -175,7 +179,7 @@ def left_running(group: int) -> bool:
 
 
 def differences(ours: Path, theirs: Path) -> list[str]:
-    """Names of the files that only one of two runs has, or that have other weights or lines."""
+    """The names of files that only one of the runs has, or whose weights or lines differ."""
     names = [{str(p.relative_to(out)) for p in out.rglob("*")} for out in (ours, theirs)]
     differing = sorted(names[0] ^ names[1])
     for name in sorted(names[0] & names[1]):
@@ -191,7 +195,7 @@ def differences(ours: Path, theirs: Path) -> list[str]:
 
 
 def finish(out: Path, process: subprocess.Popen) -> str:
-    """Waits for a run to end by itself. Returns what is wrong with its end, or ""."""
+    """Waits until a run ends by itself. Returns what is wrong with its end, or ""."""
     code = process.wait()
     if code:
         return f"exit code {code}: {(out.parent / 'stderr.txt').read_text()[-2000:]}"
