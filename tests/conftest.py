@@ -3,6 +3,7 @@
 Nothing is downloaded, and everything is a function of a seed.
 """
 
+import functools
 import json
 import math
 import os
@@ -101,6 +102,7 @@ def broken(name, *calls):
     """losses.`name` returns NaN at the calls with these numbers, counted from 1."""
     original, made = getattr(losses, name), []
 
+    @functools.wraps(original)  # a stage that looks at the source sees the original's
     def wrong(*arguments):
         made.append(1)
         return original(*arguments) * (math.nan if len(made) in calls else 1.0)
@@ -247,19 +249,17 @@ def folder(tmp_path_factory):
         model = "model"
         constitution = "rules.toml"
         device = "cpu"
+        rows = 4
         [sl]
         prompts = "prompts.txt"
         helpful_samples = 0
         rounds = 2
         max_new_tokens = 6
-        rows = 4
         [rm]
         policy = "model"
         prompts = "prompts.txt"
         preferences = "human.jsonl"
         max_new_tokens = 6
-        thought_tokens = 6
-        rows = 4
         heldout = 0.3
     """)
     return folder

@@ -9,9 +9,13 @@ the undisturbed run; the size of the journals tells when such a moment has come.
 come while a file or folder (`*.tmp`: a checkpoint, an export, a record) is being written. At the
 end of a chain the output folder must hold exactly the files of the undisturbed run. All tensors
 must be equal bit for bit, all JSONL files byte for byte, and no process may still run.
+
+`--stages CONFIG OUT` runs the three stages in one process with a quarter of the work. The test
+suite kills that.
 """
 
 import argparse
+import importlib
 import os
 import random
 import signal
@@ -28,27 +32,26 @@ ROOT = Path(__file__).parents[1]
 # Kills per chain. Each kill costs a start (5 s) and the work since the last checkpoint; each chain
 # costs a whole run.
 CHAIN = 6
+STAGES = ("sl", "rm", "ppo")
 CONFIG = f"""
 model = "minicai:tinyworld/base"
 constitution = "{ROOT}/configs/constitutions/tiny.toml"
+rows = 4
+save_every = 2
 [sl]
 limit = 32
 helpful_limit = 32
 helpful_samples = 1
 rounds = 2
-rows = 4
 max_new_tokens = 56
 batch_size = 16
 lr = 5e-4
-save_every = 2
 [rm]
 limit = 40
 preferences_limit = 60
-rows = 4
 max_new_tokens = 56
 batch_size = 16
 lr = 1e-3
-save_every = 2
 [ppo]
 iterations = 6
 episodes = 16
@@ -57,11 +60,13 @@ epochs = 2
 lr = 2e-4
 value_lr = 4e-4
 kl_target = 1.0
-save_every = 2
 [eval]
 prompts = "eval.jsonl"
 max_new_tokens = 48
 """
+SMALLER = ["--sl.limit=8", "--sl.helpful_limit=8", "--rm.limit=8", "--rm.preferences_limit=16"]
+SMALLER += ["--sl.batch_size=4", "--rm.batch_size=4", "--ppo.iterations=2", "--ppo.episodes=8"]
+SMALLER += ["--max_new_tokens=20", "--epochs=1", "--save_every=1"]
 PARTS = {
     "revisions": "data",
     "helpful": "data",
@@ -74,20 +79,16 @@ PARTS = {
 }
 
 
-def start(out: Path) -> subprocess.Popen:
+def start(out: Path, demo: bool) -> subprocess.Popen:
     """Starts the command under test in its own session, which its child processes share."""
-    command = [
-        sys.executable,
-        "-m",
-        "minicai",
-        "demo",
-        f"--config={out.parent / 'faults.toml'}",
-        f"--out={out}",
-    ]
+    file = out.parent / "faults.toml"
+    words = ["tests.faults", "--stages", str(file), str(out)]
+    if demo:
+        words = ["minicai", "demo", f"--config={file}", f"--out={out}"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     with open(out.parent / "stderr.txt", "w") as errors:
         return subprocess.Popen(
-            command,
+            [sys.executable, "-m", *words],
             cwd=out.parent,
             env=environment,
             stdout=subprocess.DEVNULL,
@@ -96,23 +97,23 @@ def start(out: Path) -> subprocess.Popen:
         )
 
 
+def run_stages(file: str, out: str) -> None:
+    """The three stages, one after the other, with less to do."""
+    from minicai.engine import config
+
+    for name in STAGES:
+        script = importlib.import_module(f"train_{name}")
+        kind = getattr(script, f"{name.upper()}Config")
+        script.main(config.load(kind, name, [file, f"--out={out}", *SMALLER]))
+
+
 def being_made(out: Path) -> list[str]:
     """The paths of *.tmp below the output folder: what is being written now."""
     found = []
-    for folder in (
-        ".",
-        "sl",
-        "rm",
-        "ppo",
-        "eval",
-        "sl/checkpoints",
-        "rm/checkpoints",
-        "ppo/checkpoints",
-    ):
+    for folder in (".", *STAGES, "eval", *(f"{name}/checkpoints" for name in STAGES)):
         try:
-            found += [
-                f"{folder}/{name}" for name in os.listdir(out / folder) if name.endswith(".tmp")
-            ]
+            names = [name for name in os.listdir(out / folder) if name.endswith(".tmp")]
+            found += [f"{folder}/{name}" for name in names]
         except FileNotFoundError:
             continue
     return found
@@ -157,18 +158,13 @@ def kill_while_writing(process: subprocess.Popen, out: Path, number: int) -> boo
 
 def place(out: Path) -> str:
     """Where a run was killed: its stage, and what it was writing or wrote last."""
-    stage = next(
-        (name for name in ("sl", "rm", "ppo", "eval") if not (out / name / "stage.json").exists()),
-        "report",
-    )
-    if tmp := being_made(out):
-        return f"{stage}: writing {tmp[0].split('/')[-1]}"
-    written = (
-        sorted((p.stat().st_mtime, p.name.split(".")[0]) for p in (out / stage).glob("*"))
-        if stage != "report"
-        else []
-    )
-    return f"{stage}: {PARTS.get(written[-1][1], 'writing') if written else 'start'}"
+    unfinished = [name for name in STAGES if not (out / name / "stage.json").exists()]
+    stage = [*unfinished, "later"][0]
+    making = being_made(out)
+    if making:
+        return f"{stage}: writing {making[0].split('/')[-1]}"
+    files = sorted((p.stat().st_mtime, p.name.split(".")[0]) for p in (out / stage).glob("*"))
+    return f"{stage}: {PARTS.get(files[-1][1], 'writing') if files else 'start'}"
 
 
 def left_running(group: int) -> bool:
@@ -201,74 +197,71 @@ def differences(ours: Path, theirs: Path) -> list[str]:
 def finish(out: Path, process: subprocess.Popen) -> str:
     """Waits until a run ends by itself. Returns what is wrong with its end, or ""."""
     code = process.wait()
-    error = (out.parent / "stderr.txt").read_text()[-2000:]
-    return (
-        f"exit code {code}: {error}"
-        if code
-        else "left a process behind"
-        if left_running(process.pid)
-        else ""
-    )
+    if code:
+        return f"exit code {code}: {(out.parent / 'stderr.txt').read_text()[-2000:]}"
+    return "left a process behind" if left_running(process.pid) else ""
 
 
-def campaign(kills: int, seed: int, folder: Path, per_chain: int = CHAIN) -> int:
-    """Kills a run that many times and prints a line per kill.
-
-    Returns the number of kills in chains whose result equals that of the undisturbed run.
-    """
+def prepare(folder: Path) -> None:
+    """Writes the config, and the prompts with which the demo evaluates."""
     (folder / "faults.toml").write_text(CONFIG)
-    evaluation = (
-        (ROOT / "minicai" / "tinyworld" / "data" / "eval.jsonl")
-        .read_text()
-        .splitlines(keepends=True)
-    )
-    (folder / "eval.jsonl").write_text("".join(evaluation[::20]))
-    whole = folder / "undisturbed"
-    # `reached`: bytes in the journals -> seconds after the start.
-    began, process, reached = time.monotonic(), start(whole), {0: 0.0}
-    while process.poll() is None:
-        reached.setdefault(written(whole), time.monotonic() - began)
-        time.sleep(0.002)
-    if error := finish(whole, process):
-        raise RuntimeError(f"the undisturbed run failed: {error}")
-    seconds, startup = time.monotonic() - began, sorted(reached.values())[1]
-    print(
-        f"undisturbed: {seconds:.1f} s, the first {startup:.1f} until the first line of a journal",
-        flush=True,
-    )
+    source = ROOT / "minicai" / "tinyworld" / "data" / "eval.jsonl"
+    lines = source.read_text().splitlines(keepends=True)
+    (folder / "eval.jsonl").write_text("".join(lines[::20]))
 
-    draw, struck, identical, chains, places = random.Random(seed), 0, 0, 0, Counter()
+
+def undisturbed(out: Path, demo: bool) -> tuple[float, float, dict[int, float]]:
+    """Runs once. Returns its seconds, those before the first line of a journal, and
+    {bytes in the journals: seconds after the start}."""
+    began, process, reached = time.monotonic(), start(out, demo), {0: 0.0}
+    while process.poll() is None:
+        reached.setdefault(written(out), time.monotonic() - began)
+        time.sleep(0.002)
+    error = finish(out, process)
+    if error:
+        raise RuntimeError(f"the undisturbed run failed: {error}")
+    return time.monotonic() - began, sorted(reached.values())[1], reached
+
+
+def campaign(kills: int, seed: int, folder: Path, demo: bool = True) -> int:
+    """Kills that many times, and prints each line by line.
+
+    demo: the whole demo; else the three stages. Returns how many of the kills were in chains that
+    ended as if undisturbed.
+    """
+    prepare(folder)
+    whole = folder / "undisturbed"
+    seconds, startup, reached = undisturbed(whole, demo)
+    print(f"undisturbed: {seconds:.1f} s, the first line of a journal after {startup:.1f}")
+    draw, struck, identical, chains = random.Random(seed), 0, 0, 0
+    places: Counter = Counter()
     while struck < kills:
         out, chains = folder / f"chain_{chains}", chains + 1
-        planned = min(per_chain, kills - struck)
-        hit, life, error = 0, 0, ""
-        while life < planned and not error:
-            process, life = start(out), life + 1
-            moment = (life - 1 + draw.random()) / planned * seconds  # of the undisturbed run
+        planned = min(CHAIN, kills - struck)
+        hit, error = 0, ""
+        for life in range(planned):
+            process = start(out, demo)
+            through = (life + draw.random()) / planned  # of the undisturbed run behind its start
+            moment = startup + through * (seconds - startup)
             if draw.random() < 1 / 3:
-                done = kill_while_writing(process, out, draw.randint(1, 6))
+                killed = kill_while_writing(process, out, draw.randint(1, 6))
             else:
                 size = max(size for size, at in reached.items() if at <= moment)
-                done = kill_at(
-                    process,
-                    out,
-                    size,
-                    moment - reached[size] + (startup if written(out) >= size > 0 else 0.0),
-                )
-            if not done:
-                break  # the run ended before the kill
-            struck, hit = struck + 1, hit + 1
-            where = place(out)
-            places[where.split(" ")[0] + " " + where.split(" ")[1]] += 1
-            error = "left a process behind" if left_running(process.pid) else ""
-            print(f"kill {struck} of {kills}: chain {chains}, life {life}, {where}", flush=True)
-        error = error or finish(out, process if not done else start(out))
+                late = startup if written(out) >= size > 0 else 0.0
+                killed = kill_at(process, out, size, moment - reached[size] + late)
+            if not killed:
+                break  # it ended before
+            struck, hit, where = struck + 1, hit + 1, place(out)
+            places[" ".join(where.split(" ")[:2])] += 1
+            print(f"kill {struck} of {kills}: chain {chains}, {where}", flush=True)
+            if left_running(process.pid):
+                error = "left a process behind"
+                break
+        error = error or finish(out, start(out, demo) if killed else process)
         wrong = error or ", ".join(differences(out, whole))
         identical += 0 if wrong else hit
-        print(
-            f"chain {chains}: {hit} kills, {'DIFFERS: ' + wrong if wrong else 'identical'}",
-            flush=True,
-        )
+        end = f"DIFFERS: {wrong}" if wrong else "identical"
+        print(f"chain {chains}: {hit} kills, {end}", flush=True)
     print(", ".join(f"{name} {count}" for name, count in sorted(places.items())))
     print(f"{identical} of {struck} identical", flush=True)
     return identical
@@ -278,6 +271,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stages", nargs=2, metavar=("CONFIG", "OUT"))
     options = parser.parse_args()
+    if options.stages:
+        run_stages(*options.stages)
+        sys.exit(0)
     with tempfile.TemporaryDirectory() as scratch:
-        sys.exit(0 if campaign(options.kills, options.seed, Path(scratch)) == options.kills else 1)
+        identical = campaign(options.kills, options.seed, Path(scratch))
+    sys.exit(0 if identical == options.kills else 1)
