@@ -342,7 +342,8 @@ def checks(folder):
     half_precision(folder, results)
     stopped(folder, results)
     interrupted(sl_config(folder, folder / "two-one"), 3)
-    interrupted(sl_config(folder, folder / "resumed"), 3)
+    # With so many slots the second rank has nothing to generate.
+    interrupted(sl_config(folder, folder / "resumed", rows=256), 3)
     for name in ("resumed", "one-two"):
         train_sl.main(sl_config(folder, folder / name))
     store(folder, results)
