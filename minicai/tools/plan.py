@@ -86,7 +86,7 @@ def batch(tokens: int, prompt: int, response: int) -> Batch:
 def decoding(model: PreTrainedModel, rows: int, fed: int, capacity: int) -> Slots:
     """The fullest step of generation: `fed` tokens come into each slot, and a token is drawn for each."""
     slots = Slots(rows, capacity)
-    hidden = last_hidden(model, slots, [0] * rows, [[0] * fed] * rows)[:, 0]
+    hidden = last_hidden(model, slots, [0] * rows, [[0] * fed] * rows)
     draw(
         apply_head(model.get_output_embeddings(), hidden),
         torch.zeros(rows, dtype=torch.float64),
