@@ -12,7 +12,7 @@ Legend: N tokens of all rows, B rows, T tokens of the longest, U keys, H heads (
 values where queries share them), D head size, S slots, C capacity of a slot in tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -88,51 +88,29 @@ def _mask(positions: Tensor, width: int, window: int | None, dtype: torch.dtype)
 # --- whole rows -----------------------------------------------------------------------------------
 
 
-class _Spread(torch.autograd.Function):
-    """Tokens x [N, ...] -> x[rows.source] [P, ...]: the tokens at their P padded places.
+class _Take(torch.autograd.Function):
+    """x [M, ...] -> x[index]. `back` computes the gradient, of M tokens, from that of the result.
 
-    Padding holds copies of other tokens, which no token of the row sees. Backward: the gradient of
-    a token is that at its place `kept`; if it has more places (`again`), their sum. PyTorch's own
-    backward pass would add up all places, padding included, one after the other.
+    PyTorch's own backward pass would add up gradients one by one, those of padding included.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, rows: "_Padded") -> Tensor:
-        ctx.rows = rows
-        return x.index_select(0, rows.source)
+    def forward(ctx, x: Tensor, index: Tensor, back: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.back = back
+        return x.index_select(0, index)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        total = grad.index_select(0, ctx.rows.kept)
-        if ctx.rows.again:
-            places, numbers = ctx.rows.again
-            total.index_add_(0, numbers, grad.index_select(0, places))
-        return total, None
-
-
-class _Gather(torch.autograd.Function):
-    """x [P, ...] -> x[rows.kept] [N, ...]: the inverse of _Spread.
-
-    Backward: no place occurs twice, so gradients are copied back instead of added.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, rows: "_Padded") -> Tensor:
-        ctx.rows = rows
-        return x.index_select(0, rows.kept)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        whole = grad.new_zeros(len(ctx.rows.source), *grad.shape[1:])
-        return whole.index_copy_(0, ctx.rows.kept, grad), None
+        return ctx.back(grad), None, None
 
 
 class _Padded:
     """Whole rows, whose attention runs on padded batches of rows of about the same length.
 
-    shapes: [(B, T)] of the padded batches; they have P places in all, one batch after the other.
-    source: [P] number of the token at each place. kept: [N] the place of each token.
-    again: places that hold a token once more, and the numbers of these tokens.
+    shapes: [(B, T)] of the padded batches, which have P places in all, one batch after the other.
+    source: [P] number of the token at each place; in padding, of any token, since no token of the
+    row sees it. kept: [N] the place of each token.
+    again: the places that hold a token once more, and the numbers of these tokens.
     """
 
     shapes: list[tuple[int, int]]
@@ -144,7 +122,7 @@ class _Padded:
         """Causal attention of each row: queries, keys, values [N, H, D] -> [N, H, D]."""
         padded = len(self.source) > len(self.kept)
         if padded:
-            qkv = [_Spread.apply(x, self) for x in qkv]
+            qkv = [_Take.apply(x, self.source, self._sum) for x in qkv]
         places, found = [B * T for B, T in self.shapes], []
         for shape, *part in zip(self.shapes, *(x.split(places) for x in qkv)):
             mask = None
@@ -154,7 +132,19 @@ class _Padded:
             batch = [x.unflatten(0, shape) for x in part]
             found.append(_sdpa(batch, scale, mask).flatten(0, 1))
         out = torch.cat(found)
-        return _Gather.apply(out, self) if padded else out
+        return _Take.apply(out, self.kept, self._place) if padded else out
+
+    def _sum(self, grad: Tensor) -> Tensor:
+        """Gradients at the places [P, ...] -> of the tokens [N, ...], summed over their places."""
+        total = grad.index_select(0, self.kept)
+        if self.again:
+            places, numbers = self.again
+            total.index_add_(0, numbers, grad.index_select(0, places))
+        return total
+
+    def _place(self, grad: Tensor) -> Tensor:
+        """Gradients of the tokens [N, ...] -> at the places [P, ...], zero where none is kept."""
+        return grad.new_zeros(len(self.source), *grad.shape[1:]).index_copy_(0, self.kept, grad)
 
 
 class Packed(_Padded):
@@ -265,7 +255,7 @@ class Slots:
     def __init__(self, count: int, capacity: int):
         self.count, self.capacity = count, capacity
         # {layer: (keys, values)}, [S, C, H, D] each, made when their size and type are known
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.layers: dict[int, list[Tensor]] = {}
 
     def place(self, starts: Sequence[int], counts: Sequence[int], device: torch.device) -> None:
         """Prepares a forward pass of counts[b] tokens of row b, at positions starts[b] and after.
@@ -294,10 +284,9 @@ class Slots:
         # Then all tokens of the rows that bring several, as a padded batch.
         self._long = None
         if long:
-            real = torch.arange(max(counts), device=device) < count[long][:, None]
+            real = torch.arange(max(counts), device=device) < count[long, None]
             tokens = (count > 1)[self._row].nonzero()[:, 0]
-            queries = torch.zeros(real.shape, dtype=torch.long, device=device)
-            queries.masked_scatter_(real, tokens)
+            queries = real.long().masked_scatter(real, tokens)  # in padding token 0
             slots = long if len(long) < len(counts) else slice(len(counts))
             reach = max(ends[b] for b in long)
             self._parts.append((queries, slots, self.positions[queries], reach))
@@ -308,17 +297,15 @@ class Slots:
 
         Queries, keys, values [N, H, D] -> [N, H, D].
         """
-        q, *new = qkv
+        q, k, v = qkv
         if layer not in self.layers:
             # The heads are outside the positions in memory, since keys are read head by head.
-            shapes = [(self.count, x.shape[1], self.capacity, x.shape[2]) for x in new]
-            empty = [x.new_zeros(shape).transpose(1, 2) for x, shape in zip(new, shapes)]
-            self.layers[layer] = tuple(empty)
-        for kept, x in zip(self.layers[layer], new):
+            (S, C), (H, D) = (self.count, self.capacity), k.shape[1:]
+            self.layers[layer] = [x.new_zeros(S, H, C, D).transpose(1, 2) for x in (k, v)]
+        for kept, x in zip(self.layers[layer], (k, v)):
             kept.index_put_((self._row, self.positions), x)
         if window not in self._masks:  # the same in every layer of the step
-            dtype = new[1].dtype  # under autocast the values have that of the attention
-            self._masks[window] = [_mask(*part[2:], window, dtype) for part in self._parts]
+            self._masks[window] = [_mask(*part[2:], window, v.dtype) for part in self._parts]
         found = []
         for (queries, slots, _, width), mask in zip(self._parts, self._masks[window]):
             read = [kept[slots, :width] for kept in self.layers[layer]]

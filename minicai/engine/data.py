@@ -7,7 +7,6 @@ is dropped when the journal is opened, and work resumes after the line before it
 import errno
 import gzip
 import json
-import math
 import os
 import random
 import re
@@ -94,12 +93,8 @@ def read_record(path: Path) -> dict:
 
 
 def finite(value):
-    """The value with None for NaN and infinities, which are not JSON; also in dicts and lists."""
-    if isinstance(value, dict):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """A copy of what goes into a file, with None for NaN and infinities, which are not JSON."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
 class Journal:
@@ -115,36 +110,32 @@ class Journal:
     def __init__(self, path: Path, group: int = 1, total: int | None = None):
         self.path, self.name, self.mirror = path, path.stem, None
         self.group, self.total = group, total
-        lines = self._lines()
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
         self.rows = [_object(line, f"{path}, line {k}") for k, line in enumerate(lines, 1)]
+        self.sizes = [len(line) + 1 for line in lines]  # bytes
         self.keep(len(lines) if len(lines) == total else len(lines) - len(lines) % group)
-
-    def _lines(self) -> list[bytes]:
-        """The whole lines of the file."""
-        return self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
 
     def append(self, rows: list[dict]) -> None:
         """Adds all the rows, or none where that fails. Raises RunError where the disk is full."""
         rows = [finite(row) for row in rows]
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         if self.path:
-            size = self.path.stat().st_size if self.path.exists() else 0
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            with disk_full_guard(self.path):
-                try:
-                    _sync(self.path, text, "a")
-                except BaseException:
-                    if self.path.exists():
-                        os.truncate(self.path, size)
-                    raise
+            try:
+                with disk_full_guard(self.path):
+                    _sync(self.path, "".join(lines), "a")
+            except BaseException:
+                self.keep(len(self.rows))
+                raise
         if self.mirror:
             self.mirror(rows)
         self.rows += rows
+        self.sizes += [len(line.encode()) for line in lines]
 
     def keep(self, count: int) -> None:
         """Forgets all but the first `count` rows, as those logged after the latest checkpoint."""
+        self.rows, self.sizes = self.rows[:count], self.sizes[:count]
         if self.path and self.path.exists():
-            os.truncate(self.path, sum(len(line) + 1 for line in self._lines()[:count]))
-        self.rows = self.rows[:count]
+            os.truncate(self.path, sum(self.sizes))
 
 
 # --- orders and batches ---------------------------------------------------------------------------

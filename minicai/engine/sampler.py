@@ -34,6 +34,9 @@ from minicai.prompts import Prompt, as_turns
 SHARED = 16  # tokens; a shorter common beginning is not worth a forward pass of its own
 
 
+Ids = Sequence[int]  # token ids, or the whole numbers of a seed
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How responses are sampled."""
@@ -80,7 +83,7 @@ def _context(config: PretrainedConfig) -> float:
 
 
 def check_lengths(
-    config: PretrainedConfig, prompts: Sequence[Sequence[int]], new_tokens: int, source: str = ""
+    config: PretrainedConfig, prompts: Sequence[Ids], new_tokens: int, source: str = ""
 ) -> None:
     """Raises InputError where a prompt (token ids) with its new tokens exceeds the context.
 
@@ -130,8 +133,8 @@ def check_requests(path: str, requests: Sequence[str], new_tokens: int, what: st
 @torch.inference_mode()
 def generate(
     model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    seeds: Sequence[Sequence[int]],
+    prompts: Sequence[Ids],
+    seeds: Sequence[Ids],
     how: Sampling,
     ends: Set[int] | None = None,
     progress: Progress | None = None,
@@ -178,8 +181,8 @@ def generate(
 
 def sample(
     model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    seeds: Sequence[Sequence[int]],
+    prompts: Sequence[Ids],
+    seeds: Sequence[Ids],
     how: Sampling,
 ) -> list[Completion]:
     """generate, with the prompts divided among all processes. Each gets all completions."""
@@ -188,7 +191,7 @@ def sample(
     return parallel.gather(mine)
 
 
-def _prefill_shared(model: PreTrainedModel, prompts: Sequence[Sequence[int]], slots: Slots) -> int:
+def _prefill_shared(model: PreTrainedModel, prompts: Sequence[Ids], slots: Slots) -> int:
     """Puts what all prompts begin with into every slot, where it remains. Returns its length.
 
     CPU seconds to the first token of 64 prompts of 12 more tokens, tiny model, one thread, with a
@@ -224,9 +227,7 @@ class _Schedule:
     chosen: numbers of the prompts to decode. shared: tokens that every slot has already.
     """
 
-    def __init__(
-        self, slots: Slots, prompts: Sequence[Sequence[int]], chosen: Sequence[int], shared: int
-    ):
+    def __init__(self, slots: Slots, prompts: Sequence[Ids], chosen: Sequence[int], shared: int):
         self.slots, self.shared = slots, shared
         self.prompts = [tuple(prompt) for prompt in prompts]
         self.waiting = deque(sorted(chosen, key=lambda k: (-len(prompts[k]), self.prompts[k])))
@@ -300,7 +301,7 @@ class _Schedule:
 def respond(
     model: PreTrainedModel,
     asked: Sequence[Asked],
-    seeds: Sequence[Sequence[int]],
+    seeds: Sequence[Ids],
     how: Sampling,
     progress: Progress | None = None,
 ) -> tuple[list[str], list[bool]]:
@@ -350,7 +351,7 @@ def choice_logprobs(
 
 
 def _option_logprobs(
-    model: PreTrainedModel, prompts: Sequence[list[int]], options: Sequence[tuple], rows: int
+    model: PreTrainedModel, prompts: Sequence[Ids], options: Sequence[tuple], rows: int
 ) -> list[list[float]]:
     """Log-probs of each option after each prompt, all of them token ids.
 
@@ -372,7 +373,7 @@ def _option_logprobs(
     return found.tolist()
 
 
-def final_logprobs(model: PreTrainedModel, texts: Sequence[Sequence[int]], count: int) -> Tensor:
+def final_logprobs(model: PreTrainedModel, texts: Sequence[Ids], count: int) -> Tensor:
     """Log-probs [B, count, V], float32 nats, after each of the last `count` tokens of a text."""
     hidden, rows = shared_hidden_states(model, texts)
     return apply_head(model.get_output_embeddings(), hidden[rows.tails(count)]).log_softmax(-1)
