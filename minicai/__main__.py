@@ -105,7 +105,7 @@ def evaluate(cfg: EvalConfig, command: str) -> None:
     from minicai.evaluation.agreement import write_rows
     from minicai.evaluation.jailbreaks import jailbreaks
     from minicai.prompts import as_turns
-    from minicai.report import page as report
+    from minicai.report import summary as report
 
     device, precision = parallel.setup(cfg.device, cfg.precision)
     asked = list(zip(read_prompts(cfg.prompts), read_jsonl(cfg.prompts)))[: cfg.limit or None]
@@ -241,7 +241,7 @@ def _report(out: Path) -> None:
 def _closing(out: Path) -> str:
     """The table, the example answers and the paths that end the demo."""
     from minicai.engine.data import read_jsonl
-    from minicai.report import page as report
+    from minicai.report import summary as report
 
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     answers = read_jsonl(out / "eval" / "answers.jsonl")
@@ -280,7 +280,7 @@ def contest(name: str, arguments: list[str]) -> None:
     from minicai.engine.audit import weights_sha256
     from minicai.engine.data import read_preferences, read_prompts
     from minicai.evaluation import agreement as compare
-    from minicai.report.page import number
+    from minicai.report.summary import number
 
     words = [a for a in arguments if not a.startswith("--")]
     if name == "elo" and (len(words) < 3 or len(set(words)) < len(words)):
@@ -374,7 +374,7 @@ def choices(arguments: list[str]) -> None:
     from minicai.engine import checkpoint, parallel
     from minicai.evaluation import agreement as compare
     from minicai.evaluation.choices import read_choices
-    from minicai.report.page import number
+    from minicai.report.summary import number
 
     checkpoint.require_folder(arguments[0], "choices")
     items, (device, precision) = read_choices(arguments[1]), parallel.setup("auto", "auto")
@@ -433,7 +433,7 @@ def main(arguments: list[str]) -> None:
     if command == "demo":
         demo(rest)
     elif command == "eval":
-        from minicai.report import page as report
+        from minicai.report import summary as report
 
         evaluate(
             cfg := config.load(EvalConfig, "eval", rest), "python -m minicai eval " + " ".join(rest)

@@ -31,7 +31,7 @@ from minicai import InputError
 from minicai import __main__ as commands
 from minicai.engine import config, parallel, terminal
 from minicai.engine.data import finite, write_atomic
-from minicai.report import page as report
+from minicai.report import summary as report
 from results import collect, measure
 
 # stage: section of its settings, what measures it, minutes on two threads

@@ -22,7 +22,7 @@ from minicai.critique import (
 )
 from minicai.examples import Example, fingerprint, in_front
 from minicai.prompts import as_turns, render_critique, render_revision
-from minicai.report.page import changes
+from minicai.report.summary import changes
 
 RULES = Constitution(
     "rules",

@@ -28,7 +28,7 @@ from minicai.feedback import (
     p_first_of,
 )
 from minicai.prompts import render_comparison, render_conclusion, render_thinking
-from minicai.report.page import places
+from minicai.report.summary import places
 
 RULES = Constitution(
     "rules",

@@ -7,6 +7,7 @@ is dropped when the journal is opened, and work resumes after the line before it
 import errno
 import gzip
 import json
+import math
 import os
 import random
 import re
@@ -147,13 +148,22 @@ def epoch_order(count: int, *seed: int) -> list[int]:
     return np.random.default_rng((tag, *seed)).permutation(count).tolist()
 
 
-def shuffled(items: Sequence, first: int, count: int, *seed: int) -> list:
-    """`count` items from number `first` of an endless sequence: shuffled epochs, one by one."""
+def shuffled(items: Sequence, turn: int, count: int, *seed: int) -> list:
+    """`count` items for each turn 0, 1, ...: epoch after epoch, each epoch shuffled by the seed."""
     chosen = []
-    for number in range(first, first + count):
+    for number in range(turn * count, (turn + 1) * count):
         epoch, position = divmod(number, len(items))
         chosen.append(items[epoch_order(len(items), *seed, epoch)[position]])
     return chosen
+
+
+def batch_of_step(step: int, count: int, size: int, *seed: int) -> list[int]:
+    """Positions of a training step's batch: of `count` items, shuffled in each epoch by the seed.
+
+    The step decides, so a resumed run sees the same batches.
+    """
+    epoch, k = divmod(step, math.ceil(count / size))
+    return epoch_order(count, *seed, epoch)[k * size : (k + 1) * size]
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -242,21 +252,24 @@ def read_jsonl(path: str | Path) -> list[dict]:
     return [row for _, _, row in _rows(path)]
 
 
-def read_prompts(path: str | Path) -> list[Prompt]:
+def read_prompts(path: str | Path, limit: int = 0) -> list[Prompt]:
     """Prompts from .txt (one per line) or .jsonl[.gz] with the key `prompt`.
 
+    limit: only the first so many; 0 = all. An empty path has no prompts.
     A prompt is a text, or turns of {"role", "content"} of which the last is the user's. The files
     of hh-rlhf hold transcripts instead. Of a preference pair (`chosen`) the prompt is all but the
     last response. Of a red-team attempt (`transcript`), whose file is one JSON list, it is the
     person's first words, as in the paper (3.2). Raises InputError that names the line or item.
     """
+    if not path:
+        return []
     if Path(path).suffix == ".txt":
         prompts: list[Prompt] = [line.strip() for _, line in _lines(path)]
     else:
         prompts = [_asked(row, where) for _, where, row in _rows(path)]
     if not prompts:
         raise InputError(f"{path}: holds no prompt")
-    return prompts
+    return prompts[: limit or None]
 
 
 def _asked(row: dict, where: str) -> Prompt:
@@ -292,12 +305,15 @@ def _prompt(row: dict, where: str) -> Prompt:
     return prompt
 
 
-def read_preferences(path: str | Path) -> list[dict]:
+def read_preferences(path: str | Path, limit: int = 0) -> list[dict]:
     """Human preference pairs as rows of comparisons.jsonl, the preferred response first.
 
+    limit: only the first so many; 0 = all. An empty path has no pairs.
     Two forms: {"prompt", "chosen", "rejected"}, or hh-rlhf's {"chosen", "rejected"}, transcripts
     with the prompt in both. Raises InputError that names the line.
     """
+    if not path:
+        return []
     rows = []
     label = {"p_first": 1.0, "votes": [], "source": "human", "clamped": False}
     for number, where, row in _rows(path):
@@ -316,4 +332,4 @@ def read_preferences(path: str | Path) -> list[dict]:
         rows.append(pair | {"first": first, "second": second} | label)
     if not rows:
         raise InputError(f"{path}: holds no preference pair")
-    return rows
+    return rows[: limit or None]

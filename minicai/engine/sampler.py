@@ -25,11 +25,18 @@ from transformers import PretrainedConfig, PreTrainedModel
 from minicai import InputError
 from minicai.engine import parallel
 from minicai.engine.attention import Slots, last_hidden
-from minicai.engine.dialogue import Asked, decode, encode_options, encode_prompt, end_ids
+from minicai.engine.dialogue import (
+    Asked,
+    decode,
+    encode_options,
+    encode_pair,
+    encode_prompt,
+    end_ids,
+)
 from minicai.engine.load import load_config, load_tokenizer
 from minicai.engine.models import apply_head, shared_hidden_states
 from minicai.engine.terminal import Progress
-from minicai.prompts import Prompt, as_turns
+from minicai.prompts import CHOICES, Prompt, as_turns
 
 SHARED = 16  # tokens; a shorter common beginning is not worth a forward pass of its own
 
@@ -111,20 +118,32 @@ def check_prompts(
     check_lengths(model.config, encoded, new_tokens, source)
 
 
-def check_requests(path: str, requests: Sequence[str], new_tokens: int, what: str) -> None:
-    """Raises InputError where the longest request exceeds the context of the model in `path`.
+def check_pairs(model: PreTrainedModel, rows: Sequence[dict], source: str) -> None:
+    """check_lengths of given preference pairs, rows of comparisons.jsonl."""
+    pairs = [encode_pair(model.tokenizer, row) for row in rows]
+    texts = [prompt + response for prompt, *both in pairs for response in both]
+    check_lengths(model.config, texts, 0, source)
+
+
+def check_requests(
+    paths: Sequence[str], requests: Sequence[str], new_tokens: int, what: str
+) -> None:
+    """Raises InputError where the longest request exceeds the context of a model in `paths`.
 
     requests: with empty answers in them. new_tokens: of the answers in a request and of the one
-    that follows it. what: what is requested, for the message.
+    that follows it. what: the setting and what is requested. A model may be named only once.
     """
-    tokenizer, context = load_tokenizer(path), _context(load_config(path))
-    longest = max((len(encode_prompt(tokenizer, request)) for request in requests), default=0)
-    if longest and longest + new_tokens > context:
-        raise InputError(
-            f"{what} may have {longest + new_tokens} tokens ({longest} without the answers in it), "
-            f"and the context of {path} is {context}: lower max_new_tokens, or shorten examples, "
-            f"principles or prompts"
-        )
+    if len(set(paths)) < len(paths):
+        raise InputError(f"{what}: a model is named twice among {', '.join(paths)}")
+    for path in paths if requests else ():
+        tokenizer, context = load_tokenizer(path), _context(load_config(path))
+        longest = max(len(encode_prompt(tokenizer, request)) for request in requests)
+        if longest + new_tokens > context:
+            raise InputError(
+                f"{what} may have {longest + new_tokens} tokens ({longest} without the answers in "
+                f"it), and the context of {path} is {context}: lower max_new_tokens, or shorten "
+                f"examples, principles or prompts"
+            )
 
 
 # --- sampling -------------------------------------------------------------------------------------
@@ -314,6 +333,20 @@ def respond(
     return [decode(model.tokenizer, c.ids, c.ended) for c in done], ended
 
 
+def responder(
+    model: PreTrainedModel, how: Sampling, stream: int, progress: Progress | None = None
+) -> Callable[[Sequence[Asked], Sequence[Ids]], list[str]]:
+    """A model as a function from texts and seeds to completions (critique.Generate).
+
+    stream: in front of each seed; it keeps the random numbers of stages apart.
+    """
+
+    def complete(asked: Sequence[Asked], seeds: Sequence[Ids]) -> list[str]:
+        return respond(model, asked, [(stream, *seed) for seed in seeds], how, progress)[0]
+
+    return complete
+
+
 def turn_size(rows: int) -> int:
     """How many prompts a data phase hands over at once, to be decoded in `rows` slots.
 
@@ -348,6 +381,11 @@ def choice_logprobs(
         for k, logprobs in zip(members, found):
             results[k] = logprobs
     return results
+
+
+def chooser(model: PreTrainedModel, rows: int) -> Callable[[Sequence[Asked]], list[list[float]]]:
+    """A model as a function from comparisons to log-probs of (A) and (B) (feedback.Choose)."""
+    return lambda texts: choice_logprobs(model, texts, CHOICES, rows)
 
 
 def _option_logprobs(
