@@ -1,5 +1,10 @@
-"""The models and the data of the benchmark. Lengths vary as answers do: log-normal, prompts around 20 tokens, responses around 40."""
+"""The models and the data of the benchmark, and how it runs a stage.
 
+Lengths vary as answers do: log-normal, prompts around 20 tokens, responses around 40.
+"""
+
+import contextlib
+import json
 import os
 import platform
 import random
@@ -8,13 +13,18 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
+from unittest.mock import patch
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from minicai import constitution
-from minicai.engine import models
+from minicai.engine import load as loading
 from minicai.engine.config import builtin
+from minicai.engine.data import read_jsonl
+from minicai.engine.hub import PACKAGE
+from minicai.engine.stage import Stage
 from minicai.tinyworld.corpus import Corpus
 from minicai.tinyworld.grammar import CLASS_OF
 
@@ -59,10 +69,10 @@ SHAPES = {
     },
 }
 LONGEST = 200  # tokens of a response
-seconds = (
-    time.process_time if os.environ.get("MINICAI_BENCH_CPU_TIME") else time.perf_counter
-)  # of all threads, or on the wall
-# How many of what, so that a run takes the slower side about a minute, or one PPO rollout of 64 episodes of the large model some minutes.
+# Seconds of all threads on the processor, or of the clock.
+seconds = time.process_time if os.environ.get("MINICAI_BENCH_CPU_TIME") else time.perf_counter
+# How many of what: a run takes the slower side about a minute, or one PPO rollout of 64 episodes of
+# the large model some minutes.
 COUNTS = {
     "tiny": {"generate": 512, "labels": 256, "sl": 1024, "rm": 512, "ppo": 256, "batch": 64},
     "small": {"generate": 128, "labels": 64, "sl": 192, "rm": 96, "ppo": 32, "batch": 32},
@@ -109,9 +119,12 @@ def clock() -> float:
 
 
 def setup(size: str, folder: Path, device: str) -> dict:
-    """Writes a policy and a scorer with random weights (of "tiny" the shape is the tiny world's base model's); measures the machine."""
+    """Writes a policy and a scorer with random weights, and measures the machine.
+
+    "tiny" has the shape of the tiny world's base model.
+    """
     torch.manual_seed(0)
-    tokenizer = models.load_tokenizer(str(Path(models.__file__).parents[1] / "tinyworld/base"))
+    tokenizer = loading.load_tokenizer(str(PACKAGE / "tinyworld/base"))
     config = LlamaConfig(
         **SHAPES[size],
         max_position_embeddings=1024,
@@ -122,15 +135,14 @@ def setup(size: str, folder: Path, device: str) -> dict:
     )
     LlamaForCausalLM(config).save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "policy")
-    models.load_scorer(
-        str(folder / "policy"), torch.device("cpu"), tokenizer.pad_token_id, seed=0
-    ).save_pretrained(folder / "scorer")
+    scorer = loading.load_scorer(str(folder / "policy"), seed=0)
+    scorer.save_pretrained(folder / "scorer")
     tokenizer.save_pretrained(folder / "scorer")
     here = (
-        f"{torch.cuda.get_device_name()}, bfloat16"
-        if device == "cuda"
-        else f"{platform.processor() or platform.machine()}, float32, {torch.get_num_threads()} threads"
+        f"{platform.processor() or platform.machine()}, float32, {torch.get_num_threads()} threads"
     )
+    if device == "cuda":
+        here = f"{torch.cuda.get_device_name()}, bfloat16"
     return {
         "peak_flops": peak_flops(device),
         "device": here,
@@ -139,7 +151,7 @@ def setup(size: str, folder: Path, device: str) -> dict:
 
 
 def peak_flops(device: str) -> float:
-    """FLOP/s of the best of forty matrix products: other work may stand in the way of some."""
+    """FLOP/s of the best of forty matrix products, since other work may disturb some of them."""
     size, kind = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
     a, times = torch.randn(size, size, dtype=kind, device=device), []
     for _ in range(40):
@@ -163,7 +175,7 @@ def length(rng: random.Random) -> int:
 
 
 def load(work: str, size: str, folder: Path, device: str) -> Work:
-    """The same for both sides: a function of the arguments alone."""
+    """The same for both sides, since it is a function of the arguments."""
     rng, count = random.Random(0), COUNTS[size][work]
     prompts = [text(rng, 20, 0.4, 64) for _ in range(count)]
     answers = [[text(rng, 40, 0.6, 200) for _ in range(2)] for _ in range(count)]
@@ -196,7 +208,63 @@ def load(work: str, size: str, folder: Path, device: str) -> Work:
 
 
 def peak_memory_mb(device: str) -> float:
-    """The largest resident memory of this process so far, or what tensors have taken of a GPU's at the most, in MiB."""
+    """The largest resident memory of this process so far, or that of a GPU's tensors, in MiB."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+# --- how it runs a stage --------------------------------------------------------------------------
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    """Writes a JSONL file, and returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def sl_settings(folder: Path, pairs: list[tuple]) -> dict:
+    """Settings with which train_sl.py learns these prompts and responses, and samples nothing."""
+    prompts = write(folder / "prompts.jsonl", [{"prompt": p} for p, _ in pairs])
+    write(folder / "sl" / "helpful.jsonl", [{"prompt": p, "response": r} for p, r in pairs])
+    settings = {"out": str(folder), "prompts": "", "rounds": 0, "max_new_tokens": 512}
+    return settings | {"helpful_prompts": prompts, "helpful_samples": 1}
+
+
+def rm_settings(folder: Path, pairs: list[tuple]) -> dict:
+    """Settings with which train_rm.py learns these (prompt, better, worse), and labels nothing."""
+    rows = [{"prompt": p, "chosen": a, "rejected": b} for p, a, b in pairs]
+    preferences = write(folder / "preferences.jsonl", rows)
+    return {"out": str(folder), "prompts": "", "preferences": preferences, "heldout": 0.0}
+
+
+def run_stage(script: ModuleType, cfg, name: str, **exchanged) -> tuple[float, list[dict]]:
+    """Runs the `main` of a script. Seconds from its last model to the end of training, metrics.
+
+    exchanged: functions of the script in the place of its own.
+    """
+    times = {}
+
+    def timed(function):
+        def load_model(*arguments, **settings):
+            model = function(*arguments, **settings)
+            times["began"] = clock()
+            return model
+
+        return load_model
+
+    def finish(stage: Stage, model, record: dict) -> dict:
+        times["ended"] = clock()
+        return record
+
+    for function in ("load_policy", "load_scorer"):
+        if hasattr(script, function):
+            exchanged.setdefault(function, timed(getattr(script, function)))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(Stage, "finish", finish))
+        for function, other in exchanged.items():
+            stack.enter_context(patch.object(script, function, other))
+        script.main(cfg)
+    rows = read_jsonl(Path(cfg.out) / name / "metrics.jsonl")
+    return times["ended"] - times.get("began", 0.0), rows
