@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -262,35 +263,36 @@ class Slots:
 
         positions: [N] of the tokens in their rows. last: [B] number of each row's last token.
         """
-        ends = [start + count for start, count in zip(starts, counts)]
-        count = torch.tensor(counts, device=device)
-        end = torch.tensor(ends, device=device) - 1  # position of each row's last token
-        self.last = count.cumsum(0) - 1
-        self._row = torch.arange(len(counts), device=device).repeat_interleave(count)
-        number = torch.arange(len(self._row), device=device)
-        self.positions = number + (end - self.last)[self._row]
+        rows, positions = [], []
+        for row, (start, n) in enumerate(zip(starts, counts)):
+            rows += [row] * n
+            positions += range(start, start + n)
+        self._row, self.positions = torch.tensor([rows, positions], device=device)
+        self.last = torch.tensor(counts, device=device).cumsum(0) - 1
         self._masks: dict[int | None, list[Tensor]] = {}
 
         # Each part is read at once: (queries [B, T], slots, positions of the queries, keys read).
         # First the last token of every row.
+        ends = [start + n for start, n in zip(starts, counts)]
+        long = [row for row, n in enumerate(counts) if n > 1]
         cut = len(ends) * 3 // 4
         apart = cut and 4 * max(ends[:cut]) < 3 * max(ends[cut:])
         slices = [slice(0, cut), slice(cut, len(ends))] if apart else [slice(0, len(ends))]
-        long = [b for b, n in enumerate(counts) if n > 1]
         self._parts = []
         for part in slices:
-            queries = self.last[part, None] if long else (part, None)  # a slice copies nothing
-            self._parts.append((queries, part, end[part, None], max(ends[part])))
+            last = self.last[part, None]
+            queries = last if long else (part, None)  # a slice copies nothing
+            self._parts.append((queries, part, self.positions[last], max(ends[part])))
         # Then all tokens of the rows that bring several, as a padded batch.
         self._long = None
         if long:
-            real = torch.arange(max(counts), device=device) < count[long, None]
-            tokens = (count > 1)[self._row].nonzero()[:, 0]
-            queries = real.long().masked_scatter(real, tokens)  # in padding token 0
+            tokens = torch.arange(len(rows), device=device).split(counts)
+            queries = pad_sequence([tokens[row] for row in long], True, padding_value=-1)
+            places = (queries.flatten() >= 0).nonzero()[:, 0]
+            self._long = queries.flatten()[places], places
             slots = long if len(long) < len(counts) else slice(len(counts))
-            reach = max(ends[b] for b in long)
+            reach = max(ends[row] for row in long)
             self._parts.append((queries, slots, self.positions[queries], reach))
-            self._long = tokens, real.flatten().nonzero()[:, 0]
 
     def attend(self, layer: int, qkv: list, scale: float | None, window: int | None) -> Tensor:
         """Writes keys and values into the slots, and reads each row up to the query's position.

@@ -44,9 +44,13 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
         raise InputError(f"{tokenizer.name_or_path}: {error}") from error
 
 
-def _templated(tokenizer: PreTrainedTokenizerBase, turns: list[dict], **how) -> list[int] | str:
+def _templated(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict], tokenize: bool = True, **how
+) -> list[int] | str:
+    """A dialogue in the form of the chat template, as token ids or as text."""
+    how |= TEMPLATE | {"sanitize_control_tokens": tokenize, "return_dict": False}
     try:
-        return tokenizer.apply_chat_template(turns, return_dict=False, **how, **TEMPLATE)
+        return tokenizer.apply_chat_template(turns, tokenize=tokenize, **how)
     except (TemplateError, TypeError, ValueError) as error:
         raise InputError(
             f"{tokenizer.name_or_path}: its chat template refuses a dialogue: {error}"
@@ -71,9 +75,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, asked: Asked) -> list[int]
     """
     if not template_of(tokenizer):
         return _plain(tokenizer, asked)
-    return _templated(
-        tokenizer, as_turns(asked), add_generation_prompt=True, sanitize_control_tokens=True
-    )
+    return _templated(tokenizer, as_turns(asked), add_generation_prompt=True)
 
 
 def encode_answer(
@@ -90,9 +92,8 @@ def encode_answer(
         whole = _plain(tokenizer, asked, text)
     else:
         turns = [*as_turns(asked), {"role": "assistant", "content": text}]
-        how = {"continue_final_message": True, "sanitize_control_tokens": True}
         with suppress(InputError):
-            whole = _templated(tokenizer, turns, **how)
+            whole = _templated(tokenizer, turns, continue_final_message=True)
     if len(whole) > len(prompt) and whole[: len(prompt)] == list(prompt):
         return whole[len(prompt) :]
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -255,7 +256,7 @@ def show_first(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[tuple[Sequence[int], Sequence[int]]],
 ) -> None:
-    """Prints two sequences (ids of prompt and response) of the first batch, as the model reads them.
+    """Prints two sequences (ids of prompt and response) of the first batch as the model reads them.
 
     The trained tokens are coloured, or in brackets. Look here first where a model learns nothing,
     or never stops.
