@@ -334,8 +334,8 @@ class Slots:
 def through(model: PreTrainedModel, ids: Tensor, rows: Packed | Shared | Slots) -> Tensor:
     """Last hidden states [N, hidden size] of token ids [N], whose places `rows` knows.
 
-    Where there is no token (parallel.even_out), one that nobody reads goes through the layers,
-    since the other processes wait there.
+    Where there is no token (parallel.even_out), one goes through the layers and is dropped, since
+    the other processes wait there.
     """
     if not len(ids):
         return through(model, ids.new_zeros(1), Packed([1], ids.device))[:0]

@@ -1,6 +1,6 @@
 """Files in and out: prompts, preference pairs, and the JSONL journals between the stages.
 
-A line of a journal is written whole and synced to the disk. A torn last line, which a kill leaves,
+Lines of a journal are written whole and synced to the disk. A kill can tear only the last line. It
 is dropped when the journal is opened, and work resumes after the line before it.
 """
 

@@ -219,7 +219,7 @@ def give_pad(tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> None:
     folder, and AutoModelForSequenceClassification reads the score at the last token that is not the
     pad token. If that were the end of sequence too, it would score the text without its end.
     A spare token of the vocabulary serves, or an unknown token that has no other use. If there is
-    neither, a new token is added behind the last.
+    neither, a new token is added after the last.
     """
     taken, template = ends | {tokenizer.bos_token_id}, template_of(tokenizer)
     if tokenizer.pad_token_id not in taken | {None}:
