@@ -206,10 +206,6 @@ def _object(line: str | bytes, where: str) -> dict:
         json.dumps(row, ensure_ascii=False).encode()  # JSON can spell half a surrogate pair
     except (json.JSONDecodeError, UnicodeError) as error:
         raise InputError(f"{where}: not valid JSON ({getattr(error, 'msg', error)})") from error
-    return _checked(row, where)
-
-
-def _checked(row, where: str) -> dict:
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object {{...}}, found {type(row).__name__}")
     return row
@@ -232,19 +228,16 @@ def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
 
 def _rows(path: str | Path) -> Iterator[tuple[int, str, dict]]:
     """(number, where, object) of each line; or of each item, where the file is one JSON list."""
-    lines = list(_lines(path))
-    if not lines or not lines[0][1].lstrip().startswith("["):
-        for number, line in lines:
-            where = f"{path}, line {number}"
-            yield number, where, _object(line, where)
-        return
-    try:
-        items = json.loads("\n".join(line for _, line in lines))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not a valid JSON list ({error.msg})") from error
-    for number, item in enumerate(items, 1):
-        where = f"{path}, item {number}"
-        yield number, where, _checked(item, where)
+    lines, kind = list(_lines(path)), "line"
+    if lines and lines[0][1].lstrip().startswith("["):
+        try:
+            items = json.loads("\n".join(line for _, line in lines))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}: not a valid JSON list ({error.msg})") from error
+        lines, kind = [(k, json.dumps(item)) for k, item in enumerate(items, 1)], "item"
+    for number, line in lines:
+        where = f"{path}, {kind} {number}"
+        yield number, where, _object(line, where)
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
