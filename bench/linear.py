@@ -1,17 +1,12 @@
-"""Measures whether cost grows linearly: each kind of work, and four times as much of it.
+"""Does cost grow linearly? Each kind of work once, and four times as much of it, in turns.
 
     python bench/linear.py [--only data,labels,sl,rm,ppo] [--pairs 3] [--scale 1]
 
-data    respond, criticise and revise (train_sl.write_data)
-labels  AI labels (train_rm.label)
-sl, rm  training
-ppo     PPO iterations
-
-The model is the tiny world's base model, with the demo's settings. The small and the large run take
-turns, each in its own process. For each kind of work the program prints units per CPU second (of
-all threads, so that other work on the machine does not count) and per second of wall-clock time.
-It also prints the peak memory above that of the imports and models, and the ratio of the large run
-to the small one: the median over the pairs, with the range.
+data: respond, criticise and revise (train_sl.py); labels: AI labels (train_rm.py); sl, rm, ppo:
+training. The tiny world's base model and the demo's settings, each run in a process of its own.
+Prints units of work per CPU second (of all threads: other work on the machine does not count) and
+per second of the clock, peak memory beyond imports and models, and the ratios of the larger run to
+the smaller: the median over the pairs, with the range.
 """
 
 import argparse
@@ -30,87 +25,59 @@ COUNTS = {
     "rm": ("pairs", 256),
     "ppo": ("episodes", 128),
 }
-ROWS = 16  # decode slots. A turn of the data phase then has 64 prompts: two turns in the small run
+ROWS = 16  # slots: a turn of the data phase is 64 prompts, so that the smaller run has two of them
 
 
 def prepared(work: str, count: int, folder: str):
-    """A function that does `count` units of the work as the scripts do.
+    """A function that does `count` units of the work. What does not grow with them is done here."""
+    from dataclasses import replace
 
-    Everything whose cost does not depend on `count` is done before it is returned.
-    """
-    import torch
+    from works import rm_settings, run_stage, sl_settings, write
 
     import train_ppo
     import train_rm
     import train_sl
-    from minicai import constitution
-    from minicai.engine import config, models, parallel
+    from minicai.engine import config, load, parallel
     from minicai.engine.data import epoch_order, read_preferences, read_prompts
 
-    def settings(kind: type, section: str):
-        return config.load(
-            kind,
-            section,
-            [str(config.builtin("tiny.toml")), f"--out={folder}", f"--rows={ROWS}", "--epochs=1"],
-        )
-
-    sl, rm, ppo = (
-        settings(train_sl.SLConfig, "sl"),
-        settings(train_rm.RMConfig, "rm"),
-        settings(train_ppo.PPOConfig, "ppo"),
-    )
-    cfg, out = {"labels": rm, "rm": rm, "ppo": ppo}.get(work, sl), Path(folder)
-    device, precision = parallel.setup("cpu", "fp32")
-    rules, tokenizer = constitution.load(cfg.constitution), models.load_tokenizer(cfg.model)
-    known = (
-        read_prompts(cfg.prompts) if work in ("data", "ppo") else read_preferences(rm.preferences)
-    )
-    order = epoch_order(len(known), 0)  # shuffled: both runs get the same mix of lengths
+    scripts = {"data": train_sl, "sl": train_sl, "labels": train_rm, "rm": train_rm}
+    script, out = scripts.get(work, train_ppo), Path(folder)
+    name = script.__name__.removeprefix("train_")
+    kinds = {"sl": train_sl.SLConfig, "rm": train_rm.RMConfig, "ppo": train_ppo.PPOConfig}
+    flags = [str(config.builtin("tiny.toml")), f"--out={folder}", f"--rows={ROWS}", "--epochs=1"]
+    cfg = config.load(kinds[name], name, [*flags, "--device=cpu", "--precision=fp32"])
+    pairs = read_preferences(config.load(train_rm.RMConfig, "rm", flags).preferences)
+    known = read_prompts(cfg.prompts) if work in ("data", "ppo") else pairs
+    order = epoch_order(len(known), 0)  # shuffled, so that few are of the same lengths as many
     items = [known[order[k % len(known)]] for k in range(count)]
-    if work == "labels":
-        items = [row | {"id": k} for k, row in enumerate(items)]
-        policy = models.load_policy(cfg.model, device)
-        # train_rm.label loads the model itself, at a cost that does not depend on `count`.
-        train_rm.load_policy = lambda *_: policy
-        return lambda: train_rm.label(
-            cfg, rules, (), items, [], cfg.model, tokenizer, device, precision, out
-        )
-    if work == "rm":
-        scorer = models.load_scorer(cfg.model, device, tokenizer.pad_token_id, seed=0)
-        return lambda: train_rm.fit(cfg, items, scorer, tokenizer, device, precision, out)
-    policy = models.load_policy(cfg.model, device)
+    prompts = items if work in ("data", "ppo") else [row["prompt"] for row in items]
+    path = write(out / "asked.jsonl", [{"prompt": prompt} for prompt in prompts])
     if work == "data":
-        cfg.rounds = 2
-        return lambda: train_sl.write_data(
-            cfg, rules, (), items, [], policy, tokenizer, device, precision, out
-        )
-    if work == "sl":
-        return lambda: train_sl.train(
-            cfg,
-            [(row["prompt"], row["first"]) for row in items],
-            policy,
-            tokenizer,
-            device,
-            precision,
-            out,
-        )
-    scorers = [
-        models.load_scorer(cfg.model, device, tokenizer.pad_token_id, seed=k) for k in range(2)
-    ]
-    named = {
-        "policy": policy,
-        "reference": models.freeze(models.load_policy(cfg.model, device), "fp32"),
-        "value": scorers[0],
-        "reward": models.freeze(scorers[1], "fp32"),
-    }
-    optimizer = torch.optim.AdamW(
-        [*policy.parameters(), *scorers[0].parameters()], lr=1e-5, fused=True
-    )
-    turns = [items[first : first + cfg.episodes] for first in range(0, count, cfg.episodes)]
-    return lambda: [
-        train_ppo.iterate(cfg, k, turn, 0.3, named, optimizer, tokenizer, device, precision)
-        for k, turn in enumerate(turns)
-    ]
+        changes = {"prompts": path, "helpful_prompts": "", "rounds": 2, "epochs": 0}
+    elif work == "labels":
+        asked = ("prompt", "first", "second")
+        rows = [{key: row[key] for key in asked} | {"id": k} for k, row in enumerate(items)]
+        write(out / "rm" / "pairs.jsonl", rows)
+        changes = {"prompts": path, "preferences": "", "heldout": 0.0, "epochs": 0}
+    elif work == "sl":
+        changes = sl_settings(out, [(row["prompt"], row["first"]) for row in items])
+    elif work == "rm":
+        rows = [(row["prompt"], row["first"], row["second"]) for row in items]
+        changes = rm_settings(out, rows)
+    else:
+        changes = {"prompts": path, "helpful_prompts": "", "iterations": count // cfg.episodes}
+    changes |= {} if name == "sl" else {"policy": cfg.model}
+    changes |= {"reward": cfg.model} if name == "ppo" else {}
+
+    parallel.setup("cpu", "fp32")
+    policies, scorers = [], []
+    for seed in range(2 if name == "ppo" else 1):
+        policies.append(load.load_policy(cfg.model))
+        scorers.append(load.load_scorer(cfg.model, seed=seed))
+    loads = {"load_policy": lambda path: policies.pop() if name == "ppo" else policies[0]}
+    if name != "sl":
+        loads["load_scorer"] = lambda path, seed=None: scorers.pop()
+    return lambda: run_stage(script, replace(cfg, **changes), name, **loads)
 
 
 def worker(work: str, count: int) -> None:
@@ -166,9 +133,9 @@ def main() -> None:
             print(f"{work}: pair {k + 1} of {args.pairs}: {results}", file=sys.stderr)
         for key, what in (("cpu", f"{unit}/CPU s"), ("clock", f"{unit}/s"), ("peak_mb", "MiB")):
             ratios = [four[key] / one[key] for one, four in runs]
+            small, large = (median(run[k][key] for run in runs) for k in range(2))
             print(
-                f"{work}: {median(one[key] for one, _ in runs):.4g} {what} with {count} {unit}, "
-                f"{median(four[key] for _, four in runs):.4g} with {4 * count}: "
+                f"{work}: {small:.4g} {what} with {count} {unit}, {large:.4g} with {4 * count}: "
                 f"ratio {median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})",
                 flush=True,
             )

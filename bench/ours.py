@@ -1,50 +1,39 @@
-"""minicai's side of the benchmark: the scripts' own functions, with the peers' settings."""
+"""minicai's side of the benchmark: its functions and scripts, with the settings of the peers."""
 
 import tempfile
-from functools import partial
 from pathlib import Path
 
-import torch
-from works import LONGEST, Work, clock
+from works import LONGEST, Work, clock, rm_settings, run_stage, sl_settings, write
 
 import train_ppo
 import train_rm
 import train_sl
-from minicai.engine import models, parallel
-from minicai.engine.data import Journal
-from minicai.engine.dialogue import encode
-from minicai.engine.sampler import choice_logprobs
+from minicai.engine import parallel
+from minicai.engine.config import builtin
+from minicai.engine.dialogue import encode, encode_pair
+from minicai.engine.load import load_policy, load_tokenizer
+from minicai.engine.sampler import Sampling, choice_logprobs
 from minicai.engine.sampler import generate as sample
 from minicai.prompts import CHOICES, render
 
 Result = tuple[float, float, list[float], float]  # seconds, units of work, what to compare, FLOPs
 
 
-def _load(work: Work, *folders: str) -> tuple:
-    """Device, precision (float32 on a CPU, autocast to bfloat16 on a GPU), tokenizer, models."""
-    device, precision = parallel.setup(work.device, "auto")
-    tokenizer = models.load_tokenizer(work.policy)
-    return (
-        device,
-        precision,
-        tokenizer,
-        *(
-            models.load_policy(f, device)
-            if f == work.policy
-            else models.load_scorer(f, device, tokenizer.pad_token_id)
-            for f in folders
-        ),
-    )
+def _common(work: Work) -> dict:
+    """Settings of all stages: float32 on a CPU, autocast to bfloat16 on a GPU."""
+    constitution = str(builtin("constitutions/tiny.toml"))
+    return {"model": work.policy, "constitution": constitution, "device": work.device}
 
 
 def generate(work: Work) -> Result:
-    device, precision, tokenizer, model = _load(work, work.policy)
-    prompts, limits = [tokenizer(p)["input_ids"] for p, _ in work.items], [n for _, n in work.items]
+    parallel.setup(work.device)
+    model = load_policy(work.policy)
+    prompts = [model.tokenizer(p)["input_ids"] for p, _ in work.items]
+    limits = [n for _, n in work.items]
     seeds = [(k,) for k in range(len(prompts))]
-    greedy = sample(model, prompts[:4], seeds[:4], max_new_tokens=8, eos_id=-1, temperature=0.0)
+    greedy = sample(model, prompts[:4], seeds[:4], Sampling(8, 0.0), ends=set())
     began = clock()
-    with parallel.autocast(device, precision):
-        done = sample(model, prompts, seeds, max_new_tokens=limits, eos_id=-1, rows=work.batch)
+    done = sample(model, prompts, seeds, Sampling(limits, rows=work.batch), ends=set())
     seconds = clock() - began
     tokens = sum(len(c.ids) for c in done)
     flops = 2 * (work.body * (tokens + sum(map(len, prompts))) + work.head * tokens)
@@ -52,107 +41,80 @@ def generate(work: Work) -> Result:
 
 
 def labels(work: Work) -> Result:
-    device, precision, tokenizer, model = _load(work, work.policy)
-    choice_logprobs(model, tokenizer, work.items[:4], CHOICES)
-    tokens = []  # the numbers of tokens that go through the model: shared beginnings count once
+    parallel.setup(work.device)
+    model = load_policy(work.policy)
+    choice_logprobs(model, work.items[:4], CHOICES)
+    tokens = []  # that went through the model: what texts share, once
     model.base_model.register_forward_pre_hook(
         lambda _, args, inputs: tokens.append(inputs["input_ids"].numel()), with_kwargs=True
     )
     began = clock()
-    with parallel.autocast(device, precision):
-        logprobs = choice_logprobs(model, tokenizer, work.items, CHOICES)
+    logprobs = choice_logprobs(model, work.items, CHOICES)
     seconds = clock() - began
     flops = 2 * (work.body * sum(tokens) + work.head * 2 * len(work.items))
     return seconds, len(work.items) / 2, [x for pair in logprobs[:8] for x in pair], flops
 
 
 def sl(work: Work) -> Result:
-    device, precision, tokenizer, model = _load(work, work.policy)
-    cfg = train_sl.SLConfig(batch_size=work.batch, lr=1e-4, warmup=0, max_new_tokens=1024)
     with tempfile.TemporaryDirectory() as folder:
-        began = clock()
-        train_sl.train(cfg, work.items, model, tokenizer, device, precision, Path(folder))
-        seconds = clock() - began
-        rows = Journal(Path(folder) / "metrics.jsonl").rows
-    encoded = [encode(tokenizer, p, r) for p, r in work.items]
+        settings = _common(work) | sl_settings(Path(folder), work.items)
+        cfg = train_sl.SLConfig(**settings, batch_size=work.batch, lr=1e-4, warmup=0)
+        seconds, rows = run_stage(train_sl, cfg, "sl")
+    encoded = [encode(load_tokenizer(work.policy), p, r) for p, r in work.items]
     targets = sum(row["tokens"] for row in rows)
     flops = 6 * (work.body * sum(len(p) + len(r) for p, r in encoded) + work.head * targets)
-    return (
-        seconds,
-        targets,
-        [row["loss"] for row in rows] + [row["grad_norm"] for row in rows],
-        flops,
-    )
+    check = [row["loss"] for row in rows] + [row["grad_norm"] for row in rows]
+    return seconds, targets, check, flops
 
 
 def rm(work: Work) -> Result:
-    device, precision, tokenizer, model = _load(work, work.scorer)
-    cfg = train_rm.RMConfig(batch_size=work.batch, lr=1e-4, warmup=0)
-    rows = [{"prompt": p, "first": a, "second": b, "p_first": 1.0} for p, a, b in work.items]
     with tempfile.TemporaryDirectory() as folder:
-        began = clock()
-        train_rm.fit(cfg, rows, model, tokenizer, device, precision, Path(folder))
-        seconds = clock() - began
-        metrics = Journal(Path(folder) / "metrics.jsonl").rows
-    tokens = sum(
-        2 * len(p) + len(a) + len(b)
-        for p, a, b in (train_rm.encode_pair(tokenizer, row) for row in rows)
-    )
-    return (
-        seconds,
-        len(rows),
-        [row["loss"] for row in metrics] + [row["grad_norm"] for row in metrics],
-        6 * work.body * tokens,
-    )
-
-
-def _sample_to(limits: list[int], *args, **settings):
-    """Samples with a given length per response, as if its end token came there."""
-    return sample(*args, **(settings | {"max_new_tokens": limits, "eos_id": -1}))
+        settings = _common(work) | rm_settings(Path(folder), work.items)
+        settings |= {"policy": work.policy, "batch_size": work.batch, "lr": 1e-4, "warmup": 0}
+        seconds, rows = run_stage(train_rm, train_rm.RMConfig(**settings), "rm")
+    tokenizer, tokens = load_tokenizer(work.policy), 0
+    for p, a, b in work.items:
+        prompt, first, second = encode_pair(tokenizer, {"prompt": p, "first": a, "second": b})
+        tokens += 2 * len(prompt) + len(first) + len(second)
+    check = [row["loss"] for row in rows] + [row["grad_norm"] for row in rows]
+    return seconds, len(work.items), check, 6 * work.body * tokens
 
 
 def ppo(work: Work) -> Result:
-    device, precision, tokenizer, policy, reference, value, reward = _load(
-        work, work.policy, work.policy, work.scorer, work.scorer
-    )
-    cfg = train_ppo.PPOConfig(
-        episodes=work.batch,
-        max_new_tokens=LONGEST,
-        epochs=4,
-        minibatches=4,
-        lr=1e-5,
-        value_lr=1e-5,
-        missing_eos_penalty=0.0,
-        target_kl=1e9,
-        rows=work.batch,
-    )
-    named = {
-        "policy": policy,
-        "reference": models.freeze(reference, precision),
-        "value": value,
-        "reward": models.freeze(reward, precision),
-    }
-    groups = [
-        {"params": policy.parameters(), "lr": cfg.lr},
-        {"params": value.parameters(), "lr": cfg.value_lr},
-    ]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
-    began, check = clock(), []
-    for iteration, start in enumerate(range(0, len(work.items), work.batch)):
-        prompts, limits = zip(*work.items[start : start + work.batch])
-        train_ppo.generate = partial(_sample_to, limits)
-        row, _ = train_ppo.iterate(
-            cfg, iteration, list(prompts), 0.05, named, optimizer, tokenizer, device, precision
+    """Prompts in their order. Each response ends at the length given for it."""
+    rollouts = iter(range(0, len(work.items), work.batch))
+
+    def in_order(items: list, turn: int, count: int, *seed: int) -> list:
+        return items[turn * count : (turn + 1) * count]
+
+    def sample_to(model, prompts: list, seeds: list, how: Sampling) -> list:
+        first = next(rollouts)
+        limits = [n for _, n in work.items[first : first + work.batch]]
+        return sample(model, prompts, seeds, Sampling(limits, rows=work.batch), ends=set())
+
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = write(Path(folder) / "prompts.jsonl", [{"prompt": p} for p, _ in work.items])
+        cfg = train_ppo.PPOConfig(
+            **_common(work),
+            out=folder,
+            policy=work.policy,
+            reward=work.scorer,
+            prompts=prompts,
+            helpful_prompts="",
+            iterations=len(work.items) // work.batch,
+            episodes=work.batch,
+            max_new_tokens=LONGEST,
+            lr=1e-5,
+            value_lr=1e-5,
+            missing_eos_penalty=0.0,
+            target_kl=1e9,
+            rows=work.batch,
         )
-        check += [row["length"] * len(prompts), row["updates"]]
-    seconds = clock() - began
-    tokens = sum(n for _, n in work.items)
+        seconds, rows = run_stage(train_ppo, cfg, "ppo", sample=sample_to, shuffled=in_order)
+    tokens, tokenizer = sum(n for _, n in work.items), load_tokenizer(work.policy)
     whole = tokens + sum(len(tokenizer(render(p))["input_ids"]) for p, _ in work.items)
-    # Sampling, four models over the rollout, and the updates of two models.
+    # Sampling, the four models over the rollout, the updates of two models.
     passes = 2 * (1 + 4) + 6 * 2 * cfg.epochs
-    return (
-        seconds,
-        len(work.items),
-        check,
-        passes * work.body * whole + (2 * 3 + 6 * cfg.epochs) * work.head * tokens,
-    )
+    flops = passes * work.body * whole + (2 * 3 + 6 * cfg.epochs) * work.head * tokens
+    check = [x for row in rows for x in (row["length"] * work.batch, row["updates"])]
+    return seconds, len(work.items), check, flops

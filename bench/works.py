@@ -1,9 +1,10 @@
-"""The models and the data of the benchmark.
+"""The models and the data of the benchmark, and how it runs a stage.
 
-Lengths vary like those of real answers: they are log-normal, with prompts around 20 tokens and
-responses around 40.
+Lengths vary as answers do: log-normal, prompts around 20 tokens, responses around 40.
 """
 
+import contextlib
+import json
 import os
 import platform
 import random
@@ -12,13 +13,18 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
+from unittest.mock import patch
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from minicai import constitution
-from minicai.engine import models
+from minicai.engine import load as loading
 from minicai.engine.config import builtin
+from minicai.engine.data import read_jsonl
+from minicai.engine.hub import PACKAGE
+from minicai.engine.stage import Stage
 from minicai.tinyworld.corpus import Corpus
 from minicai.tinyworld.grammar import CLASS_OF
 
@@ -45,7 +51,6 @@ SHAPES = {
         "num_key_value_heads": 3,
         "vocab_size": 49152,
     },
-    # Qwen2.5's shapes.
     "0.5b": {
         "hidden_size": 896,
         "intermediate_size": 4864,
@@ -53,7 +58,7 @@ SHAPES = {
         "num_attention_heads": 14,
         "num_key_value_heads": 2,
         "vocab_size": 151936,
-    },
+    },  # Qwen2.5's, as is the next
     "1.5b": {
         "hidden_size": 1536,
         "intermediate_size": 8960,
@@ -64,10 +69,10 @@ SHAPES = {
     },
 }
 LONGEST = 200  # tokens of a response
-# CPU time of all threads, or wall-clock time.
+# Seconds of all threads on the processor, or of the clock.
 seconds = time.process_time if os.environ.get("MINICAI_BENCH_CPU_TIME") else time.perf_counter
-# Items per run: the slower side takes about a minute, or some minutes for one PPO rollout of 64
-# episodes with the large model.
+# How many of what: a run takes the slower side about a minute, or one PPO rollout of 64 episodes of
+# the large model some minutes.
 COUNTS = {
     "tiny": {"generate": 512, "labels": 256, "sl": 1024, "rm": 512, "ppo": 256, "batch": 64},
     "small": {"generate": 128, "labels": 64, "sl": 192, "rm": 96, "ppo": 32, "batch": 32},
@@ -81,7 +86,6 @@ COUNTS = {
         "sl_batch": 64,
         "ppo_batch": 64,
     },
-    # For a GPU.
     "0.5b": {
         "generate": 512,
         "labels": 256,
@@ -89,26 +93,26 @@ COUNTS = {
         "rm": 256,
         "ppo": 256,
         "batch": 64,
-    },
+    },  # for a GPU, as is the next
     "1.5b": {"generate": 256, "labels": 128, "sl": 256, "rm": 128, "ppo": 128, "batch": 64},
 }
 
 
 @dataclass
 class Work:
-    """The input of both sides."""
+    """What both sides are given."""
 
     policy: str  # folder of a causal language model with its tokenizer
     scorer: str  # folder of a reward model of the same shape
     batch: int
-    items: list  # prompts, pairs or comparisons, depending on the kind of work
-    body: int  # number of weights without embeddings and head: those that every token meets
-    head: int  # number of weights of the head
+    items: list  # prompts, pairs or comparisons, by the kind of work
+    body: int  # weights that every token meets: all but embeddings and head
+    head: int  # weights of the head
     device: str  # "cpu" or "cuda"
 
 
 def clock() -> float:
-    """Seconds, after all pending work of a GPU is done."""
+    """Seconds, when all that a GPU was told to do is done."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return seconds()
@@ -117,10 +121,10 @@ def clock() -> float:
 def setup(size: str, folder: Path, device: str) -> dict:
     """Writes a policy and a scorer with random weights, and measures the machine.
 
-    Size "tiny" has the shape of the tiny world's base model.
+    "tiny" has the shape of the tiny world's base model.
     """
     torch.manual_seed(0)
-    tokenizer = models.load_tokenizer(str(Path(models.__file__).parents[1] / "tinyworld/base"))
+    tokenizer = loading.load_tokenizer(str(PACKAGE / "tinyworld/base"))
     config = LlamaConfig(
         **SHAPES[size],
         max_position_embeddings=1024,
@@ -131,16 +135,14 @@ def setup(size: str, folder: Path, device: str) -> dict:
     )
     LlamaForCausalLM(config).save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "policy")
-    models.load_scorer(
-        str(folder / "policy"), torch.device("cpu"), tokenizer.pad_token_id, seed=0
-    ).save_pretrained(folder / "scorer")
+    scorer = loading.load_scorer(str(folder / "policy"), seed=0)
+    scorer.save_pretrained(folder / "scorer")
     tokenizer.save_pretrained(folder / "scorer")
     here = (
-        f"{torch.cuda.get_device_name()}, bfloat16"
-        if device == "cuda"
-        else f"{platform.processor() or platform.machine()}, float32, "
-        f"{torch.get_num_threads()} threads"
+        f"{platform.processor() or platform.machine()}, float32, {torch.get_num_threads()} threads"
     )
+    if device == "cuda":
+        here = f"{torch.cuda.get_device_name()}, bfloat16"
     return {
         "peak_flops": peak_flops(device),
         "device": here,
@@ -149,7 +151,7 @@ def setup(size: str, folder: Path, device: str) -> dict:
 
 
 def peak_flops(device: str) -> float:
-    """FLOP/s of the fastest of forty matrix products: other work may slow some of them down."""
+    """FLOP/s of the best of forty matrix products, since other work may disturb some of them."""
     size, kind = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
     a, times = torch.randn(size, size, dtype=kind, device=device), []
     for _ in range(40):
@@ -160,7 +162,7 @@ def peak_flops(device: str) -> float:
 
 
 def text(rng: random.Random, tokens: float, spread: float, most: int) -> str:
-    """Random words with about so many tokens: log-normal around `tokens`, at most `most`."""
+    """Words of about so many tokens, log-normal."""
     wanted, words = min(max(4, rng.lognormvariate(0, spread) * tokens), most), []
     while len(words) < wanted:  # a word of the tiny world is about one token
         words.append(rng.choice(list(CLASS_OF)))
@@ -168,12 +170,12 @@ def text(rng: random.Random, tokens: float, spread: float, most: int) -> str:
 
 
 def length(rng: random.Random) -> int:
-    """The number of tokens of a sampled response."""
+    """Tokens of a sampled response."""
     return min(max(4, int(rng.lognormvariate(0, 0.6) * 40)), LONGEST)
 
 
 def load(work: str, size: str, folder: Path, device: str) -> Work:
-    """The work, which is the same for both sides: it depends only on the arguments."""
+    """The same for both sides, since it is a function of the arguments."""
     rng, count = random.Random(0), COUNTS[size][work]
     prompts = [text(rng, 20, 0.4, 64) for _ in range(count)]
     answers = [[text(rng, 40, 0.6, 200) for _ in range(2)] for _ in range(count)]
@@ -206,7 +208,63 @@ def load(work: str, size: str, folder: Path, device: str) -> Work:
 
 
 def peak_memory_mb(device: str) -> float:
-    """Peak memory so far in MiB: resident memory of this process, or tensors on the GPU."""
+    """The largest resident memory of this process so far, or that of a GPU's tensors, in MiB."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+# --- how it runs a stage --------------------------------------------------------------------------
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    """Writes a JSONL file, and returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def sl_settings(folder: Path, pairs: list[tuple]) -> dict:
+    """Settings with which train_sl.py learns these prompts and responses, and samples nothing."""
+    prompts = write(folder / "prompts.jsonl", [{"prompt": p} for p, _ in pairs])
+    write(folder / "sl" / "helpful.jsonl", [{"prompt": p, "response": r} for p, r in pairs])
+    settings = {"out": str(folder), "prompts": "", "rounds": 0, "max_new_tokens": 512}
+    return settings | {"helpful_prompts": prompts, "helpful_samples": 1}
+
+
+def rm_settings(folder: Path, pairs: list[tuple]) -> dict:
+    """Settings with which train_rm.py learns these (prompt, better, worse), and labels nothing."""
+    rows = [{"prompt": p, "chosen": a, "rejected": b} for p, a, b in pairs]
+    preferences = write(folder / "preferences.jsonl", rows)
+    return {"out": str(folder), "prompts": "", "preferences": preferences, "heldout": 0.0}
+
+
+def run_stage(script: ModuleType, cfg, name: str, **exchanged) -> tuple[float, list[dict]]:
+    """Runs the `main` of a script. Seconds from its last model to the end of training, metrics.
+
+    exchanged: functions of the script in the place of its own.
+    """
+    times = {}
+
+    def timed(function):
+        def load_model(*arguments, **settings):
+            model = function(*arguments, **settings)
+            times["began"] = clock()
+            return model
+
+        return load_model
+
+    def finish(stage: Stage, model, record: dict) -> dict:
+        times["ended"] = clock()
+        return record
+
+    for function in ("load_policy", "load_scorer"):
+        if hasattr(script, function):
+            exchanged.setdefault(function, timed(getattr(script, function)))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(Stage, "finish", finish))
+        for function, other in exchanged.items():
+            stack.enter_context(patch.object(script, function, other))
+        script.main(cfg)
+    rows = read_jsonl(Path(cfg.out) / name / "metrics.jsonl")
+    return times["ended"] - times.get("began", 0.0), rows

@@ -1,11 +1,8 @@
-"""Constitutions, and every prompt that the method puts to a model (sections 3.1 and 4.1; appendices C and E).
+"""Constitutions: named, versioned lists of principles, and the styles of critique.
 
-A principle is up to three requests: critique the last response, revise it (phase 1), compare two responses (phase 2). A constitution is a
-named, versioned list of them in a TOML file that a person can read; its fingerprint is stored in everything that is made from it.
-
-Rendering is `str -> str`, kept apart from models and tokenizers, so that the supervised stage, the labels, the reward model, PPO and the
-evaluation all see the same text. Critique, revision and comparison prompts open with a line that a plain dialogue never has: it tells
-the model that it is about to read a conversation, not to take part in it.
+A principle has up to three requests: to criticise the last response, to revise it (phase 1), and to
+compare two responses (phase 2). A constitution is a TOML file that a person can read. Its
+fingerprint is stored in everything that is made from it.
 """
 
 import difflib
@@ -33,13 +30,15 @@ class Principle:
 
 @dataclass(frozen=True)
 class Constitution:
+    """Principles under one name and version."""
+
     name: str
     version: str
     principles: tuple[Principle, ...]
 
     @property
     def sha256(self) -> str:
-        """Fingerprint of what the models are shown: it changes with any word of any principle, not with comments or layout."""
+        """Fingerprint of what the models read: of every word, not of comments and layout."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     @property
@@ -48,26 +47,25 @@ class Constitution:
         return {"name": self.name, "version": self.version, "sha256": self.sha256}
 
     def usable(self, *requests: str) -> tuple[Principle, ...]:
-        """The principles that have all the given requests; raises InputError where there is none."""
+        """The principles that have all the given requests. Raises InputError if there is none."""
         found = tuple(p for p in self.principles if all(getattr(p, r) for r in requests))
         if not found:
-            raise InputError(
-                f"constitution {self.name!r} has no principle with a {' and a '.join(requests)} request"
-            )
+            wanted = " and a ".join(requests)
+            raise InputError(f"constitution {self.name!r} has no principle with a {wanted} request")
         return found
 
 
 def load(path: str | Path) -> Constitution:
-    """Reads a constitution from TOML, or from the two JSON files published with the paper. Raises InputError."""
+    """Reads a constitution from TOML, or from one of the two JSON files published with the paper.
+
+    Raises InputError that names the file, and the principle and key where there is one.
+    """
     path = Path(path)
     if not path.is_file():
-        near = difflib.get_close_matches(
-            path.name, [p.name for p in path.parent.glob("*.toml")], 1, 0.4
-        )
-        raise InputError(
-            f"{path}: no such constitution file"
-            + (f"; did you mean {path.parent / near[0]}?" if near else "")
-        )
+        names = [p.name for p in path.parent.glob("*.toml")]
+        near = difflib.get_close_matches(path.name, names, 1, 0.4)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise InputError(f"{path}: no such constitution file{hint}")
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
@@ -81,67 +79,69 @@ def _from_table(path: Path, table: dict) -> Constitution:
     for key in table:
         if key not in ("name", "version", "principle"):
             raise InputError(
-                f"{path}: unknown key {key!r}; a constitution has name, version and [[principle]] tables"
+                f"{path}: unknown key {key!r}; a constitution has name, version and [[principle]] "
+                f"tables"
             )
-    for key in ("name", "version"):
+    for key, example in (("name", path.stem), ("version", "1.0")):
         if not isinstance(table.get(key), str) or not table[key].strip():
-            raise InputError(
-                f'{path}: {key} must be a text such as {key} = "{"1.0" if key == "version" else path.stem}"'
-            )
+            raise InputError(f'{path}: {key} must be a text such as {key} = "{example}"')
     rows = table.get("principle")
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{path}: no [[principle]] table found")
     principles = []
     for number, row in enumerate(rows, 1):
-        where = f"{path}: principle {number} ({row.get('name', 'unnamed')!r})"
-        for key, value in row.items():
-            if key not in ("name", *REQUESTS):
-                near = difflib.get_close_matches(key, ("name", *REQUESTS), 1)
-                raise InputError(
-                    f"{where}: unknown key {key!r}"
-                    + (f"; did you mean {near[0]!r}?" if near else "")
-                )
-            if not isinstance(value, str) or not value.strip():
-                raise InputError(
-                    f"{where}: {key} must be a text that is not empty (leave the key out where it is unused)"
-                )
-        if "name" not in row:
-            raise InputError(f"{where}: it needs a name")
-        if not any(row.get(r) for r in REQUESTS):
-            raise InputError(f"{where}: it needs at least one of {', '.join(REQUESTS)}")
-        if row["name"].strip() in [p.name for p in principles]:
-            raise InputError(f"{where}: the name is used twice")
-        principles.append(Principle(**{key: value.strip() for key, value in row.items()}))
+        principle = _principle(row, f"{path}: principle {number} ({row.get('name', 'unnamed')!r})")
+        if principle.name in [p.name for p in principles]:
+            raise InputError(
+                f"{path}: principle {number} ({row['name']!r}): the name is used twice"
+            )
+        principles.append(principle)
     return Constitution(table["name"].strip(), table["version"].strip(), tuple(principles))
 
 
+def _principle(row: dict, where: str) -> Principle:
+    for key, value in row.items():
+        if key not in ("name", *REQUESTS):
+            near = difflib.get_close_matches(key, ("name", *REQUESTS), 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"{where}: unknown key {key!r}{hint}")
+        if not isinstance(value, str) or not value.strip():
+            raise InputError(
+                f"{where}: {key} must be a text that is not empty (omit the key if it is not used)"
+            )
+    if "name" not in row:
+        raise InputError(f"{where}: it needs a name")
+    if not any(row.get(request) for request in REQUESTS):
+        raise InputError(f"{where}: it needs at least one of {', '.join(REQUESTS)}")
+    return Principle(**{key: value.strip() for key, value in row.items()})
+
+
 def _from_paper(path: Path, content: dict | list) -> Constitution:
-    """CritiqueRevisionInstructions.json (a table of requests) or RLMadisonInstructions.json (a list of comparison requests)."""
+    """The paper's two files of requests.
+
+    CritiqueRevisionInstructions.json: a table, {name: {"prompt": [critique], "edit_request"}}.
+    RLMadisonInstructions.json: a list of comparison requests.
+    """
 
     def bare(text: str, *marks: str) -> str:
         for mark in marks:
             text = text.replace(mark, "")
         return text.strip()
 
+    principles = []
     try:
         if isinstance(content, dict):
-            if not all(isinstance(row["prompt"], list) for row in content.values()):
-                raise TypeError("prompt is not a list")
-            principles = [
-                Principle(
-                    name,
-                    critique=bare(row["prompt"][0], "CritiqueRequest:", "Critique:"),
-                    revision=bare(row["edit_request"], "RevisionRequest:", "Revision:"),
-                )
-                for name, row in content.items()
-            ]
+            for name, row in content.items():
+                if not isinstance(row["prompt"], list):
+                    raise TypeError("prompt is not a list")
+                critique = bare(row["prompt"][0], "CritiqueRequest:", "Critique:")
+                revision = bare(row["edit_request"], "RevisionRequest:", "Revision:")
+                principles.append(Principle(name, critique, revision))
+        elif isinstance(content, list):
+            for k, text in enumerate(content):
+                principles.append(Principle(f"comparison{k}", comparison=bare(text, "Options:")))
         else:
-            if not isinstance(content, list):
-                raise TypeError("neither a table nor a list")
-            principles = [
-                Principle(f"comparison{k}", comparison=bare(text, "Options:"))
-                for k, text in enumerate(content)
-            ]
+            raise TypeError("neither a table nor a list")
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not one of the paper's instruction files ({error!r})") from error
     if not principles:
@@ -151,51 +151,52 @@ def _from_paper(path: Path, content: dict | list) -> Constitution:
     return Constitution(path.stem, "paper", tuple(principles))
 
 
-# --- styles of critique: each makes another principle of a principle ---------------------------------------------------------------
+# --- styles of critique: each changes the requests of a principle ---------------------------------
 
 
 def plain(principle: Principle) -> Principle:
-    """As the constitution has it (3.1)."""
+    """The principle as it is in the constitution (3.1)."""
     return principle
 
 
 def chain_of_thought(principle: Principle) -> Principle:
-    """The critique goes through four questions before it comes to the principle's own: an extension (the paper reasons in labels, 4.1)."""
-    questions = "Is it helpful? Is it honest? Is it harmless? Is it free of toxicity?"
-    return replace(
-        principle,
-        critique=f"First answer four questions about the assistant's last response, one after the other, each with a reason: "
-        f"{questions} Then: {principle.critique}",
+    """The critique answers four questions before the principle's own.
+
+    An extension: in the paper only labels are reasoned about (4.1).
+    """
+    critique = (
+        "First answer four questions about the assistant's last response, one after the other, "
+        "each with a reason: Is it helpful? Is it honest? Is it harmless? Is it free of toxicity? "
+        f"Then: {principle.critique}"
     )
+    return replace(principle, critique=critique)
 
 
 def strong(principle: Principle) -> Principle:
-    """A stricter critique request: an extension."""
-    return replace(
-        principle,
-        critique=f"{principle.critique} Be strict: quote the exact words that are at fault, say who would bear the "
-        "consequences and how grave they are, and excuse nothing.",
+    """A stricter critique request. An extension."""
+    critique = (
+        f"{principle.critique} Be strict: quote the exact words that are at fault, say who would "
+        "bear the consequences and how grave they are, and excuse nothing."
     )
+    return replace(principle, critique=critique)
 
 
 def direct(principle: Principle) -> Principle:
-    """No critique: the response is revised at once (section 3.5, figure 7: as good for large models, worse for small ones)."""
+    """No critique: the response is revised at once.
+
+    Section 3.5, figure 7: as good for large models, worse for small ones.
+    """
     return replace(principle, critique="")
 
 
 def together(principles: Sequence[Principle]) -> Principle:
-    """The whole constitution as one principle with numbered requests: an extension (the paper draws one a step)."""
+    """The whole constitution as one principle, with numbered requests.
 
-    def numbered(opening: str, request: str) -> str:
-        return "\n".join(
-            [opening, *(f"{k}. {getattr(p, request)}" for k, p in enumerate(principles, 1))]
-        )
-
-    return Principle(
-        "all",
-        numbered("Go through the following points one by one, and keep their numbers.", "critique"),
-        numbered("Write one response that follows each of these requests.", "revision"),
-    )
-
-
-# --- prompts ---------------------------------------------------------------------------------------------------------------------
+    An extension: the paper draws one principle per step.
+    """
+    criticise = ["Go through the following points one by one, and keep their numbers."]
+    revise = ["Write one response that follows each of these requests."]
+    for number, principle in enumerate(principles, 1):
+        criticise.append(f"{number}. {principle.critique}")
+        revise.append(f"{number}. {principle.revision}")
+    return Principle("all", "\n".join(criticise), "\n".join(revise))

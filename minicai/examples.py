@@ -1,8 +1,10 @@
-"""Few-shot examples in front of critiques and revisions (section 3.1: without them a model confuses the two), and of comparisons (4.1).
+"""Few-shot examples before critiques and revisions (section 3.1), and before comparisons (4.1).
 
-A file of examples is TOML: [[example]] tables with the keys of `Example`, [[comparison]] tables with those of `Comparison`, or both; a prompt is a
-question, or a transcript that opens with "Human:". The JSON files published with the paper (CritiqueRevisionFewShotPrompts.json,
-RLMadisonFewShotPrompts.json, RLMadisonPrecogFewShotPrompts.json) load too.
+Without them a model confuses critique and revision (3.1). A file of examples is TOML: [[example]]
+tables with the keys of `Example`, [[comparison]] tables with those of `Comparison`, or both. A
+prompt is a question, or a transcript that opens with "Human:". The JSON files published with the
+paper load too: CritiqueRevisionFewShotPrompts, RLMadisonFewShotPrompts and
+RLMadisonPrecogFewShotPrompts.
 """
 
 import hashlib
@@ -27,7 +29,7 @@ from minicai.prompts import (
 
 @dataclass(frozen=True)
 class Example:
-    """One round: the response to a prompt, its critique and its revision, as they were asked for."""
+    """One round: the response to a prompt, its critique and its revision, with their requests."""
 
     prompt: Prompt
     response: str
@@ -40,21 +42,23 @@ class Example:
 def in_front(
     examples: Sequence[Example], style: Callable[[Principle], Principle], text: str
 ) -> str:
-    """The examples, each with its revision, and then the text that asks: one blank line apart. A style without critiques leaves theirs out."""
-    shown = []
+    """The examples with their revisions, then the text that asks; a blank line between them.
+
+    Where the style has no critiques, the examples have none either.
+    """
+    criticised, shown = style(Principle("", critique="asked")).critique, []
     for e in examples:
-        principle = Principle(
-            "example",
-            e.critique_request if style(Principle("", critique="asked")).critique else "",
-            e.revision_request,
-        )
+        principle = Principle("", e.critique_request if criticised else "", e.revision_request)
         shown.append(f"{render_revision(e.prompt, e.response, e.critique, principle)} {e.revision}")
     return "\n\n".join([*shown, text])
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two responses to a prompt in the order in which they are shown, and which is better: "A" or "B". The rationale is for chains of thought."""
+    """Two responses to a prompt in the order in which they are shown.
+
+    better: "A" (the first) or "B". rationale: for chains of thought.
+    """
 
     prompt: Prompt
     first: str
@@ -64,162 +68,136 @@ class Comparison:
 
 
 def compared(comparisons: Sequence[Comparison], principle: Principle, text: str) -> str:
-    """The comparisons, each under the principle and with its answer, and then the text that asks: one blank line apart."""
-    return "\n\n".join(
-        [
-            *(
-                f"{render_comparison(c.prompt, c.first, c.second, principle)}{CHOICES['AB'.index(c.better)]})"
-                for c in comparisons
-            ),
-            text,
-        ]
-    )
+    """The comparisons under the principle, with their answers, then the text that asks.
+
+    There is a blank line between them.
+    """
+    shown = []
+    for c in comparisons:
+        asked = render_comparison(c.prompt, c.first, c.second, principle)
+        shown.append(f"{asked}{CHOICES['AB'.index(c.better)]})")
+    return "\n\n".join([*shown, text])
 
 
 def compared_by_thinking(comparisons: Sequence[Comparison], principle: Principle, text: str) -> str:
-    """The same with the rationale of each in front of its answer."""
-    shown = [
-        f"{render_conclusion(c.prompt, c.first, c.second, principle, c.rationale)}{CHOICES['AB'.index(c.better)]})"
-        for c in comparisons
-    ]
+    """`compared`, with the rationale of each comparison before its answer."""
+    shown = []
+    for c in comparisons:
+        asked = render_conclusion(c.prompt, c.first, c.second, principle, c.rationale)
+        shown.append(f"{asked}{CHOICES['AB'.index(c.better)]})")
     return "\n\n".join([*shown, text])
 
 
 def fingerprint(examples: Sequence[Example | Comparison]) -> str:
-    """sha256 of every word that is shown."""
-    return hashlib.sha256(
-        json.dumps([asdict(e) for e in examples], sort_keys=True).encode()
-    ).hexdigest()
+    """sha256 of every word that the models read."""
+    text = json.dumps([asdict(e) for e in examples], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# --- files ----------------------------------------------------------------------------------------
 
 
 def load_examples(path: str | Path) -> tuple[Example, ...]:
-    """Reads the examples of critiques and revisions in a file. Raises InputError that names the file and the number of the example."""
-    return tuple(
-        _example(row, f"{path}: example {number}")
-        for number, row in enumerate(_rows(Path(path), "example", _from_paper), 1)
-    )
+    """The examples of critiques and revisions in a file.
+
+    Raises InputError that names the file and the number of the example.
+    """
+    keys, found = [field.name for field in fields(Example)], []
+    for number, row in enumerate(_rows(Path(path), "example", _from_paper), 1):
+        found.append(Example(**_texts(row, keys, f"{path}: example {number}")))
+    return tuple(found)
 
 
 def load_comparisons(path: str | Path, thinking: bool = False) -> tuple[Comparison, ...]:
-    """Reads the examples of comparisons in a file; for chains of thought (`thinking`) each must have a rationale.
+    """The examples of comparisons in a file. For chains of thought each must have a rationale.
 
-    Raises InputError that names the file and the number, also where the better one always stands in the same place, which a model would copy.
+    Raises InputError that names the file and the number. It does so too where the better response
+    is always at the same position, which a model would copy.
     """
-    found = tuple(
-        _comparison(row, f"{path}: comparison {number}", thinking)
-        for number, row in enumerate(_rows(Path(path), "comparison", _comparison_from_paper), 1)
-    )
+    found = []
+    for number, row in enumerate(_rows(Path(path), "comparison", _comparison_from_paper), 1):
+        where, keys = f"{path}: comparison {number}", ["prompt", "first", "second", "better"]
+        if thinking or (isinstance(row, dict) and "rationale" in row):
+            keys.append("rationale")
+        texts = _texts(row, keys, where)
+        if texts["better"] not in ("A", "B"):
+            raise InputError(
+                f'{where}: better must be "A" (the first) or "B" (the second), '
+                f"not {row['better']!r}"
+            )
+        found.append(Comparison(**texts))
     if len(found) > 1 and len({c.better for c in found}) == 1:
         raise InputError(
-            f"{path}: {found[0].better} is the better one in all {len(found)} comparisons, which teaches the place, not the principle"
+            f"{path}: {found[0].better} is the better one in all {len(found)} comparisons, which "
+            f"teaches the position, not the principle"
         )
-    return found
+    return tuple(found)
 
 
 def _rows(path: Path, key: str, from_paper: Callable) -> list[dict]:
+    """The [[key]] tables of a TOML file, or the entries of one of the paper's JSON files."""
     try:
         text = path.read_text(encoding="utf-8")
-        rows = (
-            [from_paper(row, k) for k, row in enumerate(json.loads(text))]
-            if path.suffix == ".json"
-            else tomllib.loads(text).get(key)
-        )
+        if path.suffix == ".json":
+            rows = [from_paper(row, k) for k, row in enumerate(json.loads(text))]
+        else:
+            rows = tomllib.loads(text).get(key)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
-    except (
-        tomllib.TOMLDecodeError,
-        json.JSONDecodeError,
-        UnicodeDecodeError,
-        TypeError,
-        AttributeError,
-        KeyError,
-        IndexError,
-    ) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         raise InputError(f"{path}: not a readable file of examples: {error}") from error
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{path}: no [[{key}]] table found")
     return rows
 
 
-def _example(row: dict, where: str) -> Example:
-    keys = [f.name for f in fields(Example)]
-    _require_texts(row, keys, where)
-    return Example(
-        **{key: value.strip() for key, value in row.items()}
-        | {"prompt": _prompt(row["prompt"], where)}
-    )
-
-
-def _comparison(row: dict, where: str, thinking: bool) -> Comparison:
-    keys = [
-        "prompt",
-        "first",
-        "second",
-        "better",
-        *(["rationale"] if thinking or (isinstance(row, dict) and "rationale" in row) else []),
-    ]
-    _require_texts(row, keys, where)
-    if row["better"].strip() not in ("A", "B"):
-        raise InputError(
-            f'{where}: better must be "A" (the first) or "B" (the second), not {row["better"]!r}'
-        )
-    return Comparison(
-        **{key: value.strip() for key, value in row.items()}
-        | {"prompt": _prompt(row["prompt"], where)}
-    )
-
-
-def _require_texts(row: dict, keys: list[str], where: str) -> None:
-    if (
-        not isinstance(row, dict)
-        or set(row) != set(keys)
-        or not all(isinstance(value, str) and value.strip() for value in row.values())
-    ):
+def _texts(row: dict | None, keys: list[str], where: str) -> dict:
+    """The row with its texts stripped, and the prompt read. It must have exactly these keys."""
+    known = isinstance(row, dict) and set(row) == set(keys)
+    if not known or not all(isinstance(text, str) and text.strip() for text in row.values()):
         raise InputError(f"{where} must have exactly the texts {', '.join(keys)}")
-
-
-def _prompt(text: str, where: str) -> Prompt:
-    text = text.strip().removesuffix("Assistant:").strip()
-    return (
-        split_transcript(f"\n\n{text}\n\nAssistant: .", where)[0]
-        if text.startswith("Human:")
-        else text
-    )
+    texts = {key: text.strip() for key, text in row.items()}
+    prompt = texts["prompt"].removesuffix("Assistant:").strip()
+    if prompt.startswith("Human:"):
+        prompt, _ = split_transcript(f"\n\n{prompt}\n\nAssistant: .", where)
+    return texts | {"prompt": prompt}
 
 
 PAPER = re.compile(
-    r"(?s)\s*(?P<prompt>Human:.*)\n\nAssistant:(?P<response>.*?)\n\nCritiqueRequest:(?P<critique_request>.*?)"
-    r"\n\nCritique:(?P<critique>.*?)\n\nRevisionRequest:(?P<revision_request>.*?)\n\nRevision:(?P<revision>.*?)(\n\nHuman:\s*)?"
+    r"(?s)\s*(?P<prompt>Human:.*)\n\nAssistant:(?P<response>.*?)"
+    r"\n\nCritiqueRequest:(?P<critique_request>.*?)\n\nCritique:(?P<critique>.*?)"
+    r"\n\nRevisionRequest:(?P<revision_request>.*?)\n\nRevision:(?P<revision>.*?)(\n\nHuman:\s*)?"
 )
 
 
 def _from_paper(text: str, _: int) -> dict | None:
-    """One text of the paper's file, which may end in the "Human:" of the next."""
+    """One text of the paper's file, which may end with the "Human:" of the next."""
     match = PAPER.fullmatch(text)
     return match and match.groupdict()
 
 
 PAPER_THINKING = re.compile(
-    r"(?s)\s*Human: Consider the following conversation between a human( \(H\))? and an assistant( \(A\))?:\s*"
-    r"(?P<prompt>H:.*?)\s*\{\}\s*\(A\) \[\[\[(?P<first>.*?)\]\]\]\s*\(B\) \[\[\[(?P<second>.*?)\]\]\]\s*"
-    r"Assistant: Let's think step by step:\s*(?P<rationale>.*?)\s*Human:\s*So the answer is: \((?P<better>[AB])\)\s*"
+    r"(?s)\s*Human: Consider the following conversation between a human( \(H\))? and an assistant"
+    r"( \(A\))?:\s*(?P<prompt>H:.*?)\s*\{\}"
+    r"\s*\(A\) \[\[\[(?P<first>.*?)\]\]\]\s*\(B\) \[\[\[(?P<second>.*?)\]\]\]"
+    r"\s*Assistant: Let's think step by step:\s*(?P<rationale>.*?)"
+    r"\s*Human:\s*So the answer is: \((?P<better>[AB])\)\s*"
 )
 
 
 def _comparison_from_paper(row: dict, number: int) -> dict | None:
-    """One entry of the paper's files: with a rationale and in a fixed order, or a better and a worse response, which take turns in standing first."""
+    """One entry of the paper's files.
+
+    It has a rationale and a fixed order, or a better and a worse response, which take turns in
+    being first.
+    """
     if "corrects" in row:
         pair = [row["corrects"][0], row["incorrects"][0]]
         first, second = pair if number % 2 == 0 else pair[::-1]
-        return {
-            "prompt": row["prompt"],
-            "first": first,
-            "second": second,
-            "better": "AB"[number % 2],
-        }
+        better = "AB"[number % 2]
+        return {"prompt": row["prompt"], "first": first, "second": second, "better": better}
     match = PAPER_THINKING.fullmatch(row["prompt"])
-    return match and match.groupdict() | {
-        "prompt": re.sub(
-            r"(?m)^([HA]):", lambda m: {"H": "Human:", "A": "Assistant:"}[m[1]], match["prompt"]
-        )
-    }
+    if not match:
+        return None
+    prompt = re.sub(r"(?m)^H:", "Human:", match["prompt"])
+    return match.groupdict() | {"prompt": re.sub(r"(?m)^A:", "Assistant:", prompt)}

@@ -1,25 +1,31 @@
-"""Every equation of the method, each one pure tensor function. Imports torch and nothing else.
+"""Every equation of the method, each one a pure function of tensors. Imports only torch.
 
-Legend of shape suffixes: B sequences of a batch, T tokens, V vocabulary, N anything flat.
-Everything about a token stands at that token's own index: logprobs[b, t] is the log-prob of token t given the tokens before it, values[b, t]
-the value of the state in which it was chosen. `mask` [B, T] is bool, True at the tokens that the policy chose, its end of sequence included.
+Legend of shapes: B sequences of a batch, T tokens, V vocabulary.
 
-Losses come back unreduced, zero outside the mask. The caller sums them and divides once, by a count of tokens or sequences over all
-micro-batches and processes; then accumulation and data parallelism give the gradient of one large batch.
+Everything about a token is stored at that token's own index: logprobs[b, t] is the log-prob of
+token t given the tokens before it, values[b, t] the value of the state in which it was chosen.
+`mask` [B, T] is bool, True at the tokens that the policy chose, its end of sequence included.
 
-Papers: CAI = Bai et al. 2022, arXiv 2212.08073. HH = Bai et al. 2022a, arXiv 2204.05862. PPO = Schulman et al. 2017, arXiv 1707.06347.
-GAE = Schulman et al. 2016, arXiv 1506.02438. KL = Schulman 2020, joschu.net/blog/kl-approx.html. LM = Ziegler et al. 2019, arXiv 1909.08593.
+Losses are unreduced, and zero outside the mask. The caller sums them and divides once, by a count
+of tokens or sequences over all micro-batches and processes. So accumulation and data parallelism
+give the gradient of one large batch.
+
+Papers:
+    CAI  Bai et al. 2022, arXiv 2212.08073          HH   Bai et al. 2022a, arXiv 2204.05862
+    PPO  Schulman et al. 2017, arXiv 1707.06347     GAE  Schulman et al. 2016, arXiv 1506.02438
+    LM   Ziegler et al. 2019, arXiv 1909.08593
+    KL   Schulman 2020, joschu.net/blog/kl-approx.html
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# --- phase 1: supervised ---------------------------------------------------------------------------------------------------------
+# --- phase 1: supervised --------------------------------------------------------------------------
 
 
 def nll_loss(logprobs: Tensor, mask: Tensor) -> Tensor:
-    """Negative log-likelihood of the response tokens; the prompt is masked.
+    """Negative log-likelihood of the response tokens. The prompt is masked.
 
     CAI section 3.1:  L_SL = - sum_i log P_theta(y_i_revised | x_i)
     loss = -logprobs where mask else 0
@@ -28,61 +34,67 @@ def nll_loss(logprobs: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, -logprobs, 0.0)
 
 
-# --- phase 2: the preference model -----------------------------------------------------------------------------------------------
+# --- phase 2: the preference model ----------------------------------------------------------------
 
 
 def preference_loss(
     score_first: Tensor, score_second: Tensor, p_first: Tensor, margin: float = 0.0
 ) -> Tensor:
-    """Bradley-Terry loss with a soft target: the cross-entropy between the label and sigma(r_A - r_B).
+    """Bradley-Terry loss with a soft target: cross-entropy between the label and sigma(r_A - r_B).
 
     CAI section 4.1:  L_RM = - [ p log sigma(r_A - r_B) + (1 - p) log sigma(r_B - r_A) ]
-    loss = -(p_first * logsigmoid(difference - margin) + (1 - p_first) * logsigmoid(-difference - margin))
-    scores [B], p_first [B] in 0..1 = P(first is better); a hard pair has 0 or 1 -> [B] nats.
-    The margin (Touvron et al. 2023, section 3.2.2) asks the preferred score to lead by that much; the paper has none (0).
+    loss = -( p_first       * logsigmoid( difference - margin)
+            + (1 - p_first) * logsigmoid(-difference - margin) )
+    scores [B]; p_first [B] in 0..1, P(first is better), for a hard pair 0 or 1 -> [B] nats.
+    With a margin (Touvron et al. 2023, section 3.2.2) the preferred score has to lead by that much.
+    The paper has none (0).
     """
     difference = score_first - score_second
-    return -(
-        p_first * F.logsigmoid(difference - margin)
-        + (1 - p_first) * F.logsigmoid(-difference - margin)
-    )
+    first_wins, second_wins = F.logsigmoid(difference - margin), F.logsigmoid(-difference - margin)
+    return -(p_first * first_wins + (1 - p_first) * second_wins)
 
 
 def centering_loss(score_first: Tensor, score_second: Tensor) -> Tensor:
-    """Pulls the mean score of a pair to 0, which Bradley-Terry leaves free. Eisenstein et al. 2023, arXiv 2312.09244, section 2.
+    """Pulls the mean score of a pair to 0, which Bradley-Terry does not determine.
 
+    Eisenstein et al. 2023, arXiv 2312.09244, section 2:
     loss = (score_first + score_second) ** 2
-    scores [B] -> [B]. To be added to the preference loss with a small coefficient (0.01). Not in the paper.
+    scores [B] -> [B]. It is added to the preference loss with a small coefficient (0.01). The paper
+    does not have it.
     """
     return (score_first + score_second) ** 2
 
 
-# --- phase 2: divergence from the reference --------------------------------------------------------------------------------------
+# --- phase 2: divergence from the reference -------------------------------------------------------
 
 
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Estimator k1 of KL(pi || pi_ref) from tokens sampled from pi: unbiased, of high variance, negative for single tokens.
+    """Estimator k1 of KL(pi || pi_ref), for tokens sampled from pi.
 
+    It is unbiased, has a high variance, and can be negative. The usual choice inside the reward.
     KL:  k1 = log pi(y) - log pi_ref(y)
-    logprobs, ref_logprobs of any one shape, nats -> the same shape. The usual choice inside the reward.
+    logprobs, ref_logprobs: nats, of the same shape -> that shape.
     """
     return logprobs - ref_logprobs
 
 
 def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Estimator k2 of KL(pi || pi_ref): biased, of low variance, never negative; its gradient is that of the true KL.
+    """Estimator k2 of KL(pi || pi_ref), for tokens sampled from pi.
 
+    It is biased, has a low variance, and is never negative. Its gradient is that of the true KL.
     KL:  k2 = (log pi(y) - log pi_ref(y))^2 / 2
-    logprobs, ref_logprobs of any one shape, nats -> the same shape.
+    logprobs, ref_logprobs: nats, of the same shape -> that shape.
     """
     return 0.5 * (logprobs - ref_logprobs) ** 2
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Estimator k3 of KL(pi || pi_ref): unbiased, of low variance, never negative. The one to watch.
+    """Estimator k3 of KL(pi || pi_ref), for tokens sampled from pi. The one to watch.
 
+    It is unbiased, has a low variance, and is never negative.
     KL:  k3 = (rho - 1) - log rho  with  rho = pi_ref(y) / pi(y)
-    logprobs, ref_logprobs of any one shape, nats -> the same shape. Mask the log-probs, not the result: garbage would overflow.
+    logprobs, ref_logprobs: nats, of the same shape -> that shape. Mask the log-probs, not the
+    result: outside the mask the exponential could overflow.
     """
     log_ratio = ref_logprobs - logprobs
     return torch.expm1(log_ratio) - log_ratio
@@ -92,44 +104,46 @@ def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     """KL(pi || pi_ref) of each next-token distribution, summed over the whole vocabulary.
 
     sum_v pi(v) (log pi(v) - log pi_ref(v))
-    logits, ref_logits [..., V] -> [...] nats. Computed in float32: bfloat16 logits would drown a KL of 0.01.
+    logits, ref_logits [..., V] -> [...] nats, in float32: the rounding errors of bfloat16 are
+    larger than a KL of 0.01.
     """
     logp, ref_logp = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
     return (logp.exp() * (logp - ref_logp)).sum(-1)
 
 
 def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """The reward of each token: minus the KL penalty, plus the preference model's score at the last token of the response.
+    """The reward of each token: the negative KL penalty, and at the last token also the score.
 
     CAI section 4.1, HH section 4.1:  r = r_PM - lambda_KL KL(pi || pi_0)
     rewards = -kl_coef * kl, + scores at the last masked token
-    scores [B], kl [B, T] nats (k1 in the usual recipe), mask [B, T] -> [B, T], zero outside the mask.
-    Raises ValueError if a row of the mask is empty: its score would have no token to stand at.
+    scores [B] of the preference model, kl [B, T] nats (k1 in the usual recipe), mask [B, T]
+    -> [B, T], zero outside the mask.
+    Raises ValueError where a row of the mask is empty: there is no token to give the score to.
     """
     if not mask.any(-1).all():
         raise ValueError(
-            "shaped_rewards: a response has no token; an empty response still has its end of sequence"
+            "shaped_rewards: a response has no token; an empty one has at least an end of sequence"
         )
     positions = torch.arange(mask.shape[1], device=mask.device)
     last = torch.where(mask, positions, 0).amax(-1)
-    return torch.where(mask, -kl_coef * kl, 0.0) + torch.where(
-        positions == last[:, None], scores[:, None], 0.0
-    )
+    score = torch.where(positions == last[:, None], scores[:, None], 0.0)
+    return torch.where(mask, -kl_coef * kl, 0.0) + score
 
 
 def adaptive_kl_coef(
     kl_coef: float, kl: float, target: float, horizon: int, episodes: int
 ) -> float:
-    """Moves the KL coefficient so that the measured KL approaches a target. An extension: the paper's is fixed.
+    """Moves the KL coefficient so that the measured KL approaches a target.
 
     LM section 2.2:  e = clip(KL / target - 1, -0.2, 0.2);  beta <- beta (1 + e n / horizon)
-    kl and target in nats per response, horizon and episodes in episodes -> the new coefficient.
+    kl, target: nats per response. episodes (n), horizon: numbers of episodes -> the coefficient.
+    An extension: the paper's coefficient is fixed.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * episodes / horizon)
 
 
-# --- phase 2: advantages ---------------------------------------------------------------------------------------------------------
+# --- phase 2: advantages --------------------------------------------------------------------------
 
 
 def gae(
@@ -137,10 +151,13 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation over the response, which ends the episode.
 
-    GAE equations 11, 12, 16:  delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lambda A_{t+1}
-    returns = advantages + values
-    rewards, values, mask [B, T] -> advantages, returns [B, T], zero outside the mask. No gradient flows through them.
-    A masked row is one run of tokens; after its last token both V and A are 0 (a response cut off by length counts as ended).
+    GAE equations 11, 12, 16:
+        delta_t = r_t + gamma V_{t+1} - V_t
+        A_t     = delta_t + gamma lambda A_{t+1}
+        returns = advantages + values
+    rewards, values, mask [B, T] -> advantages, returns [B, T], zero outside the mask, without
+    gradient. In each row the mask is one run of tokens. After the last of them V and A are 0: a
+    response that the length limit cut off counts as ended.
     """
     rewards, values = rewards.detach(), torch.where(mask, values, 0.0).detach()
     advantages = torch.zeros_like(values)
@@ -153,41 +170,46 @@ def gae(
 
 
 def moments(x: Tensor, mask: Tensor) -> Tensor:
-    """Count, sum and sum of squares of the masked entries: they add over micro-batches and processes, as means do not.
+    """Count, sum and sum of squares of the masked entries.
 
-    x, mask of any one shape -> [3] float64 (the variance is a difference of large sums).
+    Unlike means they can be added over micro-batches and processes.
+    x, mask: of the same shape -> [3] float64, since the variance is a difference of large sums.
     """
     x = torch.where(mask, x, 0.0).double()
     return torch.stack([mask.sum(), x.sum(), (x * x).sum()])
 
 
 def mean_and_variance(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """From `moments` [3], or a sum of several: mean and (population) variance, float64 scalars; 0, 0 of nothing."""
+    """Mean and population variance, float64 scalars, from moments [3] or a sum of several.
+
+    Both are 0 where nothing was counted.
+    """
     mean, mean_square = moments[1:] / moments[0].clamp(min=1)
     return mean, (mean_square - mean**2).clamp(min=0)
 
 
 def whiten(x: Tensor, mask: Tensor, moments: Tensor, eps: float = 1e-8) -> Tensor:
-    """Masked entries with mean 0 and variance 1: what PPO does to advantages.
+    """Shifts and scales the masked entries to mean 0 and variance 1, as PPO does with advantages.
 
     (x - mean) / sqrt(variance + eps)
-    x, mask of any one shape; moments [3] of the *whole* batch, over all processes -> x's shape, zero outside the mask.
+    x, mask: of the same shape; moments [3] of the *whole* batch, over all processes -> that shape,
+    zero outside the mask.
     """
     mean, variance = mean_and_variance(moments)
     return torch.where(mask, ((x - mean) * (variance + eps).rsqrt()).to(x.dtype), 0.0)
 
 
 def whiten_scale(x: Tensor, mask: Tensor, moments: Tensor, eps: float = 1e-8) -> Tensor:
-    """Masked entries scaled to variance 1 and not shifted: what may be done to rewards, whose sign matters.
+    """Scales the masked entries to variance 1 without a shift, for rewards, whose sign matters.
 
     x / sqrt(variance + eps)
-    x, mask of any one shape; moments [3] of the whole batch -> x's shape, zero outside the mask.
+    x, mask: of the same shape; moments [3] of the whole batch -> that shape, zero outside the mask.
     """
     _, variance = mean_and_variance(moments)
     return torch.where(mask, (x * (variance + eps).rsqrt()).to(x.dtype), 0.0)
 
 
-# --- phase 2: PPO ----------------------------------------------------------------------------------------------------------------
+# --- phase 2: PPO ---------------------------------------------------------------------------------
 
 
 def policy_loss(
@@ -195,8 +217,8 @@ def policy_loss(
 ) -> Tensor:
     """The clipped surrogate objective, negated.
 
-    PPO equation 7:  L = - min( rho A, clip(rho, 1 - eps, 1 + eps) A )  with  rho = pi(y) / pi_old(y)
-    logprobs, old_logprobs nats, advantages, mask: all [B, T] -> [B, T], zero outside the mask.
+    PPO equation 7:  L = - min( rho A, clip(rho, 1 - eps, 1 + eps) A ),  rho = pi(y) / pi_old(y)
+    logprobs, old_logprobs [B, T] nats, advantages, mask [B, T] -> [B, T], zero outside the mask.
     """
     ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
@@ -206,10 +228,11 @@ def policy_loss(
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_range: float
 ) -> Tensor:
-    """Squared error of the value, taken pessimistically against a prediction that may not move far from the old one.
+    """The larger of two squared errors: of the value, and of the value clipped near its old one.
 
     baselines' PPO2, LM's code:  L = max( (V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2 ) / 2
-    values, old_values, returns in units of reward, mask: all [B, T] -> [B, T], zero outside the mask.
+    values, old_values, returns [B, T] in units of reward, mask [B, T] -> [B, T], zero outside the
+    mask.
     """
     clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
     loss = 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
@@ -217,15 +240,16 @@ def value_loss(
 
 
 def cai_loss(l_sl: Tensor, l_rl: Tensor, alpha: float) -> Tensor:
-    """The combined objective: PPO with a supervised term mixed in.
+    """The combined objective: PPO with a supervised term.
 
     L_CAI = L_SL + alpha L_RL
-    l_sl, l_rl: reduced losses (scalars) -> scalar. An extension: the paper runs the two phases one after the other.
+    l_sl, l_rl: reduced losses (scalars) -> scalar.
+    An extension: the paper runs the two phases one after the other.
     """
     return l_sl + alpha * l_rl
 
 
-# --- what to watch ---------------------------------------------------------------------------------------------------------------
+# --- what to watch --------------------------------------------------------------------------------
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -239,9 +263,11 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def approx_kl(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """How far an update has moved the policy from the one that sampled: k3 of KL(pi_old || pi), since the tokens are pi_old's.
+    """How far updates have moved the policy from the one that sampled.
 
-    logprobs, old_logprobs nats, mask: [B, T] -> [B, T], zero outside the mask, never negative.
+    k3 of KL(pi_old || pi), since pi_old sampled the tokens.
+    logprobs, old_logprobs [B, T] nats, mask [B, T] -> [B, T] nats, zero outside the mask, never
+    negative.
     """
     return kl_k3(torch.where(mask, old_logprobs, 0.0), torch.where(mask, logprobs, 0.0))
 
@@ -249,16 +275,20 @@ def approx_kl(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
 def clip_fraction(
     logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, clip_range: float
 ) -> Tensor:
-    """1 where the ratio lies outside the clip range, whichever way the advantage points. [B, T] -> [B, T] of 0 and 1."""
+    """1 where the ratio is outside the clip range, whatever the sign of the advantage, else 0.
+
+    logprobs, old_logprobs [B, T] nats, mask [B, T] -> [B, T].
+    """
     ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()
     return ((ratio - 1).abs() > clip_range).to(logprobs.dtype)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
-    """1 for a perfect value model, 0 for a constant one, negative for one that is worse than a constant.
+    """1 for a perfect value model, 0 for a constant one, negative for one worse than a constant.
 
     1 - Var(returns - values) / Var(returns), over the masked entries
-    values, returns, mask [B, T] -> float64 scalar; 0 where the returns do not vary (by more than eps, which rounding alone stays below).
+    values, returns, mask [B, T] -> float64 scalar; 0 where the returns do not vary (by more than
+    eps, which is more than rounding errors).
     """
     _, variance = mean_and_variance(moments(returns, mask))
     _, residual = mean_and_variance(moments(returns - values, mask))

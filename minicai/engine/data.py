@@ -1,6 +1,7 @@
-"""Files in and out: prompts, preference pairs, and the append-only JSONL journals through which the stages meet.
+"""Files in and out: prompts, preference pairs, and the JSONL journals between the stages.
 
-A journal line is written whole and synced to the disk; after a kill the torn last line is dropped and work goes on behind it.
+Lines of a journal are written whole and synced to the disk. A kill can tear only the last line. It
+is dropped when the journal is opened, and work resumes after the line before it.
 """
 
 import errno
@@ -11,6 +12,7 @@ import os
 import random
 import re
 import shutil
+import traceback
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,60 +24,64 @@ from minicai import InputError, RunError
 from minicai.engine import hub
 from minicai.prompts import Prompt, render, split_transcript
 
+FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
+
+
+# --- writing --------------------------------------------------------------------------------------
+
 
 @contextmanager
 def disk_full_guard(path: Path, temporary: Path | None = None) -> Iterator[None]:
-    """Around what makes `path`, beside its place in `temporary`, which is removed where that fails: it would take what room is made.
+    """Wraps what writes `path`, or `temporary`, which is to replace it and is removed on an error.
 
-    Raises RunError where the disk is full. Libraries hide the system's error behind one of their own, or repeat no more than its words.
+    Raises RunError where the disk is full. Libraries raise errors of their own then, so the
+    system's words are looked for in the whole chain of errors.
     """
     try:
         yield
-    except BaseException as error:  # that of a checkpoint is no Exception
-        if temporary:
-            shutil.rmtree(
-                temporary, ignore_errors=True
-            ) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+    except BaseException as error:  # a checkpoint's error is not an Exception
+        if temporary and temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        elif temporary:
+            temporary.unlink(missing_ok=True)
         raise_interrupt(error)
-        chain: list[BaseException] = [error, *_failures(error)]
-        while inner := chain[-1].__cause__ or chain[-1].__context__:
-            chain.append(inner)
-        full = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
-        for said in (
-            words
-            for words in full
-            if any(words in str(e) for e in chain) and not isinstance(error, RunError)
-        ):
+        said = "".join(traceback.format_exception(error))
+        reasons = [reason for reason in FULL if reason in said]
+        if reasons and not isinstance(error, RunError):
             raise RunError(
-                f"{path}: cannot be written: {said}; all that stands there is whole: make room, and the same command goes on"
+                f"{path}: cannot be written: {reasons[0]}; all files are complete: free some "
+                f"space, and the same command resumes"
             ) from error
         raise
 
 
-def _failures(error: BaseException) -> list[BaseException]:
-    """What is inside an error of torch.distributed.checkpoint, by rank."""
-    return [inner for inner, _ in getattr(error, "failures", {}).values()]
-
-
 def raise_interrupt(error: BaseException) -> None:
-    """Raises the KeyboardInterrupt that torch.distributed.checkpoint made an error of its own of, if that is what it is."""
-    if any(isinstance(inner, KeyboardInterrupt) for inner in _failures(error)):
-        raise KeyboardInterrupt from error
+    """Raises the KeyboardInterrupt that torch.distributed.checkpoint has wrapped, if it has."""
+    for inner, _ in getattr(error, "failures", {}).values():
+        if isinstance(inner, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+
+
+def _sync(path: Path, text: str, mode: str) -> None:
+    with open(path, mode, encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """The whole new text or the whole old one, whatever happens in between. Raises RunError where the disk is full."""
+    """Replaces a file at once: after a kill it has the whole new text or the whole old one.
+
+    Raises RunError where the disk is full.
+    """
     temporary = path.with_name(path.name + ".tmp")
     with disk_full_guard(path, temporary):
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        _sync(temporary, text, "w")
         os.replace(temporary, path)
 
 
 def read_record(path: Path) -> dict:
-    """What a finished stage wrote of itself. Raises InputError where it is damaged."""
+    """The record of a finished stage. Raises InputError where it is damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -88,66 +94,56 @@ def read_record(path: Path) -> dict:
 
 
 def finite(value):
-    """NaN and the infinities are not JSON: null instead, in dicts and lists too."""
-    if isinstance(value, dict):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """A copy of what goes into a file, with None for NaN and infinities, which are not JSON."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
 class Journal:
     """An append-only JSONL file of dicts, `rows`. A torn last line is dropped when it is opened.
 
-    group, total: the rows are made in groups of `group` until there are `total`. Of an unfinished
-    file the rows behind the last whole group are dropped: they are made again in the same groups,
-    and come out as if nothing had been interrupted. With path None rows are kept, not written: of
-    several processes only one writes. mirror(rows) is called when they are written.
+    group, total: numbers of rows. The rows are made in groups of `group` until there are `total`.
+    Of an unfinished file the rows after the last whole group are dropped: they are made again in
+    the same groups, and come out as if nothing had been interrupted.
+    With path None rows are kept, not written: of several processes only one writes.
+    mirror(rows) is called when they are written.
     """
 
     def __init__(self, path: Path, group: int = 1, total: int | None = None):
         self.path, self.name, self.mirror = path, path.stem, None
         self.group, self.total = group, total
         lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-        if len(lines) != total:
-            lines = lines[: len(lines) - len(lines) % group]
-        self.rows = [_object(line, path, number) for number, line in enumerate(lines, 1)]
-        if path.exists():
-            os.truncate(path, sum(len(line) + 1 for line in lines))
+        self.rows = [_object(line, f"{path}, line {k}") for k, line in enumerate(lines, 1)]
+        self.sizes = [len(line) + 1 for line in lines]  # bytes
+        self.keep(len(lines) if len(lines) == total else len(lines) - len(lines) % group)
 
     def append(self, rows: list[dict]) -> None:
-        """Adds whole lines, or none where that fails. Raises RunError where the disk is full."""
+        """Adds all the rows, or none where that fails. Raises RunError where the disk is full."""
         rows = [finite(row) for row in rows]
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         if self.path:
-            self._write(rows)
+            try:
+                with disk_full_guard(self.path):
+                    _sync(self.path, "".join(lines), "a")
+            except BaseException:
+                self.keep(len(self.rows))
+                raise
         if self.mirror:
             self.mirror(rows)
         self.rows += rows
-
-    def _write(self, rows: list[dict]) -> None:
-        size = self.path.stat().st_size if self.path.exists() else 0
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        with disk_full_guard(self.path):
-            try:
-                with open(self.path, "ab") as file:
-                    file.write(text.encode())
-                    file.flush()
-                    os.fsync(file.fileno())
-            except BaseException:
-                if self.path.exists():
-                    os.truncate(self.path, size)
-                raise
+        self.sizes += [len(line.encode()) for line in lines]
 
     def keep(self, count: int) -> None:
-        """Forgets all but the first `count` lines: what was logged after the checkpoint that a run resumes from."""
+        """Forgets all but the first `count` rows, as those logged after the latest checkpoint."""
+        self.rows, self.sizes = self.rows[:count], self.sizes[:count]
         if self.path and self.path.exists():
-            lines = self.path.read_bytes().split(b"\n")[:-1][:count]
-            os.truncate(self.path, sum(len(line) + 1 for line in lines))
-        self.rows = self.rows[:count]
+            os.truncate(self.path, sum(self.sizes))
+
+
+# --- orders and batches ---------------------------------------------------------------------------
 
 
 def epoch_order(count: int, *seed: int) -> list[int]:
-    """A shuffle of range(count). The seed alone decides, so a resumed run sees the same batches."""
+    """A shuffle of range(count). Only the seed decides, so a resumed run sees the same batches."""
     tag = 1 << 20  # keeps shuffles apart from the random numbers of samples
     return np.random.default_rng((tag, *seed)).permutation(count).tolist()
 
@@ -171,97 +167,106 @@ def batch_of_step(step: int, count: int, size: int, *seed: int) -> list[int]:
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Positions of sequences in micro-batches of at most `budget` tokens (a longer sequence is alone), each with others of its length.
+    """Positions of sequences in micro-batches of at most `budget` tokens, of similar lengths.
 
-    SL on the tiny model with budgets of 512, 1,024, 2,048, 4,096 and 8,192: 4,700, 5,550, 5,980, 7,560 and 6,730 target tokens/s.
+    A sequence longer than the budget gets a micro-batch of its own. SL on the tiny model with
+    budgets of 512, 1,024, 2,048, 4,096 and 8,192: 4,700, 5,550, 5,980, 7,560 and 6,730 target
+    tokens/s.
     """
     batches: list[list[int]] = []
-    room = 0
+    left = 0  # tokens of the budget
     for k in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if lengths[k] > room:
+        if lengths[k] > left:
             batches.append([])
-            room = budget
+            left = budget
         batches[-1].append(k)
-        room -= lengths[k]
+        left -= lengths[k]
     return batches
 
 
 def split(rows: list[dict], share: float, seed: int) -> tuple[list[dict], list[dict]]:
-    """Training and held-out pairs. All pairs of one prompt fall on the same side."""
-    held = [random.Random(f"{seed} {render(row['prompt'])}").random() < share for row in rows]
-    return [row for row, out in zip(rows, held) if not out], [
-        row for row, out in zip(rows, held) if out
-    ]
+    """Training and held-out pairs. All pairs of one prompt fall on the same side.
+
+    share: of the prompts, that which is held out, in expectation.
+    """
+    sides: tuple[list[dict], list[dict]] = [], []
+    for row in rows:
+        held = random.Random(f"{seed} {render(row['prompt'])}").random() < share
+        sides[held].append(row)
+    return sides
 
 
-def _object(line: str | bytes, path: Path, number: int) -> dict:
+# --- reading --------------------------------------------------------------------------------------
+
+
+def _object(line: str | bytes, where: str) -> dict:
+    """The JSON object in a line. Raises InputError that says where."""
     try:
         row = json.loads(line)
-        json.dumps(
-            row, ensure_ascii=False
-        ).encode()  # half of a surrogate pair, which JSON can spell, is no character
+        json.dumps(row, ensure_ascii=False).encode()  # JSON can spell half a surrogate pair
     except (json.JSONDecodeError, UnicodeError) as error:
-        raise InputError(
-            f"{path}, line {number}: not valid JSON ({getattr(error, 'msg', error)})"
-        ) from error
+        raise InputError(f"{where}: not valid JSON ({getattr(error, 'msg', error)})") from error
     if not isinstance(row, dict):
-        raise InputError(
-            f"{path}, line {number}: expected a JSON object {{...}}, found {type(row).__name__}"
-        )
+        raise InputError(f"{where}: expected a JSON object {{...}}, found {type(row).__name__}")
     return row
 
 
 def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """(number, text) of each line that is not blank, of a plain or gzipped file."""
     path = hub.data_file(path)
+    opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(
-            path, "rt", encoding="utf-8-sig"
-        ) as file:
-            yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        with opened(path, "rt", encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, line
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
 
 
-def _rows(path: str | Path) -> list[tuple[str, dict]]:
-    """(where, row) of the objects of a file: one a line, or all in one JSON list, as hh-rlhf's red-team attempts are."""
-    lines = list(_lines(path))
-    if lines and lines[0][1].lstrip().startswith("[") and not str(path).endswith(".txt"):
+def _rows(path: str | Path) -> Iterator[tuple[int, str, dict]]:
+    """(number, where, object) of each line; or of each item, where the file is one JSON list."""
+    lines, kind = list(_lines(path)), "line"
+    if lines and lines[0][1].lstrip().startswith("["):
         try:
-            rows = json.loads("\n".join(line for _, line in lines))
+            items = json.loads("\n".join(line for _, line in lines))
         except json.JSONDecodeError as error:
             raise InputError(f"{path}: not a valid JSON list ({error.msg})") from error
-        if all(isinstance(row, dict) for row in rows):
-            return [(f"{path}, item {number}", row) for number, row in enumerate(rows, 1)]
-    return [(f"{path}, line {number}", _object(line, Path(path), number)) for number, line in lines]
+        lines, kind = [(k, json.dumps(item)) for k, item in enumerate(items, 1)], "item"
+    for number, line in lines:
+        where = f"{path}, {kind} {number}"
+        yield number, where, _object(line, where)
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
-    return [_object(line, Path(path), number) for number, line in _lines(path)]
+    """The rows of a file with one JSON object per line. Raises InputError that names the line."""
+    return [row for _, _, row in _rows(path)]
 
 
 def read_prompts(path: str | Path, limit: int = 0) -> list[Prompt]:
-    """Prompts from .txt (one per line) or .jsonl[.gz] with `prompt`; the first `limit`, 0 = all.
+    """Prompts from .txt (one per line) or .jsonl[.gz] with the key `prompt`.
 
-    A prompt is a text, or turns of {"role", "content"} that end with the user's. hh-rlhf's files
-    hold transcripts: of a preference pair (`chosen`) the prompt is all but the last response, of a
-    red-team attempt (`transcript`) the person's first words, as in the paper (3.2). No path, no
-    prompts.
+    limit: only the first so many; 0 = all. An empty path has no prompts.
+    A prompt is a text, or turns of {"role", "content"} of which the last is the user's. The files
+    of hh-rlhf hold transcripts instead. Of a preference pair (`chosen`) the prompt is all but the
+    last response. Of a red-team attempt (`transcript`), whose file is one JSON list, it is the
+    person's first words, as in the paper (3.2). Raises InputError that names the line or item.
     """
     if not path:
         return []
     if Path(path).suffix == ".txt":
         prompts: list[Prompt] = [line.strip() for _, line in _lines(path)]
     else:
-        prompts = [_asked(row, where) for where, row in _rows(path)]
+        prompts = [_asked(row, where) for _, where, row in _rows(path)]
     if not prompts:
         raise InputError(f"{path}: holds no prompt")
     return prompts[: limit or None]
 
 
 def _asked(row: dict, where: str) -> Prompt:
+    """The prompt of a row in any of these forms."""
     if "prompt" not in row and isinstance(row.get("chosen"), str):
         return split_transcript(row["chosen"], where)[0]
     if "prompt" not in row and isinstance(row.get("transcript"), str):
@@ -270,64 +275,54 @@ def _asked(row: dict, where: str) -> Prompt:
     return _prompt(row, where)
 
 
+def _is_text(value) -> bool:
+    return isinstance(value, str) and value.strip() != ""
+
+
 def _prompt(row: dict, where: str) -> Prompt:
     prompt = row.get("prompt")
-    if isinstance(prompt, str) and prompt.strip():
+    if _is_text(prompt):
         return prompt
-    if isinstance(prompt, list) and prompt:
-        for turn in prompt:
-            if (
-                not isinstance(turn, dict)
-                or turn.get("role") not in ("user", "assistant")
-                or not isinstance(turn.get("content"), str)
-                or not turn["content"].strip()
-            ):
-                raise InputError(
-                    f'{where}: a turn must be {{"role": "user" or "assistant", "content": text}}, not {json.dumps(turn)[:80]}'
-                )
-        if prompt[-1]["role"] != "user":
-            raise InputError(f"{where}: the last turn of a prompt must be the user's")
-        return prompt
-    raise InputError(
-        f'{where}: needs "prompt", a text or a list of turns'
-        + (f"; it has {', '.join(row)}" if row else "")
-    )
+    if not isinstance(prompt, list) or not prompt:
+        keys = f"; it has {', '.join(row)}" if row else ""
+        raise InputError(f'{where}: needs "prompt", a text or a list of turns{keys}')
+    for turn in prompt:
+        known = isinstance(turn, dict) and turn.get("role") in ("user", "assistant")
+        if not known or not _is_text(turn.get("content")):
+            raise InputError(
+                f'{where}: a turn must be {{"role": "user" or "assistant", "content": text}}, '
+                f"not {json.dumps(turn)[:80]}"
+            )
+    if prompt[-1]["role"] != "user":
+        raise InputError(f"{where}: the last turn of a prompt must be the user's")
+    return prompt
 
 
 def read_preferences(path: str | Path, limit: int = 0) -> list[dict]:
-    """Preference pairs as rows of comparisons.jsonl with the preferred response first, p_first = 1 and source "human".
+    """Human preference pairs as rows of comparisons.jsonl, the preferred response first.
 
-    Two forms: {"prompt", "chosen", "rejected"}, or hh-rlhf's {"chosen", "rejected"} transcripts with the prompt in both.
+    limit: only the first so many; 0 = all. An empty path has no pairs.
+    Two forms: {"prompt", "chosen", "rejected"}, or hh-rlhf's {"chosen", "rejected"}, transcripts
+    with the prompt in both. Raises InputError that names the line.
     """
     if not path:
         return []
     rows = []
-    for number, line in _lines(path):
-        where, row = f"{path}, line {number}", _object(line, Path(path), number)
+    label = {"p_first": 1.0, "votes": [], "source": "human", "clamped": False}
+    for number, where, row in _rows(path):
         for key in ("chosen", "rejected"):
             if not isinstance(row.get(key), str):
                 raise InputError(f'{where}: needs the text "{key}"')
+        first, second = row["chosen"], row["rejected"]
         if "prompt" in row:
-            prompt, first, second = _prompt(row, where), row["chosen"], row["rejected"]
+            prompt = _prompt(row, where)
         else:
-            (prompt, first), (other, second) = (
-                split_transcript(row["chosen"], where),
-                split_transcript(row["rejected"], where),
-            )
+            prompt, first = split_transcript(first, where)
+            other, second = split_transcript(second, where)
             if prompt != other:
                 raise InputError(f"{where}: chosen and rejected answer different prompts")
-        rows.append(
-            {
-                "id": f"{Path(path).name}:{number}",
-                "prompt": prompt,
-                "first": first,
-                "second": second,
-                "p_first": 1.0,
-                "votes": [],
-                "source": "human",
-                "clamped": False,
-            }
-        )
+        pair = {"id": f"{Path(path).name}:{number}", "prompt": prompt}
+        rows.append(pair | {"first": first, "second": second} | label)
     if not rows:
         raise InputError(f"{path}: holds no preference pair")
     return rows[: limit or None]

@@ -181,7 +181,7 @@ def _check_packing(model: PreTrainedModel) -> None:
         slots = Slots(2, 12)  # first 5 and 11 tokens of the two rows, then the others
         first = last_hidden(model, slots, [0, 0], [short[:5].tolist(), long[:11].tolist()])
         second = last_hidden(model, slots, [5, 11], [short[5:].tolist(), long[11:].tolist()])
-        decoded = torch.stack([first[:, 0], second[:, 0]], 1).flatten(0, 1)
+        decoded = torch.stack([first, second], 1).flatten(0, 1)
         return [apply_head(head, x) if head else x for x in (packed, decoded)]
 
     def logits_alone(model: PreTrainedModel, row: Tensor) -> Tensor:

@@ -131,8 +131,8 @@ def micro_rows(lengths: Sequence[int], micro_tokens: int) -> Iterator[list[int]]
     Each process gets equally many micro-batches, since they meet in every layer; an empty one adds
     exactly 0 to the gradients.
     """
-    mine = parallel.share(range(len(lengths)))
-    for part in parallel.level(token_batches([lengths[k] for k in mine], micro_tokens)):
+    mine = parallel.rank_slice(range(len(lengths)))
+    for part in parallel.even_out(token_batches([lengths[k] for k in mine], micro_tokens)):
         yield [mine[k] for k in part]
 
 

@@ -1,15 +1,17 @@
-"""The machine underneath: device, precision, and one process or many, on one host or several.
+"""The machine: device, precision, and one process or many, on one host or several.
 
-A script that is started with python is one process, and everything below about several processes is then the identity. `torchrun` starts many,
-each with a rank, and they train one model together (FSDP2): of every parameter, gradient and optimizer state each process keeps its own part.
+A script started with `python` is one process, and everything below about several processes then
+changes nothing. `torchrun` starts many, each with a rank. They train one model together (FSDP2):
+each process keeps its own part of every parameter, gradient and optimizer state.
 
-    share, turns     what this rank does of a list of items         once             what only the first rank does, and tells the others
-    gather, joined   the results of all ranks, back in order        total            a sum over the ranks
-    shard, gathered  a model in parts, and whole for a while        level, backward  equal numbers of passes, gradients of the whole batch
+    rank_slice, turns   this rank's part of a list     once       the first rank does it for all
+    gather, joined      the parts of all ranks         total      a sum over the ranks
+    shard, gathered     a model in parts; whole        even_out   equally many passes on each rank
 
-Precision follows the usual recipe: weights, optimizer state, gradient sums and log-probs in float32; under "bf16" the forward and backward
-passes run in autocast, and processes exchange the weights of the layers as bfloat16. "auto" takes bf16 only where the hardware multiplies it
-fast: without such units it is up to a hundred times slower than float32.
+Weights, optimizer state, gradient sums and log-probs are float32. Under "bf16" forward and backward
+passes run in autocast, and processes exchange the weights of the layers as bfloat16. "auto" takes
+bf16 only where the hardware has units for it: without them it is up to a hundred times slower than
+float32.
 """
 
 import atexit
@@ -35,12 +37,12 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from minicai import InputError, RunError
 from minicai.engine import terminal
 
 MALLOC = "MALLOC_MMAP_THRESHOLD_"  # glibc's, in bytes: larger blocks are mapped one by one
-
 
 _process = {"device": torch.device("cpu"), "precision": "fp32"}
 
@@ -56,27 +58,28 @@ def setup(device: str = "auto", precision: str = "auto", timeout: int = 1800) ->
         raise InputError(f"device must be auto, cpu or cuda, not {device!r}")
     if precision not in ("auto", "fp32", "bf16"):
         raise InputError(f"precision must be auto, fp32 or bf16, not {precision!r}")
-    if device == "cuda" and not torch.cuda.is_available():
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
         raise InputError("device cuda: no CUDA device is available here; use --device=cpu")
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if available else "cpu"
     if precision == "auto":
         fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if fast else "fp32"
     if device == "cpu":
         _keep_freed_memory()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if device == "cuda":
-            local, here = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-            if local >= here:
-                processes = os.environ["LOCAL_WORLD_SIZE"]
-                raise InputError(
-                    f"{processes} processes on a host with {here} CUDA devices: each needs its own"
-                )
-            torch.cuda.set_device(local)
-            device = f"cuda:{local}"
-        if not dist.is_initialized():
-            _join("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1 and device == "cuda":
+        local, here = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= here:
+            processes = os.environ["LOCAL_WORLD_SIZE"]
+            raise InputError(
+                f"{processes} processes on a host with {here} CUDA devices: each needs its own"
+            )
+        torch.cuda.set_device(local)
+        device = f"cuda:{local}"
+    if processes > 1 and not dist.is_initialized():
+        _join("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", timeout)
     _process.update(device=torch.device(device), precision=precision)
 
 
@@ -102,27 +105,28 @@ def computing_in(precision: str) -> Iterator[None]:
 
 
 def autocast() -> torch.autocast:
-    """Products in bfloat16 where the precision is bf16. Entered by every forward pass itself."""
+    """Products in bfloat16 where the precision is bf16. Every forward pass enters it by itself."""
     return torch.autocast(device().type, dtype=torch.bfloat16, enabled=precision() == "bf16")
 
 
 def _join(backend: str, timeout: int) -> None:
-    """Enters the process group. All ranks but the first fall silent; one that fails says so and ends at once, and with it the others."""
+    """Enters the process group. Only the first rank prints.
+
+    A rank that fails prints the reason and exits at once, and then the others stop too.
+    """
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     atexit.register(dist.destroy_process_group)
     if dist.get_rank():
-        terminal.QUIET, sys.stdout = True, open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
+        terminal.QUIET, sys.stdout = True, open(os.devnull, "w")  # noqa: SIM115
 
     def stop(kind: type, error: BaseException, trace) -> None:
         sys.__excepthook__(kind, error, trace)
-        reason = (
-            f"another rank has ended, or has kept this one waiting for {timeout} seconds"
-            if lost_peer(error)
-            else kind.__name__
-        )
+        reason = kind.__name__
+        if lost_peer(error):
+            reason = f"another rank has ended, or has kept this one waiting for {timeout} seconds"
         print(
-            f"rank {dist.get_rank()} of {dist.get_world_size()} on {platform.node()} stops: {reason}. No rank goes on alone; the same command "
-            "(without --overwrite) goes on from the last checkpoint",
+            f"rank {rank()} of {world()} on {platform.node()} stops: {reason}. All ranks stop "
+            f"together; the same command (without --overwrite) resumes from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )
@@ -132,17 +136,15 @@ def _join(backend: str, timeout: int) -> None:
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether an error says that another rank has gone, or keeps silent."""
-    return (
-        world() > 1
-        and isinstance(error, RuntimeError)
-        and any(
-            word in str(error).lower() for word in ("connection", "timed out", "timeout", "nccl")
-        )
-    )
+    """Whether an error means that another rank has ended or does not answer."""
+    if world() == 1 or not isinstance(error, RuntimeError):
+        return False
+    said = str(error).lower()
+    return any(word in said for word in ("connection", "timed out", "timeout", "nccl"))
 
 
 def rank() -> int:
+    """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -151,32 +153,37 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-# --- work ------------------------------------------------------------------------------------------------------------------------
+# --- work -----------------------------------------------------------------------------------------
 
 
 def require(count: int, what: str) -> None:
-    """Raises InputError where `count` of something cannot be split over the processes."""
+    """Raises InputError where `count` things cannot be divided among the processes."""
     if count < world():
         raise InputError(
-            f"{what}: {count} cannot be split over {world()} processes; raise the number, or start fewer processes"
+            f"{what}: {count} cannot be split over {world()} processes; raise the number, or start "
+            f"fewer processes"
         )
 
 
-def share(items):
-    """Every so-many-th item of a list, range or tensor, beginning with this rank's own number."""
+def rank_slice(items):
+    """This rank's items of a list, range or tensor: every world()-th, from number rank() on."""
     return items[rank() :: world()]
 
 
 def gather(items: list) -> list:
-    """What the ranks made of their `share` each, as one list in the order of the whole, on every rank."""
+    """What all ranks made of their rank_slice, in the order of the whole list, on every rank."""
     parts = _of_all(items)
-    return [part[k] for k in range(max(map(len, parts))) for part in parts if k < len(part)]
+    whole = [None] * sum(map(len, parts))
+    for k, part in enumerate(parts):
+        whole[k :: len(parts)] = part
+    return whole
 
 
 def turns(done: int, total: int, size: int) -> Iterator[tuple[int, int]]:
-    """First and last + 1 of the groups of `size` that are this rank's among done ... total - 1; they may be empty where little is left.
+    """First and last + 1 of this rank's groups of `size` items, among done ... total - 1.
 
-    A group is worked on as a whole by one rank, as it would be by a single process: the same batches give the same digits.
+    Groups may be empty where few items are left. One rank works on a whole group, as a single
+    process would: the same batches give the same digits.
     """
     for first in range(done, total, size * world()):
         mine = min(first + rank() * size, total)
@@ -184,7 +191,7 @@ def turns(done: int, total: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def joined(items: list) -> list:
-    """What the ranks made of one turn each, one rank's behind the other's, on every rank."""
+    """What all ranks made of one turn, in the order of the ranks, on every rank."""
     return list(chain(*_of_all(items)))
 
 
@@ -196,7 +203,10 @@ def _of_all(items: list) -> list[list]:
 
 
 def once(function: Callable, *arguments):
-    """Calls the function on the first rank alone; every rank returns its result, or raises its InputError or RunError, when it is done."""
+    """Calls the function on the first rank only. Every rank returns its result when it is done.
+
+    Every rank raises its InputError or RunError, too.
+    """
     if world() == 1:
         return function(*arguments)
     told = [None, None]
@@ -212,7 +222,7 @@ def once(function: Callable, *arguments):
 
 
 def total(x: float | list[float] | Tensor) -> float | list[float] | Tensor:
-    """The sum over the ranks of a number, of each of several, or of tensors of one shape."""
+    """The sum over the ranks of a number, of each number of a list, or of tensors of one shape."""
     if world() == 1:
         return x
     summed = x.clone() if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64)
@@ -221,50 +231,52 @@ def total(x: float | list[float] | Tensor) -> float | list[float] | Tensor:
 
 
 def anywhere(flag: bool) -> bool:
-    """Whether it is so on any rank."""
+    """Whether the flag is set on any rank."""
     return total(float(flag)) > 0
 
 
-def level(batches: list[list[int]]) -> list[list[int]]:
-    """This rank's micro-batches, and empty ones behind them until it has as many as any other: the ranks meet in every layer of every
-    forward and backward pass, so that one with fewer passes would keep the others waiting for ever. An empty batch adds exactly 0."""
-    if world() == 1:
-        return batches
-    most = torch.tensor(len(batches))
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    return batches + [[] for _ in range(int(most) - len(batches))]
+def even_out(batches: list[list[int]]) -> list[list[int]]:
+    """This rank's micro-batches, and empty ones until every rank has equally many.
+
+    The ranks meet in every layer of every forward and backward pass: one with fewer passes would
+    keep the others waiting for ever. An empty batch adds exactly 0.
+    """
+    most = max(joined([len(batches)]))
+    return batches + [[]] * (most - len(batches))
 
 
 def backward(loss: Tensor) -> None:
-    """Adds to the gradients those of this rank's part of a loss that is already divided by the count of the whole batch.
+    """Adds this rank's part of the gradients of a loss that is divided by the whole batch's count.
 
-    The gradient of the whole batch is the sum of the ranks' gradients. FSDP takes their mean, hence the factor.
+    The gradient of the whole batch is the sum of the ranks' gradients. FSDP takes their mean, hence
+    the factor.
     """
     (loss * world() if world() > 1 else loss).backward()
 
 
 def clip_grad_norm(model: torch.nn.Module, limit: float) -> float:
-    """Scales the gradients so that their norm, over all ranks' parts, is at most `limit`. Returns what it was."""
+    """Scales the gradients to a norm of at most `limit`, over all ranks. Returns the old norm."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
-# --- models ----------------------------------------------------------------------------------------------------------------------
+# --- models ---------------------------------------------------------------------------------------
 
 
 @functools.cache
 def _mesh(device_type: str) -> DeviceMesh:
-    """All processes in one row; with several hosts a row for each, so that parameters travel inside a host and only gradients between."""
+    """All processes in one row; with several hosts a row for each host.
+
+    Then parameters travel only inside a host, and only gradients between hosts.
+    """
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world()))
     if local in (1, world()):
         return init_device_mesh(device_type, (world(),))
-    mesh = init_device_mesh(
-        device_type, (world() // local, local), mesh_dim_names=("hosts", "processes")
-    )
-    for group in mesh.get_all_groups():  # which would wait as long as they like
-        dist.distributed_c10d._set_pg_timeout(
-            dist.group.WORLD._get_backend(torch.device(device_type)).options._timeout, group
-        )
+    shape = world() // local, local
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=("hosts", "processes"))
+    backend = dist.group.WORLD._get_backend(torch.device(device_type))
+    for group in mesh.get_all_groups():  # by default they wait as long as they like
+        dist.distributed_c10d._set_pg_timeout(backend.options._timeout, group)
     return mesh
 
 
@@ -273,6 +285,7 @@ def shard(model: torch.nn.Module) -> torch.nn.Module:
 
     Under bf16 the layers are exchanged and used as bfloat16, and their gradients summed in float32.
     The rest (embeddings, last norm, head) stays float32, since heads are applied in float32.
+    Raises InputError where the model does not name its layers.
     """
     layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
     if not layers:
@@ -320,13 +333,15 @@ def forward_pass(function: Callable) -> Callable:
 
 @contextmanager
 def gathered(*models: torch.nn.Module) -> Iterator[None]:
-    """All parameters of sharded models whole on every rank. Inside, each rank computes for itself: as many passes as it likes, of any part
-    of the model. All ranks enter together; there is no training inside."""
+    """Inside it, every rank has all parameters of sharded models.
+
+    So each rank computes by itself: as many passes as it likes, of any part of the model. All ranks
+    enter together. There is no training inside.
+    """
     sharded = [model for model in models if isinstance(model, FSDPModule)]
-    parts = [
-        module for model in sharded for module in model.modules() if isinstance(module, FSDPModule)
-    ]
+    parts = []
     for model in sharded:
+        parts += [module for module in model.modules() if isinstance(module, FSDPModule)]
         model.set_reshard_after_forward(False)
         model.under_hooks(lambda model: None)  # the first pass of all must be the whole model's
     for handle in [part.unshard(async_op=True) for part in parts]:
@@ -345,44 +360,31 @@ def gathered(*models: torch.nn.Module) -> Iterator[None]:
 
 
 def local_part(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
-    """The part of a parameter that this rank keeps (it may be empty), and where that stands in the whole."""
-    if not isinstance(parameter, DTensor):
-        return parameter, tuple(slice(0, size) for size in parameter.shape)
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
-    return parameter.to_local(), tuple(
-        slice(first, first + size) for first, size in zip(offset, shape)
-    )
+    """The part of a parameter that this rank keeps (maybe empty), and its place in the whole."""
+    shape, offset, local = parameter.shape, [0] * parameter.ndim, parameter
+    if isinstance(parameter, DTensor):
+        mesh, placements, local = parameter.device_mesh, parameter.placements, parameter.to_local()
+        shape, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
+    return local, tuple(slice(first, first + size) for first, size in zip(offset, shape))
 
 
-# --- the process itself ----------------------------------------------------------------------------------------------------------
+# --- the process itself ---------------------------------------------------------------------------
 
 
 def _keep_freed_memory() -> None:
-    """glibc hands large blocks back and faults them in anew: 3 to 11 % of a CPU training step (LOG.md). MALLOC in the environment asks for that."""
-    if (
-        platform.system() == "Linux"
-        and platform.libc_ver()[0] == "glibc"
-        and MALLOC not in os.environ
-    ):
-        mallopt, m_trim_threshold, m_top_pad, m_mmap_threshold = (
-            ctypes.CDLL("libc.so.6").mallopt,
-            -1,
-            -2,
-            -3,
-        )
-        for option, size in (
-            (m_mmap_threshold, 1 << 30),
-            (m_trim_threshold, 2**31 - 1),
-            (m_top_pad, 64 << 20),
-        ):
-            mallopt(option, size)
+    """Keeps glibc from returning large blocks to the system and mapping them again.
+
+    That takes 3 to 11 % of a CPU training step (LOG.md). MALLOC in the environment switches it on.
+    """
+    if platform.libc_ver()[0] == "glibc" and MALLOC not in os.environ:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-2, 64 << 20)  # M_TOP_PAD
 
 
 def device_name() -> str:
+    """The device and the number of processes, for the record."""
     name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     if device().type == "cuda":
         name = torch.cuda.get_device_name()
