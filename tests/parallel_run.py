@@ -169,15 +169,15 @@ def vocabulary(results):
     items, rank = list(range(7)), parallel.rank()
     turns = list(parallel.turns(1, 12, 3))
     results["vocabulary"] = {
-        "share": parallel.share(items),
-        "gathered": parallel.gather([10 * k for k in parallel.share(items)]),
+        "share": parallel.rank_slice(items),
+        "gathered": parallel.gather([10 * k for k in parallel.rank_slice(items)]),
         "turns": turns,
         "turned": [parallel.joined(list(range(*turn))) for turn in turns],
         "total": parallel.total([1.0, rank]),
         "tensor": parallel.total(torch.tensor([1, rank])).tolist(),
         "anywhere": [parallel.anywhere(rank == 1), parallel.anywhere(False)],
         "once": parallel.once(lambda: f"rank {rank}"),
-        "level": parallel.level([[1]] * (1 + 2 * rank)),
+        "level": parallel.even_out([[1]] * (1 + 2 * rank)),
         "micro": list(models.micro_rows([9, 9, 9, 1, 9], 10)),
         "refused": refusal(parallel.require, 1, "episodes"),
         "same refusal": refusal(parallel.once, hub.require_folder, f"nowhere-{rank}", "model"),
@@ -210,7 +210,7 @@ def normalisation(folder, results):
     model, whole = load.load_policy(str(folder / "llama")), plain(folder / "llama")
     loss = losses.nll_loss(logprobs(whole), batch().mask)
     (loss.sum() / batch().mask.sum()).backward()
-    mine = parallel.share(range(len(PROMPTS)))
+    mine = parallel.rank_slice(range(len(PROMPTS)))
     counts = {"right": batch().mask.sum(), "wrong": batch(mine).mask.sum() * parallel.world()}
     for name, count in counts.items():
         model.zero_grad()
@@ -245,7 +245,7 @@ def half_precision(folder, results):
     """bfloat16 layers with float32 weights and gradients; and PPO, whose ratio check must pass."""
     whole = plain(folder / "llama")
     (losses.nll_loss(logprobs(whole), batch().mask).sum() / batch().mask.sum()).backward()
-    mine = parallel.share(range(len(PROMPTS)))
+    mine = parallel.rank_slice(range(len(PROMPTS)))
     with parallel.computing_in("bf16"):
         model = load.load_policy(str(folder / "llama"))
         with parallel.gathered(model):

@@ -266,10 +266,10 @@ def test_in_one_process_all_of_it_is_the_identity():
     model, items = tiny_model(), [3, 1, 2]
     assert parallel.world() == 1 and parallel.rank() == 0
     assert parallel.once(sorted, items) == [1, 2, 3]
-    same = (parallel.share, parallel.gather, parallel.joined, parallel.total)
+    same = (parallel.rank_slice, parallel.gather, parallel.joined, parallel.total)
     assert all(function(items) == items for function in same)
     assert list(parallel.turns(1, 8, 3)) == [(1, 4), (4, 7), (7, 8)]
-    assert parallel.level([[1]]) == [[1]]
+    assert parallel.even_out([[1]]) == [[1]]
     with parallel.gathered(model), parallel.computing_in("bf16"):
         assert parallel.precision() == "bf16" and parallel.weight_precision() == "fp32"
     assert parallel.precision() == "fp32"
