@@ -230,19 +230,17 @@ def folder(tmp_path_factory):
         model = "model"
         constitution = "rules.toml"
         device = "cpu"
+        rows = 4
         [sl]
         prompts = "prompts.txt"
         helpful_samples = 0
         rounds = 2
         max_new_tokens = 6
-        rows = 4
         [rm]
         policy = "model"
         prompts = "prompts.txt"
         preferences = "human.jsonl"
         max_new_tokens = 6
-        thought_tokens = 6
-        rows = 4
         heldout = 0.3
     """)
     return folder
