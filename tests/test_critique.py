@@ -265,7 +265,7 @@ def test_when_every_prompt_has_stopped_nothing_more_is_asked():
 
 
 def test_phrases_to_stop_at_need_critiques():
-    with pytest.raises(InputError, match="nothing: .* the style none has no critique"):
+    with pytest.raises(InputError, match=r"nothing: .* the style none has no critique"):
         run(style=direct, nothing=["no issues"])
 
 

@@ -209,7 +209,7 @@ def test_sampling_and_training_see_the_same_logprobs(seen):
 def test_logprobs_values_scores_and_rewards_by_hand(base, seen):
     """The score comes at the last token, less 2 where it was cut off; beta KL at every one."""
     policy, reference, value, reward = models(base)
-    rollout, completions = seen.rollouts[0], seen.completions[0]
+    rollout = seen.rollouts[0]
     logprobs = spread(recorders.response_logprobs, policy, rollout, 0.8)
     ref_logprobs = spread(recorders.response_logprobs, reference, rollout, 0.8)
     values = spread(recorders.values, value, rollout)

@@ -52,7 +52,7 @@ def test_check_ratio_stops_where_sampling_and_scoring_differ(difference, ok):
     if ok:
         check_ratio(logprobs, sampled, 0.01)
     else:
-        with pytest.raises(InputError, match="log-ratio .* not 0 .* temperature, dropout"):
+        with pytest.raises(InputError, match=r"log-ratio .* not 0 .* temperature, dropout"):
             check_ratio(logprobs, sampled, 0.01)
 
 

@@ -218,11 +218,16 @@ def test_three_updates_in_a_row_that_are_not_finite_stop_a_run(stage):
         main(cfg)
     metrics = read_jsonl(f"{cfg.out}/{name}/metrics.jsonl")
     assert [row["skipped"] for row in metrics] == [1, 0, 1, 2]
-    saved = json.loads(open(f"{cfg.out}/{name}/nonfinite/step_000005.json").read())
+    saved = json.loads(Path(f"{cfg.out}/{name}/nonfinite/step_000005.json").read_text())
     assert len(saved["batch"]) <= cfg.batch_size and type(saved["batch"][0][0][0]) is int
 
 
 # --- what changes nothing -------------------------------------------------------------------------
+
+
+def not_fused(parameters, fused, adamw=torch.optim.AdamW, **settings):
+    assert fused
+    return adamw(parameters, foreach=False, **settings)
 
 
 @both
@@ -235,9 +240,7 @@ def test_micro_batches_recomputed_layers_and_another_adamw_change_nothing(stage,
     variants |= {"recomputed": {"gradient_checkpointing": True}, "plain": {}}
     for name, changes in variants.items():
         if name == "plain":
-            adamw = torch.optim.AdamW
-            plain = lambda *a, fused, **s: adamw(*a, foreach=False, **s)  # noqa: E731
-            monkeypatch.setattr(torch.optim, "AdamW", plain)
+            monkeypatch.setattr(torch.optim, "AdamW", not_fused)
         variant = in_folder(cfg, name, **changes)
         main(variant)
         found, rows = trained(variant)
