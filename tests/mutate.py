@@ -1,10 +1,12 @@
-"""Alters minicai/losses.py in one place at a time and checks that some test of tests/test_losses.py fails for each alteration.
+"""Alters minicai/losses.py in one place at a time. Some test of test_losses.py must fail each time.
 
     python -m tests.mutate [--verbose]
 
-Altered, in every function: signs, + - * /, comparisons, numbers (by one), min and max, bounds of clamp, any and all, `not`, the branches of
-torch.where, and method calls without arguments (left out). All in this process: the altered module takes the place of `L` in the test
-module, and the tests are called as plain functions. Prints a line for each survivor; the exit code is 1 if there is one.
+Altered, in every function that has a test: signs, + - * /, comparisons, numbers (by one), min and
+max, bounds of clamp, any and all, `not`, the branches of torch.where, and method calls without
+arguments (left out). All in this process: the altered module takes the place of `L` in the test
+module, and the tests are called as plain functions. Prints a line for each survivor; the exit code
+is 1 if there is one.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""AI labels: the probability by hand, and what both orders do to a judge that prefers a position."""
+"""AI labels: the probability by hand, and both orders against a judge that prefers a position."""
 
 import hashlib
 import json
@@ -48,7 +48,7 @@ WORTH = {"good": -0.25, "fair": -1.0, "bad": -3.0}
 
 
 class Judge:
-    """Log-probs of (A) and (B): the worth of the response that is shown there, and `bias` for (A)."""
+    """Log-probs of (A) and (B): the worth of the response that is shown there; `bias` is (A)'s."""
 
     def __init__(self, bias: float = 0.0, worth: dict[str, float] | None = None):
         self.bias, self.worth, self.asked = bias, worth or dict.fromkeys(WORTH, -1.0), []

@@ -98,7 +98,7 @@ def reach(name: str) -> set[str]:
 
 
 def test_each_layer_imports_only_what_it_may():
-    """After a change: MAY_IMPORT says which folder may import which, FOR_THE_METHOD the packages."""
+    """MAY_IMPORT says which folder may import which, FOR_THE_METHOD which packages."""
     wrong = []
     for name, path in PATHS.items():
         own = layer(name)

@@ -125,9 +125,9 @@ def test_rounds_stop_where_a_critique_has_a_phrase(folder, plain):
 
 def test_revisions_with_a_fault_are_kept_in_the_file_and_left_out_of_training(folder):
     with patch.object(critique, "BOILERPLATE", ("",)):  # every text opens with it
-        record, rows = sl(folder, "dropped", "--drop=boilerplate")
-    assert record["examples"] == 0 and record["hygiene"]["boilerplate"] == 12
-    assert all(len(row["rounds"]) == 2 for row in rows)
+        record, rows = sl(folder, "dropped", "--drop=boilerplate", "--limit=4")
+    assert record["examples"] == 0 and record["hygiene"]["boilerplate"] == 8
+    assert [len(row["rounds"]) for row in rows] == [2] * 4
 
 
 def test_the_last_round_can_be_trained_on_without_the_others(folder, plain):
@@ -138,14 +138,15 @@ def test_the_last_round_can_be_trained_on_without_the_others(folder, plain):
 def test_helpful_samples_are_mixed_in_up_to_their_share(folder, plain):
     samples = (f"--helpful_prompts={folder / 'prompts.txt'}", "--helpful_samples=2")
     whole, _ = sl(folder, "samples", *samples)
-    part, _ = sl(folder, "quarter", *samples, "--helpful_share=0.25")
+    part, _ = sl(folder, "quarter", *samples, "--helpful_share=0.25", "--helpful_limit=5")
     helpful = read_jsonl(folder / "samples" / "sl" / "helpful.jsonl")
     assert [row["prompt"] for row in helpful[::2]] == [row["prompt"] for row in plain[1]]
     assert len({row["response"] for row in helpful}) > 6
     assert all(row["models"] and row["seed"] == 0 for row in helpful)
     revisions = plain[0]["examples"]
     assert whole["examples"] - revisions == len(helpful) == 12
-    assert part["examples"] - revisions == round(revisions / 3) < 12
+    assert part["examples"] - revisions == round(revisions / 3) < 10
+    assert len(read_jsonl(folder / "quarter" / "sl" / "helpful.jsonl")) == 10
 
 
 def ends_learned(folder, name, text, ended) -> set[bool]:
@@ -254,8 +255,8 @@ def test_four_candidates_make_six_pairs_of_a_prompt(folder, labelled):
 def test_equal_responses_are_not_compared(folder):
     same = lambda model, asked, *_: (["Yes."] * len(asked), [True] * len(asked))  # noqa: E731
     with patch.object(train_rm, "respond", same):
-        _, rows = rm(folder, "same")
-    assert len(read_jsonl(folder / "same" / "rm" / "pairs.jsonl")) == 6
+        _, rows = rm(folder, "same", "--limit=4")
+    assert len(read_jsonl(folder / "same" / "rm" / "pairs.jsonl")) == 4
     assert {row["source"] for row in rows} == {"human"}
 
 
