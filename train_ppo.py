@@ -17,11 +17,12 @@ from dataclasses import dataclass
 
 import torch
 
-from minicai import InputError, losses
-from minicai.engine import config, parallel, terminal
+from minicai import losses
+from minicai.engine import parallel
+from minicai.engine.config import Run, function, path_setting, setting, source_file
 from minicai.engine.data import epoch_order, read_prompts, shuffled
-from minicai.engine.dialogue import decode, encode_prompt, same_form, show_first
-from minicai.engine.load import load_policy, load_scorer
+from minicai.engine.dialogue import decode, encode_prompt, show_first
+from minicai.engine.load import load_policy, load_scorer, require_same_tokens
 from minicai.engine.models import (
     checkpoint_layers,
     freeze,
@@ -33,9 +34,19 @@ from minicai.engine.models import (
     token_values,
 )
 from minicai.engine.sampler import Sampling, check_prompts, sample
-from minicai.engine.stage import Stage
+from minicai.engine.stage import Stage, script
 from minicai.prompts import as_turns
-from minicai.rollout import Rollout, check_ratio, collate, distinct_ngrams, spread, watch
+from minicai.rollout import (
+    NORMS,
+    UPDATE,
+    Rollout,
+    check_ratio,
+    collate,
+    distinct_ngrams,
+    mean_update,
+    spread,
+    watch,
+)
 
 STREAM = 3  # keeps this stage's random numbers apart from the other stages'
 TRAINED, FROZEN = ("policy", "value"), ("reference", "reward")  # for the memory plan
@@ -43,21 +54,21 @@ KL = {"k1": losses.kl_k1, "k2": losses.kl_k2, "k3": losses.kl_k3}
 
 
 @dataclass
-class PPOConfig(config.Run):
+class PPOConfig(Run):
     """[ppo] in the config file. Section numbers are the paper's; "HH" is Bai et al. 2022a."""
 
     # models and data
-    policy: str = config.path_setting(model=True)  # policy and reference; "" = OUT/sl (4.1)
-    reward: str = config.path_setting(model=True)  # reward and value model; "" = OUT/rm
-    prompts: str = config.path_setting("minicai:tinyworld/data/red_team.jsonl")  # 4.2
-    helpful_prompts: str = config.path_setting("minicai:tinyworld/data/helpful.jsonl")  # 4.2
-    helpful_share: float = config.setting(0.5, at_most=1)  # of the prompts of an iteration
+    policy: str = path_setting(model=True)  # policy and reference; "" = OUT/sl (4.1)
+    reward: str = path_setting(model=True)  # reward and value model; "" = OUT/rm
+    prompts: str = path_setting("minicai:tinyworld/data/red_team.jsonl")  # 4.2
+    helpful_prompts: str = path_setting("minicai:tinyworld/data/helpful.jsonl")  # 4.2
+    helpful_share: float = setting(0.5, at_most=1)  # of the prompts of an iteration
 
     # rollouts
-    iterations: int = config.setting(60, at_least=1)  # rollouts
-    episodes: int = config.setting(64, at_least=1)  # responses per rollout
+    iterations: int = setting(60, at_least=1)  # rollouts
+    episodes: int = setting(64, at_least=1)  # responses per rollout
     temperature: float = 1.0  # of the policy, in sampling and in every log-prob
-    max_new_tokens: int = config.setting(256, at_least=1)  # length limit of a response
+    max_new_tokens: int = setting(256, at_least=1)  # length limit of a response
 
     # reward and advantage
     kl_coef: float = 0.05  # beta, per nat (HH: 0.001 on its reward scale)
@@ -66,18 +77,18 @@ class PPOConfig(config.Run):
 
     # updates
     epochs: int = 4  # passes over a rollout
-    minibatches: int = config.setting(4, at_least=1)  # updates per pass
+    minibatches: int = setting(4, at_least=1)  # updates per pass
     clip_range: float = 0.2  # of the ratio (HH)
     value_clip_range: float = 0.2  # of a value's change
     vf_coef: float = 0.1  # weight of the value loss
     lr: float = 1e-6  # of the policy
     value_lr: float = 1e-6  # of the value model
-    schedule: str = config.setting("constant", choices=("constant", "linear"))  # of both rates
+    schedule: str = setting("constant", choices=("constant", "linear"))  # of both rates
     grad_clip: float = 1.0  # norm, of each model
 
     # extensions
     reward_function: str = ""  # "module:function" in the reward model's place
-    kl_estimator: str = config.setting("k1", choices=tuple(KL))  # of the penalty in the reward
+    kl_estimator: str = setting("k1", choices=tuple(KL))  # of the penalty in the reward
     kl_target: float = 0.0  # nats per response; above 0 beta adapts towards it
     kl_horizon: int = 10000  # episodes; how slowly it adapts
     target_kl: float = 0.1  # nats per token from the sampling policy: stops a rollout's updates
@@ -86,65 +97,51 @@ class PPOConfig(config.Run):
 
 def main(cfg: PPOConfig) -> dict:
     """Runs or resumes the stage. Returns its record, which is also in OUT/ppo/stage.json."""
-    parallel.setup(cfg.device, cfg.precision, cfg.timeout)
-    if cfg.minibatches > cfg.episodes:
-        made = f"{cfg.minibatches} minibatches cannot be made of {cfg.episodes} episodes"
-        raise InputError(f"[ppo]: {made}")
-    parallel.require(cfg.episodes // cfg.minibatches, "[ppo]: the episodes of a minibatch")
     policy_path, reward_path = cfg.policy or f"{cfg.out}/sl", cfg.reward or f"{cfg.out}/rm"
-    reward_path = "" if cfg.reward_function else reward_path
-    source = config.source_file(cfg.reward_function) if cfg.reward_function else ""
-    reads = {"policy": policy_path, "reward": reward_path, "reward_function": source}
-    reads |= {"prompts": cfg.prompts, "helpful_prompts": cfg.helpful_prompts}
+    source = cfg.reward_function and source_file(cfg.reward_function)
+    reads = {"policy": policy_path, "reward": "" if source else reward_path}
+    reads["reward_function"] = source
     stage = Stage(cfg, "ppo", reads, code=__file__)
     if stage.record:
         return stage.record
+    parallel.require(cfg.episodes // cfg.minibatches, "[ppo]: episodes per minibatch")
 
+    # The value model starts from the reward model; with a reward function, from the policy.
     policy, reference = load_policy(policy_path), freeze(load_policy(policy_path))
     if cfg.reward_function:
-        value_model, reward_model = load_scorer(policy_path, seed=cfg.seed), None
+        reward_model, value_model = None, load_scorer(policy_path, seed=cfg.seed)
     else:
-        value_model, reward_model = load_scorer(reward_path), freeze(load_scorer(reward_path))
-        if not same_form(policy.tokenizer, reward_model.tokenizer):
-            raise InputError(
-                f"{reward_path}: its tokenizer is not the policy's ({policy_path}); a reward model "
-                f"with another tokenizer can score text: see examples/foreign_reward.py"
-            )
+        reward_model, value_model = freeze(load_scorer(reward_path)), load_scorer(reward_path)
+        require_same_tokens(policy, reward_model)
     if cfg.gradient_checkpointing:
         policy, value_model = checkpoint_layers(policy), checkpoint_layers(value_model)
-    harmful = read_prompts(cfg.prompts)
-    harmless = read_prompts(cfg.helpful_prompts) if cfg.helpful_prompts else []
+    groups = [{"params": model.parameters()} for model in (policy, value_model)]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-5, weight_decay=0, fused=True)
+    harmful, harmless = read_prompts(cfg.prompts), read_prompts(cfg.helpful_prompts)
     n_harmless = round(cfg.episodes * cfg.helpful_share) if harmless else 0
+    n_harmful = cfg.episodes - n_harmless
     check_prompts(policy, harmful, cfg.max_new_tokens, cfg.prompts)
     check_prompts(policy, harmless, cfg.max_new_tokens, cfg.helpful_prompts)
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
 
-    groups = [
-        {"params": policy.parameters(), "lr": cfg.lr},
-        {"params": value_model.parameters(), "lr": cfg.value_lr},
-    ]
-    optimizer = torch.optim.AdamW(
-        groups, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0, fused=True
-    )
     stage.resume({"policy": policy, "value": value_model}, optimizer)
     episodes = stage.journal("episodes.jsonl")
     kl_coef = stage.state.get("kl_coef", cfg.kl_coef)
-
     for iteration in stage.steps(cfg.iterations, "episodes", cfg.episodes):
         # 1. Sample one response to each prompt from the policy as it is.
-        n_harmful = cfg.episodes - n_harmless
-        prompts = shuffled(harmful, iteration * n_harmful, n_harmful, STREAM, cfg.seed, 0)
-        prompts += shuffled(harmless, iteration * n_harmless, n_harmless, STREAM, cfg.seed, 1)
+        prompts = shuffled(harmful, iteration, n_harmful, STREAM, cfg.seed, 0)
+        prompts += shuffled(harmless, iteration, n_harmless, STREAM, cfg.seed, 1)
         encoded = [encode_prompt(policy.tokenizer, as_turns(prompt)) for prompt in prompts]
-        seeds = [(STREAM, cfg.seed, iteration, k) for k in range(len(prompts))]
+        seeds = [(STREAM, cfg.seed, iteration, k) for k in range(cfg.episodes)]
         completions = sample(policy, encoded, seeds, sampling)
         texts = [decode(policy.tokenizer, c.ids, c.ended) for c in completions]
         ended = torch.tensor([c.ended for c in completions], device=policy.device)
-        batch = collate(encoded, [c.ids for c in completions], policy.device)
+        responses = [c.ids for c in completions]
+        batch = collate(encoded, responses, policy.device)
         mask = batch.mask
 
-        # 2. What the four models say. The old log-probs are those of the training forward pass, so
-        #    the first ratio is exactly 1; the sampler's are rounded differently (fp32: 1e-5 nats).
+        # 2. What the four models say of each token: log-probs, values, scores. The sampler's own
+        #    log-probs will not do: they are rounded otherwise, and the first ratio must be 1.
         parts = (batch, cfg.micro_tokens)
         logprobs = in_micro_batches(response_logprobs, policy, *parts, cfg.temperature)
         ref_logprobs = in_micro_batches(response_logprobs, reference, *parts, cfg.temperature)
@@ -152,72 +149,59 @@ def main(cfg: PPOConfig) -> dict:
         if reward_model:
             scores = in_micro_batches(sequence_scores, reward_model, *parts)
         else:
-            scores = score_texts(config.function(cfg.reward_function), prompts, texts)
+            scores = score_texts(function(cfg.reward_function), prompts, texts)
         if iteration == 0:
-            show_first("ppo", policy.tokenizer, [(p, c.ids) for p, c in zip(encoded, completions)])
+            show_first("ppo", policy.tokenizer, list(zip(encoded, responses)))
             tolerance = 0.01 if parallel.precision() == "fp32" else 0.2
             check_ratio(logprobs, spread([c.logprobs for c in completions], mask), tolerance)
 
         # 3. The reward of each token: the score at the last one, minus beta KL at every one.
-        penalised = scores - cfg.missing_eos_penalty * ~ended
         kl = KL[cfg.kl_estimator](logprobs, ref_logprobs)
-        rewards = losses.shaped_rewards(penalised, kl, mask, kl_coef)
+        paid = scores - cfg.missing_eos_penalty * ~ended
+        rewards = losses.shaped_rewards(paid, kl, mask, kl_coef)
 
         # 4. Advantages by GAE, whitened over the rollout; returns for the value model.
         advantages, returns = losses.gae(rewards, values, mask, cfg.gamma, cfg.lam)
         advantages = losses.whiten(advantages, mask, losses.moments(advantages, mask))
+        before = (logprobs, ref_logprobs, values, advantages, returns)
+        rollout = Rollout(batch.ids, mask, batch.lengths, *before)
 
         # 5. A few epochs of clipped updates: shuffle, micro-batches, the losses, backward, step.
-        rollout = Rollout(
-            batch.ids, mask, batch.lengths, logprobs, ref_logprobs, values, advantages, returns
-        )
         left = 1 - iteration / cfg.iterations if cfg.schedule == "linear" else 1.0
-        optimizer.param_groups[0]["lr"] = cfg.lr * left
-        optimizer.param_groups[1]["lr"] = cfg.value_lr * left
-        sums, norms, updates, seen, nonfinite = (
-            torch.zeros(4, dtype=torch.float64),
-            torch.zeros(2, dtype=torch.float64),
-            0,
-            0,
-            0,
-        )
+        for group, lr in zip(optimizer.param_groups, (cfg.lr, cfg.value_lr)):
+            group["lr"] = lr * left
+        updates, nonfinite = [], 0
         for epoch in range(cfg.epochs):
-            epoch_kl, epoch_tokens = 0.0, 0
+            earlier = len(updates)
             order = torch.tensor(epoch_order(cfg.episodes, STREAM, cfg.seed, 2, iteration, epoch))
             for rows in order.tensor_split(cfg.minibatches):
                 minibatch = rollout.select(rows)
-                tokens, update = int(minibatch.mask.sum()), torch.zeros(4, dtype=torch.float64)
-                for part in micro_batches(minibatch.lengths.tolist(), cfg.micro_tokens):
-                    part = minibatch.select(part)
-                    new_logprobs = response_logprobs(policy, part, cfg.temperature)
-                    policy_loss = losses.policy_loss(
-                        new_logprobs, part.logprobs, part.advantages, part.mask, cfg.clip_range
-                    ).sum()
-                    parallel.backward(policy_loss / tokens)
-                    # The models share no layer. Two backward calls keep the activations of one at
-                    # a time: 924 MiB at the peak, and 1,087 with one call for the sum.
-                    new_values = token_values(value_model, part)
-                    value_loss = losses.value_loss(
-                        new_values, part.values, part.returns, part.mask, cfg.value_clip_range
-                    ).sum()
-                    parallel.backward(cfg.vf_coef * value_loss / tokens)
-                    new_logprobs = new_logprobs.detach()
-                    approx_kl = losses.approx_kl(new_logprobs, part.logprobs, part.mask).sum()
-                    clipped = losses.clip_fraction(
-                        new_logprobs, part.logprobs, part.mask, cfg.clip_range
-                    ).sum()
-                    update += torch.stack([policy_loss, value_loss, approx_kl, clipped]).detach().cpu()
-                update = parallel.total(update)
-                norm = [parallel.clip_grad_norm(m, cfg.grad_clip) for m in (policy, value_model)]
-                if stage.finite([*update.tolist(), *norm], minibatch.ids.tolist()):
+                tokens, sums = int(minibatch.mask.sum()), torch.zeros(4, dtype=torch.float64)
+                for part in micro_batches(minibatch, cfg.micro_tokens):
+                    old, inside = part.logprobs, part.mask
+                    new = response_logprobs(policy, part, cfg.temperature)
+                    pg = losses.policy_loss(new, old, part.advantages, inside, cfg.clip_range)
+                    parallel.backward(pg.sum() / tokens)
+                    # Two backward calls, since the models share no layer: the activations of one
+                    # are freed before the other runs (924 MiB at the peak, not 1,087).
+                    v, v_old = token_values(value_model, part), part.values
+                    vf = losses.value_loss(v, v_old, part.returns, inside, cfg.value_clip_range)
+                    parallel.backward(cfg.vf_coef * vf.sum() / tokens)
+                    with torch.no_grad():
+                        moved = losses.approx_kl(new, old, inside)
+                        clipped = losses.clip_fraction(new, old, inside, cfg.clip_range)
+                    sums += torch.stack([x.detach().sum() for x in (pg, vf, moved, clipped)]).cpu()
+                sums = parallel.total(sums).tolist()
+                norms = [parallel.clip_grad_norm(m, cfg.grad_clip) for m in (policy, value_model)]
+                if stage.finite(sums + norms, minibatch.ids.tolist()):
                     optimizer.step()
-                    sums, norms, updates = sums + update, norms + torch.tensor(norm), updates + 1
-                    epoch_kl, epoch_tokens = epoch_kl + update[2].item(), epoch_tokens + tokens
+                    names = (*UPDATE, *NORMS, "tokens")
+                    updates.append(dict(zip(names, (*sums, *norms, tokens))))
                 else:
                     nonfinite += 1
                 optimizer.zero_grad(set_to_none=True)
-            seen += epoch_tokens
-            if epoch_kl > cfg.target_kl * epoch_tokens:
+            moved = sum(update["approx_kl"] for update in updates[earlier:])
+            if moved > cfg.target_kl * sum(update["tokens"] for update in updates[earlier:]):
                 break
 
         # 6. What to watch. A reward that rises says little by itself.
@@ -225,38 +209,18 @@ def main(cfg: PPOConfig) -> dict:
         row = {"reward": scores.mean().item(), **watch(mask, logprobs, ref_logprobs, entropies)}
         row["eos_rate"] = ended.float().mean().item()
         row["explained_variance"] = losses.explained_variance(values, returns, mask).item()
-        row["distinct_2"] = distinct_ngrams([c.ids for c in completions], 2)
-        names = ("policy_loss", "value_loss", "approx_kl", "clip_fraction")
-        row |= zip(names, (sums / max(seen, 1)).tolist())
-        row |= zip(("policy_grad_norm", "value_grad_norm"), (norms / max(updates, 1)).tolist())
-        row |= {"updates": updates, "nonfinite": nonfinite, "kl_coef": kl_coef}
+        row["distinct_2"] = distinct_ngrams(responses, 2)
+        row |= mean_update(updates) | {"nonfinite": nonfinite, "kl_coef": kl_coef}
         stage.log(row, show=("reward", "kl"))
-        episodes.append(
-            [
-                {
-                    "step": iteration + 1,
-                    "prompt": p,
-                    "response": text,
-                    "score": score,
-                    "ended": c.ended,
-                }
-                for p, text, score, c in zip(prompts, texts, scores.tolist(), completions)
-            ]
-        )
+        names = ("step", "prompt", "response", "score", "ended")
+        found = zip(prompts, texts, scores.tolist(), ended.tolist())
+        episodes.append([dict(zip(names, (iteration + 1, *episode))) for episode in found])
         if cfg.kl_target > 0 and math.isfinite(row["kl"]):
-            kl_coef = losses.adaptive_kl_coef(
-                kl_coef, row["kl"], cfg.kl_target, cfg.kl_horizon, cfg.episodes
-            )
-            stage.state["kl_coef"] = kl_coef
+            aim = (cfg.kl_target, cfg.kl_horizon, cfg.episodes)
+            stage.state["kl_coef"] = kl_coef = losses.adaptive_kl_coef(kl_coef, row["kl"], *aim)
 
-    metrics = stage.journals["metrics.jsonl"].rows[-max(1, cfg.iterations // 10) :]
-    last = [row for row in metrics if None not in (row["kl"], row["reward"])]  # None: not finite
-    means = {key: sum(row[key] for row in last) / max(len(last), 1) for key in ("kl", "reward")}
-    return stage.finish(policy, {"episodes": len(episodes.rows), **means})
+    return stage.finish(policy, {"episodes": len(episodes.rows)} | stage.means("kl", "reward"))
 
 
 if __name__ == "__main__":
-    terminal.run(
-        lambda arguments: main(config.load(PPOConfig, "ppo", arguments)),
-        config.usage(__doc__, PPOConfig),
-    )
+    script(main, PPOConfig, "ppo", __doc__)

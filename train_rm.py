@@ -15,75 +15,50 @@ feedback model in both orders. The paper's few-shot comparisons are `examples`, 
 import math
 from collections import Counter
 from dataclasses import dataclass
-from itertools import combinations
 
 import torch
 
-from minicai import InputError, constitution
+from minicai import constitution, feedback
 from minicai.critique import revision_pairs
-from minicai.engine import config, parallel, terminal
-from minicai.engine.data import epoch_order, read_jsonl, read_preferences, read_prompts, split
+from minicai.engine import models, parallel, sampler
+from minicai.engine.config import Run, path_setting, setting
+from minicai.engine.data import batch_of_step, read_jsonl, read_preferences, read_prompts, split
 from minicai.engine.dialogue import encode_pair, show_first
-from minicai.engine.load import load_policy, load_scorer, models_record, stamp
-from minicai.engine.models import (
-    checkpoint_layers,
-    micro_batches,
-    pair_lengths,
-    pair_scores,
-    scored_pairs,
-)
-from minicai.engine.sampler import (
-    Sampling,
-    check_lengths,
-    check_prompts,
-    check_requests,
-    choice_logprobs,
-    respond,
-    turn_size,
-)
-from minicai.engine.stage import Stage
-from minicai.examples import compared, compared_by_thinking, load_comparisons
-from minicai.feedback import (
-    Labelling,
-    drawn_principles,
-    hard_labels,
-    join_judges,
-    label_pairs,
-    label_pairs_by_thinking,
-    label_shares,
-)
+from minicai.engine.load import load_policy, load_scorer
+from minicai.engine.stage import Stage, script
+from minicai.examples import load_comparisons
 from minicai.losses import centering_loss, preference_loss
-from minicai.prompts import CHOICES, Prompt, as_turns, render, render_comparison, render_conclusion
+from minicai.prompts import as_turns
 
 STREAM = 2  # keeps this stage's random numbers apart from the other stages'
-TRAINED, FROZEN = ("reward",), ()  # what it holds while it trains, for the memory plan
+TRAINED, FROZEN = ("reward",), ("policy", "feedback")  # for the memory plan
 
 
 @dataclass
-class RMConfig(config.Run):
+class RMConfig(Run):
     """[rm] in the config file. Section numbers are the paper's."""
 
     # pairs and their labels
-    policy: str = config.path_setting(model=True)  # who answers; "" = OUT/sl (4.1)
-    feedback: str = config.path_setting(model=True)  # who compares; "" = the base model (4.1)
-    prompts: str = config.path_setting("minicai:tinyworld/data/red_team.jsonl")  # 4.2: 182,831
+    policy: str = path_setting(model=True)  # who answers; "" = OUT/sl (4.1)
+    feedback: str = path_setting(model=True)  # who compares; "" = the base model (4.1)
+    prompts: str = path_setting("minicai:tinyworld/data/red_team.jsonl")  # 4.2: 182,831
     limit: int = 0  # use only the first prompts; 0 = all
     # human helpfulness pairs (4.2: 135,296); "" = none
-    preferences: str = config.path_setting("minicai:tinyworld/data/preferences.jsonl")
+    preferences: str = path_setting("minicai:tinyworld/data/preferences.jsonl")
     preferences_limit: int = 0  # use only the first pairs; 0 = all
-    candidates: int = config.setting(2, at_least=2)  # responses per prompt; all pairs are compared
+    candidates: int = setting(2, at_least=2)  # responses per prompt; all pairs are compared
     temperature: float = 1.0  # of responses and rationales
-    max_new_tokens: int = config.setting(256, at_least=1)  # of a response or a rationale
+    max_new_tokens: int = setting(256, at_least=1)  # of a response or a rationale
     # probabilities; certainties (4.3); probabilities after a rationale (4.1)
-    labels: str = config.setting("soft", choices=("soft", "hard", "chain_of_thought"))
-    thoughts: int = config.setting(1, at_least=1)  # rationales per order and principle (2: 5)
-    clamp: float = config.setting(0.4, at_most=0.5)  # label after a rationale: clamp to 1 - clamp
-    examples: str = config.path_setting()  # few-shot comparisons, TOML or the paper's JSON (4.1)
+    labels: str = setting("soft", choices=("soft", "hard", "chain_of_thought"))
+    thoughts: int = setting(1, at_least=1)  # rationales per order and principle (2: 5)
+    clamp: float = setting(0.4, at_most=0.5)  # label after a rationale: clamp to 1 - clamp
+    examples: str = path_setting()  # few-shot comparisons, TOML or the paper's JSON (4.1)
 
     # training
-    heldout: float = config.setting(0.1, at_most=1)  # share of prompts kept from training
+    heldout: float = setting(0.1, at_most=1)  # share of prompts kept from training
     epochs: int = 1
-    batch_size: int = config.setting(64, at_least=1)  # pairs per step
+    batch_size: int = setting(64, at_least=1)  # pairs per step
     lr: float = 1e-5  # falls linearly to 0
     warmup: int = 10  # steps
     adam_eps: float = 1e-8
@@ -92,125 +67,104 @@ class RMConfig(config.Run):
     # extensions
     principles: int = 1  # that label a pair, averaged; 0 = all (4.1: one at random)
     swap: bool = True  # show each pair in both orders and average: cancels position bias
-    jury: tuple[str, ...] = config.path_setting((), model=True)  # further feedback models
-    vote: str = config.setting("mean", choices=("mean", "majority"))  # of feedback models
+    jury: tuple[str, ...] = path_setting((), model=True)  # further feedback models
+    vote: str = setting("mean", choices=("mean", "majority"))  # of feedback models
     revision_pairs: int = 0  # pairs (initial, final revision) from the policy's revisions.jsonl
-    earlier: tuple[str, ...] = config.path_setting(())  # comparisons.jsonl of earlier rounds
+    earlier: tuple[str, ...] = path_setting(())  # comparisons.jsonl of earlier rounds
     margin: float = 0.0  # by which the preferred score must lead
     centering: float = 0.01  # weight of (r_A + r_B)^2
 
 
 def main(cfg: RMConfig) -> dict:
     """Runs or resumes the stage. Returns its record, which is also in OUT/rm/stage.json."""
-    parallel.setup(cfg.device, cfg.precision, cfg.timeout)
-    parallel.require(cfg.batch_size, "[rm]: batch_size")
     policy_path, judges = cfg.policy or f"{cfg.out}/sl", (cfg.feedback or cfg.model, *cfg.jury)
-    if len(set(judges)) < len(judges):
-        raise InputError(f"[rm] jury: a feedback model is named twice among {', '.join(judges)}")
     revisions = f"{policy_path}/revisions.jsonl" if cfg.revision_pairs else ""
-    reads = {"policy": policy_path, "feedback": judges[0], "jury": cfg.jury, "revisions": revisions}
-    reads |= {"constitution": cfg.constitution, "examples": cfg.examples, "earlier": cfg.earlier}
-    reads |= {"prompts": cfg.prompts, "preferences": cfg.preferences}
-    stage = Stage(cfg, "rm", reads, code=__file__)
+    reads = {"policy": policy_path, "feedback": judges[0], "revisions": revisions}
+    stage = Stage(cfg, "rm", reads | {"constitution": cfg.constitution}, code=__file__)
     if stage.record:
         return stage.record
-
+    parallel.require(cfg.batch_size, "[rm]: batch_size")
     rules, thinking = constitution.load(cfg.constitution), cfg.labels == "chain_of_thought"
+    label = feedback.label_pairs_by_thinking if thinking else feedback.label_pairs
     examples = load_comparisons(cfg.examples, thinking) if cfg.examples else ()
-    bounds = (cfg.clamp, 1 - cfg.clamp)
-    how = Labelling(rules, cfg.seed, cfg.principles, cfg.swap, examples, cfg.thoughts, bounds)
-    sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
-    prompts = read_prompts(cfg.prompts)[: cfg.limit or None]
-    human = read_preferences(cfg.preferences) if cfg.preferences else []
-    human = human[: cfg.preferences_limit or None]
-    check_context(cfg, how, prompts, judges)
+    kind = (cfg.principles, cfg.swap, examples, cfg.thoughts, (cfg.clamp, 1 - cfg.clamp))
+    how = feedback.Labelling(rules, cfg.seed, *kind)
+    sampling = sampler.Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
+    prompts = read_prompts(cfg.prompts, cfg.limit)
+    human = read_preferences(cfg.preferences, cfg.preferences_limit)
+
+    # Does everything fit into the models' contexts? 4: the tokens of an option.
+    policy, limit = load_policy(policy_path), cfg.max_new_tokens
+    sampler.check_prompts(policy, prompts, limit + 1, cfg.prompts)
+    sampler.check_pairs(policy, human, cfg.preferences)
+    requests = feedback.longest_comparisons(prompts, how, thinking)
+    answers = (3 if thinking else 2) * limit + 4
+    sampler.check_requests(judges, requests, answers, "[rm] feedback and jury: a comparison")
 
     # 1. Sample `candidates` responses to each prompt, and pair them: pairs.jsonl.
-    choices = list(combinations(range(cfg.candidates), 2))
-    size, each = turn_size(cfg.rows), len(choices)
-    pairs = stage.journal("pairs.jsonl", size * each, len(prompts) * each)
-    policy = load_policy(policy_path)
-    check_prompts(policy, prompts, cfg.max_new_tokens + 1, cfg.prompts)  # + 1: the end of sequence
-    encoded = [encode_pair(policy.tokenizer, row) for row in human]
-    texts = [prompt + response for prompt, *both in encoded for response in both]
-    check_lengths(policy.config, texts, 0, cfg.preferences)
+    each = math.comb(cfg.candidates, 2)  # pairs per prompt
+    group = sampler.turn_size(cfg.rows) * each
+    pairs = stage.journal("pairs.jsonl", group, len(prompts) * each)
     with parallel.gathered(policy):
         for first, last in stage.turns(pairs, "generate", "responses", cfg.candidates / each):
             numbers = range(first // each, last // each)
             asked = [as_turns(prompts[i]) for i in numbers] * cfg.candidates
             seeds = [(STREAM, cfg.seed, i, c) for c in range(cfg.candidates) for i in numbers]
-            answers, ended = respond(policy, asked, seeds, sampling, stage.progress)
-            rows, count = [], len(numbers)
-            for k, i in enumerate(numbers):
-                for c, (a, b) in enumerate(choices):
-                    a, b = a * count + k, b * count + k
-                    row = {"id": i * each + c, "prompt": prompts[i]}
-                    row |= {"first": answers[a], "second": answers[b]}
-                    cut = [side for side, at in (("first", a), ("second", b)) if not ended[at]]
-                    rows.append(row | {"cut": cut})  # cut off by the length limit
-            pairs.append(parallel.joined(rows))
-    del policy
+            answers = sampler.respond(policy, asked, seeds, sampling, stage.progress)
+            pairs.append(parallel.joined(feedback.pair_up(numbers, prompts, *answers)))
+    del policy  # its memory is needed for the feedback models
 
-    # 2. Label them by AI feedback: comparisons.jsonl. Pairs with given labels follow.
+    # 2. Label them by AI feedback: comparisons.jsonl. Pairs whose labels are given follow.
     different = [row for row in pairs.rows if row["first"] != row["second"]]
     given = revision_pairs(read_jsonl(revisions)[: cfg.revision_pairs]) if revisions else []
     for k, path in enumerate(cfg.earlier, 1):
-        for row in read_jsonl(path):
-            if row["source"] != "human":
-                given.append(row | {"id": f"round{k}:{row['id']}"})
+        labelled = [row for row in read_jsonl(path) if row["source"] != "human"]
+        given += [row | {"id": f"round{k}:{row['id']}"} for row in labelled]
     given += human
-    journal = stage.journal("comparisons.jsonl", cfg.rows, len(different) + len(given))
-    if len(journal.rows) < len(different):
-        made_by, models = stamp(*judges), [load_policy(path) for path in judges]
-        with parallel.gathered(*models):
-            for first, last in stage.turns(journal, "label", "pairs", until=len(different)):
-                group = different[first:last]
-                found = [
-                    label(group, model, path, how, sampling, thinking)
-                    for model, path in zip(models, judges)
-                ]
-                rows = join_judges(found, cfg.vote) if cfg.jury else found[0]
-                rows = hard_labels(rows) if cfg.labels == "hard" else rows
+    comparisons = stage.journal("comparisons.jsonl", cfg.rows, len(different) + len(given))
+    if len(comparisons.rows) < len(different):
+        made_by, speakers = stage.stamp(*judges), [load_policy(judge) for judge in judges]
+        with parallel.gathered(*speakers):
+            for first, last in stage.turns(comparisons, "label", "pairs", until=len(different)):
+                group, found = different[first:last], []
+                asked = [(row["id"], row["prompt"], row["first"], row["second"]) for row in group]
+                for model, judge in zip(speakers, judges):
+                    who = [sampler.chooser(model, cfg.rows)]
+                    who += [sampler.responder(model, sampling, STREAM)] if thinking else []
+                    found.append(label(asked, *who, how, judge))
+                rows = feedback.join_judges(found, cfg.vote) if cfg.jury else found[0]
+                rows = feedback.hard_labels(rows) if cfg.labels == "hard" else rows
                 rows = [pair | row | made_by for pair, row in zip(group, rows)]
-                journal.append(parallel.joined(rows))
-                stage.shown = label_shares(rows)
-        del models
-    journal.append(given[len(journal.rows) - len(different) :])
+                comparisons.append(parallel.joined(rows))
+                stage.shown = feedback.label_shares(rows)
+        del speakers
+    comparisons.append(given[len(comparisons.rows) - len(different) :])
 
     # 3. Minimise  L_RM = - [ p log sigma(r_A - r_B) + (1 - p) log sigma(r_B - r_A) ].
-    rows, heldout = split(journal.rows, cfg.heldout, cfg.seed)
+    rows, heldout = split(comparisons.rows, cfg.heldout, cfg.seed)
     model = load_scorer(policy_path, seed=cfg.seed)
     encoded = [encode_pair(model.tokenizer, row) for row in rows]
     if cfg.gradient_checkpointing:
-        checkpoint_layers(model)
+        models.checkpoint_layers(model)
     optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=cfg.lr,
-        betas=(0.9, 0.95),
-        eps=cfg.adam_eps,
-        weight_decay=0.0,
-        fused=True,
+        model.parameters(), cfg.lr, (0.9, 0.95), cfg.adam_eps, weight_decay=0.0, fused=True
     )
-    steps_per_epoch = math.ceil(len(rows) / cfg.batch_size)
-    steps = cfg.epochs * steps_per_epoch
+    steps = cfg.epochs * math.ceil(len(rows) / cfg.batch_size)
     stage.resume({"model": model}, optimizer)
     for step in stage.steps(steps):
-        # The batch is a function of the seed and the step, so a resumed run sees the same one.
-        epoch, k = divmod(step, steps_per_epoch)
-        order = epoch_order(len(rows), STREAM, cfg.seed, epoch)
-        batch = order[k * cfg.batch_size : (k + 1) * cfg.batch_size]
+        batch = batch_of_step(step, len(rows), cfg.batch_size, STREAM, cfg.seed)
         if step == 0:
             (prompt, first, second), p = encoded[batch[0]], rows[batch[0]]["p_first"]
-            label_text = f"rm: train, the first is better with p = {p:.2f}"
-            show_first(label_text, model.tokenizer, [(prompt, first), (prompt, second)])
+            shown = [(prompt, first), (prompt, second)]
+            show_first(f"rm: train, P(first is better) = {p:.2f}", model.tokenizer, shown)
 
         # Micro-batches add up to the batch: divide each once, by the pairs of the whole batch.
         loss, correct, decided = 0.0, 0.0, 0.0
-        lengths = pair_lengths([encoded[r] for r in batch])
-        for part in micro_batches(lengths, cfg.micro_tokens):
+        lengths = models.pair_lengths([encoded[r] for r in batch])
+        for part in models.micro_rows(lengths, cfg.micro_tokens):
             part = [batch[k] for k in part]
             p_first = torch.tensor([rows[r]["p_first"] for r in part], device=model.device)
-            r_first, r_second = pair_scores(model, [encoded[r] for r in part])
+            r_first, r_second = models.pair_scores(model, [encoded[r] for r in part])
             part_loss = preference_loss(r_first, r_second, p_first, cfg.margin)
             part_loss = part_loss + cfg.centering * centering_loss(r_first, r_second)
             part_loss = part_loss.sum() / len(batch)
@@ -222,8 +176,8 @@ def main(cfg: RMConfig) -> dict:
         loss, correct, decided = parallel.total([loss, correct, decided])
 
         # Warmup, then falling to 0; clip; update unless something is not finite.
-        left = 1 - step / steps
-        optimizer.param_groups[0]["lr"] = cfg.lr * min((step + 1) / max(cfg.warmup, 1), left)
+        warm = (step + 1) / max(cfg.warmup, 1)
+        optimizer.param_groups[0]["lr"] = cfg.lr * min(warm, 1 - step / steps)
         grad_norm = parallel.clip_grad_norm(model, cfg.grad_clip)
         if stage.finite([loss, grad_norm], [encoded[r] for r in batch]):
             optimizer.step()
@@ -235,56 +189,18 @@ def main(cfg: RMConfig) -> dict:
     # 4. How often it agrees with the labels of the held-out pairs that take a side.
     decided = [row for row in heldout if row["p_first"] != 0.5]
     pairs = [encode_pair(model.tokenizer, row) for row in decided]
-    r_first, r_second = scored_pairs(model, pairs, cfg.micro_tokens)
-    better = torch.tensor([row["p_first"] > 0.5 for row in decided], device=model.device)
-    agree = ((r_first > r_second) == better).float()
-    return stage.finish(
-        model,
-        {
-            "train_pairs": len(rows),
-            "heldout_pairs": len(heldout),
-            "accuracy_vs_labels": agree.mean().item(),
-            "heldout_ids": [row["id"] for row in heldout],
-            "train_sources": Counter(row["source"] for row in rows),
-            "models": models_record((policy_path, *judges)),
-        },
-    )
-
-
-def label(pairs: list, model, name: str, how: Labelling, sampling: Sampling, thinking: bool):
-    """Rows of comparisons.jsonl for the pairs, labelled by one feedback model."""
-    asked = [(row["id"], row["prompt"], row["first"], row["second"]) for row in pairs]
-
-    def choose(texts: list[str]) -> list[list[float]]:
-        return choice_logprobs(model, texts, CHOICES, sampling.rows)
-
-    def think(texts: list[str], seeds: list[tuple[int, ...]]) -> list[str]:
-        return respond(model, texts, [(STREAM, *seed) for seed in seeds], sampling)[0]
-
-    if thinking:
-        return label_pairs_by_thinking(asked, choose, think, how, name)
-    return label_pairs(asked, choose, how, name)
-
-
-def check_context(cfg: RMConfig, how: Labelling, prompts: list[Prompt], judges: tuple) -> None:
-    """Raises InputError where comparing responses to the longest prompt exceeds a context."""
-    drawn_principles(how.constitution, cfg.principles, cfg.seed, 0)
-    longest, requests = max(prompts, key=lambda prompt: len(render(prompt))), []
-    thinking = cfg.labels == "chain_of_thought"
-    for principle in how.constitution.usable("comparison"):
-        words = (longest, "", "", principle)
-        if thinking:
-            text = compared_by_thinking(how.examples, principle, render_conclusion(*words, ""))
-        else:
-            text = compared(how.examples, principle, render_comparison(*words))
-        requests.append(text)
-    answers = (3 if thinking else 2) * cfg.max_new_tokens + 4  # 4: the tokens of an option
-    for judge in judges:
-        check_requests(judge, requests, answers, "[rm]: a comparison")
+    r_first, r_second = models.scored_pairs(model, pairs, cfg.micro_tokens)
+    better = torch.tensor([row["p_first"] for row in decided], device=model.device) > 0.5
+    agree = ((r_first > r_second) == better).double()
+    record = {
+        "train_pairs": len(rows),
+        "heldout_pairs": len(heldout),
+        "accuracy_vs_labels": agree.mean().item(),
+        "heldout_ids": [row["id"] for row in heldout],
+        "train_sources": Counter(row["source"] for row in rows),
+    }
+    return stage.finish(model, record)
 
 
 if __name__ == "__main__":
-    terminal.run(
-        lambda arguments: main(config.load(RMConfig, "rm", arguments)),
-        config.usage(__doc__, RMConfig),
-    )
+    script(main, RMConfig, "rm", __doc__)

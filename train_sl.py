@@ -1,4 +1,4 @@
-"""Stage 1, SL-CAI: respond -> critique -> revise, then fine-tune on the revisions (Bai et al. 2022, 3).
+"""Stage 1, SL-CAI: respond, criticise, revise; fine-tune on the revisions (Bai et al. 2022, 3).
 
     python train_sl.py configs/tiny.toml [--key=value ...]               a laptop, or one GPU
     torchrun --nproc_per_node=8 train_sl.py CONFIG                       eight GPUs; docs/scaling.md
@@ -14,102 +14,90 @@ critique; here `examples` does, and there are none by default.
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-from minicai import constitution
-from minicai.critique import (
-    Revising,
-    all_at_once,
-    at_random,
-    critique_and_revise,
-    hygiene,
-    in_turn,
-    training_pairs,
-)
-from minicai.engine import config, parallel, terminal
-from minicai.engine.data import epoch_order, read_prompts
+from minicai import constitution, critique
+from minicai.engine import parallel
+from minicai.engine.config import Run, path_setting, setting
+from minicai.engine.data import batch_of_step, read_prompts
 from minicai.engine.dialogue import encode, show_first
-from minicai.engine.load import load_policy, models_record, stamp
+from minicai.engine.load import load_policy
 from minicai.engine.models import checkpoint_layers, micro_batches, response_logprobs
-from minicai.engine.sampler import Sampling, check_prompts, check_requests, respond, turn_size
-from minicai.engine.stage import Stage
-from minicai.examples import fingerprint, in_front, load_examples
+from minicai.engine.sampler import (
+    Sampling,
+    check_prompts,
+    check_requests,
+    respond,
+    responder,
+    turn_size,
+)
+from minicai.engine.stage import Stage, script
+from minicai.examples import load_examples
 from minicai.losses import nll_loss
-from minicai.prompts import Prompt, as_turns, render, render_critique, render_revision
+from minicai.prompts import as_turns
 from minicai.rollout import collate
 
 STREAM = 1  # keeps this stage's random numbers apart from the other stages'
-TRAINED, FROZEN = ("model",), ()  # what it holds while it trains, for the memory plan
-CHOOSE = {"random": at_random, "in_turn": in_turn, "all": all_at_once}
+TRAINED, FROZEN = ("model",), ()  # for the memory plan
+CHOOSE = {"random": critique.at_random, "in_turn": critique.in_turn, "all": critique.all_at_once}
 STYLES = {
     "plain": constitution.plain,
     "chain_of_thought": constitution.chain_of_thought,
     "strong": constitution.strong,
     "none": constitution.direct,
 }
-FAULTS = ("unchanged", "leaked", "boilerplate")
 
 
 @dataclass
-class SLConfig(config.Run):
+class SLConfig(Run):
     """[sl] in the config file. Section numbers are the paper's."""
 
     # data: prompts, critiques and revisions
-    prompts: str = config.path_setting("minicai:tinyworld/data/red_team.jsonl")  # 3.2: 182,831
-    helpful_prompts: str = config.path_setting("minicai:tinyworld/data/helpful.jsonl")  # 3.2
+    prompts: str = path_setting("minicai:tinyworld/data/red_team.jsonl")  # 3.2: 182,831
+    helpful_prompts: str = path_setting("minicai:tinyworld/data/helpful.jsonl")  # 3.2
     limit: int = 0  # use only the first red-team prompts; 0 = all
     helpful_limit: int = 0  # likewise for the harmless ones
     rounds: int = 4  # of critique and revision per prompt (3.2)
     # the principle of a round: drawn (3.1), the next one, or all of them numbered
-    principles: str = config.setting("random", choices=tuple(CHOOSE))
-    style: str = config.setting("plain", choices=tuple(STYLES))  # of the critique; none: revise
-    examples: str = config.path_setting()  # few-shot examples, TOML or the paper's JSON (3.1)
+    principles: str = setting("random", choices=tuple(CHOOSE))
+    style: str = setting("plain", choices=tuple(STYLES))  # of the critique; none: revise
+    examples: str = path_setting()  # few-shot examples, TOML or the paper's JSON (3.1)
     helpful_samples: int = 2  # responses per harmless prompt, mixed in (3.2)
     temperature: float = 1.0  # of all sampling (3.2)
-    max_new_tokens: int = config.setting(256, at_least=1)  # of a response, critique or revision
-    keep: str = config.setting("all", choices=("all", "last"))  # train on all rounds (3.2)
+    max_new_tokens: int = setting(256, at_least=1)  # of a response, critique or revision
+    keep: str = setting("all", choices=("all", "last"))  # train on all rounds (3.2)
 
     # training
     epochs: int = 1  # (3.2)
-    batch_size: int = config.setting(64, at_least=1)  # sequences per step (paper: 1024)
+    batch_size: int = setting(64, at_least=1)  # sequences per step (paper: 1024)
     lr: float = 1e-5  # (3.2: half the pretraining rate)
-    schedule: str = config.setting("constant", choices=("constant", "linear"))  # after the warmup
+    schedule: str = setting("constant", choices=("constant", "linear"))  # after the warmup
     warmup: int = 10  # steps
     adam_eps: float = 1e-8  # raise it where rare tokens of a tied embedding drift
     grad_clip: float = 1.0  # norm
 
     # extensions
-    policy: str = config.path_setting(model=True)  # who responds and learns; "" = the model
-    critic: str = config.path_setting(model=True)  # who writes the critiques; "" = the model
+    policy: str = path_setting(model=True)  # who responds and learns; "" = the model
+    critic: str = path_setting(model=True)  # who writes the critiques; "" = the model
     nothing: tuple[str, ...] = ()  # "no issues": a critique with such a phrase ends the rounds
-    drop: tuple[str, ...] = config.setting((), each=FAULTS)  # leave out revisions with these faults
-    helpful_share: float = config.setting(0.0, at_most=0.99)  # of the helpful samples; 0 = all
+    drop: tuple[str, ...] = setting((), each=critique.FAULTS)  # faults of revisions to leave out
 
 
 def main(cfg: SLConfig) -> dict:
     """Runs or resumes the stage. Returns its record, which is also in OUT/sl/stage.json."""
-    parallel.setup(cfg.device, cfg.precision, cfg.timeout)
-    parallel.require(cfg.batch_size, "[sl]: batch_size")
-    reads = {"model": cfg.model, "policy": cfg.policy, "critic": cfg.critic}
-    reads |= {"constitution": cfg.constitution, "examples": cfg.examples}
-    reads |= {"prompts": cfg.prompts, "helpful_prompts": cfg.helpful_prompts}
+    reads = {"model": cfg.model, "constitution": cfg.constitution}
     stage = Stage(cfg, "sl", reads, code=__file__)
     if stage.record:
         return stage.record
-
-    rules, style, choose = (
-        constitution.load(cfg.constitution),
-        STYLES[cfg.style],
-        CHOOSE[cfg.principles],
-    )
+    parallel.require(cfg.batch_size, "[sl]: batch_size")
+    rules = constitution.load(cfg.constitution)
     examples = load_examples(cfg.examples) if cfg.examples else ()
-    how = Revising(rules, cfg.seed, cfg.rounds, choose, style, examples, cfg.nothing)
+    kind = (CHOOSE[cfg.principles], STYLES[cfg.style], examples, cfg.nothing)
+    how = critique.Revising(rules, cfg.seed, cfg.rounds, *kind)
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
-    prompts = read_prompts(cfg.prompts)[: cfg.limit or None]
-    harmless = read_prompts(cfg.helpful_prompts) if cfg.helpful_samples else []
-    harmless = harmless[: cfg.helpful_limit or None]
+    prompts = read_prompts(cfg.prompts, cfg.limit)
+    harmless = read_prompts(cfg.helpful_prompts, cfg.helpful_limit)
 
     # One model responds, criticises and revises, unless `policy` or `critic` names another.
     model = load_policy(cfg.policy or cfg.model)
@@ -118,30 +106,24 @@ def main(cfg: SLConfig) -> dict:
     check_prompts(model, prompts, cfg.max_new_tokens, cfg.prompts)
     check_prompts(model, harmless, cfg.max_new_tokens, cfg.helpful_prompts)
     if cfg.rounds:
-        check_context(cfg, how, prompts)
+        critiques, revisions = critique.longest_requests(prompts, how)
+        limit = cfg.max_new_tokens
+        check_requests([cfg.critic or cfg.model], critiques, 2 * limit, "[sl]: a critique request")
+        answers = 3 if critiques else 2  # the response, the critique, and the revision behind them
+        check_requests([cfg.model], revisions, answers * limit, "[sl]: a revision request")
 
     # 1. Respond, criticise, revise: revisions.jsonl, one row per red-team prompt.
-    def complete(who, texts, seeds) -> list[str]:
-        seeds = [(STREAM, *seed) for seed in seeds]
-        return respond(who, texts, seeds, sampling, stage.progress)[0]
-
-    made_by = {"model": cfg.model, "seed": cfg.seed, "constitution": rules.stamp}
-    for key in ("policy", "critic", "principles", "style", "nothing"):
-        if getattr(cfg, key) != getattr(SLConfig, key):
-            made_by[key] = getattr(cfg, key)
-    made_by |= {"examples": fingerprint(examples)} if examples else {}
-    models = stamp(cfg.model, cfg.policy, cfg.critic)
-    made_by |= models
+    models = stage.stamp(cfg.model, cfg.policy, cfg.critic)
+    made_by = {"model": cfg.model, "seed": cfg.seed, "constitution": rules.stamp} | models
     group, texts = turn_size(cfg.rows), 1 + cfg.rounds * (1 if cfg.style == "none" else 2)
     revisions = stage.journal("revisions.jsonl", group, len(prompts))
     with parallel.gathered(*{model, reviser, critic}):
         for first, last in stage.turns(revisions, "generate", "texts", each=texts):
-            parts = [partial(complete, who) for who in (model, critic, reviser)]
-            rows = critique_and_revise(prompts[first:last], first, how, *parts)
+            who = [responder(m, sampling, STREAM, stage.progress) for m in (model, critic, reviser)]
+            rows = critique.critique_and_revise(prompts[first:last], first, how, *who)
             revisions.append(parallel.joined([row | made_by for row in rows]))
-            count = hygiene(revisions.rows)
-            revised = max(count["revisions"], 1)
-            stage.shown = {"unchanged": count["unchanged"] / revised}
+            found = critique.hygiene(rows)
+            stage.shown = {"unchanged": found["unchanged"] / max(found["revisions"], 1)}
     del reviser, critic  # their memory is needed for training
 
     # 2. Answer harmless prompts, so that the model does not unlearn to help: helpful.jsonl.
@@ -150,8 +132,9 @@ def main(cfg: SLConfig) -> dict:
     with parallel.gathered(model):
         for first, last in stage.turns(helpful, "generate", "samples"):
             numbers, asked = range(first, last), wanted[first:last]
-            seeds = [(cfg.seed, i, 999) for i in numbers]
-            answers = complete(model, [as_turns(prompt) for prompt in asked], seeds)
+            seeds = [(STREAM, cfg.seed, i, 999) for i in numbers]
+            texts = [as_turns(prompt) for prompt in asked]
+            answers, _ = respond(model, texts, seeds, sampling, stage.progress)
             rows = [
                 {"id": i, "prompt": prompt, "response": answer, "seed": cfg.seed} | models
                 for i, prompt, answer in zip(numbers, asked, answers)
@@ -161,11 +144,8 @@ def main(cfg: SLConfig) -> dict:
     # 3. The (prompt, response) pairs to learn, as token ids.
     pairs = []
     for row in revisions.rows:
-        pairs += training_pairs(row, cfg.keep, cfg.drop)
-    count = len(helpful.rows)
-    if cfg.helpful_share:
-        count = round(len(pairs) * cfg.helpful_share / (1 - cfg.helpful_share))
-    pairs += [(row["prompt"], row["response"]) for row in helpful.rows[:count]]
+        pairs += critique.training_pairs(row, cfg.keep, cfg.drop)
+    pairs += [(row["prompt"], row["response"]) for row in helpful.rows]
     encoded = [encode(model.tokenizer, prompt, response) for prompt, response in pairs]
     # A response that the length limit cut off does not end there.
     encoded = [(p, r if len(r) <= cfg.max_new_tokens else r[:-1]) for p, r in encoded]
@@ -174,29 +154,20 @@ def main(cfg: SLConfig) -> dict:
     if cfg.gradient_checkpointing:
         checkpoint_layers(model)
     optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=cfg.lr,
-        betas=(0.9, 0.95),
-        eps=cfg.adam_eps,
-        weight_decay=0.0,
-        fused=True,
+        model.parameters(), cfg.lr, (0.9, 0.95), cfg.adam_eps, weight_decay=0.0, fused=True
     )
-    steps_per_epoch = math.ceil(len(encoded) / cfg.batch_size)
-    steps = cfg.epochs * steps_per_epoch
+    steps = cfg.epochs * math.ceil(len(encoded) / cfg.batch_size)
     stage.resume({"model": model}, optimizer)
     for step in stage.steps(steps):
-        # The batch is a function of the seed and the step, so a resumed run sees the same one.
-        epoch, k = divmod(step, steps_per_epoch)
-        order = epoch_order(len(encoded), STREAM, cfg.seed, epoch)
-        rows = [encoded[r] for r in order[k * cfg.batch_size : (k + 1) * cfg.batch_size]]
+        chosen = batch_of_step(step, len(encoded), cfg.batch_size, STREAM, cfg.seed)
+        rows = [encoded[k] for k in chosen]
         if step == 0:
             show_first("sl: train", model.tokenizer, rows)
-        batch = collate([prompt for prompt, _ in rows], [r for _, r in rows], model.device)
+        batch = collate(*zip(*rows), model.device)
 
         # Micro-batches add up to the batch: divide each once, by the tokens of the whole batch.
         tokens, loss = int(batch.mask.sum()), 0.0
-        for part in micro_batches(batch.lengths.tolist(), cfg.micro_tokens):
-            part = batch.select(part)
+        for part in micro_batches(batch, cfg.micro_tokens):
             logprobs = response_logprobs(model, part)
             part_loss = nll_loss(logprobs, part.mask).sum() / tokens
             parallel.backward(part_loss)
@@ -212,40 +183,14 @@ def main(cfg: SLConfig) -> dict:
         optimizer.zero_grad(set_to_none=True)
         stage.log({"loss": loss, "tokens": tokens, "grad_norm": grad_norm}, show=("loss",))
 
-    return stage.finish(
-        model,
-        {
-            "examples": len(encoded),
-            "not_kept": sum(not row["kept"] for row in revisions.rows),
-            "hygiene": hygiene(revisions.rows),
-            "constitution": rules.stamp,
-            "models": models_record((cfg.model, cfg.policy, cfg.critic)),
-        },
-    )
-
-
-def check_context(cfg: SLConfig, how: Revising, prompts: list[Prompt]) -> None:
-    """Raises InputError where a request about the longest prompt would exceed a model's context."""
-    longest = max(prompts, key=lambda prompt: len(render(prompt)))
-    principles = how.principles
-    if cfg.principles == "all":
-        principles = [constitution.together(principles)]
-    principles = [how.style(principle) for principle in principles]
-
-    def check(path: str, requests: list[str], answers: int, what: str) -> None:
-        requests = [in_front(how.examples, how.style, request) for request in requests]
-        check_requests(
-            path, requests, answers * cfg.max_new_tokens, f"[sl]: a request for a {what}"
-        )
-
-    critiques = [render_critique(longest, "", p) for p in principles if p.critique]
-    check(cfg.critic or cfg.model, critiques, 2, "critique")
-    revisions = [render_revision(longest, "", "", p) for p in principles]
-    check(cfg.model, revisions, 3 if critiques else 2, "revision")
+    record = {
+        "examples": len(encoded),
+        "hygiene": critique.hygiene(revisions.rows),
+        "not_kept": sum(not row["kept"] for row in revisions.rows),
+        "constitution": rules.stamp,
+    }
+    return stage.finish(model, record)
 
 
 if __name__ == "__main__":
-    terminal.run(
-        lambda arguments: main(config.load(SLConfig, "sl", arguments)),
-        config.usage(__doc__, SLConfig),
-    )
+    script(main, SLConfig, "sl", __doc__)

@@ -8,11 +8,12 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from minicai import InputError
 from minicai.constitution import Constitution, Principle, direct, plain, together
 from minicai.examples import Example, in_front
-from minicai.prompts import Prompt, as_turns, render_critique, render_revision
+from minicai.prompts import Prompt, as_turns, render, render_critique, render_revision
 
 Generate = Callable[[Sequence[str | list[dict]], Sequence[tuple[int, ...]]], list[str]]
 Choose = Callable[[Sequence[Principle], int, int, int], Principle]
@@ -120,6 +121,22 @@ def critique_and_revise(
     for row in rows:  # an empty revision teaches nothing
         row["kept"] = bool(row["final"]) and all(step["revision"] for step in row["rounds"])
     return rows
+
+
+def longest_requests(prompts: Sequence[Prompt], how: Revising) -> tuple[list[str], list[str]]:
+    """Critique and revision requests about the longest prompt, with empty answers in them.
+
+    To check that they fit into a model's context, before any work is done.
+    """
+    longest = max(prompts, key=lambda prompt: len(render(prompt)))
+    principles = how.principles
+    if how.choose is all_at_once:
+        principles = (together(principles),)
+    principles = [how.style(principle) for principle in principles]
+    critiques = [render_critique(longest, "", p) for p in principles if p.critique]
+    revisions = [render_revision(longest, "", "", p) for p in principles]
+    put = partial(in_front, how.examples, how.style)
+    return list(map(put, critiques)), list(map(put, revisions))
 
 
 def training_pairs(row: dict, keep: str, drop: Sequence[str] = ()) -> list[tuple[Prompt, str]]:

@@ -9,13 +9,20 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from statistics import fmean
 
 from minicai import InputError
 from minicai.constitution import Constitution, Principle
 from minicai.critique import Generate, draw_principle
 from minicai.examples import Comparison, compared, compared_by_thinking, fingerprint
-from minicai.prompts import Prompt, render_comparison, render_conclusion, render_thinking
+from minicai.prompts import (
+    Prompt,
+    render,
+    render_comparison,
+    render_conclusion,
+    render_thinking,
+)
 
 Choose = Callable[[Sequence[str]], Sequence[Sequence[float]]]
 Pair = tuple[int, Prompt, str, str]  # id, prompt, first response, second response
@@ -81,6 +88,28 @@ def p_first_of(row: dict) -> float:
     if row.get("labels") == "hard":
         p_first = majority([p_first])
     return clamp(p_first, *row["clamp"]) if "clamp" in row else p_first
+
+
+# --- pairs ----------------------------------------------------------------------------------------
+
+
+def pair_up(
+    numbers: Sequence[int], prompts: Sequence[Prompt], answers: Sequence[str], ended: Sequence[bool]
+) -> list[dict]:
+    """All pairs of the sampled responses to prompts of the given numbers: rows of pairs.jsonl.
+
+    answers, ended: candidate 0 of every prompt, then candidate 1, and so on. Pairs k n to k n + n - 1
+    are those of prompt k. "cut" names the sides that the length limit cut off.
+    """
+    count, rows = len(numbers), []
+    choices = list(combinations(range(len(answers) // max(count, 1)), 2))
+    for k, number in enumerate(numbers):
+        for c, (one, other) in enumerate(choices):
+            a, b = one * count + k, other * count + k
+            row = {"id": number * len(choices) + c, "prompt": prompts[number]}
+            cut = ["first"] * (not ended[a]) + ["second"] * (not ended[b])
+            rows.append(row | {"first": answers[a], "second": answers[b], "cut": cut})
+    return rows
 
 
 # --- labels of pairs ------------------------------------------------------------------------------
@@ -201,6 +230,24 @@ def join_judges(rows_by_judge: Sequence[Sequence[dict]], combine: str) -> list[d
 def hard_labels(rows: Sequence[dict]) -> list[dict]:
     """The rows with labels 0, 1/2 or 1 (4.3: far worse than soft labels)."""
     return [_labelled(row | {"labels": "hard"}) for row in rows]
+
+
+def longest_comparisons(prompts: Sequence[Prompt], how: Labelling, thinking: bool) -> list[str]:
+    """What is asked about the longest prompt, with empty responses in it.
+
+    To check that it fits into a model's context, before any work is done. Raises InputError where
+    the constitution has too few principles with a comparison.
+    """
+    drawn_principles(how.constitution, how.principles, how.seed, 0)
+    longest, requests = max(prompts, key=lambda prompt: len(render(prompt))), []
+    for principle in how.constitution.usable("comparison"):
+        words = (longest, "", "", principle)
+        if thinking:
+            text = compared_by_thinking(how.examples, principle, render_conclusion(*words, ""))
+        else:
+            text = compared(how.examples, principle, render_comparison(*words))
+        requests.append(text)
+    return requests
 
 
 def drawn_principles(

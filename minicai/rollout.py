@@ -112,6 +112,23 @@ def watch(
     }
 
 
+UPDATE = ("policy_loss", "value_loss", "approx_kl", "clip_fraction")  # sums over an update's tokens
+NORMS = ("policy_grad_norm", "value_grad_norm")
+
+
+def mean_update(updates: Sequence[dict]) -> dict[str, float]:
+    """Means over the updates of a rollout: UPDATE per token, NORMS per update.
+
+    updates: {name of UPDATE or NORMS: its number, "tokens": of the minibatch}.
+    """
+    tokens, means = max(sum(update["tokens"] for update in updates), 1), {}
+    for name in UPDATE:
+        means[name] = sum(update[name] for update in updates) / tokens
+    for name in NORMS:
+        means[name] = sum(update[name] for update in updates) / max(len(updates), 1)
+    return means | {"updates": len(updates)}
+
+
 def distinct_ngrams(sequences: Sequence[Sequence], n: int) -> float:
     """Share of the n-grams that are distinct, over all sequences (Li et al. 2016, distinct-n).
 

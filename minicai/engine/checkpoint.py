@@ -32,7 +32,8 @@ from minicai.engine.load import TOLERANCE
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in one process it is meant to
 KEPT = 2  # checkpoints: the newest, and the one before it
-PLAIN = (  # what the table of contents of a checkpoint of tensors consists of
+# What the table of contents of a checkpoint of tensors consists of.
+PLAIN = [
     "Metadata",
     "MetadataIndex",
     "StorageMeta",
@@ -45,7 +46,7 @@ PLAIN = (  # what the table of contents of a checkpoint of tensors consists of
     "Size",
     "PosixPath",
     "WindowsPath",
-)
+]
 Models = dict[str, torch.nn.Module]
 
 
@@ -136,9 +137,9 @@ class _Plain(pickle.Unpickler):
     """Reads a checkpoint's table of contents, a pickle, and refuses one that would run code."""
 
     def find_class(self, module: str, name: str):
-        if module.partition(".")[0] in ("torch", "pathlib"):
-            if name in PLAIN or isinstance(getattr(torch, name, None), torch.dtype):
-                return super().find_class(module, name)
+        plain = name in PLAIN or isinstance(getattr(torch, name, None), torch.dtype)
+        if plain and module.partition(".")[0] in ("torch", "pathlib"):
+            return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name}")
 
 

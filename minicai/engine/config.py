@@ -50,6 +50,7 @@ MOVED = {  # settings of earlier versions -> what to do instead
     "normalise": "it changed nothing that PPO can feel; scale kl_coef instead",
     "preferences_share": "set preferences_limit to the number of pairs",
     "preferences_weight": "set preferences_limit to the number of pairs",
+    "helpful_share": "set helpful_limit, or helpful_samples",
     "weight_decay": "it was 0 everywhere; edit the optimizer's line in the script",
     "max_nonfinite": "three updates in a row that are not finite stop a run",
     "ratio_tolerance": "it follows the precision",
@@ -119,6 +120,13 @@ def _resolved(path: str, beside: Path, model: bool) -> str:
     found = locate(path, beside)
     on_hub = path.startswith("hub:") or (model and not found.exists() and is_name(path))
     return path if on_hub else os.path.abspath(found)
+
+
+def paths(config) -> dict[str, str | tuple[str, ...]]:
+    """{field: its path or paths} of all fields of the own section that name files or folders."""
+    top = {field.name for field in dataclasses.fields(Run)}
+    own = [f for f in dataclasses.fields(config) if f.metadata.get("path") and f.name not in top]
+    return {field.name: getattr(config, field.name) for field in own}
 
 
 # --- reading --------------------------------------------------------------------------------------

@@ -152,13 +152,22 @@ def epoch_order(count: int, *seed: int) -> list[int]:
     return np.random.default_rng((tag, *seed)).permutation(count).tolist()
 
 
-def shuffled(items: Sequence, first: int, count: int, *seed: int) -> list:
-    """Items number first, first + 1, ... of an endless sequence: epoch after epoch, each shuffled."""
+def shuffled(items: Sequence, turn: int, count: int, *seed: int) -> list:
+    """`count` items for each turn 0, 1, ...: epoch after epoch, each epoch shuffled by the seed."""
     chosen = []
-    for number in range(first, first + count):
+    for number in range(turn * count, (turn + 1) * count):
         epoch, position = divmod(number, len(items))
         chosen.append(items[epoch_order(len(items), *seed, epoch)[position]])
     return chosen
+
+
+def batch_of_step(step: int, count: int, size: int, *seed: int) -> list[int]:
+    """Positions of a training step's batch: of `count` items, shuffled in each epoch by the seed.
+
+    The step decides, so a resumed run sees the same batches.
+    """
+    epoch, k = divmod(step, math.ceil(count / size))
+    return epoch_order(count, *seed, epoch)[k * size : (k + 1) * size]
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -233,18 +242,23 @@ def read_jsonl(path: str | Path) -> list[dict]:
     return [_object(line, Path(path), number) for number, line in _lines(path)]
 
 
-def read_prompts(path: str | Path) -> list[Prompt]:
-    """Prompts from .txt (one a line) or .jsonl[.gz] with `prompt`: a text, or turns of {"role", "content"} that end with the user's.
+def read_prompts(path: str | Path, limit: int = 0) -> list[Prompt]:
+    """Prompts from .txt (one per line) or .jsonl[.gz] with `prompt`; the first `limit`, 0 = all.
 
-    The files of hh-rlhf hold transcripts instead: of a preference pair (`chosen`) the prompt is all but the last response, of a red-team attempt
-    (`transcript`) the person's first words, as the paper has it (3.2)."""
+    A prompt is a text, or turns of {"role", "content"} that end with the user's. hh-rlhf's files
+    hold transcripts: of a preference pair (`chosen`) the prompt is all but the last response, of a
+    red-team attempt (`transcript`) the person's first words, as in the paper (3.2). No path, no
+    prompts.
+    """
+    if not path:
+        return []
     if Path(path).suffix == ".txt":
         prompts: list[Prompt] = [line.strip() for _, line in _lines(path)]
     else:
         prompts = [_asked(row, where) for where, row in _rows(path)]
     if not prompts:
         raise InputError(f"{path}: holds no prompt")
-    return prompts
+    return prompts[: limit or None]
 
 
 def _asked(row: dict, where: str) -> Prompt:
@@ -280,11 +294,13 @@ def _prompt(row: dict, where: str) -> Prompt:
     )
 
 
-def read_preferences(path: str | Path) -> list[dict]:
+def read_preferences(path: str | Path, limit: int = 0) -> list[dict]:
     """Preference pairs as rows of comparisons.jsonl with the preferred response first, p_first = 1 and source "human".
 
     Two forms: {"prompt", "chosen", "rejected"}, or hh-rlhf's {"chosen", "rejected"} transcripts with the prompt in both.
     """
+    if not path:
+        return []
     rows = []
     for number, line in _lines(path):
         where, row = f"{path}, line {number}", _object(line, Path(path), number)
@@ -314,4 +330,4 @@ def read_preferences(path: str | Path) -> list[dict]:
         )
     if not rows:
         raise InputError(f"{path}: holds no preference pair")
-    return rows
+    return rows[: limit or None]

@@ -27,7 +27,7 @@ from transformers.utils import logging
 from minicai import InputError
 from minicai.engine import parallel
 from minicai.engine.attention import Slots, last_hidden, prepared
-from minicai.engine.dialogue import end_ids, give_pad
+from minicai.engine.dialogue import end_ids, give_pad, same_form
 from minicai.engine.hub import require_folder, weight_files, weights_sha256
 from minicai.engine.models import apply_head, hidden_states
 
@@ -199,6 +199,16 @@ def _check_packing(model: PreTrainedModel) -> None:
                 f"{type(model).__name__} is a kind of model that cannot be packed: its logits "
                 f"differ by {difference:.2g} from those of each row by itself"
             )
+
+
+def require_same_tokens(policy: PreTrainedModel, reward_model: PreTrainedModel) -> None:
+    """Raises InputError where the two do not make the same token ids of the same dialogue."""
+    ours, theirs = policy.tokenizer, reward_model.tokenizer
+    if not same_form(ours, theirs):
+        raise InputError(
+            f"{theirs.name_or_path}: its tokenizer is not the policy's ({ours.name_or_path}); a "
+            f"reward model that reads text is in examples/foreign_reward.py"
+        )
 
 
 # --- weights --------------------------------------------------------------------------------------

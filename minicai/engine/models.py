@@ -118,11 +118,17 @@ def pair_scores(
 # --- batches in parts -----------------------------------------------------------------------------
 
 
-def micro_batches(lengths: Sequence[int], micro_tokens: int) -> Iterator[list[int]]:
-    """Positions of the sequences of this process, in batches of at most `micro_tokens` tokens.
+def micro_batches(batch: Batch, micro_tokens: int) -> Iterator[Batch]:
+    """The rows of a batch that are this process's, at most `micro_tokens` tokens at a time."""
+    for rows in micro_rows(batch.lengths.tolist(), micro_tokens):
+        yield batch.select(rows)
 
-    lengths: of all sequences, on every process. Each process gets equally many batches, since they
-    meet in every layer; an empty one adds exactly 0 to the gradients.
+
+def micro_rows(lengths: Sequence[int], micro_tokens: int) -> Iterator[list[int]]:
+    """The same as positions of rows of these lengths.
+
+    Each process gets equally many micro-batches, since they meet in every layer; an empty one adds
+    exactly 0 to the gradients.
     """
     mine = parallel.share(range(len(lengths)))
     for part in parallel.level(token_batches([lengths[k] for k in mine], micro_tokens)):
@@ -138,7 +144,7 @@ def in_micro_batches(
     function: response_logprobs, token_values or sequence_scores -> [B, T] or [B].
     """
     whole = None
-    for rows in micro_batches(batch.lengths.tolist(), micro_tokens):
+    for rows in micro_rows(batch.lengths.tolist(), micro_tokens):
         part = Batch(batch.ids[rows], batch.mask[rows], batch.lengths[rows])
         found = function(model, part, *arguments)
         if whole is None:
@@ -153,7 +159,7 @@ def scored_pairs(
 ) -> tuple[Tensor, Tensor]:
     """pair_scores of any number of pairs, computed by all processes, a micro-batch at a time."""
     scores = torch.zeros(2, len(pairs), device=model.device)
-    for rows in micro_batches(pair_lengths(pairs), micro_tokens):
+    for rows in micro_rows(pair_lengths(pairs), micro_tokens):
         scores[:, rows] = torch.stack(pair_scores(model, [pairs[k] for k in rows]))
     first, second = parallel.total(scores)
     return first, second

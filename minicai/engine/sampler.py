@@ -23,11 +23,18 @@ from transformers import PretrainedConfig, PreTrainedModel
 from minicai import InputError
 from minicai.engine import parallel
 from minicai.engine.attention import Slots, last_hidden
-from minicai.engine.dialogue import Asked, decode, encode_options, encode_prompt, end_ids
+from minicai.engine.dialogue import (
+    Asked,
+    decode,
+    encode_options,
+    encode_pair,
+    encode_prompt,
+    end_ids,
+)
 from minicai.engine.load import load_config, load_tokenizer
 from minicai.engine.models import apply_head, shared_hidden_states
 from minicai.engine.terminal import Progress
-from minicai.prompts import Prompt, as_turns
+from minicai.prompts import CHOICES, Prompt, as_turns
 
 SHARE = 16  # tokens; a shorter common beginning is not worth a forward pass of its own
 
@@ -100,21 +107,33 @@ def check_prompts(
     check_lengths(model.config, encoded, new_tokens, source)
 
 
-def check_requests(path: str, requests: Sequence[str], new_tokens: int, what: str) -> None:
-    """Raises InputError where the longest request exceeds the context of the model in `path`.
+def check_pairs(model: PreTrainedModel, rows: Sequence[dict], source: str) -> None:
+    """check_lengths of given preference pairs, rows of comparisons.jsonl."""
+    pairs = [encode_pair(model.tokenizer, row) for row in rows]
+    texts = [prompt + response for prompt, *both in pairs for response in both]
+    check_lengths(model.config, texts, 0, source)
+
+
+def check_requests(
+    paths: Sequence[str], requests: Sequence[str], new_tokens: int, what: str
+) -> None:
+    """Raises InputError where the longest request exceeds the context of a model in `paths`.
 
     requests: written with empty answers. new_tokens: those of the answers in them and behind them.
-    what: what is requested.
+    what: the setting and what is requested. A model may be named once only.
     """
-    context = getattr(load_config(path).get_text_config(), "max_position_embeddings", None)
-    tokenizer = load_tokenizer(path)
-    longest = max((len(encode_prompt(tokenizer, request)) for request in requests), default=0)
-    if context and longest and longest + new_tokens > context:
-        raise InputError(
-            f"{what} may have {longest + new_tokens} tokens ({longest} without the answers in it), "
-            f"and the context of {path} is {context}: lower max_new_tokens, or shorten examples, "
-            f"principles or prompts"
-        )
+    if len(set(paths)) < len(paths):
+        raise InputError(f"{what}: a model is named twice among {', '.join(paths)}")
+    for path in paths if requests else ():
+        context = getattr(load_config(path).get_text_config(), "max_position_embeddings", None)
+        tokenizer = load_tokenizer(path)
+        longest = max(len(encode_prompt(tokenizer, request)) for request in requests)
+        if context and longest + new_tokens > context:
+            raise InputError(
+                f"{what} may have {longest + new_tokens} tokens ({longest} without the answers in "
+                f"it), and the context of {path} is {context}: lower max_new_tokens, or shorten "
+                f"examples, principles or prompts"
+            )
 
 
 @torch.inference_mode()
@@ -301,6 +320,25 @@ def respond(
     if progress and done:  # of whole calls only: the first to end are the short ones
         progress.update(0, {"ended": fmean(ended), "tokens": fmean(len(c.ids) for c in done)})
     return [decode(model.tokenizer, c.ids, c.ended) for c in done], ended
+
+
+def responder(
+    model: PreTrainedModel, how: Sampling, stream: int, progress: Progress | None = None
+) -> Callable[[Sequence[Asked], Sequence[tuple[int, ...]]], list[str]]:
+    """A model as a function from texts and seeds to completions (critique.Generate).
+
+    stream: in front of each seed; it keeps the random numbers of stages apart.
+    """
+
+    def complete(asked: Sequence[Asked], seeds: Sequence[tuple[int, ...]]) -> list[str]:
+        return respond(model, asked, [(stream, *seed) for seed in seeds], how, progress)[0]
+
+    return complete
+
+
+def chooser(model: PreTrainedModel, rows: int) -> Callable[[Sequence[Asked]], list[list[float]]]:
+    """A model as a function from comparisons to log-probs of (A) and (B) (feedback.Choose)."""
+    return lambda texts: choice_logprobs(model, texts, CHOICES, rows)
 
 
 def turn_size(rows: int) -> int:

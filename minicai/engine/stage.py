@@ -1,6 +1,6 @@
 """Where a run is: a bookmark, not a trainer. It owns no order of work.
 
-    stage = Stage(cfg, "sl", {"model": path, "prompts": path}, code=__file__)
+    stage = Stage(cfg, "sl", {"model": cfg.model}, code=__file__)
     if stage.record:                               # finished already
         return stage.record
     rows = stage.journal("revisions.jsonl", group, total)
@@ -22,15 +22,14 @@ import ast
 import hashlib
 import importlib
 import inspect
-import io
 import json
 import math
 import os
+import re
 import shutil
 import time
-import tokenize
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,37 +40,35 @@ from minicai import InputError, RunError
 from minicai.engine import checkpoint, config, hub, parallel, terminal
 from minicai.engine.data import Journal, finite, read_record, write_atomic
 
-RECORD = "stage.json"
-DATA = (".jsonl", ".json", ".gz", ".txt", ".toml", ".py")  # what is not a model folder
 SKIPPED_AT_MOST = 3  # updates in a row whose loss or gradient is not finite; then the run stops
-LAYOUT = (
-    tokenize.COMMENT,
-    tokenize.NL,
-    tokenize.NEWLINE,
-    tokenize.INDENT,
-    tokenize.DEDENT,
-    tokenize.ENDMARKER,
-)
+DATA = (".jsonl", ".json", ".gz", ".txt", ".toml", ".py")  # what is a file, not a model folder
+METHOD = ("losses", "prompts", "constitution", "examples", "critique", "feedback", "rollout")
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 
 
 class Stage:
     """A stage's folder OUT/NAME: its journals, checkpoints and record.
 
-    cfg: the stage's config. reads: {what: path or paths} of all files and model folders that the
-    stage reads; empty paths are left out. code: the script's own path, where its code and the
-    functions of the method that it names decide the numbers.
+    cfg: the stage's config; device and precision of the process are set up by it. reads: {what:
+    path or paths} of files and model folders that the stage reads, beside those that the paths of
+    its section name; "" is none. code: the script's own path, where its code and the functions of
+    the method that it names decide the numbers.
     `record` is that of a finished stage, else None. Nothing is written before work begins.
     Raises InputError where the folder holds another run, or cannot be read.
     """
 
     def __init__(self, cfg, name: str, reads: dict, code: str = ""):
+        parallel.setup(cfg.device, cfg.precision, cfg.timeout)
         self.cfg, self.name, self.folder = cfg, name, Path(cfg.out) / name
-        self.step, self.state, self.skipped = 0, {}, 0
+        self.step, self.state, self.skipped, self.accepted = 0, {}, 0, []
         self.journals: dict[str, Journal] = {}
         self.shown: dict[str, float] = {}
         self.progress: terminal.Progress | None = None
-        inputs = {"format": "2"} | parallel.once(fingerprints, name, reads)
+        reads = config.paths(cfg) | reads
+        found = parallel.once(fingerprints, name, reads)
+        inputs = {"format": "2"} | {what: " ".join(s.values()) for what, s in found.items()}
         inputs |= code_fingerprints(code)
+        self.sums = {path: sha for sums in found.values() for path, sha in sums.items()}
         self.text = config.dump(cfg, name, inputs)
         self.record = parallel.once(self._look)
         if self.record:
@@ -81,23 +78,23 @@ class Stage:
 
     def _look(self) -> dict | None:
         """The record of a finished stage. Raises InputError where something has changed."""
-        stored, record = self.folder / "config.toml", self.folder / RECORD
+        stored, record = self.folder / "config.toml", self.folder / "stage.json"
         if self.cfg.overwrite or not stored.exists():
             return None
         try:
             old = tomllib.loads(stored.read_text(encoding="utf-8"))
+            begun = len(os.listdir(self.folder)) > 1  # the config alone: nothing was made yet
         except (OSError, ValueError) as error:
             raise InputError(f"{stored}: cannot be read: {error}") from error
-        begun = len(list(self.folder.iterdir())) > 1  # the config alone: nothing was made yet
-        known = "format" in old.get("made_from", {})  # else an earlier version's
-        if begun and (known or not record.exists()):
+        earlier_version = "format" not in old.get("made_from", {})
+        if begun and not (earlier_version and record.exists()):
             changes = config.differences(old, tomllib.loads(self.text), type(self.cfg))
             if changes and not self.cfg.accept_changes:
                 raise InputError(
                     f"{self.folder}: holds a run of another config: {'; '.join(changes)}; choose "
                     f"another --out, start again with --overwrite, or resume with --accept-changes"
                 )
-            self.state["accepted"] = changes
+            self.accepted = changes
         return read_record(record) if record.exists() else None
 
     def _begin(self) -> None:
@@ -105,7 +102,7 @@ class Stage:
         folder, stored = self.folder, self.folder / "config.toml"
         try:
             if self.cfg.overwrite and folder.exists():
-                if not stored.exists() and any(folder.iterdir()):
+                if any(folder.iterdir()) and not stored.exists():
                     raise InputError(
                         f"{folder}: --overwrite would delete a folder that is not a stage of "
                         f"minicai (it has no config.toml)"
@@ -115,12 +112,15 @@ class Stage:
             if not os.access(folder, os.W_OK):
                 raise PermissionError(13, "Permission denied")
         except OSError as error:
-            raise InputError(
-                f"{folder}: cannot be used as an output folder: {error.strerror}"
-            ) from error
+            reason = error.strerror
+            raise InputError(f"{folder}: cannot be used as an output folder: {reason}") from error
         write_atomic(stored, self.text)
-        if self.state.get("accepted"):
-            Journal(folder / "accepted.jsonl").append([{"changes": self.state["accepted"]}])
+        if self.accepted:
+            Journal(folder / "accepted.jsonl").append([{"changes": self.accepted}])
+
+    def stamp(self, *paths: str) -> dict[str, dict[str, str]]:
+        """What a row says of the models that made it: {"models": {path: 12 digits of its sum}}."""
+        return {"models": {path: self.sums[path][:12] for path in paths if path}}
 
     # --- journals ---------------------------------------------------------------------------------
 
@@ -242,14 +242,23 @@ class Stage:
         self.journals["metrics.jsonl"].append([row])
         self.shown = {name: row[name] for name in show}
 
+    def means(self, *names: str) -> dict[str, float]:
+        """Means of logged numbers over the last tenth of the steps; those not finite are left out."""
+        rows = self.journals["metrics.jsonl"].rows
+        last = rows[-max(1, len(rows) // 10) :]
+        last = [row for row in last if None not in [row[name] for name in names]]
+        return {name: sum(row[name] for row in last) / max(len(last), 1) for name in names}
+
     def finish(self, model: PreTrainedModel | None, record: dict) -> dict:
         """Exports the model, writes and returns the record, and removes the checkpoints."""
         if model is not None:
             checkpoint.export(self.folder, model)
         found = {"seconds": self.seconds(), **record}
+        models = {path: sha for path, sha in self.sums.items() if Path(path).suffix not in DATA}
+        found["models"] = models
         found |= {"device": parallel.device_name(), "precision": parallel.precision()}
         found["peak_rss_mb"] = parallel.peak_memory_mb()
-        parallel.once(write_atomic, self.folder / RECORD, json.dumps(finite(found), indent=1))
+        parallel.once(write_atomic, self.folder / "stage.json", json.dumps(finite(found), indent=1))
         parallel.once(self._tidy)
         return found
 
@@ -258,28 +267,35 @@ class Stage:
         (self.folder / "seconds.json").unlink(missing_ok=True)
 
 
+def script(main: Callable, kind: type, section: str, doc: str) -> None:
+    """Runs a script's main on the config that its command line names."""
+    terminal.run(
+        lambda arguments: main(config.load(kind, section, arguments)), config.usage(doc, kind)
+    )
+
+
 # --- fingerprints ---------------------------------------------------------------------------------
 
 
-def fingerprints(stage: str, reads: dict) -> dict[str, str]:
-    """{what: sha256 of the contents} of files and model folders; of several, one sum of all."""
+def fingerprints(stage: str, reads: dict) -> dict[str, dict[str, str]]:
+    """{what: {path: sha256 of the contents}} of the files and model folders that a stage reads."""
     found = {}
     for what, paths in reads.items():
         paths = [paths] if isinstance(paths, str) else paths
-        sums = [_fingerprint(path, f"[{stage}] {what}") for path in paths if path]
+        sums = {path: _contents(path, f"[{stage}] {what}") for path in paths if path}
         if sums:
-            found[what] = sums[0] if len(sums) == 1 else _sha256(" ".join(sums))
+            found[what] = sums
     return found
 
 
-def _fingerprint(path: str, what: str) -> str:
-    if path.startswith("hub:") or Path(path).suffix in DATA:
-        try:
-            with open(hub.data_file(path), "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise InputError(f"{what}: {path}: {error.strerror}") from error
-    return hub.weights_sha256(hub.require_folder(path, what))
+def _contents(path: str, what: str) -> str:
+    if not path.startswith("hub:") and Path(path).suffix not in DATA:
+        return hub.weights_sha256(hub.require_folder(path, what))
+    try:
+        with open(hub.data_file(path), "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{what}: {path}: {error.strerror}") from error
 
 
 def _sha256(text: str) -> str:
@@ -289,45 +305,23 @@ def _sha256(text: str) -> str:
 def code_fingerprints(path: str) -> dict[str, str]:
     """{"code": of a script, "losses.gae": ...} with each function of the method that it names.
 
-    They are sums of the code's tokens: comments, docstrings and layout do not count.
+    They are sums of the code without comments, docstrings and layout. No path, no sums.
     """
     if not path:
         return {}
-    source = Path(path).read_text(encoding="utf-8")
-    found, modules = {"code": _code_sha256(source)}, {}
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module == "minicai":
-            for alias in node.names:
-                modules[alias.asname or alias.name] = f"minicai.{alias.name}"
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").count(".") == 1:
-            for alias in node.names:
-                found |= _function(node.module, alias.name)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            if node.value.id in modules:
-                found |= _function(modules[node.value.id], node.attr)
+    code = _code(Path(path).read_text(encoding="utf-8"))
+    found, names = {"code": _sha256(code)}, set(re.findall(r"\w+", code))
+    for name in METHOD:
+        module = importlib.import_module(f"minicai.{name}")
+        for key, thing in vars(module).items():
+            if key in names and getattr(thing, "__module__", "") == module.__name__:
+                found[f"{name}.{key}"] = _sha256(_code(inspect.getsource(thing)))
     return found
 
 
-def _function(module: str, name: str) -> dict[str, str]:
-    if not module.startswith("minicai."):
-        return {}
-    try:
-        thing = getattr(importlib.import_module(module), name, None)
-    except ImportError:
-        return {}
-    if inspect.isfunction(thing) or inspect.isclass(thing):
-        return {f"{module.removeprefix('minicai.')}.{name}": _code_sha256(inspect.getsource(thing))}
-    return {}
-
-
-def _code_sha256(source: str) -> str:
-    tokens, before = [], tokenize.NEWLINE
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        docstring = token.type == tokenize.STRING and before in (tokenize.NEWLINE, tokenize.INDENT)
-        if token.type not in LAYOUT and not docstring:
-            tokens.append(token.string)
-        if token.type not in (tokenize.COMMENT, tokenize.NL):
-            before = token.type
-    return _sha256(" ".join(tokens))
+def _code(source: str) -> str:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return ast.unparse(tree)

@@ -1,7 +1,8 @@
 "use strict";
-// The transcript browser. What models wrote is set as text, never as markup. A row's body is made when it is opened.
+// The transcript browser. What models wrote is set as text, never as markup.
 const KINDS = JSON.parse(document.getElementById("rows").textContent), SHOWN = 50;
-const get = id => document.getElementById(id), list = get("list"), state = {kind: "", q: "", principle: "", outcome: "", shown: SHOWN};
+const get = id => document.getElementById(id), list = get("list");
+const state = {kind: "", q: "", principle: "", outcome: "", shown: SHOWN};
 let found = [];
 
 function make(tag, name, ...children) {
@@ -11,11 +12,12 @@ function make(tag, name, ...children) {
   return element;
 }
 const words = () => state.q.toLowerCase().split(/\s+/).filter(Boolean);
-function text(tag, name, said) {  // with the words that are searched for marked
+function text(tag, name, said) {  // marks the words that are searched for
   const element = make(tag, name), wanted = words(), lower = said.toLowerCase();
   let at = 0;
   while (wanted.length && lower.length === said.length) {
-    const hits = wanted.map(word => [lower.indexOf(word, at), word.length]).filter(([place]) => place >= 0).sort((a, b) => a[0] - b[0] || b[1] - a[1]);
+    const hits = wanted.map(word => [lower.indexOf(word, at), word.length])
+      .filter(([place]) => place >= 0).sort((a, b) => a[0] - b[0] || b[1] - a[1]);
     if (!hits.length) break;
     const [place, length] = hits[0];
     element.append(said.slice(at, place), make("mark", "", said.slice(place, place + length)));
@@ -24,47 +26,89 @@ function text(tag, name, said) {  // with the words that are searched for marked
   element.append(said.slice(at));
   return element;
 }
-const BAD = /^(harmful$|refused|mistaken|broken|worsened|against|not kept|decided by|cut off)|: (harmful|refused|mistaken)|to the end$/, GOOD = /^(good|mended)|: good$/;
-const tag = said => make("span", "tag" + (BAD.test(said) ? " bad" : GOOD.test(said) ? " good" : ""), said);
-const label = (said, outcome) => make("div", "label", make("b", "", said), outcome ? tag(outcome) : null);
-const said = (words, name = "") => words ? text("p", "said " + name, words) : make("p", "said same", "(nothing)");
-const revised = (now, before) => now === before ? make("p", "said same", "unchanged") : said(now);
+const BAD = /(^|: |→ )(harmful|refused|mistaken)$|^(against|not kept|decided by|cut off)/;
+const GOOD = /(^|: |→ )good$/;
+function tag(said) {
+  const colour = BAD.test(said) ? " bad" : GOOD.test(said) ? " good" : "";
+  return make("span", "tag" + colour, said);
+}
+const label = (said, outcome) =>
+  make("div", "label", make("b", "", said), outcome ? tag(outcome) : null);
+const said = (words, name = "") =>
+  words ? text("p", "said " + name, words) : make("p", "said same", "(nothing)");
+const revised = (now, before) =>
+  now === before ? make("p", "said same", "unchanged") : said(now);
 const fixed = value => value === null ? "–" : value.toFixed(3);
+const cells = (tag, values) =>
+  make("tr", "", ...values.map(value => make(tag, "", String(value))));
 
+// The body of a row, by kind.
 const BODIES = {
-  answers: row => [make("div", "columns", ...row.answers.map(([stage, answer, outcome]) => make("div", "", label(stage, outcome), said(answer))))],
-  revisions: row => [
-    label("initial response", row.initial[1]), said(row.initial[0]),
-    ...row.rounds.flatMap(([principle, critique, revision, outcome], k) => [
-      label(`round ${k + 1}: ${principle}`), critique === null ? null : said(critique, "critique"),
-      label(k + 1 < row.rounds.length || row.stopped ? "revision" : "final revision", outcome), revised(revision, k ? row.rounds[k - 1][2] : row.initial[0])]),
-    ...(row.stopped ? [label(`${row.stopped[0]}: a critique that finds nothing`), said(row.stopped[1], "critique")] : [])],
-  comparisons: row => {
-    const side = (name, answer, best) => make("div", best ? "best" : "", label(name + (best ? ", preferred" : ""), row.better === name ? "judge: better" : ""), said(answer));
-    const bar = make("div", "bar", make("i"));
-    bar.firstChild.style.width = 100 * row.p + "%";
-    const votes = row.votes.map(([principle, order, first, second, , judge]) => make("tr", "", ...[
-      principle, order.replace(",", ", "), fixed(first), fixed(second), fixed(1 / (1 + Math.exp(second - first))), judge].map(cell => text("td", "", String(cell)))));
-    const head = make("tr", "", ...["principle", "shown as", "log-prob first", "log-prob second", "P(first)", "feedback model"].map(cell => make("th", "", cell)));
-    return [make("div", "columns", side("first", row.first, row.p > 0.5), side("second", row.second, row.p < 0.5)), bar,
-      make("div", "label", `label: P(first is better) = ${row.p.toPrecision(3)}, ${row.source}`),
-      votes.length ? make("div", "wide", make("table", "", head, ...votes)) : null,
-      ...row.votes.filter(vote => vote[4]).flatMap(vote => [label(`${vote[0]}, shown as ${vote[1]}: rationale`), said(vote[4], "critique")])];
-  },
-  episodes: row => [label(`iteration ${row.step}, score ${fixed(row.score)}`), said(row.response)]};
+  answers: row => [make("div", "columns", ...row.answers.map(
+    ([name, answer, outcome]) => make("div", "", label(name, outcome), said(answer))))],
 
-const lastTurn = row => row.prompt[row.prompt.length - 1][1];
-function strings(value) { return typeof value === "string" ? value : value && typeof value === "object" ? Object.values(value).map(strings).join("\n") : ""; }
+  revisions: row => {
+    const parts = [label("initial response", row.outcomes[0]), said(row.initial)];
+    let before = row.initial;
+    row.rounds.forEach(({principle, critique, revision}, k) => {
+      const last = k + 1 === row.rounds.length && !row.stopped;
+      parts.push(label(`round ${k + 1}: ${principle}`));
+      if (critique !== null) parts.push(said(critique, "critique"));
+      parts.push(label(last ? "final revision" : "revision", row.outcomes[k + 1]));
+      parts.push(revised(revision, before));
+      before = revision;
+    });
+    if (row.stopped) {
+      parts.push(label(`${row.stopped.principle}: a critique that finds nothing`));
+      parts.push(said(row.stopped.critique, "critique"));
+    }
+    return parts;
+  },
+
+  comparisons: row => {
+    const p = row.p_first, bar = make("div", "bar", make("i"));
+    bar.firstChild.style.width = 100 * p + "%";
+    const side = (name, best) => make("div", best ? "best" : "",
+      label(name + (best ? ", preferred" : ""), row.better === name ? "judge: better" : ""),
+      said(row[name]));
+    const votes = row.votes.map(vote => cells("td", [
+      vote.principle, vote.order.replace(",", ", "),
+      fixed(vote.logp_first), fixed(vote.logp_second),
+      fixed(1 / (1 + Math.exp(vote.logp_second - vote.logp_first))),
+      vote.judge.split("/").pop()]));
+    const head = cells("th", ["principle", "shown as", "log-prob first", "log-prob second",
+      "P(first)", "feedback model"]);
+    const rationales = row.votes.filter(vote => vote.rationale).flatMap(vote => [
+      label(`${vote.principle}, shown as ${vote.order}: rationale`),
+      said(vote.rationale, "critique")]);
+    return [make("div", "columns", side("first", p > 0.5), side("second", p < 0.5)), bar,
+      make("div", "label", `label: P(first is better) = ${p.toPrecision(3)}, ${row.tags[0]}`),
+      votes.length ? make("div", "wide", make("table", "", head, ...votes)) : null,
+      ...rationales];
+  },
+
+  episodes: row => [label(`iteration ${row.step}, score ${fixed(row.score)}`), said(row.response)],
+};
+
+const lastTurn = row => row.prompt[row.prompt.length - 1].content;
+function strings(value) {
+  if (typeof value === "string") return value;
+  return value && typeof value === "object" ? Object.values(value).map(strings).join("\n") : "";
+}
 const haystack = row => row.haystack ??= strings(row).toLowerCase();
 
-function fill(details) {
+function fill(details) {  // when the row is opened
   if (details.childElementCount > 1) return;
-  const row = details.row, earlier = row.prompt.slice(0, -1).flatMap(([role, turn]) => [label(role), said(turn)]);
+  const row = details.row;
+  const earlier = row.prompt.slice(0, -1).flatMap(turn => [label(turn.role), said(turn.content)]);
   details.append(make("div", "body", ...earlier, ...BODIES[state.kind](row)));
 }
 function entry(row) {
-  const tags = state.kind === "episodes" ? [tag(`iteration ${row.step}`), tag(`score ${fixed(row.score)}`)] : [];
-  const details = make("details", "row", make("summary", "", text("span", "title", lastTurn(row)), make("span", "tags", ...tags, ...row.tags.map(tag))));
+  const tags = state.kind === "episodes" ? [`iteration ${row.step}`, `score ${fixed(row.score)}`]
+    : [];
+  const details = make("details", "row", make("summary", "",
+    text("span", "title", lastTurn(row)),
+    make("span", "tags", ...[...tags, ...row.tags].map(tag))));
   details.row = row;
   details.addEventListener("toggle", () => details.open && fill(details));
   return details;
@@ -72,42 +116,66 @@ function entry(row) {
 function options(select, all, names) {
   const counts = new Map();
   for (const name of names) counts.set(name, (counts.get(name) ?? 0) + 1);
-  const made = [["", all], ...[...counts].sort().map(([name, count]) => [name, `${name} (${count})`])];
-  select.replaceChildren(...made.map(([value, shown]) => Object.assign(make("option", "", shown), {value})));
+  const made = [...counts].sort().map(([name, count]) => [name, `${name} (${count})`]);
+  select.replaceChildren(...[["", all], ...made].map(
+    ([value, shown]) => Object.assign(make("option", "", shown), {value})));
   select.disabled = !counts.size;
 }
 function chooseKind(kind) {
   Object.assign(state, {kind, principle: "", outcome: ""});
-  for (const button of get("kinds").children) button.setAttribute("aria-pressed", button.value === kind);
+  for (const button of get("kinds").children)
+    button.setAttribute("aria-pressed", button.value === kind);
   options(get("principle"), "every principle", KINDS[kind].rows.flatMap(row => row.principles));
   options(get("outcome"), "every outcome", KINDS[kind].rows.flatMap(row => row.tags));
 }
 function show() {
   const {rows, count, file} = KINDS[state.kind], wanted = words();
-  found = rows.filter(row => (!state.principle || row.principles.includes(state.principle)) && (!state.outcome || row.tags.includes(state.outcome))
+  found = rows.filter(row => (!state.principle || row.principles.includes(state.principle))
+    && (!state.outcome || row.tags.includes(state.outcome))
     && wanted.every(word => haystack(row).includes(word)));
   list.replaceChildren(...found.slice(0, state.shown).map(entry));
   get("more").hidden = found.length <= state.shown;
-  get("count").textContent = `${found.length} of ${rows.length}` + (count > rows.length ? `; all ${count} in ${file}` : "");
-  const hash = new URLSearchParams(Object.entries(state).filter(([key, value]) => key !== "shown" && value));
-  try { history.replaceState(null, "", "#" + hash); } catch { /* not where the page is inside another document */ }
+  get("count").textContent = `${found.length} of ${rows.length}`
+    + (count > rows.length ? `; all ${count} in ${file}` : "");
+  const kept = Object.entries(state).filter(([key, value]) => key !== "shown" && value);
+  try { history.replaceState(null, "", "#" + new URLSearchParams(kept)); }
+  catch { /* the page is inside another document */ }
 }
 function change(key, value) {
   Object.assign(state, {[key]: value, shown: SHOWN});
   show();
 }
 function move(by) {
-  const rows = [...list.children], at = rows.findIndex(row => row.contains(document.activeElement));
+  const rows = [...list.children];
+  const at = rows.findIndex(row => row.contains(document.activeElement));
   const next = rows[Math.max(0, Math.min(rows.length - 1, at < 0 ? 0 : at + by))];
   if (!next) return;
   next.firstChild.focus({preventScroll: true});
   next.scrollIntoView({block: "nearest"});
 }
+function press(event) {
+  const search = get("search"), writing = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName);
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.key === "Escape" && event.target === search) {
+    search.value = "";
+    change("q", "");
+    search.blur();
+  } else if (event.key === "Escape") {
+    for (const open of list.querySelectorAll("details[open]")) open.open = false;
+  } else if (writing) {
+    if (event.key === "Enter" && event.target === search) move(0);
+  } else if (event.key === "/") {
+    event.preventDefault();
+    search.focus();
+    search.select();
+  } else if (event.key === "j" || event.key === "k") move(event.key === "j" ? 1 : -1);
+}
 
 if (Object.keys(KINDS).length) {
   get("browser").hidden = false;
   get("kinds").append(...Object.entries(KINDS).map(([kind, {count}]) => {
-    const button = Object.assign(make("button", "", kind + " ", make("small", "", String(count))), {type: "button", value: kind});
+    const button = make("button", "", kind + " ", make("small", "", String(count)));
+    Object.assign(button, {type: "button", value: kind});
     button.addEventListener("click", () => { chooseKind(kind); change("kind", kind); });
     return button;
   }));
@@ -127,28 +195,29 @@ if (Object.keys(KINDS).length) {
   const target = location.hash.slice(1);
   show();
   if (target && !("kind" in asked)) get(target)?.scrollIntoView();
-  document.addEventListener("keydown", event => {
-    const writing = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName);
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
-    if (event.key === "Escape") {
-      if (event.target === get("search")) { get("search").value = ""; change("q", ""); event.target.blur(); }
-      else for (const open of list.querySelectorAll("details[open]")) open.open = false;
-    } else if (writing) {
-      if (event.key === "Enter" && event.target === get("search")) move(0);
-    } else if (event.key === "/") { event.preventDefault(); get("search").focus(); get("search").select(); }
-    else if (event.key === "j" || event.key === "k") move(event.key === "j" ? 1 : -1);
+  document.addEventListener("keydown", press);
+  addEventListener("beforeprint", () => {  // opens the first rows
+    for (const row of [...list.querySelectorAll("details:not([open])")].slice(0, 20)) {
+      fill(row);
+      row.open = row.printed = true;
+    }
   });
-  addEventListener("beforeprint", () => list.querySelectorAll("details").forEach((row, k) => { if (k < 20 && !row.open) { fill(row); row.open = row.printed = true; } }));
-  addEventListener("afterprint", () => list.querySelectorAll("details").forEach(row => { if (row.printed) row.open = row.printed = false; }));
+  addEventListener("afterprint", () => {
+    for (const row of list.querySelectorAll("details"))
+      if (row.printed) row.open = row.printed = false;
+  });
 }
 
 get("theme").hidden = false;
 get("theme").addEventListener("click", () => {
-  const root = document.documentElement, dark = root.style.colorScheme ? root.style.colorScheme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  const root = document.documentElement, system = matchMedia("(prefers-color-scheme: dark)");
+  const dark = root.style.colorScheme ? root.style.colorScheme === "dark" : system.matches;
   root.style.colorScheme = dark ? "light" : "dark";
 });
 
-const live = Number(document.body.dataset.live);  // seconds; not while something is read, marked or typed
+// A live page reloads, but not while somebody reads, marks or types.
+const live = Number(document.body.dataset.live);  // seconds
 if (live) setInterval(() => {
-  if (!document.querySelector("details[open]") && !getSelection().toString() && document.activeElement === document.body) location.reload();
+  const reading = document.querySelector("details[open]") || getSelection().toString();
+  if (!reading && document.activeElement === document.body) location.reload();
 }, 1000 * live);

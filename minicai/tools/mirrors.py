@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from minicai import InputError
-from minicai.engine.guard import redact
+from minicai.engine.config import redact
 
 _chosen: dict[Path, str] = {}  # by the stage's folder
 

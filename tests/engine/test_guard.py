@@ -21,9 +21,10 @@ from torch import nn
 
 from minicai import InputError, RunError, __main__
 from minicai.engine import checkpoint, config, data, guard, terminal
-from minicai.engine.data import Journal, finite, read_jsonl, disk_full_guard, write_atomic
+from minicai.engine.data import Journal, disk_full_guard, finite, read_jsonl, write_atomic
 from minicai.engine.models import load_policy, load_scorer, load_tokenizer
-from minicai.report import page as report
+from minicai.report import summary as report
+from minicai.report.panels import panels
 from tests import faults
 from tests.conftest import CPU, ROOT, broken, byte_tokenizer, tiny_model
 from tests.test_repo import PATHS, tree
@@ -327,8 +328,7 @@ def test_a_report_draws_a_run_in_which_a_step_was_skipped(tmp_path):
             [{"step": 1, **dict.fromkeys(keys, math.nan)}, {"step": 2, **dict.fromkeys(keys, 1.0)}]
         )
     assert all(
-        panel["svg"]
-        for panel in report.panels(tmp_path, {"revision": {"harmful_by_round": [1.0, 0.5]}})
+        panel.svg for panel in panels(tmp_path, {"revision": {"harmful_by_round": [1.0, 0.5]}})
     )
 
 

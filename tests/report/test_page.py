@@ -1,6 +1,7 @@
-"""The report in a browser: Debian's chromium without a window, by Selenium; skipped where either is missing.
+"""The report in a browser: Debian's chromium without a window, by Selenium.
 
-MINICAI_SCREENSHOTS=DIR saves there what the pages look like, whole, on a phone and on a desk, light and dark.
+The tests are skipped where either is missing. MINICAI_SCREENSHOTS=DIR saves pictures of the whole
+pages in DIR: on a phone and on a desk, light and dark.
 """
 
 import base64
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from minicai.report import page as report
-from tests.report.test_report import HOSTILE, lay, lay_own
+from minicai.report.summary import RECORDED, so_far
+from tests.report.runs import HOSTILE, lay, lay_own
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs pip install -e '.[test]'")
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
@@ -25,13 +27,13 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     """The page of a run in which a model wrote a script."""
-    report.draw(out := lay(tmp_path_factory.mktemp("page"), *report.RECORDED))
+    report.draw(out := lay(tmp_path_factory.mktemp("page"), *RECORDED))
     return (out / "report.html").as_uri()
 
 
 @pytest.fixture(scope="module")
 def own_address(tmp_path_factory):
-    """The page of a run that no exact judge knows, its models compared by `elo` and its labels by `agree`."""
+    """The page of a run without the exact judge, after `elo` and `agree`."""
     report.draw(out := lay_own(tmp_path_factory.mktemp("own"), "elo", "agree"))
     return (out / "report.html").as_uri()
 
@@ -50,7 +52,7 @@ def browser():
 
 @pytest.fixture
 def page(browser, address):
-    """page(width, dark, part) opens the page anew and gives a function that runs a script in it."""
+    """page(width, dark, part) opens the page and returns a function that runs a script in it."""
 
     def open_page(width=1280, dark=False, part="", address=address):
         phone = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600}
@@ -67,8 +69,16 @@ def page(browser, address):
 SHOWN = (
     "return [...document.querySelectorAll('#list summary .title')].map(title => title.textContent)"
 )
-TYPE = "const box = document.getElementById(arguments[0]); box.value = arguments[1]; box.dispatchEvent(new Event(arguments[2]))"
-PRESS = "document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {key: arguments[0], bubbles: true, cancelable: true}))"
+TYPE = """
+    const box = document.getElementById(arguments[0]);
+    box.value = arguments[1];
+    box.dispatchEvent(new Event(arguments[2]));
+"""
+PRESS = """
+    const options = {key: arguments[0], bubbles: true, cancelable: true};
+    document.activeElement.dispatchEvent(new KeyboardEvent('keydown', options));
+"""
+LATER = "return new Promise(done => setTimeout(() => done(%s), 100))"
 
 
 def screenshot(browser, name: str) -> None:
@@ -105,18 +115,18 @@ def test_the_page_asks_for_nothing_complains_of_nothing_and_fits(
         address
     } and browser.get_log("browser") == []
     colours = script(
-        "const style = getComputedStyle(document.documentElement), text = getComputedStyle(document.querySelector('figure svg text'));"
-        "return [style.backgroundColor, style.color, text.fill].map(c => c.match(/\\d+/g).map(Number).reduce((a, b) => a + b) > 380)"
+        "const style = getComputedStyle(document.documentElement);"
+        "const text = getComputedStyle(document.querySelector('figure svg text'));"
+        "const light = c => c.match(/\\d+/g).map(Number).reduce((a, b) => a + b) > 380;"
+        "return [style.backgroundColor, style.color, text.fill].map(light)"
     )
     assert colours == ([False, True, True] if dark else [True, False, False])
 
 
-def test_a_script_that_a_model_wrote_stands_there_as_text(page):
+def test_a_script_that_a_model_wrote_is_shown_as_text(page):
     script = page(part="#kind=answers")
     script("document.querySelector('#list details').open = true")
-    said = script(
-        "return new Promise(done => setTimeout(() => done([...document.querySelectorAll('#list .said')].map(p => p.textContent))))"
-    )
+    said = script(LATER % "[...document.querySelectorAll('#list .said')].map(p => p.textContent)")
     assert (
         said == ["yes", "yes", HOSTILE]
         and script("return document.querySelectorAll('#list script, #list img').length") == 0
@@ -141,7 +151,7 @@ def test_transcripts_are_searched_and_filtered_and_the_address_keeps_it(browser,
     script(TYPE, "search", "", "input")
     script(TYPE, "principle", "kind", "change")
     assert len(script(SHOWN)) == 30
-    script(TYPE, "outcome", "mended", "change")
+    script(TYPE, "outcome", "harmful → good", "change")
     script(TYPE, "search", "5", "input")
     assert script(SHOWN) == [
         f"How do I rob the {k}th bank?" for k in range(1, 59, 2) if "5" in str(k)
@@ -153,13 +163,11 @@ def test_transcripts_are_searched_and_filtered_and_the_address_keeps_it(browser,
 def test_a_pair_shows_both_orders_and_its_label(page):
     script = page(part="#kind=comparisons")
     script("document.querySelector('#list details').open = true")
-    text = script(
-        "return new Promise(done => setTimeout(() => done(document.querySelector('#list .body').innerText)))"
-    )
+    text = script(LATER % "document.querySelector('#list .body').innerText")
     assert (
         "Hello" in text
         and "first, preferred" in text
-        and "P(first is better) = 0.700, AI label" in text
+        and "P(first is better) = 0.700, source: ai" in text
     )
     rows = script("return [...document.querySelectorAll('#list td')].map(cell => cell.textContent)")
     assert rows == [
@@ -220,19 +228,17 @@ def test_without_javascript_there_are_tables_and_plots_and_where_the_transcripts
             and "needs JavaScript" in text
             and "sl/revisions.jsonl" in text
         )
-        assert len(browser.find_elements("css selector", "figure svg")) == 19
+        assert len(browser.find_elements("css selector", "figure svg")) == 20
         assert not browser.find_element("id", "browser").is_displayed()
     finally:
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
 
 
-def test_a_live_page_loads_itself_anew_but_not_under_a_reader(browser, page, tmp_path):
-    (lay(tmp_path, "sl") / "report.html").write_text(
-        report.page(tmp_path, report.so_far(tmp_path), 0.3)
-    )
+def test_a_live_page_reloads_but_not_under_a_reader(browser, page, tmp_path):
+    (lay(tmp_path, "sl") / "report.html").write_text(report.page(tmp_path, so_far(tmp_path), 0.3))
     page()  # for its settings of the screen
     browser.get((tmp_path / "report.html").as_uri() + "#kind=revisions&q=17th")
-    wait = "return new Promise(done => setTimeout(() => done([performance.timeOrigin, document.querySelector('#search').value]), 100))"
+    wait = LATER % "[performance.timeOrigin, document.querySelector('#search').value]"
     began, _ = browser.execute_script(wait)
     browser.execute_script("document.querySelector('#list summary').click()")
     time.sleep(1)

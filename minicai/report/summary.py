@@ -1,0 +1,334 @@
+"""The content of summary.json: what the records and journals of a run say of its models.
+
+Only files that the stages wrote are read. An unfinished run has the fields of its finished stages.
+"""
+
+import json
+import math
+import platform
+import subprocess
+import tomllib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+
+import torch
+import transformers
+
+from minicai import InputError
+from minicai.critique import faults
+from minicai.engine.config import redact
+from minicai.engine.data import read_record
+from minicai.engine.terminal import table
+from minicai.evaluation.measures import counted
+from minicai.evaluation.rates import METRICS
+from minicai.feedback import at_a, in_both_orders
+
+STAGES = {"base": "base", "sl": "SL-CAI", "ppo": "RL-CAI"}  # the models
+RECORDED = {"sl": "SL-CAI", "rm": "reward model", "ppo": "RL-CAI", "eval": "evaluation"}
+FIELDS = {  # what summary.json takes from the record of each stage
+    "sl": ("device", "precision", "constitution"),
+    "eval": ("eval", "intervals", "revision", "jailbreaks", "replayed", "hacking", "labels"),
+    "rm": ("train_pairs", "heldout_pairs", "accuracy_vs_labels"),
+    "ppo": ("kl", "reward", "episodes"),
+    "elo": ("prompts", "feedback", "constitution"),
+    "agree": (
+        *("count", "rate", "interval", "by_confidence", "calibration", "ece"),
+        *("feedback", "constitution"),
+    ),
+}
+RATES = [name for name, metric in METRICS.items() if metric.shown]
+GLOSSARY = {name: f"share of the {metric.meaning}" for name, metric in METRICS.items()} | {
+    "kl": "log pi - log pi_ref, summed over a response, in nats; mean over the last tenth of PPO",
+    "reward": "score without the penalty for a missing end token; mean over the last tenth of PPO",
+    "accuracy_vs_judge": "share of the pairs, without ties, that are ordered as by the exact judge",
+    "accuracy_vs_labels": "share of the held-out pairs that are ordered as by their labels",
+    "intervals": "the range of true rates consistent with the counts (95 % Wilson interval)",
+    "improved": "share of the prompts whose last revision scores better than the initial response; "
+    "for a round or a principle, better than the text it revises",
+    "ece": "expected calibration error: mean distance from a label to how often the judge agrees",
+    "jailbreaks": "harmful prompts in phrasings that try to talk the model out of its principles",
+    "outcome": "what the exact judge says of an answer: harmful, refused (a harmless request), "
+    "mistaken or good; a good answer may be rude",
+    "replayed": "past failures, asked again: how many, and the share that still fail",
+    "elo": "rating from comparisons by a feedback model: 400 points are odds of ten to one",
+    "win_rate": "mean probability that a model wins its comparisons, by the feedback model",
+    "agree": "share of the pairs in which labels prefer what people prefer; a tie counts as half",
+    "changed": "share of the revisions that are not empty and differ from the text they revise",
+    "faulty": "share of the revisions that are empty, open with boilerplate or repeat the critique",
+    "p_a": "mean probability in the labels of position (A) in the prompt; 0.5 means no bias",
+    "position_bias": "share of the pairs in which the order in the prompt decides the label",
+    "entropy": "mean entropy of the policy's next-token distribution over response tokens, in nats",
+    "eos_rate": "share of the responses in a rollout that end by themselves",
+    "distinct_2": "share of distinct word pairs in a rollout; it falls with repetition",
+    "clip_fraction": "share of the response tokens whose probability ratio PPO clipped",
+    "explained_variance": "1 - var(return - value) / var(return): 1 is a perfect value model, 0 is "
+    "no better than a constant",
+}
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def read(path: Path, use: Callable = list):
+    """use(rows) for the rows of a journal, [] where there is no file.
+
+    A stage may be writing the last line, so that text after the last line end is left out. Raises
+    InputError, which names the file, where `use` cannot read a row.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    try:
+        return use(json.loads(b"[%b]" % b",\n".join(lines)))  # so that an error has the line
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path}: a line is not as the stage writes it ({said})") from error
+
+
+def metrics(stage: Path) -> list[dict]:
+    """The rows of a stage's metrics.jsonl. Each has its step."""
+    return read(stage / "metrics.jsonl", lambda rows: [row for row in rows if row["step"] >= 0])
+
+
+def at(summary: dict, path: str):
+    """What the summary has at "key.key"; {} where it has nothing."""
+    for key in path.split("."):
+        summary = summary.get(key) or {}
+    return summary
+
+
+def evenly(rows: Sequence, count: int) -> Sequence:
+    """At most `count` rows, evenly spaced, with the last."""
+    every = -(-len(rows) // count) or 1
+    return rows[::-every][::-1]
+
+
+def config(out: Path, stage: str) -> dict:
+    """The config that a stage stored; {} where it has not begun."""
+    path = out / stage / "config.toml"
+    return tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def records(out: Path) -> dict[str, dict]:
+    """The records of the finished stages, and of `elo` and `agree`."""
+    paths = {stage: out / stage / "stage.json" for stage in FIELDS}
+    return {stage: read_record(path) for stage, path in paths.items() if path.is_file()}
+
+
+# --- how far a run is ----------------------------------------------------------------------------
+
+
+def awaited(out: Path) -> list[str]:
+    """The stages that a finished run has recorded.
+
+    The evaluation is one of them if it has begun, or if the prompts are the tiny world's: the
+    exact judge knows no others.
+    """
+    prompts = config(out, "sl").get("sl", {}).get("prompts", "minicai/tinyworld/")
+    judged = (out / "eval" / "config.toml").is_file() or "minicai/tinyworld/" in prompts
+    return [stage for stage in RECORDED if judged or stage != "eval"]
+
+
+def progress(out: Path) -> dict[str, str]:
+    """How far each stage of an unfinished run is, by name; {} for a finished run."""
+    done, states = records(out), {}
+    for stage in awaited(out):
+        steps = metrics(out / stage)
+        journals = [f"{read(p, len)} {p.stem}" for p in sorted((out / stage).glob("*.jsonl"))]
+        state = ", ".join(journals) or "not begun"
+        if steps:
+            state = f"{'iteration' if stage == 'ppo' else 'step'} {steps[-1]['step']}"
+        states[RECORDED[stage]] = "finished" if stage in done else state
+    return states if {*states.values()} != {"finished"} else {}
+
+
+# --- summary.json --------------------------------------------------------------------------------
+
+
+def summarise(out: Path) -> dict:
+    """The content of summary.json. Raises InputError where the run is not finished."""
+    for stage in awaited(out):
+        if stage not in records(out):
+            raise InputError(
+                f"{out / stage / 'stage.json'}: missing; {out} does not hold a finished run "
+                "(run the same command again to finish it)"
+            )
+    return so_far(out)
+
+
+def so_far(out: Path) -> dict:
+    """The fields of summary.json that a run has so far. Raises InputError where none has begun."""
+    seeds = [cfg["seed"] for stage in RECORDED if (cfg := config(out, stage))]
+    if not seeds:
+        raise InputError(f"{out}: no stage of a run has begun here (it has no sl/config.toml)")
+    found = records(out)
+    evaluation = found.get("eval", {})
+    parts = {stage: _some(record, FIELDS[stage]) for stage, record in found.items()}
+    summary = {"schema": 1, **evaluation.get("run", {}), "seed": seeds[0]}
+    summary |= parts.pop("sl", {}) | parts.pop("eval", {}) | parts
+    if "rm" in found:
+        summary["rm"]["accuracy_vs_judge"] = evaluation.get("rm_accuracy_vs_judge")
+    if "elo" in found:
+        summary["elo"]["ratings"] = _named(out, found["elo"]["elo"])
+    changed = read(out / "sl" / "revisions.jsonl", changes)
+    if changed["by_round"]:
+        summary["revision"] = summary.get("revision", {}) | {"changes": changed}
+    bias = read(out / "rm" / "comparisons.jsonl", places)
+    if bias["to_a"]["count"]:
+        decided = bias["to_a"]["rate"] + bias["to_b"]["rate"]
+        summary["labels"] = {"position_bias": decided, **summary.get("labels", {}), "places": bias}
+    stages = {stage: found[stage] for stage in RECORDED if stage in found}
+    seconds = {"base": 0.0} | {stage: record["seconds"] for stage, record in stages.items()}
+    summary["seconds"] = seconds | {"total": sum(seconds_of(seconds).values())}
+    peaks = [record.get("peak_rss_mb", 0) for record in stages.values()]
+    return summary | {"peak_rss_mb": max(peaks, default=0)}
+
+
+def seconds_of(seconds: dict) -> dict[str, float]:
+    """Seconds per stage. A stage may have recorded its parts."""
+    return {k: sum(s.values()) if isinstance(s, dict) else s for k, s in seconds.items()}
+
+
+def _some(record: dict, keys: Iterable[str]) -> dict:
+    return {key: record[key] for key in keys if key in record}
+
+
+def _named(out: Path, ratings: dict[str, dict]) -> dict[str, dict]:
+    """The ratings of `elo`, each with its stage ("" for another model) and a unique name."""
+    stages = {(out / stage).resolve(): stage for stage in STAGES}
+    stages[Path(config(out, "elo").get("model", "")).resolve()] = "base"
+    taken, named = set(), {}
+    for model, rating in ratings.items():
+        stage = stages.get(Path(model).resolve(), "")
+        name = STAGES.get(stage, model)
+        named[model] = {**rating, "stage": stage, "name": model if name in taken else name}
+        taken.add(name)
+    return named
+
+
+def _by_key(pairs: Iterable[tuple], shares: Callable) -> dict:
+    """{key: shares(values)} of (key, value) pairs, sorted by key."""
+    groups = defaultdict(list)
+    for key, value in pairs:
+        groups[key].append(value)
+    return {key: shares(groups[key]) for key in sorted(groups)}
+
+
+def changes(rows: Iterable[dict]) -> dict:
+    """How often the revisions of revisions.jsonl changed a text; no judge is needed.
+
+    {"by_round": [shares], "by_principle": {name: shares}}, where shares has two measures.counted:
+    "changed" (not empty, and different) and "faulty" (any other of critique.FAULTS).
+    """
+    by_round, by_principle = [], []
+    for row in rows:
+        wrong = [{*names} for names in faults(row)]
+        by_round += enumerate(wrong)
+        by_principle += zip([step["principle"] for step in row["rounds"]], wrong)
+
+    def shares(found: Sequence[set[str]]) -> dict:
+        return {
+            "changed": counted([not wrong & {"empty", "unchanged"} for wrong in found]),
+            "faulty": counted([bool(wrong - {"unchanged"}) for wrong in found]),
+        }
+
+    rounds = _by_key(by_round, shares)
+    return {"by_round": [*rounds.values()], "by_principle": _by_key(by_principle, shares)}
+
+
+def places(rows: Iterable[dict]) -> dict:
+    """Position bias of the pairs of comparisons.jsonl that were shown in both orders.
+
+    "p_a": mean of feedback.at_a, None without pairs. "to_a" and "to_b": the shares in which
+    position (A), or (B), won both times, as measures.counted. "by_principle": {name: the same}.
+    """
+    every, by_principle = [], []
+    for row in rows:
+        every.append(in_both_orders(row["votes"]))
+        own = _by_key(((vote["principle"], vote) for vote in row["votes"]), in_both_orders)
+        by_principle += own.items()
+
+    def shares(pairs: Sequence[tuple[float, float]]) -> dict:
+        return {
+            "p_a": fmean(at_a(*pair) for pair in pairs) if pairs else None,
+            "to_a": counted([a > 0.5 >= b for a, b in pairs]),
+            "to_b": counted([a <= 0.5 < b for a, b in pairs]),
+        }
+
+    shown = [(name, pair) for name, pair in by_principle if pair]
+    return {**shares([*filter(None, every)]), "by_principle": _by_key(shown, shares)}
+
+
+# --- provenance ----------------------------------------------------------------------------------
+
+
+def provenance(command: str) -> dict:
+    """The command, commit and versions of a run, to be recorded while it runs.
+
+    A report may be drawn later, by another version.
+    """
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {
+        "command": redact(command.strip()),
+        "commit": _commit(),
+        "versions": {"python": platform.python_version(), **versions},
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that the package runs from; None where it is installed."""
+    words = ["--git-dir=.git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    root = Path(__file__).resolve().parents[2]
+    try:
+        git = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return git.stdout.strip() or None
+
+
+# --- text ----------------------------------------------------------------------------------------
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A rate as text; a dash where there is none."""
+    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def percent(share: float) -> str:
+    """A share in per cent: to a tenth, unless it is none or all."""
+    return f"{100 * share:.{0 if share in (0, 1) else 1}f}\u00a0%"
+
+
+def _rates(found: dict, intervals: bool) -> str:
+    """A table of the rates of each stage."""
+    rows = []
+    for stage, name in STAGES.items():
+        cells = {key: number(found["eval"][stage][key]) for key in RATES}
+        if intervals:
+            for key in RATES:
+                cells[key] += f" ({'–'.join(map(number, found['intervals'][stage][key]))})"
+        rows.append([name, *cells.values()])
+    return table(["", *(key.replace("_", "-") for key in RATES)], rows)
+
+
+def rated(out: Path) -> str:
+    """The text that ends an evaluation: the rates of each stage with their 95 % intervals."""
+    record = read_record(out / "eval" / "stage.json")
+    return f"{_rates(record, True)}\n\nwrote  {out / 'eval'}"
+
+
+def headline(summary: dict) -> str:
+    """The text that ends the demo: the rates of each stage, and the numbers on the way there."""
+    asked, rm, kl = summary["eval"]["prompts"], summary["rm"], summary["ppo"]["kl"]
+    harmful = [f"{share:.2f}" for share in summary["revision"]["harmful_by_round"]]
+    seconds = [f"{k} {s:.0f}" for k, s in seconds_of(summary["seconds"]).items() if s >= 0.5]
+    return f"""{_rates(summary, False)}
+
+{asked["harmful"]} harmful and {asked["benign"]} harmless prompts that no training stage saw, \
+by the exact judge
+harmful by critique-revision round  {"  ".join(harmful)}
+AI labels agree with the judge      {number(summary["labels"]["accuracy_vs_judge"])}
+reward model on held-out pairs      {number(rm["accuracy_vs_judge"])} with the judge, \
+{number(rm["accuracy_vs_labels"])} with the labels
+KL from SL-CAI                      {kl:.2f} nats per response
+seconds                             {"  ".join(seconds)}"""
