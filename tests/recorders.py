@@ -44,7 +44,7 @@ def stopped(module, name: str, call: int) -> Iterator[list]:
 class Descent(torch.optim.SGD):
     """Gradient descent in AdamW's place: a step is linear in the gradient, so errors show."""
 
-    def __init__(self, parameters, lr=1.0, **_):
+    def __init__(self, parameters, lr=1.0, *_, **__):
         super().__init__(parameters, lr=lr)
         self.rates = []
 

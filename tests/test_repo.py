@@ -201,7 +201,7 @@ def test_every_path_in_the_readme_exists():
 
 def test_every_command_in_the_readme_parses(monkeypatch):
     from minicai import __main__ as commands
-    from minicai.evaluation.commands import EvalConfig
+    from minicai.tools.judging import EvalConfig
 
     monkeypatch.chdir(ROOT)
     pattern = r"(?:\bpython3?|\btorchrun\b.*?) (?:(train_\w+)\.py|-m ([\w.]+))(.*)"

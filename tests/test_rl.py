@@ -104,9 +104,10 @@ def run(cfg, name: str, **changes) -> Seen:
         recorded(losses, "policy_loss") as updates,
     ):
         record = train_ppo.main(cfg)
-    models = [model for _, model in (*policies, *scorers)]
+    models = dict(zip(("policy", "reference"), (model for _, model in policies)))
+    models |= dict(zip(("value", "reward"), (model for _, model in reversed(scorers))))
     return Seen(
-        dict(zip(("policy", "reference", "value", "reward"), models)),
+        models,
         [result for _, result in sampled],
         [result for _, result in rollouts],
         [result for _, result in rewards],
@@ -180,8 +181,7 @@ def test_a_rollout_holds_what_was_sampled_for_its_prompts(base, seen):
             assert row["response"] == text.strip()
         ended = sum(c.ended for c in completions) / len(completions)
         assert seen.metrics[k]["eos_rate"] == pytest.approx(ended)
-    seeds = [row["response"] for row in seen.episodes]
-    assert len(set(seeds)) > 6
+    assert len({row["response"] for row in seen.episodes}) > 6
 
 
 def test_the_prompts_of_an_iteration_come_in_their_shares(seen):
@@ -273,8 +273,9 @@ def test_what_the_metrics_say_of_a_rollout(seen):
 
 
 def test_the_first_ratio_is_1(base):
-    for changes in ({"minibatches": 1}, {"micro_tokens": 60}):
-        found = run(base, f"ratio{len(str(changes))}", iterations=1, epochs=1, **changes)
+    for minibatches in (1, 2):
+        changes = {"minibatches": minibatches, "micro_tokens": 60}
+        found = run(base, f"ratio{minibatches}", iterations=1, epochs=1, **changes)
         logprobs, old = found.ratios[0]
         assert_close((logprobs - old).exp(), torch.ones_like(old), 1e-6)
 
@@ -321,8 +322,8 @@ def test_every_update_is_that_of_one_joint_pass_over_its_minibatch(base, seen):
 
 
 def test_only_policy_and_value_model_change(base, seen):
-    for model, before in zip(seen.models.values(), models(base)):
-        same = model in (seen.models["reference"], seen.models["reward"])
+    for (name, model), before in zip(seen.models.items(), models(base)):
+        same = name in ("reference", "reward")
         assert torch.equal(weights(model), weights(before)) == same
     exported = load_policy(f"{base.out}-seen/ppo")
     assert torch.equal(weights(exported), weights(seen.models["policy"]))
@@ -499,7 +500,7 @@ def test_a_reward_function_gives_one_finite_number_per_response(found, message):
 
 
 def test_what_cannot_run_is_refused_before_anything_is_written(base, tmp_path):
-    with pytest.raises(InputError, match="7 minibatches cannot be made of 6 episodes"):
+    with pytest.raises(InputError, match="episodes per minibatch: 0 cannot be split"):
         run(base, "refused", minibatches=7)
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"

@@ -11,7 +11,7 @@ import pytest
 import train_rm
 import train_sl
 from minicai import InputError, critique
-from minicai.engine import config, hub
+from minicai.engine import config, hub, sampler
 from minicai.engine.data import read_jsonl
 from minicai.engine.dialogue import encode_pair
 from minicai.engine.load import load_tokenizer
@@ -85,20 +85,18 @@ def test_another_critic_principles_in_turn_and_strong_critiques(folder, plain):
     before, after = plain[1][0]["rounds"][0], rows[0]["rounds"][0]
     assert before["critique"] != after["critique"]
     assert [step["principle"] for step in rows[1]["rounds"]] == ["brief", "kind"]
-    assert critic in record["models"]
-    named = {key: rows[0][key] for key in rows[0].keys() - plain[1][0].keys()}
-    assert named == {"critic": critic, "principles": "in_turn", "style": "strong"}
+    assert critic in record["models"] and critic in rows[0]["models"]
 
 
 def test_all_principles_and_examples_and_no_critiques(folder):
     examples = (ROOT / "configs" / "examples" / "general.toml").read_text()
     (folder / "one.toml").write_text("[[example]]" + examples.split("[[example]]")[3])
     arguments = ("--principles=all", "--style=none", f"--examples={folder / 'one.toml'}")
-    with recorded(train_sl, "respond") as asked:
+    with recorded(sampler, "respond") as asked:
         record, rows = sl(folder, "all", *arguments)
     steps = {(step["principle"], step["critique"]) for row in rows for step in row["rounds"]}
     assert steps == {("all", "")}
-    assert len(rows[0]["examples"]) == 64 and record["hygiene"]["revisions"] == 12
+    assert record["hygiene"]["revisions"] == 12
     initial, *revisions = [texts for (_, texts, *_), _ in asked]
     assert not any("Revision Request" in str(text) for text in initial)
     assert all(text.count("Revision Request:") == 2 for texts in revisions for text in texts)
@@ -107,7 +105,7 @@ def test_all_principles_and_examples_and_no_critiques(folder):
 def test_the_policy_answers_and_learns_and_the_model_criticises_and_revises(folder, plain):
     model, other = str(folder / "model"), str(folder / "other")
     record, rows = sl(folder, "second", f"--policy={other}")
-    assert other in record["models"] and rows[0]["policy"] == other
+    assert other in record["models"] and other in rows[0]["models"]
     assert rows[0]["initial"] != plain[1][0]["initial"]
     _, swapped = sl(folder, "third", f"--policy={model}", f"--model={other}")
     # The same policy, revised by another model.
@@ -135,18 +133,14 @@ def test_the_last_round_can_be_trained_on_without_the_others(folder, plain):
     assert record["examples"] == plain[0]["examples"] / 2 and rows == plain[1]
 
 
-def test_helpful_samples_are_mixed_in_up_to_their_share(folder, plain):
+def test_helpful_samples_are_mixed_in(folder, plain):
     samples = (f"--helpful_prompts={folder / 'prompts.txt'}", "--helpful_samples=2")
-    whole, _ = sl(folder, "samples", *samples)
-    part, _ = sl(folder, "quarter", *samples, "--helpful_share=0.25", "--helpful_limit=5")
+    record, _ = sl(folder, "samples", *samples, "--helpful_limit=5")
     helpful = read_jsonl(folder / "samples" / "sl" / "helpful.jsonl")
-    assert [row["prompt"] for row in helpful[::2]] == [row["prompt"] for row in plain[1]]
-    assert len({row["response"] for row in helpful}) > 6
+    assert [row["prompt"] for row in helpful[::2]] == [row["prompt"] for row in plain[1][:5]]
+    assert len({row["response"] for row in helpful}) > 5
     assert all(row["models"] and row["seed"] == 0 for row in helpful)
-    revisions = plain[0]["examples"]
-    assert whole["examples"] - revisions == len(helpful) == 12
-    assert part["examples"] - revisions == round(revisions / 3) < 10
-    assert len(read_jsonl(folder / "quarter" / "sl" / "helpful.jsonl")) == 10
+    assert record["examples"] - plain[0]["examples"] == len(helpful) == 10
 
 
 def ends_learned(folder, name, text, ended) -> set[bool]:
@@ -155,7 +149,7 @@ def ends_learned(folder, name, text, ended) -> set[bool]:
     def respond(model, asked, *_):
         return [text] * len(asked), [ended] * len(asked)
 
-    with patch.object(train_sl, "respond", respond), recorded(train_sl, "collate") as batches:
+    with patch.object(sampler, "respond", respond), recorded(train_sl, "collate") as batches:
         sl(folder, name, "--max_new_tokens=12")
     learned = [response for (_, responses, _), _ in batches for response in responses]
     assert len(learned) == 12
@@ -254,7 +248,7 @@ def test_four_candidates_make_six_pairs_of_a_prompt(folder, labelled):
 
 def test_equal_responses_are_not_compared(folder):
     same = lambda model, asked, *_: (["Yes."] * len(asked), [True] * len(asked))  # noqa: E731
-    with patch.object(train_rm, "respond", same):
+    with patch.object(sampler, "respond", same):
         _, rows = rm(folder, "same", "--limit=4")
     assert len(read_jsonl(folder / "same" / "rm" / "pairs.jsonl")) == 4
     assert {row["source"] for row in rows} == {"human"}
@@ -287,13 +281,13 @@ def test_revisions_and_comparisons_of_earlier_rounds_are_trained_on_as_well(fold
 
 
 def test_a_response_that_was_cut_off_does_not_end_for_the_reward_model(folder):
-    respond = train_rm.respond
+    respond = sampler.respond
 
     def cut(*arguments):
         texts, _ = respond(*arguments)
         return texts, [k % 3 > 0 for k in range(len(texts))]
 
-    with patch.object(train_rm, "respond", cut):
+    with patch.object(sampler, "respond", cut):
         _, rows = rm(folder, "cut", "--preferences=")
     sampled = {row["id"]: row for row in read_jsonl(folder / "cut" / "rm" / "pairs.jsonl")}
     both = ["first", "second"]  # six prompts: responses k and k + 6 make pair k
@@ -352,8 +346,7 @@ def test_a_run_of_variants_that_was_interrupted_resumes_to_the_same_files(
         ("sl", "--style=weak", "style must be one of plain, chain_of_thought, strong, none"),
         ("sl", "--drop=empty", "drop may hold unchanged, leaked, boilerplate"),
         ("sl", "--principles=some", "principles must be one of"),
-        ("sl", "--helpful_share=1.0", "helpful_share must be at least 0 and at most 0.99"),
-        ("sl", "--max_new_tokens=700", "a request for a revision may have .* context of .* 2048"),
+        ("sl", "--max_new_tokens=700", "a revision request may have .* context of .* 2048"),
         ("rm", "--candidates=1", "candidates must be at least 2"),
         ("rm", "--principles=3", "fewer than 3"),
         ("rm", "--clamp=0.7", "clamp must be at least 0 and at most 0.5"),

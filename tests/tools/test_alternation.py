@@ -15,8 +15,9 @@ def test_the_demo_alternates_from_the_last_policy(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "main", lambda cfg, name=name: ran.append((name, cfg)))
     evaluate = SimpleNamespace(evaluate=lambda cfg, made_by: ran.append(("eval", cfg)))
     monkeypatch.setattr(demo, "commands", evaluate)
-    pages = dict.fromkeys(("provenance", "summarise", "write"), lambda *_: {})
-    monkeypatch.setattr(demo, "page", SimpleNamespace(**pages))
+    for module in ("page", "summary"):
+        functions = dict.fromkeys(("provenance", "summarise", "write"), lambda *_: {})
+        monkeypatch.setattr(demo, module, SimpleNamespace(**functions))
     monkeypatch.setattr(demo, "closing", lambda out: "")
     demo.main([f"--out={tmp_path / 'o'}", "--alternate=3"])
 
