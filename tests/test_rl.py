@@ -392,10 +392,27 @@ def test_updates_that_are_not_finite_are_skipped_and_counted_over_rollouts(base)
     message = "step 2: loss or gradient not finite in 3 updates in a row"
     with broken("value_loss", 4, 5, 6), pytest.raises(RunError, match=message):
         run(base, "stopped")
-    [saved] = (path for path in (output(base, "stopped") / "nonfinite").iterdir())
-    batch = json.loads(saved.read_text())["batch"]
-    assert len(batch) == 3 and type(batch[0][0]) is int
     assert len(read_jsonl(output(base, "stopped") / "metrics.jsonl")) == 1
+    assert len(stored_batch(base, "stopped")) == 3
+
+
+@pytest.mark.xfail(strict=True, reason="train_ppo.py gives Stage.finite its rows with the padding")
+def test_the_batch_that_is_left_behind_has_no_padding(base):
+    with (
+        broken("value_loss", 1, 2, 3),
+        recorded(train_ppo, "Rollout") as rollouts,
+        pytest.raises(RunError),
+    ):
+        run(base, "left")
+    [(_, rollout)] = rollouts
+    whole = [prompt + response for prompt, response in rows(rollout)]
+    assert all(ids in whole for ids in stored_batch(base, "left"))
+
+
+def stored_batch(cfg, name: str) -> list[list[int]]:
+    """The token ids that a stopped run leaves in its folder."""
+    [saved] = (output(cfg, name) / "nonfinite").iterdir()
+    return json.loads(saved.read_text())["batch"]
 
 
 # --- resuming -------------------------------------------------------------------------------------

@@ -344,7 +344,7 @@ def test_a_run_of_variants_that_was_interrupted_resumes_to_the_same_files(
         ("sl", "--critic=othr", "othr is not a model folder"),
         ("sl", "--examples=none.toml", "No such file"),
         ("sl", "--style=weak", "style must be one of plain, chain_of_thought, strong, none"),
-        ("sl", "--drop=empty", "drop may hold unchanged, leaked, boilerplate"),
+        ("sl", "--drop=long", "drop may hold empty, unchanged, leaked, boilerplate"),
         ("sl", "--principles=some", "principles must be one of"),
         ("sl", "--max_new_tokens=700", "a revision request may have .* context of .* 2048"),
         ("rm", "--candidates=1", "candidates must be at least 2"),
@@ -360,9 +360,10 @@ def test_a_run_of_variants_that_was_interrupted_resumes_to_the_same_files(
 def test_settings_that_make_no_sense_are_refused_before_anything_is_written(
     folder, section, argument, message
 ):
+    name = f"refused{argument}"
     with pytest.raises(InputError, match=message):
-        run(section, folder, "refused", argument)
-    assert not (folder / "refused").exists()
+        run(section, folder, name, argument)
+    assert not (folder / name).exists()
 
 
 @pytest.mark.parametrize("section", KINDS)
