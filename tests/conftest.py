@@ -32,14 +32,14 @@ from minicai import losses
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 PAD, EOS = 0, 1
-# gpt2 has learned positions, so that padding on the left can shift them
+# gpt2 has learned positions, so that padding on the left can shift them.
 ARCHITECTURES = ("llama", "gpt2", "qwen2", "neox")
 
 
 def tiny_model(architecture="llama", seed=0, vocab=64, scorer=False):
-    """Two layers with weights ten times the usual size.
+    """A model of two layers with weights ten times the usual size.
 
-    Predictions then depend on every token and position, and a wrong one shows.
+    Its predictions depend on every token and position, so that a wrong one is noticed.
     """
     common = {
         "vocab_size": vocab,
@@ -76,7 +76,7 @@ def tiny_model(architecture="llama", seed=0, vocab=64, scorer=False):
 def byte_tokenizer(pad="<pad>"):
     """258 tokens: pad, eos and the 256 bytes.
 
-    Another pad token takes the place of the first, which is then a character that no text has.
+    With another pad token, token 0 is a character that no text contains.
     """
     alphabet = [
         "<pad>" if pad == "<pad>" else "\U000f0001",
@@ -98,7 +98,7 @@ def assert_close(actual, expected, tolerance=1e-5):
 
 @contextmanager
 def broken(name, *calls):
-    """losses.`name` gives NaN at the calls of these numbers, counted from 1."""
+    """losses.`name` returns NaN at the calls with these numbers, counted from 1."""
     original, made = getattr(losses, name), []
 
     def wrong(*arguments):
@@ -126,7 +126,10 @@ def tokenizer():
 
 @pytest.fixture
 def forward_calls():
-    """forward_calls(model) is a list that grows by the shape of input_ids at each forward pass."""
+    """Watches a model: each of its forward passes appends the shape of input_ids to a list.
+
+    forward_calls(model) returns the list.
+    """
     handles = []
 
     def watch(model):
@@ -144,7 +147,7 @@ def forward_calls():
 def command(monkeypatch, capsys):
     """command(script, argument, ...) -> exit code, stdout, stderr.
 
-    Any exception but SystemExit is raised: to a user it would be a traceback.
+    Every exception except SystemExit is passed on: a user would see its traceback.
     """
 
     def run(script, *arguments):
@@ -163,11 +166,14 @@ def command(monkeypatch, capsys):
 def model_folders(tmp_path_factory):
     """A folder of model folders.
 
-    `whole`, `roomy` with a context of 2,048 tokens, `short` with one of 32, `endless` (no eos
-    token), `torn` (weights), `garbled` (tokenizer).
+    `whole`, `roomy` (a context of 2,048 tokens), `short` (a context of 32), `endless` (no eos
+    token), `torn` (truncated weights), `garbled` (a broken tokenizer).
     """
-    folder = tmp_path_factory.mktemp("models")
-    model, tokenizer = tiny_model(vocab=258), byte_tokenizer()
+    folder, model, tokenizer = (
+        tmp_path_factory.mktemp("models"),
+        tiny_model(vocab=258),
+        byte_tokenizer(),
+    )
     for name in ("whole", "roomy", "short", "endless", "torn", "garbled"):
         model.config.max_position_embeddings = tokenizer.model_max_length = {
             "roomy": 2048,
@@ -184,7 +190,10 @@ def model_folders(tmp_path_factory):
 
 @pytest.fixture
 def world(models, tmp_path):
-    """A folder with config.toml and prompts.jsonl: a run would start. `out` is not there yet."""
+    """A run that would start, except for the one thing that a test breaks.
+
+    A folder with config.toml and prompts.jsonl, and with an `out` that does not exist yet.
+    """
     (tmp_path / "prompts.jsonl").write_text(
         '{"prompt": "Why is the sky so very blue today, my dear friend?"}\n' * 2
     )

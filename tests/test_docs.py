@@ -1,4 +1,8 @@
-"""docs/: every number of the pages is what the code gives, what they name exists, the figures are drawn by docs/figures.py, and the diffs apply."""
+"""The pages of docs/ agree with the code.
+
+Their numbers are what the code computes, everything that they name exists, docs/figures.py draws
+their figures, and their diffs apply.
+"""
 
 import doctest
 import importlib.util
@@ -28,7 +32,7 @@ def blocks(page, language=""):
     return re.findall(rf"^```{language}\n(.*?)^```$", page, re.M | re.S)
 
 
-# --- what the pages say ----------------------------------------------------------------------------------------------------------
+# --- what the pages say ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -83,7 +87,7 @@ def test_each_equation_of_the_readme_has_its_place_in_the_walkthrough():
     assert [name for name in named if f"[`{name}`](" not in WALKTHROUGH] == []
 
 
-def test_each_section_has_an_equation_its_function_an_example_a_figure_and_an_exercise_with_its_answer():
+def test_each_section_has_equation_function_example_figure_and_an_exercise_with_its_answer():
     _, *sections = re.split(r"^### ", WALKTHROUGH, flags=re.M)
     assert [int(section.partition(".")[0]) for section in sections] == list(
         range(1, len(sections) + 1)
@@ -101,7 +105,7 @@ def test_each_section_has_an_equation_its_function_an_example_a_figure_and_an_ex
         ), section[:40]
 
 
-# --- figures ---------------------------------------------------------------------------------------------------------------------
+# --- figures --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +117,10 @@ def figures():
 
 
 def drawn(path):
-    """The words of an SVG file, and the numbers of what is drawn between them: another Matplotlib may name and order its styles otherwise."""
+    """The words of an SVG file and the numbers of its curves.
+
+    The rest may differ: another Matplotlib may name and order its styles in another way.
+    """
     svg = path.read_text(encoding="utf-8")
     curves = [
         [float(x) for x in re.findall(r"-?\d+(?:\.\d+)?", curve)]
@@ -137,16 +144,17 @@ def test_the_figures_are_what_their_code_draws_and_the_walkthrough_shows_each(fi
             and same
             and all(abs(x - y) < 0.05 for a, b in zip(curves, old) for x, y in zip(a, b))
         ), (
-            f"docs/figures/{name} is not what docs/figures.py draws now (have the results changed?): run python docs/figures.py"
+            f"docs/figures/{name} is not what docs/figures.py draws now "
+            "(have the results changed?): run python docs/figures.py"
         )
 
 
-# --- diffs -----------------------------------------------------------------------------------------------------------------------
+# --- diffs ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A copy of what the diffs change and of what it needs to run."""
+    """A copy of the files that the diffs change, and of all that is needed to run them."""
     for name in ("minicai", "configs", "docs"):
         shutil.copytree(
             ROOT / name, tmp_path / "copy" / name, ignore=shutil.ignore_patterns("__pycache__")
@@ -157,7 +165,7 @@ def checkout(tmp_path):
 
 
 def apply(number, checkout):
-    """Applies a diff with the page's own command, which is for the first one."""
+    """Applies a diff with the page's own command, which names the first diff."""
     (command,) = [
         line for block in blocks(RESEARCH) for line in block.splitlines() if line.startswith("awk ")
     ]
@@ -170,8 +178,9 @@ def apply(number, checkout):
         text=True,
     )
     assert done.returncode == 0, (
-        f"diff {number} of docs/change-a-loss.md no longer applies ({done.stderr.strip()}): make the change by hand in a "
-        "copy, put what `git diff -U1` says in the page, and measure again what may have changed"
+        f"diff {number} of docs/change-a-loss.md no longer applies ({done.stderr.strip()}): make "
+        "the change by hand in a copy, put what `git diff -U1` says in the page, and measure again "
+        "what may have changed"
     )
 
 
