@@ -4,9 +4,9 @@
 
 In every function that has a test it alters signs, + - * /, comparisons, numbers (by one), min and
 max, the bounds of clamp, any and all, `not`, the branches of torch.where, and method calls without
-arguments (it removes them). Everything happens in this process: the altered module replaces `L` in the test
-module, and the tests are called as plain functions. The command prints a line for each alteration
-that no test notices; the exit code is 1 if there is one.
+arguments (it removes them). Everything happens in this process: the altered module replaces `L` in
+the test module, and the tests are called as plain functions. The command prints a line for each
+alteration that no test notices; the exit code is 1 if there is one.
 """
 
 import ast
