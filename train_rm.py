@@ -31,7 +31,7 @@ from minicai.losses import centering_loss, preference_loss
 from minicai.prompts import as_turns
 
 STREAM = 2  # keeps this stage's random numbers apart from the other stages'
-TRAINED, FROZEN = ("reward",), ()  # what it holds while it trains, for the memory plan
+TRAINED, FROZEN = ("reward",), ("policy", "feedback")  # for the memory plan
 
 
 @dataclass

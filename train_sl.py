@@ -39,7 +39,7 @@ from minicai.prompts import as_turns
 from minicai.rollout import collate
 
 STREAM = 1  # keeps this stage's random numbers apart from the other stages'
-TRAINED, FROZEN = ("model",), ()  # what it holds while it trains, for the memory plan
+TRAINED, FROZEN = ("model",), ()  # for the memory plan
 CHOOSE = {"random": critique.at_random, "in_turn": critique.in_turn, "all": critique.all_at_once}
 STYLES = {
     "plain": constitution.plain,

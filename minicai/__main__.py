@@ -8,6 +8,7 @@ agree CONFIG FILE           agreement of AI labels with a file of human preferen
 choices MODEL FILE          accuracy on a multiple-choice file ("prompt", "corrects", "incorrects"), by log-prob
 report DIR [--watch]        writes DIR/report.html and, of a finished run, DIR/summary.json from what the run left in DIR;
                             --watch: again and again while it trains, for a browser to follow
+plan CONFIG [--processes=N] memory of each stage, GiB per process: nothing is loaded or written
 constitution ACTION         new, check, try, diff: write a constitution, and see what it does before you train on it
 chat MODEL                  talk to a model, or to two of them side by side; have them criticise and revise what they said
 """
@@ -24,7 +25,7 @@ from pathlib import Path
 from minicai import InputError
 from minicai.engine import config, terminal
 
-COMMANDS = ("demo", "eval", "elo", "agree", "choices", "report", "constitution", "chat")
+COMMANDS = ("demo", "eval", "elo", "agree", "choices", "report", "plan", "constitution", "chat")
 STREAM = 4  # keeps the random numbers of evaluation apart from those of the stages
 
 
@@ -410,7 +411,7 @@ def usage(arguments: list[str]) -> str:
     own = re.search(rf"(?m)^  {command} .*(\n {{6,}}.*)*", __doc__) if command else None
     if not own:
         return f"{__doc__.rstrip()}\n\n--quiet: results and errors alone"
-    if command in ("choices", "report"):
+    if command in ("choices", "plan", "report"):
         return f"python -m minicai {own[0].strip()}"
     others = (
         "\n\nFurther keys of the stages, as --sl.rounds=2: python train_sl.py --help, train_rm.py, train_ppo.py"
@@ -428,7 +429,7 @@ def main(arguments: list[str]) -> None:
         )
     if any(argument.partition("=")[0] == "--plan" for argument in rest):
         raise InputError(
-            "--plan: of the three scripts, a stage each, for example: python train_ppo.py configs/tiny.toml --plan"
+            "--plan: use python -m minicai plan CONFIG, which plans all three stages"
         )
     if command == "demo":
         demo(rest)
@@ -452,6 +453,10 @@ def main(arguments: list[str]) -> None:
         contest(command, rest)
     elif command == "choices":
         choices(rest)
+    elif command == "plan":
+        from minicai.tools import plan
+
+        plan.main(rest)
     elif command == "constitution":
         from minicai.tools import constitution as workshop
 

@@ -24,7 +24,7 @@ TRAIN = {
     "train_ppo.py": train_ppo.PPOConfig,
 }
 MINICAI = "minicai/__main__.py"
-COMMANDS = ("demo", "eval", "elo", "agree", "choices", "report", "constitution", "chat")
+COMMANDS = ("demo", "eval", "elo", "agree", "choices", "report", "plan", "constitution", "chat")
 CONFIGURED = [(script,) for script in TRAIN] + [(MINICAI, "eval")]
 
 
@@ -55,7 +55,7 @@ def assert_nothing_is_half_written(world):
         (["demonstrate"], "unknown command 'demonstrate'"),
         (
             [],
-            "no command given; known: demo, eval, elo, agree, choices, report, constitution, chat",
+            "no command given; known: demo, eval, elo, agree, choices, report, plan, constitution, chat",
         ),
         (["report", "no/such/folder"], "expected the output folder of a run"),
         (["report"], "expected the output folder of a run"),
@@ -81,7 +81,7 @@ def assert_nothing_is_half_written(world):
             "the constitution is the file behind the action",
         ),
         (["elo", "no/such.toml", "one", "two"], "no/such.toml: No such file or directory"),
-        (["demo", "--plan=8"], "--plan: of the three scripts"),
+        (["demo", "--plan=8"], "--plan: use python -m minicai plan CONFIG"),
     ],
 )
 def test_a_wrong_command_is_refused(refused, monkeypatch, tmp_path, words, message):
