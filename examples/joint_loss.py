@@ -66,7 +66,7 @@ class JointConfig(PPOConfig):
     """[ppo] in the config file; what the joint loss adds."""
 
     alpha: float = 1.0  # of L_SL + alpha L_RL
-    sl_data: str = path_setting(model=True)  # folder of L_SL's data, made by SL; "" = the policy's
+    sl_data: str = path_setting()  # folder of L_SL's data, made by SL; "" = the policy's
     sl_batch: int = setting(16, at_least=1)  # its sequences per update
 
 
@@ -111,14 +111,15 @@ def main(cfg: JointConfig) -> dict:
     kl_coef = stage.state.get("kl_coef", cfg.kl_coef)
     for iteration in stage.steps(cfg.iterations, "episodes", cfg.episodes):
         # 1. Sample one response to each prompt from the policy as it is.
-        prompts = shuffled(harmful, iteration * n_harmful, n_harmful, STREAM, cfg.seed, 0)
-        prompts += shuffled(harmless, iteration * n_harmless, n_harmless, STREAM, cfg.seed, 1)
+        prompts = shuffled(harmful, iteration, n_harmful, STREAM, cfg.seed, 0)
+        prompts += shuffled(harmless, iteration, n_harmless, STREAM, cfg.seed, 1)
         encoded = [encode_prompt(policy.tokenizer, as_turns(prompt)) for prompt in prompts]
         seeds = [(STREAM, cfg.seed, iteration, k) for k in range(cfg.episodes)]
         completions = sample(policy, encoded, seeds, sampling)
         texts = [decode(policy.tokenizer, c.ids, c.ended) for c in completions]
         ended = torch.tensor([c.ended for c in completions], device=policy.device)
-        batch = collate(encoded, [c.ids for c in completions], policy.device)
+        responses = [c.ids for c in completions]
+        batch = collate(encoded, responses, policy.device)
         mask = batch.mask
 
         # 2. What the four models say of each token: log-probs, values, scores.
@@ -200,7 +201,7 @@ def main(cfg: JointConfig) -> dict:
         row["sl_loss"] = sum(sl_losses) / max(len(sl_losses), 1)
         row["eos_rate"] = ended.float().mean().item()
         row["explained_variance"] = losses.explained_variance(values, returns, mask).item()
-        row["distinct_2"] = distinct_ngrams([c.ids for c in completions], 2)
+        row["distinct_2"] = distinct_ngrams(responses, 2)
         row |= mean_update(updates) | {"nonfinite": nonfinite, "kl_coef": kl_coef}
         stage.log(row, show=("reward", "sl_loss"))
         names = ("step", "prompt", "response", "score", "ended")
@@ -210,8 +211,7 @@ def main(cfg: JointConfig) -> dict:
             aim = (cfg.kl_target, cfg.kl_horizon, cfg.episodes)
             stage.state["kl_coef"] = kl_coef = losses.adaptive_kl_coef(kl_coef, row["kl"], *aim)
 
-    record = {"episodes": len(episodes.rows)} | stage.means("kl", "reward")
-    return stage.finish(policy, record)
+    return stage.finish(policy, {"episodes": len(episodes.rows)} | stage.means("kl", "reward"))
 
 
 if __name__ == "__main__":

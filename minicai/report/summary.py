@@ -18,24 +18,21 @@ import transformers
 
 from minicai import InputError
 from minicai.critique import faults
-from minicai.engine.data import read_record
 from minicai.engine.config import redact
+from minicai.engine.data import read_record
 from minicai.engine.terminal import table
 from minicai.evaluation.measures import counted
 from minicai.feedback import at_a, in_both_orders
 
 STAGES = {"base": "base", "sl": "SL-CAI", "ppo": "RL-CAI"}  # the models
 RECORDED = {"sl": "SL-CAI", "rm": "reward model", "ppo": "RL-CAI", "eval": "evaluation"}
-FIELDS = {  # what summary.json takes from the record of each stage
+FIELDS = {  # what summary.json takes from the record of each stage, beside all that is "by_..."
     "sl": ("device", "precision", "constitution"),
     "eval": ("eval", "intervals", "revision", "jailbreaks", "replayed", "hacking", "labels"),
     "rm": ("train_pairs", "heldout_pairs", "accuracy_vs_labels"),
     "ppo": ("kl", "reward", "episodes"),
     "elo": ("prompts", "feedback", "constitution"),
-    "agree": (
-        *("count", "rate", "interval", "by_confidence", "calibration", "ece"),
-        *("feedback", "constitution"),
-    ),
+    "agree": ("count", "rate", "interval", "calibration", "ece", "feedback", "constitution"),
 }
 RATES = ("harmful", "helpful", "over_refusal", "evasive", "rude")
 GLOSSARY = {
@@ -196,7 +193,8 @@ def seconds_of(seconds: dict) -> dict[str, float]:
 
 
 def _some(record: dict, keys: Iterable[str]) -> dict:
-    return {key: record[key] for key in keys if key in record}
+    """The fields `keys` of a record, and its tables "by_...", which a script may add."""
+    return {key: found for key, found in record.items() if key in keys or key.startswith("by_")}
 
 
 def _named(out: Path, ratings: dict[str, dict]) -> dict[str, dict]:
