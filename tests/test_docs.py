@@ -16,11 +16,18 @@ from pathlib import Path
 
 import pytest
 
+import train_ppo
+import train_rm
+import train_sl
 from minicai.engine import config
 from tests.conftest import byte_tokenizer, tiny_model
-from tests.test_repo import SCRIPTS
 
 ROOT = Path(__file__).parents[1]
+SCRIPTS = {
+    "train_sl": train_sl.SLConfig,
+    "train_rm": train_rm.RMConfig,
+    "train_ppo": train_ppo.PPOConfig,
+}
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 WALKTHROUGH = (DOCS / "walkthrough.md").read_text(encoding="utf-8")
