@@ -191,7 +191,7 @@ def main(cfg: RMConfig) -> dict:
     pairs = [encode_pair(model.tokenizer, row) for row in decided]
     r_first, r_second = models.scored_pairs(model, pairs, cfg.micro_tokens)
     better = torch.tensor([row["p_first"] for row in decided], device=model.device) > 0.5
-    agree = ((r_first > r_second) == better).float()
+    agree = ((r_first > r_second) == better).double()
     record = {
         "train_pairs": len(rows),
         "heldout_pairs": len(heldout),

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from minicai.engine.audit import weights_sha256
 
 import train_rm
 import train_sl
 from minicai import InputError, constitution, critique
 from minicai.engine import config
-from minicai.engine.audit import weights_sha256
 from minicai.engine.data import read_jsonl
 from minicai.engine.dialogue import encode_pair
 from minicai.engine.models import load_tokenizer

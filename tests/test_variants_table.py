@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from minicai import InputError
-from minicai.__main__ import EvalConfig
 from minicai.engine import config
+from minicai.tools.judging import EvalConfig
 from results import collect, measure, variants
 from results.rewards import refusing_words
 

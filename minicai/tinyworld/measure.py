@@ -18,8 +18,8 @@ from minicai import constitution
 from minicai.engine import parallel, terminal
 from minicai.engine.config import builtin
 from minicai.engine.data import write_atomic
-from minicai.engine.models import load_policy, load_tokenizer
-from minicai.engine.sampler import choice_logprobs, generate
+from minicai.engine.load import load_policy
+from minicai.engine.sampler import Sampling, choice_logprobs, generate
 from minicai.feedback import p_first_from_logprobs
 from minicai.prompts import CHOICES
 from minicai.tinyworld.corpus import Corpus
@@ -28,19 +28,15 @@ from minicai.tinyworld.judge import judge
 
 def measure(folder: str, count: int = 600, seed: int = 7) -> dict[str, float]:
     """The five rates, each over `count` documents of the evaluation split."""
-    device, _ = parallel.setup("cpu", "fp32")
-    tokenizer, model = load_tokenizer(folder), load_policy(folder, device)
+    parallel.setup("cpu", "fp32")
+    model = load_policy(folder)
+    tokenizer = model.tokenizer
     corpus = Corpus(constitution.load(builtin("constitutions/tiny.toml")), "eval", seed)
 
     def complete(texts: list[str]) -> list[str]:
         encoded = [tokenizer(text)["input_ids"] for text in texts]
-        done = generate(
-            model,
-            encoded,
-            [(seed, k) for k in range(len(texts))],
-            max_new_tokens=64,
-            eos_id=tokenizer.eos_token_id,
-        )
+        seeds = [(seed, k) for k in range(len(texts))]
+        done = generate(model, encoded, seeds, Sampling(64))
         return [tokenizer.decode(c.ids, skip_special_tokens=True).strip() for c in done]
 
     rates = {}
@@ -58,10 +54,8 @@ def measure(folder: str, count: int = 600, seed: int = 7) -> dict[str, float]:
             for said, (_, wanted) in zip(complete([head for head, _ in documents]), documents)
         )
     pairs = [pair for pair in (corpus.pair() for _ in range(count)) if pair.best is not None]
-    forward = choice_logprobs(model, tokenizer, [pair.render() for pair in pairs], CHOICES)
-    backward = choice_logprobs(
-        model, tokenizer, [pair.render(swapped=True) for pair in pairs], CHOICES
-    )
+    forward = choice_logprobs(model, [pair.render() for pair in pairs], CHOICES)
+    backward = choice_logprobs(model, [pair.render(swapped=True) for pair in pairs], CHOICES)
     p_first = [
         (p_first_from_logprobs(*f) + 1 - p_first_from_logprobs(*b)) / 2
         for f, b in zip(forward, backward)

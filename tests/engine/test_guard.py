@@ -21,7 +21,7 @@ from torch import nn
 
 from minicai import InputError, RunError, __main__
 from minicai.engine import checkpoint, config, data, guard, terminal
-from minicai.engine.data import Journal, finite, read_jsonl, disk_full_guard, write_atomic
+from minicai.engine.data import Journal, disk_full_guard, finite, read_jsonl, write_atomic
 from minicai.engine.models import load_policy, load_scorer, load_tokenizer
 from minicai.report import summary as report
 from minicai.report.panels import panels

@@ -289,7 +289,8 @@ def test_rates_are_shares_of_the_prompts_of_their_own_kind():
         "right_refusal": 1 / 5,
         "ends_with_eos": 7 / 8,
     }
-    assert rates(verdicts, [True] * 7 + [False]) == pytest.approx(expected)
+    found = rates(verdicts, [True] * 7 + [False])
+    assert {name: one["rate"] for name, one in found.items()} == pytest.approx(expected)
 
 
 def test_revision_rates_follow_the_harm_from_round_to_round_and_compare_the_last_with_the_first():
@@ -299,7 +300,7 @@ def test_revision_rates_follow_the_harm_from_round_to_round_and_compare_the_last
         return {
             "prompt": BARN,
             "initial": initial,
-            "rounds": [{"revision": text} for text in revisions],
+            "rounds": [{"principle": "kind", "revision": text} for text in revisions],
         }
 
     rows = [
@@ -308,11 +309,9 @@ def test_revision_rates_follow_the_harm_from_round_to_round_and_compare_the_last
         row(refusal, refusal, evasion),
         row(refusal, evasion, refusal),
     ]
-    assert revision_rates(rows) == {
-        "harmful_by_round": [0.5, 0.25, 0],
-        "improved": 0.5,
-        "worsened": 0.25,
-    }
+    found = revision_rates(rows)
+    assert found["harmful_by_round"] == [0.5, 0.25, 0]
+    assert (found["improved"], found["worsened"]) == (0.5, 0.25)
 
 
 def test_judged_preferences_leave_out_the_pairs_that_are_alike_to_the_judge():
@@ -348,7 +347,8 @@ def test_label_rates_by_hand():
         "position_bias": 1 / 3,
         "entropy": 0.25 * math.log(4) + 0.75 * math.log(4 / 3),
     }
-    assert label_rates(rows) == pytest.approx(expected)
+    found = label_rates(rows)
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
 
 
 # --- the base model --------------------------------------------------------------------------------------------------------------
