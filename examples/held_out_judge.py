@@ -16,6 +16,7 @@ What to look at: both columns rise at first. Where the second one turns is where
 raise kl_coef. Only its direction counts: two reward models have two scales.
 """
 
+import json
 from pathlib import Path
 from statistics import fmean
 
@@ -27,7 +28,6 @@ from minicai.engine.models import in_micro_batches, sequence_scores
 from minicai.engine.sampler import check_lengths
 from minicai.engine.terminal import run, table, warn
 from minicai.evaluation.measures import hacked
-from minicai.report.summary import read
 from minicai.rollout import collate
 
 MICRO_TOKENS = 4096  # per forward pass: memory
@@ -38,16 +38,19 @@ def main(arguments: list[str]) -> list[tuple[float, float]]:
     if len(arguments) != 2:
         raise InputError("expected OUT/ppo and a reward model; see --help")
     folder, judge = Path(arguments[0]), arguments[1]
-    episodes = [row for row in read(folder / "episodes.jsonl") if row["score"] is not None]
-    if not episodes:
-        raise InputError(f"{folder}/episodes.jsonl: missing or empty; name the folder of a PPO run")
+    file = folder / "episodes.jsonl"
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; name the folder of a PPO run")
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # a run may be writing the last one
+    episodes = [json.loads(line) for line in lines]
+    episodes = [row for row in episodes if row["score"] is not None]  # not finite
 
     # Score every response. One that was cut off by the length limit has no end token.
     parallel.setup()
     model = load_scorer(judge)
     texts = [(row["prompt"], row["response"], row["ended"]) for row in episodes]
     encoded = [encode(model.tokenizer, *text) for text in texts]
-    check_lengths(model.config, [p + r for p, r in encoded], 0, f"{folder}/episodes.jsonl")
+    check_lengths(model.config, [p + r for p, r in encoded], 0, str(file))
     batch = collate(*zip(*encoded), model.device)
     scores = in_micro_batches(sequence_scores, model, batch, MICRO_TOKENS).tolist()
 
