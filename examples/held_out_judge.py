@@ -44,6 +44,8 @@ def main(arguments: list[str]) -> list[tuple[float, float]]:
     lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # a run may be writing the last one
     episodes = [json.loads(line) for line in lines]
     episodes = [row for row in episodes if row["score"] is not None]  # not finite
+    if not episodes:
+        raise InputError(f"{file}: has no episode yet")
 
     # Score every response. One that was cut off by the length limit has no end token.
     parallel.setup()
