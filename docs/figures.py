@@ -1,9 +1,10 @@
-"""Draws the figures of walkthrough.md into docs/figures/: what is plotted comes from the package's own functions and from results/tiny.json.
+"""Draws the figures of walkthrough.md into docs/figures/.
 
     pip install -e '.[report]' && python docs/figures.py
 
-SVG without a date and with ids from a fixed salt: the same Matplotlib draws the same bytes. The background is transparent, and the colours are
-of middling brightness, so that a figure reads on a white page as on a dark one.
+What is plotted comes from the package's own functions and from results/tiny.json. SVG without a
+date and with ids from a fixed salt: the same Matplotlib draws the same bytes. The background is
+transparent, and the colours are readable on light and on dark pages.
 """
 
 import json
@@ -56,7 +57,7 @@ def panels(count: int, rows: int = 1) -> tuple[Figure, list]:
 
 
 def rounds() -> Figure:
-    """Share of harmful responses after each revision, on three seeds: the tiny world's counterpart of the paper's figure 5."""
+    """Share of harmful responses after each revision, on three seeds (the paper's figure 5)."""
     figure, (axis,) = panels(1)
     runs = json.loads((ROOT / "results" / "tiny.json").read_text(encoding="utf-8"))["runs"]
     for run, color in zip(runs, (BLUE, ORANGE, GREEN)):
@@ -78,7 +79,10 @@ def rounds() -> Figure:
 
 
 def nll() -> Figure:
-    """What the tokens of a prompt and a response cost: outlined, how unlikely the model finds them; filled, the loss, which has a mask."""
+    """What the tokens of a prompt and a response cost.
+
+    Outlined: how unlikely the model finds them. Filled: the loss, which has a mask.
+    """
     figure, (axis,) = panels(1)
     logprobs, mask = (
         torch.tensor([[-9.0, -7.0, 0.5, 0.25]]),
@@ -126,7 +130,10 @@ def label() -> Figure:
 
 
 def votes() -> Figure:
-    """Three votes made one label, against the third of them: where the other two agree, and where all depends on it."""
+    """Three votes as one label, against the third vote.
+
+    Left the other two agree; right the third vote decides.
+    """
     figure, axes = panels(2)
     x = torch.linspace(0, 1, 201).tolist()
     for axis, others in zip(axes, ((0.9, 0.8), (0.9, 0.1))):
@@ -161,7 +168,10 @@ def votes() -> Figure:
 
 
 def preference() -> Figure:
-    """The Bradley-Terry loss with soft labels: each label has its own best difference of scores, the log of its odds; a hard one has none."""
+    """The Bradley-Terry loss with soft labels.
+
+    Each label has its own best difference of scores, its log-odds; a hard label has none.
+    """
     figure, (axis,) = panels(1)
     x = torch.linspace(-4, 6, 201, dtype=torch.float64)
     for p, color in ((0.5, GREEN), (0.7, ORANGE), (1.0, BLUE)):
@@ -188,7 +198,10 @@ def preference() -> Figure:
 
 
 def centering() -> Figure:
-    """The loss of a pair with the scores 1.5 and -0.5, whose first is the better, when a number is added to both."""
+    """The loss of a pair with the scores 1.5 and -0.5 when a number is added to both.
+
+    The first response is the better one.
+    """
     figure, (axis,) = panels(1)
     for weight, color, name in (
         (0, BLUE, "preference loss"),
@@ -209,7 +222,7 @@ def centering() -> Figure:
 
 
 def temperature() -> Figure:
-    """Which of three tokens a uniform number draws at which temperature, and how much doubt there is."""
+    """Which of three tokens a uniform number draws at each temperature, and the entropy."""
     figure, axes = panels(2)
     x, logits, colors = (
         torch.linspace(0.1, 2, 191),
@@ -256,7 +269,10 @@ def temperature() -> Figure:
 
 
 def kl() -> Figure:
-    """The three estimators for one token; then, over a vocabulary of three, their mean and their spread against the exact KL."""
+    """The three estimators for one token.
+
+    Then, over a vocabulary of three, their mean and standard deviation against the exact KL.
+    """
     figure, axes = panels(3)
     ref = torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64).log()
     tilts = torch.linspace(0.02, 1.5, 75, dtype=torch.float64)
@@ -287,7 +303,10 @@ def kl() -> Figure:
 
 
 def rewards() -> Figure:
-    """The rewards of three tokens, the last of which has the score; and what beta, now 0.3, becomes after a rollout of 64 episodes."""
+    """The rewards of three tokens, the last with the score; beta after a rollout of 64 episodes.
+
+    Beta is 0.3 before.
+    """
     figure, axes = panels(2)
     shaped = losses.shaped_rewards(
         torch.tensor([2.0]),
@@ -334,7 +353,7 @@ def rewards() -> Figure:
 
 
 def gae() -> Figure:
-    """What a score of 1 at the last of 20 tokens is worth to the tokens before it, where the value model knows nothing yet (V = 0)."""
+    """What a score of 1 at the last of 20 tokens is worth to the tokens before it, with V = 0."""
     figure, (axis,) = panels(1)
     rewards, mask = torch.zeros(1, 20), torch.ones(1, 20, dtype=torch.bool)
     rewards[0, -1] = 1
@@ -349,7 +368,7 @@ def gae() -> Figure:
 
 
 def whitening() -> Figure:
-    """Four advantages as they are, shifted and scaled, and scaled alone: what is above 0 is encouraged."""
+    """Four advantages: as they are, whitened, and only scaled. What is above 0 is encouraged."""
     figure, (axis,) = panels(1)
     a, everywhere = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.ones(4, dtype=torch.bool)
     m = losses.moments(a, everywhere)
@@ -372,7 +391,10 @@ def whitening() -> Figure:
 
 
 def clip() -> Figure:
-    """The clipped objective (minus the policy loss) against the ratio, for a token that turned out well and for one that did not."""
+    """The clipped objective (minus the policy loss) against the ratio.
+
+    For a token with a positive advantage, and for one with a negative advantage.
+    """
     figure, axes = panels(2)
     ratio = torch.linspace(0.4, 1.6, 241)[None]
     for axis, advantage, color in zip(axes, (1.0, -1.0), (BLUE, ORANGE)):
@@ -396,7 +418,10 @@ def clip() -> Figure:
 
 
 def value() -> Figure:
-    """The value loss against the new prediction, the old one being 1: for a return that is far from it, and for one that is near."""
+    """The value loss against the new prediction, where the old one was 1.
+
+    For a return that is far from it, and for one that is near.
+    """
     figure, axes = panels(2)
     new, old, true = torch.linspace(0.4, 2.4, 201), torch.tensor(1.0), torch.tensor(True)
     for axis, target, color in zip(axes, (2.0, 1.1), (BLUE, ORANGE)):
@@ -422,7 +447,10 @@ def value() -> Figure:
 
 
 def mix() -> Figure:
-    """One parameter between two wishes, that of the examples at +1 and that of the reward at -1: the sum of the losses for three alphas."""
+    """The sum of two losses of one parameter, for three alphas.
+
+    The examples want the parameter at +1, the reward at -1.
+    """
     figure, (axis,) = panels(1)
     w = torch.linspace(-2, 2, 241)
     for alpha, color in ((0.0, GREEN), (0.5, ORANGE), (1.0, BLUE)):
@@ -493,7 +521,10 @@ def dials() -> Figure:
 
 
 def plane() -> Figure:
-    """Where the models of three seeds stand: harmless upwards, helpful to the right (the paper's figure 2 has Elo on both axes)."""
+    """The models of three seeds: harmless upwards, helpful to the right.
+
+    The paper's figure 2 has Elo on both axes.
+    """
     figure, (axis,) = panels(1)
     runs = json.loads((ROOT / "results" / "tiny.json").read_text(encoding="utf-8"))["runs"]
     lowest = min(run["eval"][stage]["helpful"] for run in runs for stage in ("base", "sl", "ppo"))
