@@ -1,11 +1,17 @@
-"""Cost grows linearly: each kind of work once and four times as much of it, in turns, each run in a process of its own.
+"""Measures whether cost grows linearly: each kind of work, and four times as much of it.
 
     python bench/linear.py [--only data,labels,sl,rm,ppo] [--pairs 3] [--scale 1]
 
-data: respond, criticise and revise (train_sl.write_data); labels: AI labels (train_rm.label); sl, rm: training; ppo: iterations. The tiny world's
-base model and the demo's settings. Prints units of work a CPU second (of all threads: what others take of a shared machine does not count) and a
-second by the clock, peak memory behind the imports and the models, and the ratios of the larger run to the smaller: the median over the pairs,
-with the range.
+data    respond, criticise and revise (train_sl.write_data)
+labels  AI labels (train_rm.label)
+sl, rm  training
+ppo     PPO iterations
+
+The model is the tiny world's base model, with the demo's settings. The small and the large run take
+turns, each in its own process. For each kind of work the program prints units per CPU second (of
+all threads, so that other work on the machine does not count) and per second of wall-clock time.
+It also prints the peak memory above that of the imports and models, and the ratio of the large run
+to the small one: the median over the pairs, with the range.
 """
 
 import argparse
@@ -24,11 +30,14 @@ COUNTS = {
     "rm": ("pairs", 256),
     "ppo": ("episodes", 128),
 }
-ROWS = 16  # slots: a turn of the data phase is 64 prompts, so that the smaller run has two of them
+ROWS = 16  # decode slots. A turn of the data phase then has 64 prompts: two turns in the small run
 
 
 def prepared(work: str, count: int, folder: str):
-    """What does `count` units of the work as the scripts do; all that does not grow with them is done before."""
+    """A function that does `count` units of the work as the scripts do.
+
+    Everything whose cost does not depend on `count` is done before it is returned.
+    """
     import torch
 
     import train_ppo
@@ -56,14 +65,13 @@ def prepared(work: str, count: int, folder: str):
     known = (
         read_prompts(cfg.prompts) if work in ("data", "ppo") else read_preferences(rm.preferences)
     )
-    order = epoch_order(len(known), 0)  # shuffled, so that few are of the same lengths as many
+    order = epoch_order(len(known), 0)  # shuffled: both runs get the same mix of lengths
     items = [known[order[k % len(known)]] for k in range(count)]
     if work == "labels":
         items = [row | {"id": k} for k, row in enumerate(items)]
         policy = models.load_policy(cfg.model, device)
-        train_rm.load_policy = lambda *_: (
-            policy
-        )  # which loads it by itself, and that does not grow with the work
+        # train_rm.label loads the model itself, at a cost that does not depend on `count`.
+        train_rm.load_policy = lambda *_: policy
         return lambda: train_rm.label(
             cfg, rules, (), items, [], cfg.model, tokenizer, device, precision, out
         )
@@ -159,8 +167,9 @@ def main() -> None:
         for key, what in (("cpu", f"{unit}/CPU s"), ("clock", f"{unit}/s"), ("peak_mb", "MiB")):
             ratios = [four[key] / one[key] for one, four in runs]
             print(
-                f"{work}: {median(one[key] for one, _ in runs):.4g} {what} with {count} {unit}, {median(four[key] for _, four in runs):.4g} with "
-                f"{4 * count}: ratio {median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})",
+                f"{work}: {median(one[key] for one, _ in runs):.4g} {what} with {count} {unit}, "
+                f"{median(four[key] for _, four in runs):.4g} with {4 * count}: "
+                f"ratio {median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})",
                 flush=True,
             )
 

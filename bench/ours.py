@@ -1,4 +1,4 @@
-"""minicai's side of the benchmark: the functions that the scripts call, with the settings that the peers are given."""
+"""minicai's side of the benchmark: the scripts' own functions, with the peers' settings."""
 
 import tempfile
 from functools import partial
@@ -54,7 +54,7 @@ def generate(work: Work) -> Result:
 def labels(work: Work) -> Result:
     device, precision, tokenizer, model = _load(work, work.policy)
     choice_logprobs(model, tokenizer, work.items[:4], CHOICES)
-    tokens = []  # that went through the model: what texts share, once
+    tokens = []  # the numbers of tokens that go through the model: shared beginnings count once
     model.base_model.register_forward_pre_hook(
         lambda _, args, inputs: tokens.append(inputs["input_ids"].numel()), with_kwargs=True
     )
@@ -107,7 +107,7 @@ def rm(work: Work) -> Result:
 
 
 def _sample_to(limits: list[int], *args, **settings):
-    """Each response ends at a length given for it, as it would at its end of sequence."""
+    """Samples with a given length per response, as if its end token came there."""
     return sample(*args, **(settings | {"max_new_tokens": limits, "eos_id": -1}))
 
 
@@ -148,9 +148,8 @@ def ppo(work: Work) -> Result:
     seconds = clock() - began
     tokens = sum(n for _, n in work.items)
     whole = tokens + sum(len(tokenizer(render(p))["input_ids"]) for p, _ in work.items)
-    passes = (
-        2 * (1 + 4) + 6 * 2 * cfg.epochs
-    )  # sampling, the four models over the rollout, the updates of two models
+    # Sampling, four models over the rollout, and the updates of two models.
+    passes = 2 * (1 + 4) + 6 * 2 * cfg.epochs
     return (
         seconds,
         len(work.items),

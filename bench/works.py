@@ -1,4 +1,8 @@
-"""The models and the data of the benchmark. Lengths vary as answers do: log-normal, prompts around 20 tokens, responses around 40."""
+"""The models and the data of the benchmark.
+
+Lengths vary like those of real answers: they are log-normal, with prompts around 20 tokens and
+responses around 40.
+"""
 
 import os
 import platform
@@ -41,6 +45,7 @@ SHAPES = {
         "num_key_value_heads": 3,
         "vocab_size": 49152,
     },
+    # Qwen2.5's shapes.
     "0.5b": {
         "hidden_size": 896,
         "intermediate_size": 4864,
@@ -48,7 +53,7 @@ SHAPES = {
         "num_attention_heads": 14,
         "num_key_value_heads": 2,
         "vocab_size": 151936,
-    },  # Qwen2.5's, as is the next
+    },
     "1.5b": {
         "hidden_size": 1536,
         "intermediate_size": 8960,
@@ -59,10 +64,10 @@ SHAPES = {
     },
 }
 LONGEST = 200  # tokens of a response
-seconds = (
-    time.process_time if os.environ.get("MINICAI_BENCH_CPU_TIME") else time.perf_counter
-)  # of all threads, or on the wall
-# How many of what, so that a run takes the slower side about a minute, or one PPO rollout of 64 episodes of the large model some minutes.
+# CPU time of all threads, or wall-clock time.
+seconds = time.process_time if os.environ.get("MINICAI_BENCH_CPU_TIME") else time.perf_counter
+# Items per run: the slower side takes about a minute, or some minutes for one PPO rollout of 64
+# episodes with the large model.
 COUNTS = {
     "tiny": {"generate": 512, "labels": 256, "sl": 1024, "rm": 512, "ppo": 256, "batch": 64},
     "small": {"generate": 128, "labels": 64, "sl": 192, "rm": 96, "ppo": 32, "batch": 32},
@@ -76,6 +81,7 @@ COUNTS = {
         "sl_batch": 64,
         "ppo_batch": 64,
     },
+    # For a GPU.
     "0.5b": {
         "generate": 512,
         "labels": 256,
@@ -83,33 +89,36 @@ COUNTS = {
         "rm": 256,
         "ppo": 256,
         "batch": 64,
-    },  # for a GPU, as is the next
+    },
     "1.5b": {"generate": 256, "labels": 128, "sl": 256, "rm": 128, "ppo": 128, "batch": 64},
 }
 
 
 @dataclass
 class Work:
-    """What both sides are given."""
+    """The input of both sides."""
 
     policy: str  # folder of a causal language model with its tokenizer
     scorer: str  # folder of a reward model of the same shape
     batch: int
-    items: list  # prompts, pairs or comparisons, by the kind of work
-    body: int  # weights that every token meets: all but embeddings and head
-    head: int  # weights of the head
+    items: list  # prompts, pairs or comparisons, depending on the kind of work
+    body: int  # number of weights without embeddings and head: those that every token meets
+    head: int  # number of weights of the head
     device: str  # "cpu" or "cuda"
 
 
 def clock() -> float:
-    """Seconds, when all that a GPU was told to do is done."""
+    """Seconds, after all pending work of a GPU is done."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return seconds()
 
 
 def setup(size: str, folder: Path, device: str) -> dict:
-    """Writes a policy and a scorer with random weights (of "tiny" the shape is the tiny world's base model's); measures the machine."""
+    """Writes a policy and a scorer with random weights, and measures the machine.
+
+    Size "tiny" has the shape of the tiny world's base model.
+    """
     torch.manual_seed(0)
     tokenizer = models.load_tokenizer(str(Path(models.__file__).parents[1] / "tinyworld/base"))
     config = LlamaConfig(
@@ -129,7 +138,8 @@ def setup(size: str, folder: Path, device: str) -> dict:
     here = (
         f"{torch.cuda.get_device_name()}, bfloat16"
         if device == "cuda"
-        else f"{platform.processor() or platform.machine()}, float32, {torch.get_num_threads()} threads"
+        else f"{platform.processor() or platform.machine()}, float32, "
+        f"{torch.get_num_threads()} threads"
     )
     return {
         "peak_flops": peak_flops(device),
@@ -139,7 +149,7 @@ def setup(size: str, folder: Path, device: str) -> dict:
 
 
 def peak_flops(device: str) -> float:
-    """FLOP/s of the best of forty matrix products: other work may stand in the way of some."""
+    """FLOP/s of the fastest of forty matrix products: other work may slow some of them down."""
     size, kind = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
     a, times = torch.randn(size, size, dtype=kind, device=device), []
     for _ in range(40):
@@ -150,7 +160,7 @@ def peak_flops(device: str) -> float:
 
 
 def text(rng: random.Random, tokens: float, spread: float, most: int) -> str:
-    """Words of about so many tokens, log-normal."""
+    """Random words with about so many tokens: log-normal around `tokens`, at most `most`."""
     wanted, words = min(max(4, rng.lognormvariate(0, spread) * tokens), most), []
     while len(words) < wanted:  # a word of the tiny world is about one token
         words.append(rng.choice(list(CLASS_OF)))
@@ -158,12 +168,12 @@ def text(rng: random.Random, tokens: float, spread: float, most: int) -> str:
 
 
 def length(rng: random.Random) -> int:
-    """Tokens of a sampled response."""
+    """The number of tokens of a sampled response."""
     return min(max(4, int(rng.lognormvariate(0, 0.6) * 40)), LONGEST)
 
 
 def load(work: str, size: str, folder: Path, device: str) -> Work:
-    """The same for both sides: a function of the arguments alone."""
+    """The work, which is the same for both sides: it depends only on the arguments."""
     rng, count = random.Random(0), COUNTS[size][work]
     prompts = [text(rng, 20, 0.4, 64) for _ in range(count)]
     answers = [[text(rng, 40, 0.6, 200) for _ in range(2)] for _ in range(count)]
@@ -196,7 +206,7 @@ def load(work: str, size: str, folder: Path, device: str) -> Work:
 
 
 def peak_memory_mb(device: str) -> float:
-    """The largest resident memory of this process so far, or what tensors have taken of a GPU's at the most, in MiB."""
+    """Peak memory so far in MiB: resident memory of this process, or tensors on the GPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -155,8 +155,7 @@ def main(cfg: JointConfig) -> dict:
             for number, rows in enumerate(order.tensor_split(cfg.minibatches)):
                 minibatch = rollout.select(rows)
                 tokens, sums = int(minibatch.mask.sum()), torch.zeros(4, dtype=torch.float64)
-                for part in micro_batches(minibatch.lengths.tolist(), cfg.micro_tokens):
-                    part = minibatch.select(part)
+                for part in micro_batches(minibatch, cfg.micro_tokens):
                     old, inside = part.logprobs, part.mask
                     new = response_logprobs(policy, part, cfg.temperature)
                     pg = losses.policy_loss(new, old, part.advantages, inside, cfg.clip_range)
@@ -175,8 +174,7 @@ def main(cfg: JointConfig) -> dict:
                 drawn = epoch_order(len(examples), *key)[: cfg.sl_batch]
                 batch = collate(*zip(*[examples[k] for k in drawn]), policy.device)
                 sl_tokens, sl_loss = int(batch.mask.sum()), 0.0
-                for part in micro_batches(batch.lengths.tolist(), cfg.micro_tokens):
-                    part = batch.select(part)
+                for part in micro_batches(batch, cfg.micro_tokens):
                     nll = losses.nll_loss(response_logprobs(policy, part), part.mask)
                     l_sl = nll.sum() / sl_tokens
                     parallel.backward(losses.cai_loss(l_sl, 0.0, cfg.alpha))

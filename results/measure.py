@@ -23,10 +23,10 @@ from minicai.engine.data import read_jsonl, read_record
 from minicai.engine.sampler import Sampling
 from minicai.evaluation import rates as evaluate
 from minicai.evaluation.agreement import answer, orders_as
-from minicai.tools.judging import EvalConfig, questions
 from minicai.evaluation.measures import share
 from minicai.feedback import at_a, in_both_orders
 from minicai.tools import demo
+from minicai.tools.judging import EvalConfig, questions
 
 KINDS = {
     "sl": train_sl.SLConfig,

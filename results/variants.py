@@ -30,8 +30,8 @@ sys.path.insert(0, str(ROOT))  # this checkout's code, whatever is installed
 from minicai import InputError
 from minicai.engine import config, parallel, terminal
 from minicai.engine.data import finite, write_atomic
-from minicai.tools.judging import EvalConfig
 from minicai.report import summary as report
+from minicai.tools.judging import EvalConfig
 from results import collect, measure
 
 # stage: section of its settings, what measures it, minutes on two threads

@@ -1,10 +1,14 @@
-"""Kills runs and compares what they end with: `python -m tests.faults --kills 60 [--seed 0]` (a quarter of an hour; the last line counts).
+"""Kills runs, resumes them, and compares their results with those of an undisturbed run.
 
-A small demo runs once undisturbed. Then it runs again and again in chains of lives: SIGKILL to the whole process group, the same command anew,
-until it ends by itself. Two kills of three come at moments spread evenly over the undisturbed run, known again by how much its journals hold; the
-others wait for a file or folder on its way to its place (`*.tmp`: a checkpoint, an export, a record) and strike while it is being made. At the end
-of a chain the output folder must hold the files of the undisturbed run and no others, every tensor equal bit for bit, every JSONL file byte for
-byte, and no process may be left.
+    python -m tests.faults --kills 60 [--seed 0]
+
+It takes a quarter of an hour, and the last line says how many kills did no harm. A small demo first
+runs undisturbed. Then it runs in chains: SIGKILL to the whole process group, the same command
+again, until the run ends by itself. Two kills in three come at moments that are spread evenly over
+the undisturbed run; the size of the journals tells when such a moment has come. The other kills
+come while a file or folder (`*.tmp`: a checkpoint, an export, a record) is being written. At the
+end of a chain the output folder must hold exactly the files of the undisturbed run. All tensors
+must be equal bit for bit, all JSONL files byte for byte, and no process may still run.
 """
 
 import argparse
@@ -21,7 +25,9 @@ from pathlib import Path
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[1]
-CHAIN = 6  # kills a chain: each costs a start (5 s) and the work since the last checkpoint, each chain a whole run
+# Kills per chain. Each kill costs a start (5 s) and the work since the last checkpoint; each chain
+# costs a whole run.
+CHAIN = 6
 CONFIG = f"""
 model = "minicai:tinyworld/base"
 constitution = "{ROOT}/configs/constitutions/tiny.toml"
@@ -69,7 +75,7 @@ PARTS = {
 
 
 def start(out: Path) -> subprocess.Popen:
-    """The command under test, in a session of its own, which it shares with whatever it starts."""
+    """Starts the command under test in its own session, which its child processes share."""
     command = [
         sys.executable,
         "-m",
@@ -91,7 +97,7 @@ def start(out: Path) -> subprocess.Popen:
 
 
 def being_made(out: Path) -> list[str]:
-    """What is on its way to its place: paths of *.tmp below the output folder."""
+    """The paths of *.tmp below the output folder: what is being written now."""
     found = []
     for folder in (
         ".",
@@ -113,12 +119,15 @@ def being_made(out: Path) -> list[str]:
 
 
 def written(out: Path) -> int:
-    """Bytes in the journals: how far a run has come."""
+    """Bytes in the journals, as a measure of a run's progress."""
     return sum(path.stat().st_size for path in out.glob("*/*.jsonl"))
 
 
 def kill_at(process: subprocess.Popen, out: Path, size: int, pause: float) -> bool:
-    """SIGKILL to the group `pause` seconds after the journals hold `size` bytes; False where the process has ended before."""
+    """Sends SIGKILL to the group `pause` seconds after the journals hold `size` bytes.
+
+    Returns False if the process has ended before.
+    """
     while process.poll() is None and written(out) < size:
         time.sleep(0.002)
     try:
@@ -130,7 +139,10 @@ def kill_at(process: subprocess.Popen, out: Path, size: int, pause: float) -> bo
 
 
 def kill_while_writing(process: subprocess.Popen, out: Path, number: int) -> bool:
-    """SIGKILL to the group while the `number`-th new *.tmp is there; False where the process has ended before."""
+    """Sends SIGKILL to the group while the `number`-th new *.tmp exists.
+
+    Returns False if the process has ended before.
+    """
     old, seen = set(being_made(out)), []
     while process.poll() is None:
         now = set(being_made(out))
@@ -144,7 +156,7 @@ def kill_while_writing(process: subprocess.Popen, out: Path, number: int) -> boo
 
 
 def place(out: Path) -> str:
-    """Where a run stands that was just killed: its stage, and what it wrote last or was writing."""
+    """Where a run was killed: its stage, and what it was writing or wrote last."""
     stage = next(
         (name for name in ("sl", "rm", "ppo", "eval") if not (out / name / "stage.json").exists()),
         "report",
@@ -160,7 +172,7 @@ def place(out: Path) -> str:
 
 
 def left_running(group: int) -> bool:
-    """Whether a process of the group is there still, a moment after its end."""
+    """Whether a process of the group still runs five seconds later."""
     for _ in range(50):
         try:
             os.killpg(group, 0)
@@ -171,7 +183,7 @@ def left_running(group: int) -> bool:
 
 
 def differences(ours: Path, theirs: Path) -> list[str]:
-    """Names of the files of a run that the other has not, or has with other weights or other lines."""
+    """The names of files that only one of the runs has, or whose weights or lines differ."""
     names = [{str(p.relative_to(out)) for p in out.rglob("*")} for out in (ours, theirs)]
     differing = sorted(names[0] ^ names[1])
     for name in sorted(names[0] & names[1]):
@@ -187,7 +199,7 @@ def differences(ours: Path, theirs: Path) -> list[str]:
 
 
 def finish(out: Path, process: subprocess.Popen) -> str:
-    """Waits for a run to end by itself; what is wrong with its end, or ""."""
+    """Waits until a run ends by itself. Returns what is wrong with its end, or ""."""
     code = process.wait()
     error = (out.parent / "stderr.txt").read_text()[-2000:]
     return (
@@ -200,7 +212,10 @@ def finish(out: Path, process: subprocess.Popen) -> str:
 
 
 def campaign(kills: int, seed: int, folder: Path, per_chain: int = CHAIN) -> int:
-    """Kills that many times, says so line by line, and returns how many of the kills were in chains that ended as if undisturbed."""
+    """Kills a run that many times and prints a line per kill.
+
+    Returns the number of kills in chains whose result equals that of the undisturbed run.
+    """
     (folder / "faults.toml").write_text(CONFIG)
     evaluation = (
         (ROOT / "minicai" / "tinyworld" / "data" / "eval.jsonl")
@@ -209,11 +224,8 @@ def campaign(kills: int, seed: int, folder: Path, per_chain: int = CHAIN) -> int
     )
     (folder / "eval.jsonl").write_text("".join(evaluation[::20]))
     whole = folder / "undisturbed"
-    began, process, reached = (
-        time.monotonic(),
-        start(whole),
-        {0: 0.0},
-    )  # bytes in the journals: seconds after the start
+    # `reached`: bytes in the journals -> seconds after the start.
+    began, process, reached = time.monotonic(), start(whole), {0: 0.0}
     while process.poll() is None:
         reached.setdefault(written(whole), time.monotonic() - began)
         time.sleep(0.002)
@@ -244,7 +256,7 @@ def campaign(kills: int, seed: int, folder: Path, per_chain: int = CHAIN) -> int
                     moment - reached[size] + (startup if written(out) >= size > 0 else 0.0),
                 )
             if not done:
-                break  # it ended before
+                break  # the run ended before the kill
             struck, hit = struck + 1, hit + 1
             where = place(out)
             places[where.split(" ")[0] + " " + where.split(" ")[1]] += 1

@@ -1,10 +1,12 @@
-"""Alters minicai/losses.py in one place at a time and checks that some test of tests/test_losses.py fails for each alteration.
+"""Alters minicai/losses.py in one place at a time, and checks that tests/test_losses.py notices.
 
     python -m tests.mutate [--verbose]
 
-Altered, in every function: signs, + - * /, comparisons, numbers (by one), min and max, bounds of clamp, any and all, `not`, the branches of
-torch.where, and method calls without arguments (left out). All in this process: the altered module takes the place of `L` in the test
-module, and the tests are called as plain functions. Prints a line for each survivor; the exit code is 1 if there is one.
+It alters these in every function: signs, + - * /, comparisons, numbers (by one), min and max, the
+bounds of clamp, any and all, `not`, the branches of torch.where, and method calls without arguments
+(it removes them). Everything happens in this process: the altered module replaces `L` in the test
+module, and the tests are called as plain functions. The command prints a line for each alteration
+that no test notices; the exit code is 1 if there is one.
 """
 
 import ast
@@ -24,7 +26,7 @@ from minicai import losses
 
 TESTS = Path(__file__).with_name("test_losses.py")
 
-EQUIVALENT = {  # (function, altered line): why no test can tell it from the original
+EQUIVALENT = {  # (function, altered line) -> why no test can tell it from the original
     ("shaped_rewards", "if not mask.any(1).all():"): "the mask has two dimensions: 1 is the last",
     ("shaped_rewards", "last = torch.where(mask, positions, 0).amax(1)"): "likewise",
     (
@@ -48,7 +50,7 @@ class Mutant(NamedTuple):
 
 
 def alterations(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes to be put in place of this one, one at a time."""
+    """The nodes that replace this one, one at a time."""
     match node:
         case ast.operator() | ast.cmpop():
             yield from (operator() for operator in OPERATORS.get(type(node), []))
@@ -108,7 +110,7 @@ def load(tree: ast.Module) -> types.ModuleType:
 
 
 def collect() -> tuple[types.ModuleType, list[Callable[[], None]]]:
-    """The test module, and its tests with the values of parametrize filled in."""
+    """The test module, and its tests with the values of parametrize bound."""
 
     class Collector:
         def pytest_collection_finish(self, session: pytest.Session) -> None:
@@ -133,7 +135,7 @@ def fails(test: Callable[[], None]) -> bool:
 
 
 def campaign(verbose: bool = False) -> tuple[int, list[str]]:
-    """How many mutants were tried, and a line for each thing that is wrong."""
+    """The number of mutants that were tried, and a line for each problem."""
     source = Path(losses.__file__).read_text()
     test_module, tests = collect()
 

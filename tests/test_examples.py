@@ -51,7 +51,8 @@ def test_examples_are_read_as_written(tmp_path):
 
 def test_the_papers_form_is_read_into_the_same_examples(tmp_path):
     text = (
-        "\n\nHuman: Where is it?\n\nAssistant: There.\n\nCritiqueRequest: Say what is vague.\n\nCritique: It names no place."
+        "\n\nHuman: Where is it?\n\nAssistant: There."
+        "\n\nCritiqueRequest: Say what is vague.\n\nCritique: It names no place."
         "\n\nRevisionRequest: Name one.\n\nRevision: In Rome.\n\nHuman:"
     )
     again = text.removesuffix("\n\nHuman:").replace(
@@ -121,7 +122,7 @@ def test_the_papers_examples_load_and_are_shown_in_our_form():
     assert not any(e.revision.endswith("Human:") for e in examples)
 
 
-# --- comparisons -----------------------------------------------------------------------------------------------------------------
+# --- comparisons ----------------------------------------------------------------------------------
 
 KIND = Principle("kind", comparison="Which is kinder?")
 PAIR = """
@@ -148,7 +149,10 @@ def test_examples_of_comparisons_stand_in_front_with_their_answers(tmp_path):
         f"{opening}(A) You.\n(B) Go away.\nThe answer is: (A)\n\n"
         f"{opening}(A) Nobody.\n(B) Me.\nThe answer is: (B)\n\nask"
     )
-    thinking = "\n\nAssistant: Let's think step by step: The second is rude.\n\nHuman: So the answer is: (A)\n\n"
+    thinking = (
+        "\n\nAssistant: Let's think step by step: The second is rude."
+        "\n\nHuman: So the answer is: (A)\n\n"
+    )
     assert (
         thinking in compared_by_thinking(found, KIND, "ask")
         and compared([], KIND, "ask") == compared_by_thinking([], KIND, "ask") == "ask"

@@ -19,21 +19,20 @@ ChoiceLogprobs = Callable[[Sequence[str], Sequence[str]], Sequence[Sequence[floa
 def read_choices(path: str | Path) -> list[dict]:
     """The items of a file. Raises InputError, which names the item."""
     items = read_jsonl(path)
-    for number, item in enumerate(items, 1):
-        prompt, options = item.get("prompt"), []
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise InputError(f'{path}, item {number}: needs the text "prompt"')
-        for key in ("corrects", "incorrects"):
-            texts = item.get(key)
-            listed = isinstance(texts, list) and len(texts) > 0
-            if not listed or not all(isinstance(text, str) and text for text in texts):
-                needed = f'needs "{key}", a list of one or more texts'
-                raise InputError(f"{path}, item {number}: {needed}")
-            options += set(texts)
-        if len(set(options)) < len(options):
-            raise InputError(f"{path}, item {number}: an option is both correct and incorrect")
     if not items:
         raise InputError(f"{path}: holds no item")
+    for number, item in enumerate(items, 1):
+        where = f"{path}, item {number}"
+        if not isinstance(item.get("prompt"), str) or not item["prompt"].strip():
+            raise InputError(f'{where}: needs the text "prompt"')
+        for key in ("corrects", "incorrects"):
+            texts = item.get(key)
+            if not isinstance(texts, list) or not all(
+                isinstance(t, str) and t for t in texts or [0]
+            ):
+                raise InputError(f'{where}: needs "{key}", a list of one or more texts')
+        if set(item["corrects"]) & set(item["incorrects"]):
+            raise InputError(f"{where}: an option is both correct and incorrect")
     return items
 
 

@@ -35,7 +35,7 @@ def play(
         labelled = {row["id"]: row for row in label_pairs(differing, choose, how, judge)}
         for n, prompt, first, second in pairs:
             draw = {"prompt": prompt, "first": first, "second": second, "p_first": 0.5, "votes": []}
-            draw |= {"source": "equal", "seed": how.seed}
+            draw["source"] = "equal"
             own = {"id": len(rows), "number": n, "players": [a, b]}
             rows.append(labelled.get(n, draw) | own)
     return rows
@@ -56,7 +56,7 @@ def win_tables(rows: Sequence[dict], names: Sequence[str]) -> np.ndarray:
     return wins
 
 
-def bradley_terry(wins: np.ndarray, draws: float = 0.0, tolerance: float = 1e-10) -> np.ndarray:
+def bradley_terry(wins: np.ndarray, draws: float = 0.0) -> np.ndarray:
     """Maximum-likelihood ratings [models] in nats, the first 0 (Bradley and Terry 1952).
 
     log L = sum_ij wins_ij log p_ij,  p_ij = sigma(rating_i - rating_j)
@@ -87,18 +87,13 @@ def bradley_terry(wins: np.ndarray, draws: float = 0.0, tolerance: float = 1e-10
         # At most one nat: full steps diverged in 72 of 20,000 random tables.
         step /= max(1.0, np.abs(step).max())
         ratings[1:] += step
-        if np.abs(step).max() < tolerance:
+        if np.abs(step).max() < 1e-10:
             break
     return ratings
 
 
 def ratings(
-    rows: Sequence[dict],
-    names: Sequence[str],
-    *,
-    seed: int,
-    resamples: int = 1000,
-    draws: float = 1.0,
+    rows: Sequence[dict], names: Sequence[str], seed: int, resamples: int = 1000, draws: float = 1
 ) -> dict[str, dict]:
     """{model: {"elo", "interval", "win_rate"}}, with Elo = SCALE * bradley_terry.
 

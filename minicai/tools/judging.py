@@ -101,7 +101,7 @@ def evaluate(cfg: EvalConfig, run: dict) -> None:
     # 4. What fails now is asked again by later evaluations.
     verdicts = rates.verdicts(answers, MODELS, revisions, comparisons)
     made_by = {"model": hub.weights_sha256(ppo), "seed": cfg.seed}
-    failing = rates.failures(answers, verdicts, "ppo", made_by)
+    failing = rates.failures(answers, "ppo", made_by)
     files = {"answers": answers, "replayed": past, "jailbreaks": phrased, "verdicts": verdicts}
     for name, rows in (files | {"failures": failing}).items():
         save(stage, name, rows)
