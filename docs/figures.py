@@ -2,16 +2,10 @@
 
     pip install -e '.[report]' && python docs/figures.py
 
-<<<<<<< HEAD
-What is plotted comes from the package's own functions and from results/tiny.json. SVG without a
-date and with ids from a fixed salt: the same Matplotlib draws the same bytes. The background is
-transparent, and the colours are readable on light and on dark pages.
-=======
 All plotted numbers come from the package's own functions and from results/tiny.json. The SVG files
 have no date, and their ids use a fixed salt, so the same version of Matplotlib writes the same
 bytes. The background is transparent and the colours have medium brightness, so that the figures are
 readable on white and on dark pages.
->>>>>>> main
 """
 
 import json
@@ -64,14 +58,10 @@ def panels(count: int, rows: int = 1) -> tuple[Figure, list]:
 
 
 def rounds() -> Figure:
-<<<<<<< HEAD
-    """Share of harmful responses after each revision, on three seeds (the paper's figure 5)."""
-=======
     """The share of harmful responses after each revision, for three seeds.
 
     It is the tiny world's counterpart of the paper's figure 5.
     """
->>>>>>> main
     figure, (axis,) = panels(1)
     runs = json.loads((ROOT / "results" / "tiny.json").read_text(encoding="utf-8"))["runs"]
     for run, color in zip(runs, (BLUE, ORANGE, GREEN)):
@@ -93,14 +83,7 @@ def rounds() -> Figure:
 
 
 def nll() -> Figure:
-<<<<<<< HEAD
-    """What the tokens of a prompt and a response cost.
-
-    Outlined: how unlikely the model finds them. Filled: the loss, which has a mask.
-    """
-=======
     """The tokens of a prompt and a response: -log P outlined, and the masked loss filled."""
->>>>>>> main
     figure, (axis,) = panels(1)
     logprobs, mask = (
         torch.tensor([[-9.0, -7.0, 0.5, 0.25]]),
@@ -148,15 +131,9 @@ def label() -> Figure:
 
 
 def votes() -> Figure:
-<<<<<<< HEAD
-    """Three votes as one label, against the third vote.
-
-    Left the other two agree; right the third vote decides.
-=======
     """The label from three votes as a function of the third vote.
 
     On the left the other two votes agree. On the right the third one decides.
->>>>>>> main
     """
     figure, axes = panels(2)
     x = torch.linspace(0, 1, 201).tolist()
@@ -194,12 +171,8 @@ def votes() -> Figure:
 def preference() -> Figure:
     """The Bradley-Terry loss with soft labels.
 
-<<<<<<< HEAD
-    Each label has its own best difference of scores, its log-odds; a hard label has none.
-=======
     For each soft label the best difference of scores is its log-odds. A hard label has no finite
     best difference.
->>>>>>> main
     """
     figure, (axis,) = panels(1)
     x = torch.linspace(-4, 6, 201, dtype=torch.float64)
@@ -227,15 +200,9 @@ def preference() -> Figure:
 
 
 def centering() -> Figure:
-<<<<<<< HEAD
-    """The loss of a pair with the scores 1.5 and -0.5 when a number is added to both.
-
-    The first response is the better one.
-=======
     """The loss of a pair as a number is added to both scores.
 
     The scores are 1.5 and -0.5, and the first response is the better one.
->>>>>>> main
     """
     figure, (axis,) = panels(1)
     for weight, color, name in (
@@ -257,11 +224,7 @@ def centering() -> Figure:
 
 
 def temperature() -> Figure:
-<<<<<<< HEAD
-    """Which of three tokens a uniform number draws at each temperature, and the entropy."""
-=======
     """The token that a uniform number draws, and the entropy, as functions of the temperature."""
->>>>>>> main
     figure, axes = panels(2)
     x, logits, colors = (
         torch.linspace(0.1, 2, 191),
@@ -307,15 +270,9 @@ def temperature() -> Figure:
 
 
 def kl() -> Figure:
-<<<<<<< HEAD
-    """The three estimators for one token.
-
-    Then, over a vocabulary of three, their mean and standard deviation against the exact KL.
-=======
     """The three KL estimators for one token, then their bias and noise against the exact KL.
 
     Bias and noise are computed over a vocabulary of three tokens.
->>>>>>> main
     """
     figure, axes = panels(3)
     ref = torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64).log()
@@ -347,15 +304,9 @@ def kl() -> Figure:
 
 
 def rewards() -> Figure:
-<<<<<<< HEAD
-    """The rewards of three tokens, the last with the score; beta after a rollout of 64 episodes.
-
-    Beta is 0.3 before.
-=======
     """The rewards of three tokens, and the adaptive KL coefficient.
 
     The last token gets the score. The coefficient beta was 0.3 before a rollout of 64 episodes.
->>>>>>> main
     """
     figure, axes = panels(2)
     shaped = losses.shaped_rewards(
@@ -403,14 +354,10 @@ def rewards() -> Figure:
 
 
 def gae() -> Figure:
-<<<<<<< HEAD
-    """What a score of 1 at the last of 20 tokens is worth to the tokens before it, with V = 0."""
-=======
     """The advantages of 20 tokens when the last one gets a score of 1, for several lambdas.
 
     The value model is untrained (V = 0).
     """
->>>>>>> main
     figure, (axis,) = panels(1)
     rewards, mask = torch.zeros(1, 20), torch.ones(1, 20, dtype=torch.bool)
     rewards[0, -1] = 1
@@ -425,11 +372,7 @@ def gae() -> Figure:
 
 
 def whitening() -> Figure:
-<<<<<<< HEAD
-    """Four advantages: as they are, whitened, and only scaled. What is above 0 is encouraged."""
-=======
     """Four advantages: unchanged, shifted and scaled, only scaled. Those above 0 are encouraged."""
->>>>>>> main
     figure, (axis,) = panels(1)
     a, everywhere = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.ones(4, dtype=torch.bool)
     m = losses.moments(a, everywhere)
@@ -454,11 +397,7 @@ def whitening() -> Figure:
 def clip() -> Figure:
     """The clipped objective (minus the policy loss) against the ratio.
 
-<<<<<<< HEAD
-    For a token with a positive advantage, and for one with a negative advantage.
-=======
     On the left for a token with a positive advantage, on the right for a negative one.
->>>>>>> main
     """
     figure, axes = panels(2)
     ratio = torch.linspace(0.4, 1.6, 241)[None]
@@ -483,15 +422,9 @@ def clip() -> Figure:
 
 
 def value() -> Figure:
-<<<<<<< HEAD
-    """The value loss against the new prediction, where the old one was 1.
-
-    For a return that is far from it, and for one that is near.
-=======
     """The value loss against the new prediction, for an old prediction of 1.
 
     On the left the return is far from it, on the right near.
->>>>>>> main
     """
     figure, axes = panels(2)
     new, old, true = torch.linspace(0.4, 2.4, 201), torch.tensor(1.0), torch.tensor(True)
@@ -518,15 +451,9 @@ def value() -> Figure:
 
 
 def mix() -> Figure:
-<<<<<<< HEAD
-    """The sum of two losses of one parameter, for three alphas.
-
-    The examples want the parameter at +1, the reward at -1.
-=======
     """The joint loss of one parameter for three alphas.
 
     The supervised loss is smallest at +1, and the loss of the reward at -1.
->>>>>>> main
     """
     figure, (axis,) = panels(1)
     w = torch.linspace(-2, 2, 241)
@@ -598,15 +525,9 @@ def dials() -> Figure:
 
 
 def plane() -> Figure:
-<<<<<<< HEAD
-    """The models of three seeds: harmless upwards, helpful to the right.
-
-    The paper's figure 2 has Elo on both axes.
-=======
     """The models of three seeds: helpful on the x axis, harmless on the y axis.
 
     The paper's figure 2 has Elo ratings on both axes.
->>>>>>> main
     """
     figure, (axis,) = panels(1)
     runs = json.loads((ROOT / "results" / "tiny.json").read_text(encoding="utf-8"))["runs"]

@@ -98,7 +98,8 @@ def test_the_settings_that_moved_name_files_that_are_here():
 def test_the_joint_loss_trains_from_the_command_line_and_logs_the_loss_of_its_examples(
     run, command
 ):
-    call = ("examples/joint_loss.py", run / "config.toml", "--sl_batch=2", f"--out={run / 'joint'}")
+    flags = ("--sl_batch=2", "--target_kl=9", f"--out={run / 'joint'}")
+    call = ("examples/joint_loss.py", run / "config.toml", *flags)
     code, _, err = command(*call)
     assert code == 0, err
     rows = read_jsonl(run / "joint" / "ppo" / "metrics.jsonl")
