@@ -27,16 +27,13 @@ from minicai.feedback import at_a, in_both_orders
 
 STAGES = {"base": "base", "sl": "SL-CAI", "ppo": "RL-CAI"}  # the models
 RECORDED = {"sl": "SL-CAI", "rm": "reward model", "ppo": "RL-CAI", "eval": "evaluation"}
-FIELDS = {  # what summary.json takes from the record of each stage
+FIELDS = {  # what summary.json takes from the record of each stage, beside all that is "by_..."
     "sl": ("device", "precision", "constitution"),
     "eval": ("eval", "intervals", "revision", "jailbreaks", "replayed", "hacking", "labels"),
     "rm": ("train_pairs", "heldout_pairs", "accuracy_vs_labels"),
     "ppo": ("kl", "reward", "episodes"),
     "elo": ("prompts", "feedback", "constitution"),
-    "agree": (
-        *("count", "rate", "interval", "by_confidence", "calibration", "ece"),
-        *("feedback", "constitution"),
-    ),
+    "agree": ("count", "rate", "interval", "calibration", "ece", "feedback", "constitution"),
 }
 RATES = [name for name, metric in METRICS.items() if metric.shown]
 GLOSSARY = {name: f"share of the {metric.meaning}" for name, metric in METRICS.items()} | {
@@ -190,7 +187,8 @@ def seconds_of(seconds: dict) -> dict[str, float]:
 
 
 def _some(record: dict, keys: Iterable[str]) -> dict:
-    return {key: record[key] for key in keys if key in record}
+    """The fields `keys` of a record, and its tables "by_...", which a script may add."""
+    return {key: found for key, found in record.items() if key in keys or key.startswith("by_")}
 
 
 def _named(out: Path, ratings: dict[str, dict]) -> dict[str, dict]:
