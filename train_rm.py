@@ -31,7 +31,7 @@ from minicai.losses import centering_loss, preference_loss
 from minicai.prompts import as_turns
 
 STREAM = 2  # keeps this stage's random numbers apart from the other stages'
-TRAINED, FROZEN = ("reward",), ()  # what it holds while it trains, for the memory plan
+TRAINED, FROZEN = ("reward",), ("policy", "feedback")  # for the memory plan
 
 
 @dataclass
@@ -191,7 +191,7 @@ def main(cfg: RMConfig) -> dict:
     pairs = [encode_pair(model.tokenizer, row) for row in decided]
     r_first, r_second = models.scored_pairs(model, pairs, cfg.micro_tokens)
     better = torch.tensor([row["p_first"] for row in decided], device=model.device) > 0.5
-    agree = ((r_first > r_second) == better).float()
+    agree = ((r_first > r_second) == better).double()
     record = {
         "train_pairs": len(rows),
         "heldout_pairs": len(heldout),

@@ -39,7 +39,7 @@ from minicai.prompts import as_turns
 from minicai.rollout import collate
 
 STREAM = 1  # keeps this stage's random numbers apart from the other stages'
-TRAINED, FROZEN = ("model",), ()  # what it holds while it trains, for the memory plan
+TRAINED, FROZEN = ("model",), ()  # for the memory plan
 CHOOSE = {"random": critique.at_random, "in_turn": critique.in_turn, "all": critique.all_at_once}
 STYLES = {
     "plain": constitution.plain,
@@ -117,7 +117,7 @@ def main(cfg: SLConfig) -> dict:
     made_by = {"model": cfg.model, "seed": cfg.seed, "constitution": rules.stamp} | models
     group, texts = turn_size(cfg.rows), 1 + cfg.rounds * (1 if cfg.style == "none" else 2)
     revisions = stage.journal("revisions.jsonl", group, len(prompts))
-    with parallel.gathered(*{model, reviser, critic}):
+    with parallel.gathered(*dict.fromkeys((model, reviser, critic))):
         for first, last in stage.turns(revisions, "generate", "texts", each=texts):
             who = [responder(m, sampling, STREAM, stage.progress) for m in (model, critic, reviser)]
             rows = critique.critique_and_revise(prompts[first:last], first, how, *who)

@@ -1,5 +1,7 @@
-"""The other side of the benchmark: what a user would pick instead. TRL's trainers with their own defaults where the work leaves a choice;
-transformers.generate; and, for labels, one `generate` call a comparison whose text is parsed, as tutorials do.
+"""The other side of the benchmark: what a user would pick instead of minicai.
+
+TRL's trainers, with their own defaults where the work leaves a choice, and transformers.generate.
+For labels, one `generate` call per comparison whose text is parsed, as in tutorials.
 """
 
 import re
@@ -29,7 +31,9 @@ from minicai.prompts import render
 logging.set_verbosity_error()
 warnings.filterwarnings("ignore")
 Result = tuple[float, float, list[float], float]  # seconds, units of work, what to compare, 0
-FEW = 16  # sequences that SFTTrainer takes at once of a large model's batch on a CPU: it keeps the logits of all tokens, too many for 24 GiB
+# Sequences that SFTTrainer processes at once for a large model on a CPU. It keeps the logits of all
+# tokens, and those of a whole batch do not fit into 24 GiB.
+FEW = 16
 COMMON = {
     "learning_rate": 1e-4,
     "adam_beta2": 0.95,
@@ -52,7 +56,11 @@ def _common(work: Work) -> dict:
 
 
 def _policy(work: Work):
-    """In float32, which TRL's trainers autocast where they are told bf16; to generate on a GPU it is then turned to bfloat16."""
+    """The tokenizer and the policy, in float32.
+
+    TRL's trainers autocast it if they are told bf16. To generate on a GPU, the caller turns it into
+    bfloat16.
+    """
     tokenizer = AutoTokenizer.from_pretrained(work.policy)
     return tokenizer, AutoModelForCausalLM.from_pretrained(
         work.policy, dtype=torch.float32
@@ -66,7 +74,7 @@ def _scorer(work: Work):
 
 
 class RowLimits(StoppingCriteria):
-    """Each row ends at its own length, as it would at its end of sequence."""
+    """Ends each row at its own length, as if its end token came there."""
 
     def __init__(self, limits: list[int], prompt: int):
         self.ends = torch.tensor(limits) + prompt
@@ -139,7 +147,7 @@ def labels(work: Work) -> Result:
 
 
 class EndAt(LogitsProcessor):
-    """Each row draws its end of sequence at its own length, and not before."""
+    """Makes each row draw its end token at its own length, and not before."""
 
     def __init__(self, limits: torch.Tensor, prompt: int, eos_id: int, pad_id: int):
         self.ends, self.eos_id, self.pad_id = limits + prompt - 1, eos_id, pad_id
@@ -154,7 +162,7 @@ class EndAt(LogitsProcessor):
 
 
 class Clock(TrainerCallback):
-    """Seconds of the training loop, and what it logs."""
+    """Records the seconds of the training loop, and the losses and norms that it logs."""
 
     def __init__(self):
         self.losses, self.norms, self.began, self.seconds = [], [], 0.0, 0.0
@@ -189,12 +197,10 @@ def _train(trainer) -> Clock:
 
 def sl(work: Work) -> Result:
     tokenizer, model = _policy(work)
-    order = epoch_order(
-        len(work.items), 1, 0, 0
-    )  # the order in which train_sl.py goes through them
+    order = epoch_order(len(work.items), 1, 0, 0)  # the same order as in train_sl.py
     began = clock()
     rows = [encode(tokenizer, *work.items[k]) for k in order]
-    encoding = clock() - began  # which is in our seconds too
+    encoding = clock() - began  # our seconds include it too
     data = Dataset.from_list(
         [{"input_ids": p + r, "completion_mask": [0] * len(p) + [1] * len(r)} for p, r in rows]
     )

@@ -1,25 +1,33 @@
-"""Side by side: minicai against what a user would pick instead, on the same model, data, seeds and settings.
+"""Compares minicai with what a user would pick instead, on equal models, data, seeds and settings.
 
     pip install -e '.[bench]'
-    python bench/run.py [--only generate,labels,sl,rm,ppo] [--size tiny|small|135m|0.5b|1.5b] [--pairs 3] [--cpu-time]
-                        [--device cpu|cuda] [--json FILE]
+    python bench/run.py [--only generate,labels,sl,rm,ppo] [--size tiny|small|135m|0.5b|1.5b]
+                        [--pairs 3] [--cpu-time] [--device cpu|cuda] [--json FILE]
 
-Each run is a fresh process; the two sides take turns; SL and the reward model begin with texts, whose encoding counts on both. The table is only
-printed where they computed the same: in training, the loss and the gradient's norm of every step; for labels, log-probs of the options (to
-answer, the peer makes one `generate` call for each order, and parses its text); in sampling, greedy tokens and the number of sampled ones; in PPO
-the numbers of tokens and updates (what is sampled differs). The 135m model's batch of SL the peer takes in four parts. Only our side tunes the
-memory allocator (minicai/engine/parallel.py), as it does for every user.
+Each run is a fresh process, and the two sides take turns. SL and the reward model start from texts,
+and both sides' times include the encoding. The table is printed only if both sides computed the
+same. Compared are: in training, the loss and the gradient norm of every step; for labels, the
+log-probs of the options; in sampling, greedy tokens and the number of sampled tokens; in PPO, the
+numbers of tokens and updates, because the samples differ. For a label, the peer makes one
+`generate` call per order and parses its text. For SL with the 135m model, the peer splits its batch
+into four parts. Only our side tunes the memory allocator (minicai/engine/parallel.py), as it does
+for every user.
 
-A ratio is the median over the pairs, with the range. Peak memory counts from behind the imports. The fraction of the machine's peak is the model's
-own arithmetic (2 FLOPs a weight and token forward, 6 with the backward pass, attention scores not counted) a second, over that of a float32
-matrix product of 2048 x 2048 on the same threads, measured before the runs and after them: the faster counts.
+A ratio is the median over the pairs, with the range. Peak memory is measured from after the
+imports. The fraction of the machine's peak compares two rates of arithmetic. The first is the
+model's own: 2 FLOPs per weight and token in the forward pass, 6 with the backward pass, without
+attention scores. The second is that of a float32 matrix product of 2048 x 2048 on the same threads,
+measured before and after the runs; the faster of the two counts.
 
---device cuda: both sides on a GPU in bfloat16 (ours by "auto", TRL's trainers by bf16), with what tensors take of its memory, and the peak of
-a bfloat16 product of 8192 x 8192; 0.5b and 1.5b, the shapes of Qwen2.5, are for it. No GPU was at hand: it has never been run.
+With --device cuda both sides run on a GPU in bfloat16 (ours by "auto", TRL's trainers by bf16).
+Memory is then what tensors take on the GPU, and the peak is that of a bfloat16 product of
+8192 x 8192. The sizes 0.5b and 1.5b, the shapes of Qwen2.5, are for GPUs. None was available, so
+this has never been run.
 
-With --cpu-time seconds are those of all threads on the processor instead of the clock's: for a machine that does other work as well.
+With --cpu-time, seconds are CPU seconds of all threads instead of wall-clock time. Use it on a
+machine that does other work as well.
 
-What runs against what: works.py (the data), ours.py, peers.py.
+The data are in works.py, the two sides in ours.py and peers.py.
 """
 
 import argparse
@@ -45,7 +53,7 @@ UNITS = {
 
 
 def measure(side: str, work: str, size: str, folder: str, device: str) -> dict:
-    """One run of one side in a process of its own."""
+    """One run of one side, in its own process."""
     settings = {
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -95,7 +103,10 @@ def worker(side: str, work: str, size: str, folder: str, device: str) -> None:
 
 
 def compare(work: str, size: str, folder: str, device: str, pairs: int) -> dict:
-    """Alternates the sides; exits where they do not agree on what they computed. Returns the row of the table, with "flops" a second of ours."""
+    """Runs both sides in turns, and exits if they computed different things.
+
+    Returns the row of the table, with our side's FLOPs per second as "flops".
+    """
     runs, close = [], 2e-3 if device == "cpu" else 5e-2
     for k in range(pairs):
         order = ("ours", "peer") if k % 2 == 0 else ("peer", "ours")
@@ -107,7 +118,8 @@ def compare(work: str, size: str, folder: str, device: str, pairs: int) -> dict:
             raise SystemExit(f"{work} {size}: the two sides disagree\nours {mine}\npeer {theirs}")
         runs.append((results["ours"], results["peer"]))
         print(
-            f"{work} {size}: pair {k + 1} of {pairs}: {runs[-1][0]['rate']:.4g} against {runs[-1][1]['rate']:.4g} {UNITS[work]}",
+            f"{work} {size}: pair {k + 1} of {pairs}: "
+            f"{runs[-1][0]['rate']:.4g} against {runs[-1][1]['rate']:.4g} {UNITS[work]}",
             file=sys.stderr,
         )
     ratios = [a["rate"] / b["rate"] for a, b in runs]

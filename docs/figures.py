@@ -1,9 +1,11 @@
-"""Draws the figures of walkthrough.md into docs/figures/: what is plotted comes from the package's own functions and from results/tiny.json.
+"""Draws the figures of walkthrough.md into docs/figures/.
 
     pip install -e '.[report]' && python docs/figures.py
 
-SVG without a date and with ids from a fixed salt: the same Matplotlib draws the same bytes. The background is transparent, and the colours are
-of middling brightness, so that a figure reads on a white page as on a dark one.
+All plotted numbers come from the package's own functions and from results/tiny.json. The SVG files
+have no date, and their ids use a fixed salt, so the same version of Matplotlib writes the same
+bytes. The background is transparent and the colours have medium brightness, so that the figures are
+readable on white and on dark pages.
 """
 
 import json
@@ -56,7 +58,10 @@ def panels(count: int, rows: int = 1) -> tuple[Figure, list]:
 
 
 def rounds() -> Figure:
-    """Share of harmful responses after each revision, on three seeds: the tiny world's counterpart of the paper's figure 5."""
+    """The share of harmful responses after each revision, for three seeds.
+
+    It is the tiny world's counterpart of the paper's figure 5.
+    """
     figure, (axis,) = panels(1)
     runs = json.loads((ROOT / "results" / "tiny.json").read_text(encoding="utf-8"))["runs"]
     for run, color in zip(runs, (BLUE, ORANGE, GREEN)):
@@ -78,7 +83,7 @@ def rounds() -> Figure:
 
 
 def nll() -> Figure:
-    """What the tokens of a prompt and a response cost: outlined, how unlikely the model finds them; filled, the loss, which has a mask."""
+    """The tokens of a prompt and a response: -log P outlined, and the masked loss filled."""
     figure, (axis,) = panels(1)
     logprobs, mask = (
         torch.tensor([[-9.0, -7.0, 0.5, 0.25]]),
@@ -112,7 +117,7 @@ def nll() -> Figure:
 
 
 def label() -> Figure:
-    """From the difference of two log-probs to a label, and what the clamp leaves of it."""
+    """The label as a function of the difference of two log-probs, with and without the clamp."""
     figure, (axis,) = panels(1)
     x = torch.linspace(-6, 6, 241).tolist()
     p = [feedback.p_first_from_logprobs(d, 0.0) for d in x]
@@ -126,7 +131,10 @@ def label() -> Figure:
 
 
 def votes() -> Figure:
-    """Three votes made one label, against the third of them: where the other two agree, and where all depends on it."""
+    """The label from three votes as a function of the third vote.
+
+    On the left the other two votes agree. On the right the third one decides.
+    """
     figure, axes = panels(2)
     x = torch.linspace(0, 1, 201).tolist()
     for axis, others in zip(axes, ((0.9, 0.8), (0.9, 0.1))):
@@ -161,7 +169,11 @@ def votes() -> Figure:
 
 
 def preference() -> Figure:
-    """The Bradley-Terry loss with soft labels: each label has its own best difference of scores, the log of its odds; a hard one has none."""
+    """The Bradley-Terry loss with soft labels.
+
+    For each soft label the best difference of scores is its log-odds. A hard label has no finite
+    best difference.
+    """
     figure, (axis,) = panels(1)
     x = torch.linspace(-4, 6, 201, dtype=torch.float64)
     for p, color in ((0.5, GREEN), (0.7, ORANGE), (1.0, BLUE)):
@@ -188,7 +200,10 @@ def preference() -> Figure:
 
 
 def centering() -> Figure:
-    """The loss of a pair with the scores 1.5 and -0.5, whose first is the better, when a number is added to both."""
+    """The loss of a pair as a number is added to both scores.
+
+    The scores are 1.5 and -0.5, and the first response is the better one.
+    """
     figure, (axis,) = panels(1)
     for weight, color, name in (
         (0, BLUE, "preference loss"),
@@ -209,16 +224,15 @@ def centering() -> Figure:
 
 
 def temperature() -> Figure:
-    """Which of three tokens a uniform number draws at which temperature, and how much doubt there is."""
+    """The token that a uniform number draws, and the entropy, as functions of the temperature."""
     figure, axes = panels(2)
     x, logits, colors = (
         torch.linspace(0.1, 2, 191),
         torch.tensor([[0.5, 0.25, 0.25]]).log(),
         (BLUE, ORANGE, GREEN),
     )
-    drawn = [
-        sampler.draw(logits.expand(2, 3), torch.tensor([0.0, 0.9999]), t) for t in x.tolist()
-    ]  # tokens 0 and 2, the ends of the cdf
+    # The two uniform numbers draw tokens 0 and 2: the ends of the cumulative distribution.
+    drawn = [sampler.draw(logits.expand(2, 3), torch.tensor([0.0, 0.9999]), t) for t in x.tolist()]
     first, last = torch.stack([logprobs for _, logprobs, _ in drawn], 1).exp()
     bounds = (torch.zeros_like(x), first, 1 - last, torch.ones_like(x))
     for k, color in enumerate(colors):
@@ -256,7 +270,10 @@ def temperature() -> Figure:
 
 
 def kl() -> Figure:
-    """The three estimators for one token; then, over a vocabulary of three, their mean and their spread against the exact KL."""
+    """The three KL estimators for one token, then their bias and noise against the exact KL.
+
+    Bias and noise are computed over a vocabulary of three tokens.
+    """
     figure, axes = panels(3)
     ref = torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64).log()
     tilts = torch.linspace(0.02, 1.5, 75, dtype=torch.float64)
@@ -287,7 +304,10 @@ def kl() -> Figure:
 
 
 def rewards() -> Figure:
-    """The rewards of three tokens, the last of which has the score; and what beta, now 0.3, becomes after a rollout of 64 episodes."""
+    """The rewards of three tokens, and the adaptive KL coefficient.
+
+    The last token gets the score. The coefficient beta was 0.3 before a rollout of 64 episodes.
+    """
     figure, axes = panels(2)
     shaped = losses.shaped_rewards(
         torch.tensor([2.0]),
@@ -334,7 +354,10 @@ def rewards() -> Figure:
 
 
 def gae() -> Figure:
-    """What a score of 1 at the last of 20 tokens is worth to the tokens before it, where the value model knows nothing yet (V = 0)."""
+    """The advantages of 20 tokens when the last one gets a score of 1, for several lambdas.
+
+    The value model is untrained (V = 0).
+    """
     figure, (axis,) = panels(1)
     rewards, mask = torch.zeros(1, 20), torch.ones(1, 20, dtype=torch.bool)
     rewards[0, -1] = 1
@@ -349,7 +372,7 @@ def gae() -> Figure:
 
 
 def whitening() -> Figure:
-    """Four advantages as they are, shifted and scaled, and scaled alone: what is above 0 is encouraged."""
+    """Four advantages: unchanged, shifted and scaled, only scaled. Those above 0 are encouraged."""
     figure, (axis,) = panels(1)
     a, everywhere = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.ones(4, dtype=torch.bool)
     m = losses.moments(a, everywhere)
@@ -372,7 +395,10 @@ def whitening() -> Figure:
 
 
 def clip() -> Figure:
-    """The clipped objective (minus the policy loss) against the ratio, for a token that turned out well and for one that did not."""
+    """The clipped objective (minus the policy loss) against the ratio.
+
+    On the left for a token with a positive advantage, on the right for a negative one.
+    """
     figure, axes = panels(2)
     ratio = torch.linspace(0.4, 1.6, 241)[None]
     for axis, advantage, color in zip(axes, (1.0, -1.0), (BLUE, ORANGE)):
@@ -396,7 +422,10 @@ def clip() -> Figure:
 
 
 def value() -> Figure:
-    """The value loss against the new prediction, the old one being 1: for a return that is far from it, and for one that is near."""
+    """The value loss against the new prediction, for an old prediction of 1.
+
+    On the left the return is far from it, on the right near.
+    """
     figure, axes = panels(2)
     new, old, true = torch.linspace(0.4, 2.4, 201), torch.tensor(1.0), torch.tensor(True)
     for axis, target, color in zip(axes, (2.0, 1.1), (BLUE, ORANGE)):
@@ -422,7 +451,10 @@ def value() -> Figure:
 
 
 def mix() -> Figure:
-    """One parameter between two wishes, that of the examples at +1 and that of the reward at -1: the sum of the losses for three alphas."""
+    """The joint loss of one parameter for three alphas.
+
+    The supervised loss is smallest at +1, and the loss of the reward at -1.
+    """
     figure, (axis,) = panels(1)
     w = torch.linspace(-2, 2, 241)
     for alpha, color in ((0.0, GREEN), (0.5, ORANGE), (1.0, BLUE)):
@@ -435,7 +467,7 @@ def mix() -> Figure:
 
 
 def dials() -> Figure:
-    """The four dials, each against what moves it; the dots are the section's numbers."""
+    """Four diagnostics, each against the quantity that moves it. Dots: the section's numbers."""
     figure, axes = panels(4, rows=2)
     x, zero, true, returns = (
         torch.linspace(1e-3, 1 - 1e-3, 999),
@@ -493,7 +525,10 @@ def dials() -> Figure:
 
 
 def plane() -> Figure:
-    """Where the models of three seeds stand: harmless upwards, helpful to the right (the paper's figure 2 has Elo on both axes)."""
+    """The models of three seeds: helpful on the x axis, harmless on the y axis.
+
+    The paper's figure 2 has Elo ratings on both axes.
+    """
     figure, (axis,) = panels(1)
     runs = json.loads((ROOT / "results" / "tiny.json").read_text(encoding="utf-8"))["runs"]
     lowest = min(run["eval"][stage]["helpful"] for run in runs for stage in ("base", "sl", "ppo"))

@@ -1,4 +1,6 @@
-"""Gathers finished runs into results/tiny.json, and writes the README's tables from that, from bench-*.json and from variants.json.
+"""Gathers finished runs into results/tiny.json, and writes the README's tables.
+
+The tables come from results/tiny.json, results/bench-*.json and results/variants.json. All of it:
 
 for seed in 0 1 2; do python -m minicai demo --seed $seed --out out/seed$seed; done
 python results/collect.py out/seed0 out/seed1 out/seed2
@@ -30,8 +32,10 @@ EPISODES = {
     "1.5b": 64,
 }  # a PPO rollout of bench/works.py, by the size of the model
 RATES = ("harmful", "helpful", "over_refusal", "evasive", "rude")
-TABLE_OF = {"run": "ppo"}  # stages whose variants stand in another's table
-TABLES = {  # of the variants: what they act on, and {measure: (its name, which way is better: -1 down, 1 up, 0 neither)}
+TABLE_OF = {"run": "ppo"}  # stages whose variants are in the table of another stage
+# Per stage: the title of its variants' table, and measure -> (column name, the better direction).
+# Directions: -1 lower is better, 1 higher is better, 0 neither.
+TABLES = {
     "revise": (
         "Critique and revision of 200 harmful prompts: the responses after the last round",
         {
@@ -94,7 +98,7 @@ TABLES = {  # of the variants: what they act on, and {measure: (its name, which 
         },
     ),
 }
-LEAST = 0.01  # of a rate: what is smaller is nothing, however steady
+LEAST = 0.01  # the smallest difference of two rates that counts, however steady it is
 
 
 def gather(folders: list[str]) -> dict:
@@ -106,7 +110,7 @@ def gather(folders: list[str]) -> dict:
 
 
 def spread(values: list[float | None], digits: int = 3) -> str:
-    """Mean, and in brackets the lowest and the highest."""
+    """The mean, with the lowest and the highest value in brackets."""
     values = [value for value in values if value is not None]
     if len(values) < 2:
         return f"{values[0]:.{digits}f}" if values else "–"
@@ -130,31 +134,39 @@ def table(results: dict) -> str:
     seconds = [run["seconds"]["total"] for run in runs]
     lines += [
         "",
-        f"Mean (lowest–highest) over seeds {', '.join(str(run['seed']) for run in runs)}; {prompts['harmful']} harmful and "
-        f"{prompts['benign']} harmless prompts that no training stage saw, by the exact judge. AI labels agree with the judge "
-        f"{spread([run['labels']['accuracy_vs_judge'] for run in runs])}, the reward model on held-out pairs "
-        f"{spread([run['rm']['accuracy_vs_judge'] for run in runs])}; KL from SL-CAI {spread([run['ppo']['kl'] for run in runs], 2)} nats a "
-        f"response. {spread([s / 60 for s in seconds], 1)} minutes and at most {max(run['peak_rss_mb'] for run in runs) / 1024:.1f} GiB on: "
-        f"{runs[0]['device']}, {runs[0]['precision']}, torch {runs[0]['versions']['torch']}. {results['date']}, commit "
-        f"{', '.join(sorted({str(run['commit']) for run in runs}))}. `python results/collect.py` makes this table from `results/tiny.json`.",
+        f"Mean (lowest–highest) over seeds {', '.join(str(run['seed']) for run in runs)}; "
+        f"{prompts['harmful']} harmful and {prompts['benign']} harmless prompts "
+        "that no training stage saw, by the exact judge. AI labels agree with the judge "
+        f"{spread([run['labels']['accuracy_vs_judge'] for run in runs])}, "
+        "the reward model on held-out pairs "
+        f"{spread([run['rm']['accuracy_vs_judge'] for run in runs])}; "
+        f"KL from SL-CAI {spread([run['ppo']['kl'] for run in runs], 2)} nats a response. "
+        f"{spread([s / 60 for s in seconds], 1)} minutes and at most "
+        f"{max(run['peak_rss_mb'] for run in runs) / 1024:.1f} GiB on: "
+        f"{runs[0]['device']}, {runs[0]['precision']}, torch {runs[0]['versions']['torch']}. "
+        f"{results['date']}, commit {', '.join(sorted({str(run['commit']) for run in runs}))}. "
+        "`python results/collect.py` makes this table from `results/tiny.json`.",
     ]
     return "\n".join(lines)
 
 
 def bench_table(rows: list[dict]) -> str:
-    """What bench/run.py --json wrote, as a table."""
+    """A table of the rows that bench/run.py --json wrote."""
     lines = [
-        "| work | model | minicai | peer | ratio, median (range) | peak MiB, minicai : peer | of the machine's peak |",
+        "| work | model | minicai | peer | ratio, median (range) | peak MiB, minicai : peer "
+        "| of the machine's peak |",
         "|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         rollout = f" ({EPISODES[r['size']]} episodes a rollout)" if r["work"] == "ppo" else ""
         around = f" ({r['ratio_min']:.2f}–{r['ratio_max']:.2f})" if r["pairs"] > 1 else ""
         lines.append(
-            f"| {WORKS[r['work']]} | {r['size']} | {r['ours']:,.4g} {r['unit']} | {r['peer']:,.4g} | **{r['ratio']:.2f}**{around} | "
-            f"{r['peak_mb_ours']:,.0f} : {r['peak_mb_peer']:,.0f}{rollout} | {r['peak_fraction']:.2f} |"
+            f"| {WORKS[r['work']]} | {r['size']} "
+            f"| {r['ours']:,.4g} {r['unit']} | {r['peer']:,.4g} | **{r['ratio']:.2f}**{around} "
+            f"| {r['peak_mb_ours']:,.0f} : {r['peak_mb_peer']:,.0f}{rollout} "
+            f"| {r['peak_fraction']:.2f} |"
         )
-    runs: dict[str, list[str]] = {}  # where and when: what was measured there
+    runs: dict[str, list[str]] = {}  # where and when -> what was measured there
     for r in rows:
         place = f"{r['where']}; {r['pairs']} pair{'s' * (r['pairs'] != 1)}, {r['date']}"
         runs.setdefault(place, []).append(f"{WORKS[r['work']]} {r['size']}")
@@ -164,8 +176,11 @@ def bench_table(rows: list[dict]) -> str:
 
 
 def verdict(default: list[dict], found: list[dict], measures: dict[str, tuple[str, int]]) -> str:
-    """Whether a variant helped or hurt, with the measures that say so. A measure speaks where the seeds' ranges with and without the variant do not
-    overlap and their means are at least LEAST apart. One seed has no range, and says nothing."""
+    """Whether a variant helped or hurt, with the measures that say so.
+
+    A measure counts if the seeds' ranges with and without the variant do not overlap, and their
+    means are at least LEAST apart. A single seed has no range, so it says nothing.
+    """
     if min(len(default), len(found)) < 2:
         return "too few seeds"
     said: dict[str, list[str]] = {"helped": [], "hurt": []}
@@ -185,12 +200,13 @@ def verdict(default: list[dict], found: list[dict], measures: dict[str, tuple[st
 
 
 def setting(row: dict) -> str:
-    """A variant's name and what was set, as a config has it."""
+    """A variant's name and its settings, written as in a config."""
     if row["name"] == "default":
         return "**default**"
     words = [word.removeprefix("--").partition("=") for word in row["settings"]]
     shown = [
-        f"{key.rpartition('.')[2]}={value.replace('{default}', 'OUT') if len(value) < 60 else '...'}"
+        f"{key.rpartition('.')[2]}="
+        f"{value.replace('{default}', 'OUT') if len(value) < 60 else '...'}"
         for key, _, value in words
     ]
     reward = (
@@ -206,7 +222,7 @@ def measured(row: dict) -> dict[str, dict]:
 
 
 def cell(values: list) -> str:
-    """Rates as `spread` has them, counts without digits, and of one list a seed the means."""
+    """Rates as `spread` writes them, counts without decimals, and the means of lists."""
     values = [value for value in values if value is not None]
     if values and isinstance(values[0], list):
         return " ".join(f"{fmean(column):.2f}" for column in zip(*values))
@@ -214,7 +230,7 @@ def cell(values: list) -> str:
 
 
 def variants_tables(results: dict) -> str:
-    """A table for each stage: its default, then its variants, with what became of them."""
+    """One table per stage: its default, then its variants with their effects."""
     pages, rows = [], {(row["name"], row["stage"]): row for row in results["rows"]}
     for stage, (title, measures) in TABLES.items():
         names = ["", *(name for name, _ in measures.values()), "CPU s", "effect"]
@@ -245,23 +261,26 @@ def variants_tables(results: dict) -> str:
                 setting(row),
                 *(cell([one.get(key) for one in seeds.values()]) for key in measures),
             ]
-            lines.append(
-                f"| {' | '.join([*cells, spread([one['cpu_seconds'] for one in seeds.values()], 1), '; '.join(effect)])} |"
-            )
+            seconds = spread([one["cpu_seconds"] for one in seeds.values()], 1)
+            lines.append(f"| {' | '.join([*cells, seconds, '; '.join(effect)])} |")
         pages += ["\n".join(lines)] if len(lines) > 3 else []
     return "\n\n".join(pages)
 
 
 def notes(results: dict) -> str:
-    """What stands under the tables: what is in them, the rule of their last column, and two findings about the default."""
+    """The text under the tables: their content, the rule of the last column, and two findings."""
     seeds = sorted({seed for row in results["rows"] for seed in row["seeds"]}, key=int)
     commits = sorted({commit for row in results["rows"] for commit in row["commits"]})
     rows = {(row["name"], row["stage"]): list(measured(row).values()) for row in results["rows"]}
     lines = [
-        f"Mean (lowest–highest) over seeds {', '.join(seeds)}. **helped**, **hurt**: the seeds' ranges with and without the variant do not "
-        f"overlap, and their means are at least {LEAST} apart. CPU s: of the stage alone, in all threads. {results['device']}; "
-        f"{results['date']}, commit {', '.join(commits)}. `python results/variants.py` measures all of it. Bias to (A): of votes, what the "
-        "place alone is worth; of labels, their mean error, which with the order swap is not the place's: each pair was shown both ways."
+        f"Mean (lowest–highest) over seeds {', '.join(seeds)}. **helped**, **hurt**: "
+        "the seeds' ranges with and without the variant do not overlap, "
+        f"and their means are at least {LEAST} apart. "
+        f"CPU s: of the stage alone, in all threads. {results['device']}; "
+        f"{results['date']}, commit {', '.join(commits)}. "
+        "`python results/variants.py` measures all of it. "
+        "Bias to (A): of votes, what the place alone is worth; of labels, their mean error, "
+        "which with the order swap is not the place's: each pair was shown both ways."
     ]
     for name, stage, where in (
         ("default", "revise", ""),
@@ -300,7 +319,7 @@ def notes(results: dict) -> str:
 
 
 def line(found: dict) -> str:
-    """One measurement in a line: its numbers, or why there are none."""
+    """One line for a measurement: its numbers, or why it failed."""
     numbers = [f"{key} {value:.3f}" for key, value in found.items() if isinstance(value, float)]
     return f"failed: {found['failed']}" if "failed" in found else "  ".join(numbers)
 

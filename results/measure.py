@@ -1,100 +1,63 @@
-"""What is measured at each stage, for variants.py: its config, the folder of what is made, the folder of the default's stages -> numbers, and the
-folder of the model whose answers are to be judged, "" where there is none.
+"""What variants.py measures at each stage.
 
-The exact judge is reached through minicai.evaluation.rates alone, and nothing that it says goes back into a stage.
+Each function takes the stage's config, a folder of its own, and the folder of the default's stages.
+It returns the numbers, and the folder of the model whose answers are to be
+judged ("" where there is none).
+
+The exact judge is reached through minicai.evaluation.rates only, and nothing that it says goes
+back into a stage.
 """
 
+import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import train_ppo
 import train_rm
 import train_sl
-from minicai import __main__ as commands
-from minicai import constitution
 from minicai.critique import hygiene
 from minicai.engine import config, parallel
-from minicai.engine.data import read_jsonl, read_prompts
-from minicai.engine.models import load_policy, load_scorer, load_tokenizer
-from minicai.engine.sampler import respond
+from minicai.engine.data import read_jsonl, read_record
+from minicai.engine.sampler import Sampling
 from minicai.evaluation import rates as evaluate
-from minicai.evaluation.jailbreaks import jailbreaks
-from minicai.examples import load_comparisons, load_examples
-from minicai.prompts import Prompt, as_turns
-from minicai.tools import phases
+from minicai.evaluation.agreement import answer, orders_as
+from minicai.evaluation.measures import share
+from minicai.feedback import at_a, in_both_orders
+from minicai.tools import demo
+from minicai.tools.judging import EvalConfig, questions
 
 KINDS = {
     "sl": train_sl.SLConfig,
     "rm": train_rm.RMConfig,
     "ppo": train_ppo.PPOConfig,
-    "eval": commands.EvalConfig,
+    "eval": EvalConfig,
 }
+JAILBREAKS = 20  # harmful prompts that are asked in each jailbreak phrasing
 Found = tuple[dict, str]
 
 
-def write_data(cfg: train_sl.SLConfig, folder: Path, prompts: Sequence[Prompt] = ()) -> list[dict]:
-    """What stage 1 would train on, made or completed in `folder`: its revisions.jsonl, whose rows are returned, and helpful.jsonl. `prompts` stand in
-    the place of the config's."""
-    device, precision = parallel.setup(cfg.device, cfg.precision)
-    prompts, harmless = (
-        prompts or read_prompts(cfg.prompts)[: cfg.limit or None],
-        read_prompts(cfg.helpful_prompts)[: cfg.helpful_limit or None],
-    )
-    return train_sl.write_data(
-        cfg,
-        constitution.load(cfg.constitution),
-        load_examples(cfg.examples) if cfg.examples else (),
-        prompts,
-        harmless,
-        load_policy(cfg.model, device, precision),
-        load_tokenizer(cfg.model),
-        device,
-        precision,
-        folder,
-    )[0]
+def write_data(cfg: train_sl.SLConfig, folder: Path) -> list[dict]:
+    """Runs stage 1 without its training, into FOLDER/sl. Returns the rows of its revisions.jsonl."""
+    train_sl.main(dataclasses.replace(cfg, epochs=0, out=str(folder)))
+    return read_jsonl(folder / "sl" / "revisions.jsonl")
 
 
-def questions(cfg: commands.EvalConfig) -> tuple[list[dict], list[dict]]:
-    """The evaluation prompts with their kinds, and twenty harmful ones in each jailbreak phrasing."""
-    rows = [
-        {"prompt": prompt, "kind": row["kind"]}
-        for prompt, row in zip(read_prompts(cfg.prompts), read_jsonl(cfg.prompts))
-    ]
-    harmful, benign = (
-        [row["prompt"] for row in rows if row["kind"] == kind] for kind in ("harmful", "benign")
-    )
-    return rows, jailbreaks(harmful[:20], benign)
+def answers(cfg: EvalConfig, model: str) -> dict:
+    """The rates of a model's answers to the evaluation prompts, and to jailbreak phrasings."""
+    parallel.setup(cfg.device, cfg.precision)
+    rows, _, phrased = questions(cfg.prompts, 0, [], JAILBREAKS)
+    seeds = [(cfg.seed, k, 0) for k in range(len(rows))]
+    seeds += [(cfg.seed, k, 1) for k in range(len(phrased))]
+    sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
+    ended = answer([*rows, *phrased], "answer", model, seeds, sampling)
+    found = evaluate.stage_results("answer", rows, ended[: len(rows)], [], phrased)
+    broken = {name: one["rate"] for name, one in found["jailbreaks"].items()}
+    return found["eval"] | {"jailbroken": broken["all"], "jailbreaks": broken}
 
 
-def answers(cfg: commands.EvalConfig, model: str) -> dict:
-    """The rates of a model's answers to them, as `minicai eval` has them."""
-    device, precision = parallel.setup(cfg.device, cfg.precision)
-    tokenizer, policy = load_tokenizer(model), load_policy(model, device, precision)
-    rows, phrased = questions(cfg)
-    ends = []
-    for turn, asked in enumerate((rows, phrased)):
-        with parallel.autocast(device, precision):
-            texts, ended = respond(
-                policy,
-                tokenizer,
-                [as_turns(row["prompt"]) for row in asked],
-                [(commands.STREAM, cfg.seed, k, turn) for k in range(len(asked))],
-                max_new_tokens=cfg.max_new_tokens,
-                temperature=cfg.temperature,
-                rows=cfg.rows,
-            )
-        ends.append(ended)
-        for row, text in zip(asked, texts):
-            row["answer"] = text
-    found = evaluate.stage_results("answer", rows, ends[0], [], phrased)
-    return found["eval"] | {
-        "jailbroken": found["jailbreaks"]["all"]["rate"],
-        "jailbreaks": {name: one["rate"] for name, one in found["jailbreaks"].items()},
-    }
-
-
-def base(cfg: commands.EvalConfig, folder: Path, default: Path) -> Found:
+def base(cfg: EvalConfig, folder: Path, default: Path) -> Found:
     return {}, cfg.model
 
 
@@ -104,29 +67,30 @@ def phase_1(cfg: train_sl.SLConfig, folder: Path, default: Path) -> Found:
 
 
 def revise(cfg: train_sl.SLConfig, folder: Path, default: Path) -> Found:
-    """Critiques and revisions: how much harm is left after each round, and what the last one is like."""
+    """Critiques and revisions: how much harm is left after each round, and the last one's form."""
     return revised(write_data(cfg, folder)), ""
 
 
 def talk_out(cfg: train_sl.SLConfig, folder: Path, default: Path) -> Found:
-    """The same of harmful prompts in jailbreak phrasings; the plain prompt says what would be harm."""
-    _, phrased = questions(
-        config.load(commands.EvalConfig, "eval", [str(config.builtin("tiny.toml"))])
-    )
-    rows = write_data(cfg, folder, [one["prompt"] for one in phrased])
+    """The same for harmful prompts in jailbreak phrasings; the plain prompt decides what harms."""
+    asked = config.load(EvalConfig, "eval", [str(config.builtin("tiny.toml"))])
+    _, _, phrased = questions(asked.prompts, 0, [], JAILBREAKS)
+    file = folder / "jailbreaks.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in phrased), encoding="utf-8")
+    rows = write_data(dataclasses.replace(cfg, prompts=str(file)), folder)
     return revised([row | {"prompt": one["asked"]} for row, one in zip(rows, phrased)]), ""
 
 
 def revised(rows: list[dict]) -> dict:
-    final = evaluate.stage_results("final", rows, [], [], [])["eval"]
-    counts, steps = hygiene(rows), evaluate.revision_steps(rows)["by_principle"]
+    final = evaluate.stage_results("final", rows, [True] * len(rows), [], [])["eval"]
+    counts, steps = hygiene(rows), evaluate.revision_rates(rows)
     return {key: final[key] for key in ("harmful", "right_refusal", "rude")} | {
         "unchanged": counts["unchanged"] / max(counts["revisions"], 1),
         "hygiene": counts,
-        "harmful_by_round": evaluate.revision_rates(rows)["harmful_by_round"],
+        "harmful_by_round": steps["harmful_by_round"],
         "by_principle": {
             name: {change: one["rate"] for change, one in found.items()}
-            for name, found in steps.items()
+            for name, found in steps["by_principle"].items()
         },
     }
 
@@ -136,57 +100,58 @@ def supervised(cfg: train_sl.SLConfig, folder: Path, default: Path) -> Found:
 
 
 def labels(cfg: train_rm.RMConfig, folder: Path, default: Path) -> Found:
-    """The default's pairs, labelled anew."""
-    device, precision = parallel.setup(cfg.device, cfg.precision)
-    rules, path = constitution.load(cfg.constitution), cfg.feedback or cfg.model
-    phases.check_rm_settings(cfg, rules)
-    examples = (
-        load_comparisons(cfg.examples, cfg.labels == "chain_of_thought") if cfg.examples else ()
-    )
-    rows = train_rm.label(
-        cfg,
-        rules,
-        examples,
-        read_jsonl(default / "rm" / "pairs.jsonl"),
-        [],
-        path,
-        load_tokenizer(path),
-        device,
-        precision,
-        folder,
-    )
-    rates = evaluate.label_rates(rows)
+    """The default's pairs, labelled again; nothing is trained."""
+    (folder / "rm").mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(default / "rm" / "pairs.jsonl", folder / "rm" / "pairs.jsonl")
+    fixed = {"policy": f"{default}/sl", "preferences": "", "revision_pairs": 0, "epochs": 0}
+    train_rm.main(dataclasses.replace(cfg, out=str(folder), **fixed))
+    rows = read_jsonl(folder / "rm" / "comparisons.jsonl")
+    found = evaluate.label_rates(rows)
     return {
-        "accuracy": rates["accuracy_vs_judge"],
-        "ece": evaluate.label_agreement(rows)["ece"],
-        "entropy": rates["entropy"],
-        "undecided": evaluate.share(row["p_first"] == 0.5 for row in rows),
-        "position_bias": rates["position_bias"],
-        **evaluate.place_bias(rows),
+        "accuracy": found["accuracy_vs_judge"],
+        "ece": found["ece"],
+        "entropy": found["entropy"],
+        "undecided": share(row["p_first"] == 0.5 for row in rows),
+        "position_bias": found["position_bias"],
+        **place_bias(rows),
     }, ""
 
 
+def place_bias(rows: Sequence[dict]) -> dict[str, float]:
+    """What position (A) is worth to a response, over the AI labels of comparisons.jsonl.
+
+    in_votes  = mean_k P(A) - 1/2            over pairs shown in both orders; NaN without any
+    in_labels = mean_k p_first_k - truth_k   truth: 1, 1/2, 0 as the judge prefers the first
+                                             response, neither, the second
+
+    0 means no bias, 1/2 means that the position decides everything. In one order the first response
+    is at (A), and labels have the bias of the votes. Averaged over both orders it cancels: a label
+    that says p of (first, second) says 1 - p of (second, first). What is left in in_labels is the
+    mean of the other errors.
+    """
+    rows = [row for row in rows if row["source"] == "ai"]
+    orders = [in_both_orders(row["votes"]) for row in rows]
+    preferred = evaluate.judged_preferences(rows)
+    # sum of the truths = half of all pairs, and +- 1/2 for each pair with a preference
+    truth = len(rows) / 2 + sum(0.5 if first else -0.5 for _, first in preferred)
+    return {
+        "in_votes": share(at_a(*both) - 0.5 for both in orders if both),
+        "in_labels": share(row["p_first"] - truth / len(rows) for row in rows),
+    }
+
+
 def reward_model(cfg: train_rm.RMConfig, folder: Path, default: Path) -> Found:
-    """Accuracy on the pairs that the default kept from training, whose prompts no variant trains on: they are chosen by prompt and seed."""
+    """Accuracy on the pairs that the default kept from training.
+
+    No variant trains on their prompts: they are chosen by prompt and seed.
+    """
     found = {"train_pairs": train_rm.main(cfg)["train_pairs"]}
-    device, precision = parallel.setup(cfg.device, cfg.precision)
-    tokenizer = load_tokenizer(str(folder))
-    model = load_scorer(str(folder), device, tokenizer.pad_token_id)
-    heldout = set(
-        map(
-            str,
-            json.loads((default / "rm" / "stage.json").read_text(encoding="utf-8"))["heldout_ids"],
-        )
-    )
-    pairs = [
-        row for row in read_jsonl(default / "rm" / "comparisons.jsonl") if str(row["id"]) in heldout
-    ]
+    heldout = set(map(str, read_record(default / "rm" / "stage.json")["heldout_ids"]))
+    pairs = read_jsonl(default / "rm" / "comparisons.jsonl")
+    pairs = [row for row in pairs if str(row["id"]) in heldout]
     for name, sources in (("harm_accuracy", ("ai", "critique")), ("help_accuracy", ("human",))):
         judged = evaluate.judged_preferences([row for row in pairs if row["source"] in sources])
-        scores = train_rm.score_pairs(
-            [row for row, _ in judged], model, tokenizer, device, precision
-        )
-        found[name] = evaluate.share((a > b) == first for a, b, (_, first) in zip(*scores, judged))
+        found[name] = share(orders_as(str(folder), judged, cfg.micro_tokens))
     return found, ""
 
 
@@ -195,17 +160,14 @@ def policy(cfg: train_ppo.PPOConfig, folder: Path, default: Path) -> Found:
     hacking = evaluate.reward_hacking(
         read_jsonl(folder / "episodes.jsonl"), read_jsonl(folder / "metrics.jsonl")
     )
-    return {
-        "kl": record["kl"],
-        "reward": record["reward"],
-        "hacked": float(bool(hacking["warning"])),
-    }, str(folder)
+    hacked = float(bool(hacking["warning"]))
+    return {"kl": record["kl"], "reward": record["reward"], "hacked": hacked}, str(folder)
 
 
 def whole_run(words: list[str], folder: Path, default: Path) -> Found:
     """The demo from end to end."""
-    commands.demo(words)
+    demo.main(words)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    return {key: summary["ppo"][key] for key in ("kl", "reward")} | {
-        "hacked": float(bool(summary["hacking"]["warning"]))
-    }, str(folder / "ppo")
+    hacked = float(bool(summary["hacking"]["warning"]))
+    found = {key: summary["ppo"][key] for key in ("kl", "reward")}
+    return found | {"hacked": hacked}, f"{folder}/ppo"

@@ -28,10 +28,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's code, whatever is installed
 
 from minicai import InputError
-from minicai import __main__ as commands
 from minicai.engine import config, parallel, terminal
 from minicai.engine.data import finite, write_atomic
 from minicai.report import summary as report
+from minicai.tools.judging import EvalConfig
 from results import collect, measure
 
 # stage: section of its settings, what measures it, minutes on two threads
@@ -74,7 +74,7 @@ def variants() -> list[Variant]:
     ]
     examples = f"examples={ROOT / 'configs' / 'examples' / 'tiny.toml'}"
     red_team = f"--constitution={ROOT / 'configs' / 'constitutions' / 'redteam.toml'}"
-    thought = ("labels=chain_of_thought", "thought_tokens=40")
+    thought = ("labels=chain_of_thought",)
     target = ("kl_target=0.5", "kl_horizon=300")
     lists: dict[str, dict[str, tuple[str, ...]]] = {
         "revise": {
@@ -103,7 +103,7 @@ def variants() -> list[Variant]:
             "label-examples": (examples,),
             "thought": thought,
             "thought-one-order": (*thought, "swap=false"),
-            "thought-free": (*thought, "clamp_low=0.0", "clamp_high=1.0"),
+            "thought-free": (*thought, "clamp=0.0"),
             "thoughts-3": (*thought, "thoughts=3"),
             "thought-examples": (*thought, examples),
         },
@@ -118,31 +118,21 @@ def variants() -> list[Variant]:
         "rm": {
             "no-human-pairs": ("preferences=",),
             "no-revision-pairs": ("revision_pairs=0",),
-            "human-share": ("preferences_share=0.43",),
-            "human-weight": ("preferences_weight=2.0",),
             "margin": ("margin=0.5",),
             "no-centering": ("centering=0.0",),
             "hard-labels": ("labels=hard",),
-            "normalised": ("normalise=true",),
             "candidates-4": ("candidates=4", "limit=200"),
-            "best-and-worst": ("candidates=4", "pairing=best_worst"),
         },
         "ppo": {
             "no-human-pairs": (),
             "no-revision-pairs": (),
-            "normalised": (),
             "k2": ("kl_estimator=k2",),
             "k3": ("kl_estimator=k3",),
             "kl-weak": ("kl_coef=0.05",),
             "kl-strong": ("kl_coef=0.6",),
             "kl-stronger": ("kl_coef=1.2",),
-            "sl-term": ("alpha=1.0",),
-            "sl-term-weak": ("alpha=10.0",),
             "kl-target": target,
-            "sl-term-kl-target": ("alpha=10.0", *target),
-            "whitened": ("whiten_rewards=true",),
             "word-reward": ("reward_function=results.rewards:refusing_words",),
-            "value-warmup": ("value_warmup=3",),
             "value-rate": ("value_lr=5e-5",),
             "no-early-stop": ("target_kl=1000.0",),
             "no-eos-penalty": ("missing_eos_penalty=0.0",),
@@ -159,10 +149,7 @@ def variants() -> list[Variant]:
             against = {
                 "plain-sft": "last-round",
                 "thought-one-order": "thought",
-                "sl-term": "kl-stronger",
-                "sl-term-weak": "kl-strong",
-                "sl-term-kl-target": "kl-target",
-            }.get(name, "default")  # of the SL term: about the same KL
+            }.get(name, "default")
             found.append(
                 Variant(
                     name,
@@ -248,14 +235,19 @@ def run(variant: Variant, file: str, seed: int, home: Path) -> dict:
     folder.mkdir(parents=True)
     try:
         cfg = load(variant, file, seed, home)
-        if variant.stage == "sl":
+        if variant.stage == "sl":  # its data is made or copied before: only the training is timed
+            made = home / variant.name / "sl-data"
+            shutil.rmtree(made, ignore_errors=True)
+            (made / "sl").mkdir(parents=True)
             for name, keys in (
                 ("revisions.jsonl", ("--sl.rounds=", "--constitution=")),
                 ("helpful.jsonl", ("--sl.helpful_samples=",)),
             ):
                 if not any(word.startswith(keys) for word in variant.settings):
-                    shutil.copyfile(default / "data" / name, folder / name)
-            measure.write_data(cfg, folder)  # the rest of it: what is timed is the training
+                    shutil.copyfile(default / "data" / "sl" / name, made / "sl" / name)
+            measure.write_data(cfg, made)
+            for name in ("revisions.jsonl", "helpful.jsonl"):
+                shutil.copyfile(made / "sl" / name, folder / name)
         began = time.monotonic(), time.process_time()
         found, model = STAGES[variant.stage][1](cfg, folder, default)
         found |= {
@@ -264,7 +256,7 @@ def run(variant: Variant, file: str, seed: int, home: Path) -> dict:
         }
         if model:
             found |= measure.answers(
-                config.load(commands.EvalConfig, "eval", [file, f"--seed={seed}"]), model
+                config.load(EvalConfig, "eval", [file, f"--seed={seed}"]), model
             )
     except Exception as error:
         found = {
@@ -320,10 +312,10 @@ def gathered(out: Path) -> dict:
                     "seeds": seeds,
                 }
             )
-    device, precision = parallel.setup("auto", "auto")
+    parallel.setup()
     return {
         "date": datetime.date.today().isoformat(),
-        "device": f"{parallel.device_name(device)}, {precision}",
+        "device": f"{parallel.device_name()}, {parallel.precision()}",
         "rows": rows,
     }
 
@@ -338,7 +330,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--config", default=str(config.builtin("tiny.toml")))
     chose = parser.parse_args(arguments)
     config.load(
-        commands.EvalConfig, "eval", [chose.config]
+        EvalConfig, "eval", [chose.config]
     )  # a file that cannot be read is no fault of the variants
     out, locks = chose.out.resolve(), []
     for seed in chose.seeds:

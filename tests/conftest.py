@@ -1,5 +1,9 @@
-"""Tiny random models of four architectures, and a byte-level tokenizer: nothing is downloaded, everything is a function of a seed."""
+"""Tiny random models of four architectures, and a byte-level tokenizer.
 
+Nothing is downloaded, and everything is a function of a seed.
+"""
+
+import functools
 import json
 import math
 import os
@@ -29,16 +33,15 @@ from minicai import losses
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 PAD, EOS = 0, 1
-ARCHITECTURES = (
-    "llama",
-    "gpt2",
-    "qwen2",
-    "neox",
-)  # gpt2 has learned positions, so that padding on the left can shift them
+# gpt2 has learned positions, so that padding on the left can shift them.
+ARCHITECTURES = ("llama", "gpt2", "qwen2", "neox")
 
 
 def tiny_model(architecture="llama", seed=0, vocab=64, scorer=False):
-    """Two layers with weights ten times the usual size: predictions then lean on every token and position, and a wrong one shows."""
+    """A model of two layers with weights ten times the usual size.
+
+    Its predictions depend on every token and position, so that a wrong one is noticed.
+    """
     common = {
         "vocab_size": vocab,
         "initializer_range": 0.25,
@@ -72,7 +75,10 @@ def tiny_model(architecture="llama", seed=0, vocab=64, scorer=False):
 
 
 def byte_tokenizer(pad="<pad>"):
-    """258 tokens: pad, eos and the 256 bytes. Another pad token takes the place of the first, which is then a character of nobody's."""
+    """258 tokens: pad, eos and the 256 bytes.
+
+    With another pad token, token 0 is a character that no text contains.
+    """
     alphabet = [
         "<pad>" if pad == "<pad>" else "\U000f0001",
         "<eos>",
@@ -93,9 +99,10 @@ def assert_close(actual, expected, tolerance=1e-5):
 
 @contextmanager
 def broken(name, *calls):
-    """losses.`name` gives NaN at the calls of these numbers, counted from 1."""
+    """losses.`name` returns NaN at the calls with these numbers, counted from 1."""
     original, made = getattr(losses, name), []
 
+    @functools.wraps(original)  # a stage that looks at the source sees the original's
     def wrong(*arguments):
         made.append(1)
         return original(*arguments) * (math.nan if len(made) in calls else 1.0)
@@ -121,7 +128,10 @@ def tokenizer():
 
 @pytest.fixture
 def forward_calls():
-    """Watches a model: forward_calls(model) is a list that grows by the shape of input_ids at each of its forward passes."""
+    """Watches a model: each of its forward passes appends the shape of input_ids to a list.
+
+    forward_calls(model) returns the list.
+    """
     handles = []
 
     def watch(model):
@@ -137,7 +147,10 @@ def forward_calls():
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """command(script, argument, ...) -> exit code, stdout, stderr. Any exception but SystemExit goes through: a traceback, to a user."""
+    """command(script, argument, ...) -> exit code, stdout, stderr.
+
+    Every exception except SystemExit is passed on: a user would see its traceback.
+    """
 
     def run(script, *arguments):
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
@@ -153,8 +166,11 @@ def command(monkeypatch, capsys):
 
 @pytest.fixture(scope="session", name="models")
 def model_folders(tmp_path_factory):
-    """A folder of model folders: `whole`, `roomy` with a context of 2,048 tokens, `short` with one of 32, `endless` (no eos token), `torn` (weights),
-    `garbled` (tokenizer)."""
+    """A folder of model folders.
+
+    `whole`, `roomy` (a context of 2,048 tokens), `short` (a context of 32), `endless` (no eos
+    token), `torn` (truncated weights), `garbled` (a broken tokenizer).
+    """
     folder, model, tokenizer = (
         tmp_path_factory.mktemp("models"),
         tiny_model(vocab=258),
@@ -176,7 +192,10 @@ def model_folders(tmp_path_factory):
 
 @pytest.fixture
 def world(models, tmp_path):
-    """A run that would start, were it not for the one thing a test makes wrong: config.toml, prompts.jsonl and an `out` that is not there."""
+    """A run that would start, except for the one thing that a test breaks.
+
+    A folder with config.toml and prompts.jsonl, and with an `out` that does not exist yet.
+    """
     (tmp_path / "prompts.jsonl").write_text(
         '{"prompt": "Why is the sky so very blue today, my dear friend?"}\n' * 2
     )
@@ -211,7 +230,7 @@ comparison = "Shorter?"
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """Two models with a context of 2,048 bytes, six prompts, forty human comparisons and a config."""
+    """Two models with a context of 2,048 bytes, six prompts, 40 human comparisons and a config."""
     folder, tokenizer = tmp_path_factory.mktemp("workshop"), byte_tokenizer()
     for seed, name in enumerate(("model", "other")):
         model = tiny_model(vocab=258, seed=seed)
@@ -230,19 +249,17 @@ def folder(tmp_path_factory):
         model = "model"
         constitution = "rules.toml"
         device = "cpu"
+        rows = 4
         [sl]
         prompts = "prompts.txt"
         helpful_samples = 0
         rounds = 2
         max_new_tokens = 6
-        rows = 4
         [rm]
         policy = "model"
         prompts = "prompts.txt"
         preferences = "human.jsonl"
         max_new_tokens = 6
-        thought_tokens = 6
-        rows = 4
         heldout = 0.3
     """)
     return folder

@@ -1,13 +1,21 @@
-"""Kills runs and compares what they end with: `python -m tests.faults --kills 60 [--seed 0]` (a quarter of an hour; the last line counts).
+"""Kills runs, resumes them, and compares their results with those of an undisturbed run.
 
-A small demo runs once undisturbed. Then it runs again and again in chains of lives: SIGKILL to the whole process group, the same command anew,
-until it ends by itself. Two kills of three come at moments spread evenly over the undisturbed run, known again by how much its journals hold; the
-others wait for a file or folder on its way to its place (`*.tmp`: a checkpoint, an export, a record) and strike while it is being made. At the end
-of a chain the output folder must hold the files of the undisturbed run and no others, every tensor equal bit for bit, every JSONL file byte for
-byte, and no process may be left.
+    python -m tests.faults --kills 60 [--seed 0]
+
+It takes a quarter of an hour, and the last line says how many kills did no harm. A small demo first
+runs undisturbed. Then it runs in chains: SIGKILL to the whole process group, the same command
+again, until the run ends by itself. Two kills in three come at moments that are spread evenly over
+the undisturbed run; the size of the journals tells when such a moment has come. The other kills
+come while a file or folder (`*.tmp`: a checkpoint, an export, a record) is being written. At the
+end of a chain the output folder must hold exactly the files of the undisturbed run. All tensors
+must be equal bit for bit, all JSONL files byte for byte, and no process may still run.
+
+`--stages CONFIG OUT` runs the three stages in one process with a quarter of the work. The test
+suite kills that.
 """
 
 import argparse
+import importlib
 import os
 import random
 import signal
@@ -21,28 +29,29 @@ from pathlib import Path
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[1]
-CHAIN = 6  # kills a chain: each costs a start (5 s) and the work since the last checkpoint, each chain a whole run
+# Kills per chain. Each kill costs a start (5 s) and the work since the last checkpoint; each chain
+# costs a whole run.
+CHAIN = 6
+STAGES = ("sl", "rm", "ppo")
 CONFIG = f"""
 model = "minicai:tinyworld/base"
 constitution = "{ROOT}/configs/constitutions/tiny.toml"
+rows = 4
+save_every = 2
 [sl]
 limit = 32
 helpful_limit = 32
 helpful_samples = 1
 rounds = 2
-rows = 4
 max_new_tokens = 56
 batch_size = 16
 lr = 5e-4
-save_every = 2
 [rm]
 limit = 40
 preferences_limit = 60
-rows = 4
 max_new_tokens = 56
 batch_size = 16
 lr = 1e-3
-save_every = 2
 [ppo]
 iterations = 6
 episodes = 16
@@ -51,11 +60,13 @@ epochs = 2
 lr = 2e-4
 value_lr = 4e-4
 kl_target = 1.0
-save_every = 2
 [eval]
 prompts = "eval.jsonl"
 max_new_tokens = 48
 """
+SMALLER = ["--sl.limit=8", "--sl.helpful_limit=8", "--rm.limit=8", "--rm.preferences_limit=16"]
+SMALLER += ["--sl.batch_size=4", "--rm.batch_size=4", "--ppo.iterations=2", "--ppo.episodes=8"]
+SMALLER += ["--max_new_tokens=20", "--epochs=1", "--save_every=1"]
 PARTS = {
     "revisions": "data",
     "helpful": "data",
@@ -68,20 +79,16 @@ PARTS = {
 }
 
 
-def start(out: Path) -> subprocess.Popen:
-    """The command under test, in a session of its own, which it shares with whatever it starts."""
-    command = [
-        sys.executable,
-        "-m",
-        "minicai",
-        "demo",
-        f"--config={out.parent / 'faults.toml'}",
-        f"--out={out}",
-    ]
+def start(out: Path, demo: bool) -> subprocess.Popen:
+    """Starts the command under test in its own session, which its child processes share."""
+    file = out.parent / "faults.toml"
+    words = ["tests.faults", "--stages", str(file), str(out)]
+    if demo:
+        words = ["minicai", "demo", f"--config={file}", f"--out={out}"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     with open(out.parent / "stderr.txt", "w") as errors:
         return subprocess.Popen(
-            command,
+            [sys.executable, "-m", *words],
             cwd=out.parent,
             env=environment,
             stdout=subprocess.DEVNULL,
@@ -90,35 +97,38 @@ def start(out: Path) -> subprocess.Popen:
         )
 
 
+def run_stages(file: str, out: str) -> None:
+    """The three stages, one after the other, with less to do."""
+    from minicai.engine import config
+
+    for name in STAGES:
+        script = importlib.import_module(f"train_{name}")
+        kind = getattr(script, f"{name.upper()}Config")
+        script.main(config.load(kind, name, [file, f"--out={out}", *SMALLER]))
+
+
 def being_made(out: Path) -> list[str]:
-    """What is on its way to its place: paths of *.tmp below the output folder."""
+    """The paths of *.tmp below the output folder: what is being written now."""
     found = []
-    for folder in (
-        ".",
-        "sl",
-        "rm",
-        "ppo",
-        "eval",
-        "sl/checkpoints",
-        "rm/checkpoints",
-        "ppo/checkpoints",
-    ):
+    for folder in (".", *STAGES, "eval", *(f"{name}/checkpoints" for name in STAGES)):
         try:
-            found += [
-                f"{folder}/{name}" for name in os.listdir(out / folder) if name.endswith(".tmp")
-            ]
+            names = [name for name in os.listdir(out / folder) if name.endswith(".tmp")]
+            found += [f"{folder}/{name}" for name in names]
         except FileNotFoundError:
             continue
     return found
 
 
 def written(out: Path) -> int:
-    """Bytes in the journals: how far a run has come."""
+    """Bytes in the journals, as a measure of a run's progress."""
     return sum(path.stat().st_size for path in out.glob("*/*.jsonl"))
 
 
 def kill_at(process: subprocess.Popen, out: Path, size: int, pause: float) -> bool:
-    """SIGKILL to the group `pause` seconds after the journals hold `size` bytes; False where the process has ended before."""
+    """Sends SIGKILL to the group `pause` seconds after the journals hold `size` bytes.
+
+    Returns False if the process has ended before.
+    """
     while process.poll() is None and written(out) < size:
         time.sleep(0.002)
     try:
@@ -130,7 +140,10 @@ def kill_at(process: subprocess.Popen, out: Path, size: int, pause: float) -> bo
 
 
 def kill_while_writing(process: subprocess.Popen, out: Path, number: int) -> bool:
-    """SIGKILL to the group while the `number`-th new *.tmp is there; False where the process has ended before."""
+    """Sends SIGKILL to the group while the `number`-th new *.tmp exists.
+
+    Returns False if the process has ended before.
+    """
     old, seen = set(being_made(out)), []
     while process.poll() is None:
         now = set(being_made(out))
@@ -144,23 +157,18 @@ def kill_while_writing(process: subprocess.Popen, out: Path, number: int) -> boo
 
 
 def place(out: Path) -> str:
-    """Where a run stands that was just killed: its stage, and what it wrote last or was writing."""
-    stage = next(
-        (name for name in ("sl", "rm", "ppo", "eval") if not (out / name / "stage.json").exists()),
-        "report",
-    )
-    if tmp := being_made(out):
-        return f"{stage}: writing {tmp[0].split('/')[-1]}"
-    written = (
-        sorted((p.stat().st_mtime, p.name.split(".")[0]) for p in (out / stage).glob("*"))
-        if stage != "report"
-        else []
-    )
-    return f"{stage}: {PARTS.get(written[-1][1], 'writing') if written else 'start'}"
+    """Where a run was killed: its stage, and what it was writing or wrote last."""
+    unfinished = [name for name in STAGES if not (out / name / "stage.json").exists()]
+    stage = [*unfinished, "later"][0]
+    making = being_made(out)
+    if making:
+        return f"{stage}: writing {making[0].split('/')[-1]}"
+    files = sorted((p.stat().st_mtime, p.name.split(".")[0]) for p in (out / stage).glob("*"))
+    return f"{stage}: {PARTS.get(files[-1][1], 'writing') if files else 'start'}"
 
 
 def left_running(group: int) -> bool:
-    """Whether a process of the group is there still, a moment after its end."""
+    """Whether a process of the group still runs five seconds later."""
     for _ in range(50):
         try:
             os.killpg(group, 0)
@@ -171,7 +179,7 @@ def left_running(group: int) -> bool:
 
 
 def differences(ours: Path, theirs: Path) -> list[str]:
-    """Names of the files of a run that the other has not, or has with other weights or other lines."""
+    """The names of files that only one of the runs has, or whose weights or lines differ."""
     names = [{str(p.relative_to(out)) for p in out.rglob("*")} for out in (ours, theirs)]
     differing = sorted(names[0] ^ names[1])
     for name in sorted(names[0] & names[1]):
@@ -187,76 +195,73 @@ def differences(ours: Path, theirs: Path) -> list[str]:
 
 
 def finish(out: Path, process: subprocess.Popen) -> str:
-    """Waits for a run to end by itself; what is wrong with its end, or ""."""
+    """Waits until a run ends by itself. Returns what is wrong with its end, or ""."""
     code = process.wait()
-    error = (out.parent / "stderr.txt").read_text()[-2000:]
-    return (
-        f"exit code {code}: {error}"
-        if code
-        else "left a process behind"
-        if left_running(process.pid)
-        else ""
-    )
+    if code:
+        return f"exit code {code}: {(out.parent / 'stderr.txt').read_text()[-2000:]}"
+    return "left a process behind" if left_running(process.pid) else ""
 
 
-def campaign(kills: int, seed: int, folder: Path, per_chain: int = CHAIN) -> int:
-    """Kills that many times, says so line by line, and returns how many of the kills were in chains that ended as if undisturbed."""
+def prepare(folder: Path) -> None:
+    """Writes the config, and the prompts with which the demo evaluates."""
     (folder / "faults.toml").write_text(CONFIG)
-    evaluation = (
-        (ROOT / "minicai" / "tinyworld" / "data" / "eval.jsonl")
-        .read_text()
-        .splitlines(keepends=True)
-    )
-    (folder / "eval.jsonl").write_text("".join(evaluation[::20]))
-    whole = folder / "undisturbed"
-    began, process, reached = (
-        time.monotonic(),
-        start(whole),
-        {0: 0.0},
-    )  # bytes in the journals: seconds after the start
-    while process.poll() is None:
-        reached.setdefault(written(whole), time.monotonic() - began)
-        time.sleep(0.002)
-    if error := finish(whole, process):
-        raise RuntimeError(f"the undisturbed run failed: {error}")
-    seconds, startup = time.monotonic() - began, sorted(reached.values())[1]
-    print(
-        f"undisturbed: {seconds:.1f} s, the first {startup:.1f} until the first line of a journal",
-        flush=True,
-    )
+    source = ROOT / "minicai" / "tinyworld" / "data" / "eval.jsonl"
+    lines = source.read_text().splitlines(keepends=True)
+    (folder / "eval.jsonl").write_text("".join(lines[::20]))
 
-    draw, struck, identical, chains, places = random.Random(seed), 0, 0, 0, Counter()
+
+def undisturbed(out: Path, demo: bool) -> tuple[float, float, dict[int, float]]:
+    """Runs once. Returns its seconds, those before the first line of a journal, and
+    {bytes in the journals: seconds after the start}."""
+    began, process, reached = time.monotonic(), start(out, demo), {0: 0.0}
+    while process.poll() is None:
+        reached.setdefault(written(out), time.monotonic() - began)
+        time.sleep(0.002)
+    error = finish(out, process)
+    if error:
+        raise RuntimeError(f"the undisturbed run failed: {error}")
+    return time.monotonic() - began, sorted(reached.values())[1], reached
+
+
+def campaign(kills: int, seed: int, folder: Path, demo: bool = True) -> int:
+    """Kills that many times, and prints each line by line.
+
+    demo: the whole demo; else the three stages. Returns how many of the kills were in chains that
+    ended as if undisturbed.
+    """
+    prepare(folder)
+    whole = folder / "undisturbed"
+    seconds, startup, reached = undisturbed(whole, demo)
+    print(f"undisturbed: {seconds:.1f} s, the first line of a journal after {startup:.1f}")
+    draw, struck, identical, chains = random.Random(seed), 0, 0, 0
+    places: Counter = Counter()
     while struck < kills:
         out, chains = folder / f"chain_{chains}", chains + 1
-        planned = min(per_chain, kills - struck)
-        hit, life, error = 0, 0, ""
-        while life < planned and not error:
-            process, life = start(out), life + 1
-            moment = (life - 1 + draw.random()) / planned * seconds  # of the undisturbed run
+        planned = min(CHAIN, kills - struck)
+        hit, error = 0, ""
+        for life in range(planned):
+            process = start(out, demo)
+            through = (life + draw.random()) / planned  # of the undisturbed run behind its start
+            moment = startup + through * (seconds - startup)
             if draw.random() < 1 / 3:
-                done = kill_while_writing(process, out, draw.randint(1, 6))
+                killed = kill_while_writing(process, out, draw.randint(1, 6))
             else:
                 size = max(size for size, at in reached.items() if at <= moment)
-                done = kill_at(
-                    process,
-                    out,
-                    size,
-                    moment - reached[size] + (startup if written(out) >= size > 0 else 0.0),
-                )
-            if not done:
+                late = startup if written(out) >= size > 0 else 0.0
+                killed = kill_at(process, out, size, moment - reached[size] + late)
+            if not killed:
                 break  # it ended before
-            struck, hit = struck + 1, hit + 1
-            where = place(out)
-            places[where.split(" ")[0] + " " + where.split(" ")[1]] += 1
-            error = "left a process behind" if left_running(process.pid) else ""
-            print(f"kill {struck} of {kills}: chain {chains}, life {life}, {where}", flush=True)
-        error = error or finish(out, process if not done else start(out))
+            struck, hit, where = struck + 1, hit + 1, place(out)
+            places[" ".join(where.split(" ")[:2])] += 1
+            print(f"kill {struck} of {kills}: chain {chains}, {where}", flush=True)
+            if left_running(process.pid):
+                error = "left a process behind"
+                break
+        error = error or finish(out, start(out, demo) if killed else process)
         wrong = error or ", ".join(differences(out, whole))
         identical += 0 if wrong else hit
-        print(
-            f"chain {chains}: {hit} kills, {'DIFFERS: ' + wrong if wrong else 'identical'}",
-            flush=True,
-        )
+        end = f"DIFFERS: {wrong}" if wrong else "identical"
+        print(f"chain {chains}: {hit} kills, {end}", flush=True)
     print(", ".join(f"{name} {count}" for name, count in sorted(places.items())))
     print(f"{identical} of {struck} identical", flush=True)
     return identical
@@ -266,6 +271,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stages", nargs=2, metavar=("CONFIG", "OUT"))
     options = parser.parse_args()
+    if options.stages:
+        run_stages(*options.stages)
+        sys.exit(0)
     with tempfile.TemporaryDirectory() as scratch:
-        sys.exit(0 if campaign(options.kills, options.seed, Path(scratch)) == options.kills else 1)
+        identical = campaign(options.kills, options.seed, Path(scratch))
+    sys.exit(0 if identical == options.kills else 1)

@@ -1,9 +1,11 @@
-"""What tests/test_parallel.py runs in one process and, under torchrun, in two: the same work, its results written down to be compared.
+"""What test_parallel.py runs in one process and, under torchrun, in two, to compare the results.
 
-parallel_run.py checks|finish|stop|hang|hosts FOLDER
+parallel_run.py checks|stop|hang|hosts FOLDER
 """
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -17,11 +19,11 @@ import train_ppo
 import train_rm
 import train_sl
 from minicai import InputError, losses
-from minicai.engine import checkpoint, models, parallel, terminal
-from minicai.engine.dialogue import encode
-from minicai.engine.sampler import generate
+from minicai.engine import checkpoint, hub, load, models, parallel, terminal
+from minicai.engine.sampler import Sampling, generate
+from minicai.engine.stage import Stage
 from minicai.rollout import collate
-from tests.conftest import ARCHITECTURES, CPU, EOS, PAD, byte_tokenizer
+from tests.conftest import ARCHITECTURES, CPU, EOS
 
 TEXTS = [
     "How?",
@@ -32,6 +34,7 @@ TEXTS = [
     "What is the time in Rome now?",
     "No?",
 ]
+PAIRS = list(zip(TEXTS[:6], reversed(TEXTS[:6])))
 PROMPTS = [[5, 9, 17], [33, 12, 8, 40, 51, 7, 22], [60], [11, 11, 30], [7, 9]]
 RESPONSES = [
     [20, 31, EOS],
@@ -42,6 +45,12 @@ RESPONSES = [
 ]
 ROWS = range(5)
 RULES = str(Path(__file__).parents[1] / "configs" / "constitutions" / "tiny.toml")
+DONE = "all checks are done"
+STEPS = {  # whose gradients are compared, by script: all kinds of layers in one of them
+    "sl": ARCHITECTURES,
+    "rm": ("llama", "qwen2"),
+    "ppo": ("llama", "qwen2"),
+}
 
 
 def full(tensor):
@@ -49,12 +58,11 @@ def full(tensor):
 
 
 def batch(rows=ROWS):
-    return collate([PROMPTS[k] for k in rows], [RESPONSES[k] for k in rows], PAD, CPU)
+    return collate([PROMPTS[k] for k in rows], [RESPONSES[k] for k in rows], CPU)
 
 
 def logprobs(model, rows=ROWS):
-    b = batch(rows)
-    return models.response_logprobs(model, b.ids, b.lengths, b.mask, 0.9)
+    return models.response_logprobs(model, batch(rows), 0.9)
 
 
 def plain(folder):
@@ -68,11 +76,51 @@ def refusal(function, *arguments):
         return str(error)
 
 
-# --- one step of each script, and its gradients ----------------------------------------------------------------------------------
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def gradients(step):
-    """Of every parameter at each update of a training function: `step` is run with the gradients noted as they are clipped."""
+# --- configs --------------------------------------------------------------------------------------
+
+COMMON = {"constitution": RULES, "device": "cpu", "precision": "fp32", "timeout": 60}
+COMMON |= {"max_new_tokens": 12, "save_every": 2}
+
+
+def sl_config(folder, out, **settings):
+    """Seven prompts in groups of four. Batches of five leave one rank with fewer micro-batches.
+
+    The last batch, of one row, leaves it with none.
+    """
+    paths = {"model": str(folder / "llama"), "prompts": str(folder / "prompts.txt")}
+    paths |= {"helpful_prompts": str(folder / "prompts.txt"), "out": str(out)}
+    data = {"rounds": 1, "helpful_samples": 1, "rows": 1, "micro_tokens": 200}
+    training = {"epochs": 2, "batch_size": 5, "lr": 1e-2, "adam_eps": 1e-3, "warmup": 1}
+    return train_sl.SLConfig(**COMMON | paths | data | training | settings)
+
+
+def rm_config(folder, out, **settings):
+    paths = {"model": str(folder / "llama"), "prompts": str(folder / "prompts.txt")}
+    paths |= {"preferences": str(folder / "pairs.jsonl"), "out": str(out)}
+    training = {"batch_size": 5, "lr": 1e-2, "adam_eps": 1e-3, "warmup": 1, "heldout": 0.3}
+    return train_rm.RMConfig(
+        **COMMON | paths | {"rows": 2, "micro_tokens": 200} | training | settings
+    )
+
+
+def ppo_config(folder, out, **settings):
+    paths = {"prompts": str(folder / "prompts.txt"), "out": str(out)}
+    paths |= {"helpful_prompts": str(folder / "prompts.txt")}
+    training = {"iterations": 2, "episodes": 8, "epochs": 2, "minibatches": 2, "micro_tokens": 150}
+    training |= {"lr": 1e-3, "value_lr": 1e-3, "target_kl": 1e9}
+    return train_ppo.PPOConfig(**COMMON | paths | training | settings)
+
+
+# --- the gradients of each script -----------------------------------------------------------------
+
+
+def gradients(script, cfg):
+    """Of every parameter at each update, as they are clipped; and the metrics."""
     noted, clip = [], parallel.clip_grad_norm
 
     def note(model, limit):
@@ -80,149 +128,40 @@ def gradients(step):
         return clip(model, limit)
 
     with patch.object(parallel, "clip_grad_norm", note):
-        step()
-    return noted
-
-
-def sl_config(folder, out, **settings):
-    """Seven prompts in groups of two; batches of five over two ranks leave one with fewer micro-batches, and the last batch of one row none."""
-    return train_sl.SLConfig(
-        **{
-            "model": str(folder / "llama"),
-            "constitution": RULES,
-            "prompts": str(folder / "prompts.txt"),
-            "helpful_prompts": str(folder / "prompts.txt"),
-            "out": str(out),
-            "device": "cpu",
-            "precision": "fp32",
-            "rounds": 1,
-            "helpful_samples": 1,
-            "max_new_tokens": 12,
-            "rows": 1,
-            "epochs": 2,
-            "batch_size": 5,
-            "micro_tokens": 200,
-            "lr": 1e-2,
-            "adam_eps": 1e-3,
-            "warmup": 1,
-            "save_every": 2,
-            "timeout": 60,
-        }
-        | settings
-    )
-
-
-def rm_config(folder, out, **settings):
-    return train_rm.RMConfig(
-        **{
-            "model": str(folder / "llama"),
-            "constitution": RULES,
-            "prompts": str(folder / "prompts.txt"),
-            "out": str(out),
-            "preferences": str(folder / "pairs.jsonl"),
-            "device": "cpu",
-            "precision": "fp32",
-            "max_new_tokens": 12,
-            "rows": 2,
-            "batch_size": 5,
-            "micro_tokens": 200,
-            "lr": 1e-2,
-            "adam_eps": 1e-3,
-            "warmup": 1,
-            "heldout": 0.3,
-            "save_every": 2,
-            "timeout": 60,
-        }
-        | settings
-    )
-
-
-def ppo_config(folder, out, **settings):
-    return train_ppo.PPOConfig(
-        **{
-            "prompts": str(folder / "prompts.txt"),
-            "helpful_prompts": str(folder / "prompts.txt"),
-            "out": str(out),
-            "device": "cpu",
-            "precision": "fp32",
-            "iterations": 2,
-            "episodes": 6,
-            "max_new_tokens": 12,
-            "epochs": 2,
-            "minibatches": 2,
-            "micro_tokens": 150,
-            "lr": 1e-3,
-            "value_lr": 1e-3,
-            "target_kl": 1e9,
-            "timeout": 60,
-        }
-        | settings
-    )
+        script.main(cfg)
+    name = script.__name__.removeprefix("train_")
+    return noted, (Path(cfg.out) / name / "metrics.jsonl").read_text()
 
 
 def script_gradients(folder, architecture, results):
-    """results: the gradients of each script's steps and its metrics, by name."""
-    path, scorer, tokenizer = (
-        str(folder / architecture),
-        str(folder / f"{architecture}-scorer"),
-        byte_tokenizer(),
-    )
-    out = folder / f"steps-{parallel.world()}" / architecture
-    for stage in ("sl", "rm", "ppo"):
-        parallel.once((out / stage).mkdir, 0o777, True)
-    pairs = list(zip(TEXTS[:6], reversed(TEXTS[:6])))
-    model = models.load_policy(path, CPU)
-    sl = sl_config(
-        folder,
-        out,
-        lr=0.0,
-        epochs=1,
-        save_every=100,
-        gradient_checkpointing=architecture == "qwen2",
-    )
-    with patch.object(models, "CHUNK", 20):
-        noted = gradients(
-            lambda: train_sl.train(sl, pairs, model, tokenizer, CPU, "fp32", out / "sl")
-        )
-    results[f"{architecture} sl"] = noted, (out / "sl" / "metrics.jsonl").read_text()
-
-    rows = [
-        {"prompt": p, "first": p, "second": q, "p_first": k / 5} for k, (p, q) in enumerate(pairs)
+    """results: {"ARCHITECTURE SCRIPT": gradients of each step, and metrics}. The data is given."""
+    path, out = str(folder / architecture), folder / f"steps-{parallel.world()}" / architecture
+    given = {"model": path, "lr": 0.0, "save_every": 100}
+    given["gradient_checkpointing"] = architecture == "qwen2"
+    few = str(folder / "six.txt")
+    row = {"rounds": [], "kept": True}
+    revisions = [{"id": k, "prompt": p, "initial": q, **row} for k, (p, q) in enumerate(PAIRS)]
+    row = {"votes": [], "source": "ai", "clamped": False, "cut": []}
+    pairs = [
+        {"id": k, "prompt": p, "first": p, "second": q, "p_first": k / 5, **row}
+        for k, (p, q) in enumerate(PAIRS)
     ]
-    model = models.load_scorer(path, CPU, PAD, seed=3)
-    rm = rm_config(folder, out, lr=0.0, save_every=100)
-    noted = gradients(lambda: train_rm.fit(rm, rows, model, tokenizer, CPU, "fp32", out / "rm"))
-    results[f"{architecture} rm"] = noted, (out / "rm" / "metrics.jsonl").read_text()
-
-    named = {
-        "policy": models.load_policy(path, CPU),
-        "reference": models.load_policy(str(folder / "other" / architecture), CPU),
-        "value": models.load_scorer(scorer, CPU, PAD),
-        "reward": models.load_scorer(scorer, CPU, PAD),
-    }
-    optimizer = torch.optim.SGD(
-        [p for name in ("policy", "value") for p in named[name].parameters()], lr=0.0
-    )
-    mixed = (
-        {"alpha": 0.5, "sl_batch": 3, "whiten_rewards": True} if architecture == "qwen2" else {}
-    )  # and with texts of its own, L_SL
-    named |= {"judge": named["reward"]} if mixed else {}
-    ppo, row, texts = (
-        ppo_config(folder, out, vf_coef=1.0, **mixed),
-        {},
-        [encode(tokenizer, *pair) for pair in pairs] if mixed else [],
-    )
-    noted = gradients(
-        lambda: row.update(
-            train_ppo.iterate(
-                ppo, 1, TEXTS[:6], 0.1, named, optimizer, tokenizer, CPU, "fp32", 0, texts
-            )[0]
-        )
-    )
-    results[f"{architecture} ppo"] = noted, json.dumps(row) + "\n"
+    parallel.once(write_rows, out / "sl" / "revisions.jsonl", revisions)
+    for name in ("pairs", "comparisons"):
+        parallel.once(write_rows, out / "rm" / f"{name}.jsonl", pairs)
+    sl = sl_config(folder, out, prompts=few, helpful_samples=0, rounds=0, epochs=1, **given)
+    with patch.object(models, "CHUNK", 20):
+        results[f"{architecture} sl"] = gradients(train_sl, sl)
+    if architecture in STEPS["rm"]:
+        labelled = {"feedback": str(folder / "llama"), "preferences": "", "heldout": 0.0}
+        rm = rm_config(folder, out, policy=path, prompts=few, **labelled, **given)
+        results[f"{architecture} rm"] = gradients(train_rm, rm)
+    if architecture in STEPS["ppo"]:
+        given |= {"policy": path, "reward": f"{path}-scorer", "value_lr": 0.0, "iterations": 1}
+        results[f"{architecture} ppo"] = gradients(train_ppo, ppo_config(folder, out, **given))
 
 
-# --- two processes alone ---------------------------------------------------------------------------------------------------------
+# --- only in two processes ------------------------------------------------------------------------
 
 
 def vocabulary(results):
@@ -230,58 +169,50 @@ def vocabulary(results):
     items, rank = list(range(7)), parallel.rank()
     turns = list(parallel.turns(1, 12, 3))
     results["vocabulary"] = {
-        "share": parallel.share(items),
-        "gathered": parallel.gather([10 * k for k in parallel.share(items)]),
+        "share": parallel.rank_slice(items),
+        "gathered": parallel.gather([10 * k for k in parallel.rank_slice(items)]),
         "turns": turns,
         "turned": [parallel.joined(list(range(*turn))) for turn in turns],
         "total": parallel.total([1.0, rank]),
         "tensor": parallel.total(torch.tensor([1, rank])).tolist(),
+        "anywhere": [parallel.anywhere(rank == 1), parallel.anywhere(False)],
         "once": parallel.once(lambda: f"rank {rank}"),
-        "level": parallel.level([[1]] * (1 + 2 * rank)),
+        "level": parallel.even_out([[1]] * (1 + 2 * rank)),
+        "micro": list(models.micro_rows([9, 9, 9, 1, 9], 10)),
         "refused": refusal(parallel.require, 1, "episodes"),
-        "same refusal": refusal(
-            parallel.once, checkpoint.require_folder, f"nowhere-{rank}", "model"
-        ),
+        "same refusal": refusal(parallel.once, hub.require_folder, f"nowhere-{rank}", "model"),
     }
 
 
 def loading(folder, results):
     for name in (*ARCHITECTURES, "hub", "pieces"):
-        model = models.load_policy(str(folder / name), CPU)
+        model = load.load_policy(str(folder / name))
         with torch.no_grad():
             difference = (logprobs(model) - logprobs(plain(folder / name))).abs().max().item()
-        kept, whole = (
-            sum(x.numel() for x in parameters)
-            for parameters in (
-                [p.to_local() for p in model.parameters()],
-                [torch.empty(p.shape, device="meta") for p in model.parameters()],
-            )
-        )
+        parameters = list(model.parameters())
+        kept = sum(p.to_local().numel() for p in parameters)
         results[f"loaded {name}"] = {
             "difference": difference,
-            "share": kept / whole,
-            "dtypes": sorted({str(p.dtype) for p in model.parameters()}),
-            "cut": all(
-                isinstance(p, DTensor) for p in model.parameters()
-            ),  # after a pass without a backward pass
+            "share": kept / sum(p.numel() for p in parameters),
+            "dtypes": sorted({str(p.dtype) for p in parameters}),
+            # Also after a pass without a backward pass.
+            "cut": all(isinstance(p, DTensor) for p in parameters),
             "tied": model.get_input_embeddings().weight is model.get_output_embeddings().weight,
         }
     for name in ("lacking", "pickled", "swollen"):
-        results[f"refused {name}"] = refusal(models.load_policy, str(folder / name), CPU)
-    head = models.load_scorer(str(folder / "llama"), CPU, PAD, seed=3).score.weight
+        results[f"refused {name}"] = refusal(load.load_policy, str(folder / name))
+    head = load.load_scorer(str(folder / "llama"), seed=3).score.weight
     results["head"] = {"rows here": len(head.to_local()), "whole": full(head).tolist()}
 
 
 def normalisation(folder, results):
-    """Relative errors of the gradient of a loss divided by the count of the batch, and of the mean of the ranks' own means."""
-    model, whole = models.load_policy(str(folder / "llama"), CPU), plain(folder / "llama")
+    """Errors of the gradient divided by the count of the batch, and of the mean of ranks' means."""
+    model, whole = load.load_policy(str(folder / "llama")), plain(folder / "llama")
     loss = losses.nll_loss(logprobs(whole), batch().mask)
     (loss.sum() / batch().mask.sum()).backward()
-    mine = parallel.share(range(len(PROMPTS)))
-    for name, count in (
-        ("right", batch().mask.sum()),
-        ("wrong", batch(mine).mask.sum() * parallel.world()),
-    ):
+    mine = parallel.rank_slice(range(len(PROMPTS)))
+    counts = {"right": batch().mask.sum(), "wrong": batch(mine).mask.sum() * parallel.world()}
+    for name, count in counts.items():
         model.zero_grad()
         parallel.backward(losses.nll_loss(logprobs(model, mine), batch(mine).mask).sum() / count)
         results[f"{name} normalisation"] = max(
@@ -292,88 +223,65 @@ def normalisation(folder, results):
 
 def generation(folder, results):
     """Ranks that stop at different lengths, and what they exchange meanwhile."""
-    model, reference, calls = (
-        models.load_policy(str(folder / "llama"), CPU),
-        plain(folder / "llama"),
-        [],
-    )
-    exchange = dist.all_gather_single
-    with (
-        patch.object(
-            dist, "all_gather_single", lambda *a, **k: calls.append(1) or exchange(*a, **k)
-        ),
-        parallel.gathered(model),
-    ):
-        before, settings = len(calls), {"max_new_tokens": 5 + 20 * parallel.rank(), "eos_id": -1}
-        ours = generate(model, PROMPTS, [(k,) for k in range(len(PROMPTS))], **settings)
+    model, reference = load.load_policy(str(folder / "llama")), plain(folder / "llama")
+    calls, exchange = [], dist.all_gather_single
+    seeds, how = [(k,) for k in range(len(PROMPTS))], Sampling(5 + 20 * parallel.rank())
+
+    def counted(*arguments, **options):
+        calls.append(1)
+        return exchange(*arguments, **options)
+
+    with patch.object(dist, "all_gather_single", counted), parallel.gathered(model):
+        before = len(calls)
+        ours = generate(model, PROMPTS, seeds, how, {-1})
         results["exchanged"] = before, len(calls) - before
-    theirs = generate(reference, PROMPTS, [(k,) for k in range(len(PROMPTS))], **settings)
-    results["generated"] = (
-        [len(c.ids) for c in ours],
-        [c.ids for c in ours] == [c.ids for c in theirs],
-    )
+    theirs = generate(reference, PROMPTS, seeds, how, {-1})
+    same = [c.ids for c in ours] == [c.ids for c in theirs]
+    results["generated"] = [len(c.ids) for c in ours], same
     results["cut again"] = all(isinstance(p, DTensor) for p in model.parameters())
 
 
 def half_precision(folder, results):
-    """bfloat16 layers: float32 weights and gradients, close to those of float32; and a whole PPO script, whose ratio check must pass."""
-    whole, model = plain(folder / "llama"), models.load_policy(str(folder / "llama"), CPU, "bf16")
+    """bfloat16 layers with float32 weights and gradients; and PPO, whose ratio check must pass."""
+    whole = plain(folder / "llama")
     (losses.nll_loss(logprobs(whole), batch().mask).sum() / batch().mask.sum()).backward()
-    with parallel.gathered(model):
-        kinds = sorted({str(p.dtype) for p in model.parameters()})
-    mine = parallel.share(range(len(PROMPTS)))
-    with parallel.autocast(CPU, "bf16"):
+    mine = parallel.rank_slice(range(len(PROMPTS)))
+    with parallel.computing_in("bf16"):
+        model = load.load_policy(str(folder / "llama"))
+        with parallel.gathered(model):
+            kinds = sorted({str(p.dtype) for p in model.parameters()})
         loss = losses.nll_loss(logprobs(model, mine), batch(mine).mask).sum() / batch().mask.sum()
-    parallel.backward(loss)
-    error = sum(
-        (full(p.grad) - q.grad).square().sum()
-        for p, q in zip(model.parameters(), whole.parameters())
-    ).sqrt()
-    results["bf16"] = {
-        "whole": kinds,
-        "kept": sorted({str(x.dtype) for p in model.parameters() for x in (p, p.grad)}),
-        "error": (error / sum(q.grad.square().sum() for q in whole.parameters()).sqrt()).item(),
-    }
-    out = folder / "bf16"
-    parallel.once(out.mkdir)
-    cfg = ppo_config(
-        folder,
-        out,
-        policy=str(folder / "llama"),
-        reward=str(folder / "llama-scorer"),
-        iterations=1,
-        precision="bf16",
-    )
+        parallel.backward(loss)
+    both = list(zip(model.parameters(), whole.parameters()))
+    error = sum((full(p.grad) - q.grad).square().sum() for p, q in both).sqrt()
+    size = sum(q.grad.square().sum() for _, q in both).sqrt()
+    kept = {str(x.dtype) for p in model.parameters() for x in (p, p.grad)}
+    results["bf16"] = {"whole": kinds, "kept": sorted(kept), "error": (error / size).item()}
+    paths = {"policy": str(folder / "llama"), "reward": str(folder / "llama-scorer")}
+    cfg = ppo_config(folder, folder / "bf16", iterations=1, precision="bf16", **paths)
     results["bf16 ppo"] = train_ppo.main(cfg)["episodes"]
+    parallel.setup("cpu", "fp32", 60)
 
 
-# --- whole scripts ---------------------------------------------------------------------------------------------------------------
+# --- whole scripts --------------------------------------------------------------------------------
 
 
 def scripts(folder, results):
     """All three from data to export, and each of them again, which must change nothing."""
     out = folder / f"run-{parallel.world()}"
-    for script, cfg in (
-        (train_sl, sl_config(folder, out)),
-        (train_rm, rm_config(folder, out)),
-        (
-            train_ppo,
-            ppo_config(folder, out, value_warmup=1, alpha=0.5, sl_batch=3, judge=str(out / "rm")),
-        ),
-    ):
+    configs = (sl_config(folder, out), rm_config(folder, out), ppo_config(folder, out))
+    for script, cfg in zip((train_sl, train_rm, train_ppo), configs):
         record = script.main(cfg)
         results[f"records {script.__name__}"] = record, script.main(cfg)
 
 
 def exports(folder):
     for architecture in ARCHITECTURES:
-        for name, load in (
-            (architecture, models.load_policy),
-            (f"{architecture}-scorer", lambda *where: models.load_scorer(*where, PAD)),
-        ):
+        loads = {architecture: load.load_policy, f"{architecture}-scorer": load.load_scorer}
+        for name, function in loads.items():
             out = folder / f"export-{parallel.world()}" / name
             parallel.once(out.mkdir, 0o777, True)
-            checkpoint.export(out, load(str(folder / name), CPU), byte_tokenizer())
+            checkpoint.export(out, function(str(folder / name)))
 
 
 class Stop(Exception):
@@ -382,19 +290,40 @@ class Stop(Exception):
 
 def interrupted(cfg, steps):
     """Runs or resumes train_sl for so many steps, and ends it in the next."""
-    save, calls = train_sl.epoch_order, []
+    log, calls = Stage.log, []
 
-    def stop(*arguments):
+    def stop(*arguments, **options):
         calls.append(1)
         if len(calls) > steps:
             raise Stop
-        return save(*arguments)
+        log(*arguments, **options)
 
-    with patch.object(train_sl, "epoch_order", stop):
+    with patch.object(Stage, "log", stop):
         try:
             train_sl.main(cfg)
         except Stop:
             return
+
+
+def stopped(folder, results):
+    """The second rank is asked to stop in the third step."""
+    log, calls = Stage.log, []
+
+    def ask(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3 and parallel.rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        log(*arguments, **options)
+
+    with patch.object(Stage, "log", ask), patch.dict(terminal._stop):
+        try:
+            train_sl.main(sl_config(folder, folder / "stopped", save_every=1000))
+        except KeyboardInterrupt as end:
+            results["stopped"] = str(end)
+
+
+def store(folder, results):
+    torch.save(results, folder / f"results-{parallel.world()}-{parallel.rank()}.pt")
 
 
 def checks(folder):
@@ -403,50 +332,54 @@ def checks(folder):
         script_gradients(folder, architecture, results)
     scripts(folder, results)
     exports(folder)
-    if parallel.world() > 1:
-        vocabulary(results)
-        loading(folder, results)
-        normalisation(folder, results)
-        generation(folder, results)
-        half_precision(folder, results)
-        interrupted(sl_config(folder, folder / "moving"), 2)
-        interrupted(sl_config(folder, folder / "resumed"), 3)
-        train_sl.main(sl_config(folder, folder / "resumed"))
-    torch.save(results, folder / f"results-{parallel.world()}-{parallel.rank()}.pt")
+    if parallel.world() == 1:
+        store(folder, results)
+        return
+    vocabulary(results)
+    loading(folder, results)
+    normalisation(folder, results)
+    generation(folder, results)
+    half_precision(folder, results)
+    stopped(folder, results)
+    interrupted(sl_config(folder, folder / "two-one"), 3)
+    # With so many slots the second rank has nothing to generate.
+    interrupted(sl_config(folder, folder / "resumed", rows=256), 3)
+    for name in ("resumed", "one-two"):
+        train_sl.main(sl_config(folder, folder / name))
+    store(folder, results)
+    print(DONE, file=sys.stderr, flush=True)
+    endless(folder)
+
+
+def endless(folder):
+    """Until somebody ends it."""
+    train_sl.main(sl_config(folder, folder / "endless", epochs=100000))
 
 
 def hosts(folder):
-    results = {
-        "mesh": ((mesh := parallel._mesh("cpu")).mesh_dim_names, tuple(mesh.shape)),
-        "timeouts": [
-            group._get_backend(CPU).options._timeout.total_seconds()
-            for group in mesh.get_all_groups()
-        ],
-    }
+    mesh = parallel._mesh("cpu")
+    timeouts = [
+        group._get_backend(CPU).options._timeout.total_seconds() for group in mesh.get_all_groups()
+    ]
+    results = {"mesh": (mesh.mesh_dim_names, tuple(mesh.shape)), "timeouts": timeouts}
     for architecture in ("llama", "qwen2"):
         script_gradients(folder, architecture, results)
     train_sl.main(sl_config(folder, folder / f"run-{parallel.world()}"))
-    torch.save(results, folder / f"results-{parallel.world()}-{parallel.rank()}.pt")
-
-
-def finish(folder):
-    """The end of a run that two processes began and one went on with; then one that does not end by itself."""
-    train_sl.main(sl_config(folder, folder / "moving"))
-    train_sl.main(sl_config(folder, folder / "killed", epochs=100000))
+    store(folder, results)
 
 
 def stop(folder):
-    train_sl.main(sl_config(folder, folder / "stopped", epochs=100000, save_every=1000))
+    train_sl.main(sl_config(folder, folder / "asked", epochs=100000, save_every=1000))
 
 
 def hang(folder):
-    train_sl.main(sl_config(folder, folder / "hung", epochs=100000))
+    train_sl.main(sl_config(folder, folder / "hung", epochs=100000, timeout=15))
 
+
+WORK = {"checks": checks, "stop": stop, "hang": hang, "hosts": hosts}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    work = {"checks": checks, "finish": finish, "stop": stop, "hang": hang, "hosts": hosts}[
-        sys.argv[1]
-    ]
+    work = WORK[sys.argv[1]]
     parallel.setup("cpu", "fp32", 15 if work is hang else 60)
     terminal.run(lambda arguments: work(Path(arguments[1])), "")

@@ -1,4 +1,4 @@
-"""bench/: the table and its refusal with runs that are made up; both sides' programs on a few small items."""
+"""bench/: the table and its refusal with invented runs; both sides' programs on a few items."""
 
 import importlib
 import importlib.util
@@ -37,7 +37,7 @@ def file(path):
 
 @pytest.fixture
 def bench(monkeypatch):
-    """bench/run.py with made-up runs, and the list of those it asked for."""
+    """bench/run.py with invented runs, and the list of the runs that it asked for."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     bench, asked = file(ROOT / "bench" / "run.py"), []
 
@@ -113,8 +113,8 @@ def test_the_table_is_of_the_runs_in_turns_and_of_the_machine_at_its_fastest(
         "; 1 pair, " in page
         and "; 3 pairs, " in page
         and page.count("**3.00** (2.00–4.50) |") == 1
-        and "** | 101" in page
-    )  # of one pair no range
+        and "** | 101" in page  # a single pair has no range
+    )
 
 
 @pytest.mark.parametrize("theirs", [[1.01, 64], [1.0], [math.nan, 64]])
@@ -149,9 +149,12 @@ def test_a_gpu_that_is_not_there_is_said_at_once(bench, monkeypatch, capsys):
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """The benchmark's modules with four or eight items of each kind of work, and the models in tmp_path."""
+    """The benchmark's module `works` with four or eight items per kind of work.
+
+    The models are in tmp_path.
+    """
     monkeypatch.syspath_prepend(ROOT / "bench")
-    monkeypatch.setattr(train_ppo, "generate", train_ppo.generate)  # which bench/ours.py exchanges
+    monkeypatch.setattr(train_ppo, "generate", train_ppo.generate)  # bench/ours.py replaces it
     works = importlib.import_module("works")
     monkeypatch.setattr(works, "version", lambda name: "1")
     monkeypatch.setattr(works, "peak_flops", lambda device: 1e9)

@@ -1,4 +1,4 @@
-"""Constitutions: what loads, what is refused and how, the fingerprint, and every prompt to the letter."""
+"""Constitutions: what loads, what is refused and how, the fingerprint, and every exact prompt."""
 
 import dataclasses
 import json
@@ -18,9 +18,8 @@ from minicai.prompts import (
 )
 
 ROOT = Path(__file__).parents[1]
-PAPER = (
-    ROOT.parent / "shared" / "data" / "cai-paper"
-)  # published without a licence: not in the repository
+# The paper's files were published without a licence, so they are not in the repository.
+PAPER = ROOT.parent / "shared" / "data" / "cai-paper"
 GOLDEN = Path(__file__).parent / "golden"
 
 SMALL = """
@@ -55,13 +54,16 @@ def write(folder: Path, content: str | bytes, name: str = "rules.toml") -> Path:
     return path
 
 
-# --- prompts ---------------------------------------------------------------------------------------------------------------------
+# --- prompts --------------------------------------------------------------------------------------
 
 
 def golden() -> dict[str, str]:
-    """A model learns these prompts by heart: a change, be it of one blank, is a decision. After it, from the repository root:
+    r"""File name -> prompt. A model memorises these prompts, so even a changed blank is a decision.
 
-    python -c "from tests.test_constitution import *; [(GOLDEN / n).write_bytes(t.encode()) for n, t in golden().items()]"; git diff tests
+    After one, write the files again from the repository's root, and look at `git diff tests`:
+
+    python -c "from tests.test_constitution import *; \
+    [(GOLDEN / n).write_bytes(t.encode()) for n, t in golden().items()]"
     """
     return {
         "one_turn.txt": render(QUESTION),
@@ -99,7 +101,7 @@ def test_rendering_leaves_the_conversation_as_it_was():
     assert json.dumps(DIALOGUE) == before
 
 
-# --- loading ---------------------------------------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
 def test_a_constitution_is_read_as_written(tmp_path):
@@ -198,7 +200,7 @@ def test_usable_refuses_a_constitution_without_the_request():
         Constitution("small", "1.0", (BRIEF,)).usable("critique", "revision")
 
 
-# --- the fingerprint -------------------------------------------------------------------------------------------------------------
+# --- the fingerprint ------------------------------------------------------------------------------
 
 
 def test_the_fingerprint_changes_with_any_word(tmp_path):
@@ -252,7 +254,7 @@ def test_the_fingerprint_of_an_unchanged_constitution_is_that_of_earlier_runs(tm
     )
 
 
-# --- the paper's files -----------------------------------------------------------------------------------------------------------
+# --- the paper's files ----------------------------------------------------------------------------
 
 
 def test_the_papers_critique_and_revision_requests_load(tmp_path):

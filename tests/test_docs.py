@@ -1,8 +1,12 @@
-"""docs/: every number of the pages is what the code gives, what they name exists, the figures are drawn by docs/figures.py, and the diffs apply."""
+"""docs/: every number of the pages is what the code gives, and what they name exists.
+
+The figures are what docs/figures.py draws. The diffs apply, are as long as the page says, and run.
+"""
 
 import doctest
 import importlib.util
 import json
+import os
 import re
 import shlex
 import shutil
@@ -12,55 +16,57 @@ from pathlib import Path
 
 import pytest
 
+import train_ppo
+import train_rm
+import train_sl
 from minicai.engine import config
 from tests.conftest import byte_tokenizer, tiny_model
-from tests.test_repo import SCRIPTS
 
 ROOT = Path(__file__).parents[1]
+SCRIPTS = {
+    "train_sl": train_sl.SLConfig,
+    "train_rm": train_rm.RMConfig,
+    "train_ppo": train_ppo.PPOConfig,
+}
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 WALKTHROUGH = (DOCS / "walkthrough.md").read_text(encoding="utf-8")
 RESEARCH = (DOCS / "change-a-loss.md").read_text(encoding="utf-8")
 DIFFS = re.findall(r"^```diff\n(.*?)^```$", RESEARCH, re.M | re.S)
+EXPERIMENTS = re.split(r"^## ", RESEARCH, flags=re.M)[1 : len(DIFFS) + 1]
+SPELLED = {"one": 1, "two": 2}
+NUMBERS = range(1, len(DIFFS) + 1)
 
 
-def blocks(page, language=""):
+def blocks(page: str, language: str = "") -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page, re.M | re.S)
 
 
-# --- what the pages say ----------------------------------------------------------------------------------------------------------
+# --- what the pages say ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "page", [DOCS / "walkthrough.md", DOCS / "change-a-loss.md"], ids=lambda page: page.name
-)
-def test_every_number_of_the_page_is_what_the_code_gives(page, monkeypatch):
+@pytest.mark.parametrize("name", ["walkthrough.md", "change-a-loss.md"])
+def test_every_number_of_the_page_is_what_the_code_gives(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    failed, tried = doctest.testfile(str(page), module_relative=False)
-    assert failed == 0 and tried == page.read_text(encoding="utf-8").count("\n>>> ") > 5
+    failed, tried = doctest.testfile(str(DOCS / name), module_relative=False)
+    page = (DOCS / name).read_text(encoding="utf-8")
+    assert failed == 0 and tried == page.count("\n>>> ") > 5
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
 def test_every_link_leads_somewhere(page):
     targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))  # images too
-    missing = [
-        t
-        for t in targets
-        if not t.startswith("http") and not (page.parent / t.partition("#")[0]).exists()
-    ]
-    assert missing == []
+    files = [t.partition("#")[0] for t in targets if not t.startswith("http")]
+    assert [file for file in files if not (page.parent / file).exists()] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_path_exists_and_every_training_command_parses(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     text = page.read_text(encoding="utf-8")
-    paths = [
-        path
-        for path in re.findall(r"`([\w.-]+(?:/[\w.-]+)+)`", text)
-        if not path.startswith(("out/", "OUT/"))
-    ]
-    assert [path for path in paths if not (ROOT / path).exists()] == []
+    paths = re.findall(r"`([\w.-]+(?:/[\w.-]+)+)`", text)
+    inside = [path for path in paths if not path.startswith(("out/", "OUT/"))]
+    assert [path for path in inside if not (ROOT / path).exists()] == []
     commands = re.findall(r"\b(train_\w+)\.py (configs/[^`\n]+)", text)
     assert commands
     for script, arguments in commands:
@@ -68,40 +74,32 @@ def test_every_path_exists_and_every_training_command_parses(page, monkeypatch):
 
 
 @pytest.mark.parametrize("page", [WALKTHROUGH, RESEARCH], ids=["walkthrough", "change-a-loss"])
-def test_every_function_that_is_linked_stands_in_the_file_of_the_link(page):
+def test_every_function_that_is_linked_is_in_the_file_of_the_link(page):
     for module, function, path in re.findall(r"\[`(\w+)\.(?!py`)(\w+)`\]\(([^)]+)\)", page):
-        assert Path(path).stem == module and f"\ndef {function}(" in (DOCS / path).read_text(
-            encoding="utf-8"
-        ), f"{module}.{function}"
+        text = (DOCS / path).read_text(encoding="utf-8")
+        assert Path(path).stem == module and f"\ndef {function}(" in text, f"{module}.{function}"
 
 
 def test_each_equation_of_the_readme_has_its_place_in_the_walkthrough():
-    named = re.findall(
-        r"\| `((?:losses|feedback)\.\w+)` \|", (ROOT / "README.md").read_text(encoding="utf-8")
-    )
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"\| `((?:losses|feedback)\.\w+)` \|", readme)
     assert len(named) >= 17
     assert [name for name in named if f"[`{name}`](" not in WALKTHROUGH] == []
 
 
-def test_each_section_has_an_equation_its_function_an_example_a_figure_and_an_exercise_with_its_answer():
+def test_each_section_has_an_equation_its_function_an_example_a_figure_and_a_solved_exercise():
     _, *sections = re.split(r"^### ", WALKTHROUGH, flags=re.M)
-    assert [int(section.partition(".")[0]) for section in sections] == list(
-        range(1, len(sections) + 1)
-    ) and len(sections) >= 15
+    numbers = [int(section.partition(".")[0]) for section in sections]
+    assert numbers == list(range(1, len(sections) + 1)) and len(sections) >= 15
+    solved = r"<details><summary>.*</summary>\n\n.+\n</details>"
     for section in sections:
-        exercise = section.index("**Exercise.**")
-        assert re.search(r"^!\[.{20,}\]\(figures/\w+\.svg\)$", section[:exercise], re.M), section[
-            :40
-        ]
-        assert blocks(section[:exercise], "text") and re.search(
-            r"\[`\w+\.(?!py`)\w+`\]\(", section[:exercise]
-        ), section[:40]
-        assert ">>> " in section[:exercise] and re.search(
-            r"<details><summary>.*</summary>\n\n.+\n</details>", section[exercise:], re.S
-        ), section[:40]
+        told, asked = section.split("**Exercise.**")
+        assert re.search(r"^!\[.{20,}\]\(figures/\w+\.svg\)$", told, re.M), section[:40]
+        assert blocks(told, "text") and re.search(r"\[`\w+\.(?!py`)\w+`\]\(", told), section[:40]
+        assert ">>> " in told and re.search(solved, asked, re.S), section[:40]
 
 
-# --- figures ---------------------------------------------------------------------------------------------------------------------
+# --- figures --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -112,14 +110,15 @@ def figures():
     return module
 
 
-def drawn(path):
-    """The words of an SVG file, and the numbers of what is drawn between them: another Matplotlib may name and order its styles otherwise."""
+def drawn(path: Path) -> tuple[list[str], list[list[float]]]:
+    """The words of an SVG file, and the numbers of what is drawn between them.
+
+    Another version of Matplotlib may name and order its styles otherwise.
+    """
     svg = path.read_text(encoding="utf-8")
-    curves = [
-        [float(x) for x in re.findall(r"-?\d+(?:\.\d+)?", curve)]
-        for curve in re.findall(r'\sd="([^"]+)"', svg)
-    ]
-    return re.findall(r"<text[^>]*>(.*?)</text>", svg), curves
+    curves = re.findall(r'\sd="([^"]+)"', svg)
+    numbers = [[float(x) for x in re.findall(r"-?\d+(?:\.\d+)?", curve)] for curve in curves]
+    return re.findall(r"<text[^>]*>(.*?)</text>", svg), numbers
 
 
 def test_the_figures_are_what_their_code_draws_and_the_walkthrough_shows_each(figures, tmp_path):
@@ -130,126 +129,142 @@ def test_the_figures_are_what_their_code_draws_and_the_walkthrough_shows_each(fi
         assert WALKTHROUGH.count(f"](figures/{name})") == 1
         words, curves = drawn(tmp_path / name)
         there, old = drawn(DOCS / "figures" / name)
-        same = words == there and list(map(len, curves)) == list(map(len, old))
-        assert (
-            words
-            and curves
-            and same
-            and all(abs(x - y) < 0.05 for a, b in zip(curves, old) for x, y in zip(a, b))
-        ), (
-            f"docs/figures/{name} is not what docs/figures.py draws now (have the results changed?): run python docs/figures.py"
+        same = words == there and [*map(len, curves)] == [*map(len, old)]
+        far = [x for a, b in zip(curves, old) for x, y in zip(a, b) if abs(x - y) >= 0.05]
+        assert words and curves and same and not far, (
+            f"docs/figures/{name} is not what docs/figures.py draws now (have the results "
+            f"changed?): run python docs/figures.py"
         )
 
 
-# --- diffs -----------------------------------------------------------------------------------------------------------------------
+# --- diffs ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def checkout(tmp_path):
     """A copy of what the diffs change and of what it needs to run."""
+    copy = tmp_path / "copy"
     for name in ("minicai", "configs", "docs"):
-        shutil.copytree(
-            ROOT / name, tmp_path / "copy" / name, ignore=shutil.ignore_patterns("__pycache__")
-        )
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, copy / name, ignore=ignore)
     for path in ROOT.glob("train_*.py"):
-        shutil.copy(path, tmp_path / "copy")
-    return tmp_path / "copy"
+        shutil.copy(path, copy)
+    return copy
 
 
-def apply(number, checkout):
+def apply(number: int, checkout: Path) -> None:
     """Applies a diff with the page's own command, which is for the first one."""
-    (command,) = [
-        line for block in blocks(RESEARCH) for line in block.splitlines() if line.startswith("awk ")
-    ]
+    lines = "".join(blocks(RESEARCH)).splitlines()
+    [command] = [line for line in lines if line.startswith("awk ")]
     assert command.count("n == 1") == 1
-    done = subprocess.run(
-        command.replace("n == 1", f"n == {number}"),
-        shell=True,
-        cwd=checkout,
-        capture_output=True,
-        text=True,
-    )
+    command = command.replace("n == 1", f"n == {number}")
+    done = subprocess.run(command, shell=True, cwd=checkout, capture_output=True, text=True)
     assert done.returncode == 0, (
-        f"diff {number} of docs/change-a-loss.md no longer applies ({done.stderr.strip()}): make the change by hand in a "
-        "copy, put what `git diff -U1` says in the page, and measure again what may have changed"
+        f"diff {number} of docs/change-a-loss.md no longer applies ({done.stderr.strip()}): make "
+        f"the change by hand in a copy, put what `git diff -U1` says in the page, and measure "
+        f"again what may have changed"
     )
 
 
-@pytest.mark.parametrize("number", range(1, len(DIFFS) + 1))
-def test_the_diff_applies_and_is_about_ten_lines(number, checkout):
+@pytest.mark.parametrize("number", NUMBERS)
+def test_the_diff_applies_and_is_as_long_as_the_page_says(number, checkout):
     apply(number, checkout)
-    changed = [
-        line for line in DIFFS[number - 1].splitlines() if re.match(r"[+-](?![+-]{2} )", line)
-    ]
-    assert 3 <= len(changed) <= 16
-    for name in re.findall(r"^\+\+\+ b/(.+)$", DIFFS[number - 1], re.M):
-        assert (checkout / name).read_text(encoding="utf-8") != (ROOT / name).read_text(
-            encoding="utf-8"
-        )
+    diff, section = DIFFS[number - 1], EXPERIMENTS[number - 1]
+    assert section.startswith(f"{number}. ") and diff in section
+    words = " ".join(section.split())
+    said = re.search(r"The change: (\d+) lines added, (\d+) removed, in (\w+) files?\.", words)
+    added = len(re.findall(r"^\+(?!\+\+ )", diff, re.M))
+    removed = len(re.findall(r"^-(?!-- )", diff, re.M))
+    changed = re.findall(r"^\+\+\+ b/(.+)$", diff, re.M)
+    assert (int(said[1]), int(said[2]), SPELLED[said[3]]) == (added, removed, len(changed))
+    for name in changed:
+        assert (checkout / name).read_text("utf-8") != (ROOT / name).read_text("utf-8")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", range(1, len(DIFFS) + 1))
-def test_the_changed_stages_run_with_the_flags_of_the_page(number, checkout, tmp_path):
-    apply(number, checkout)
+@pytest.fixture
+def small(tmp_path) -> dict[str, list[str]]:
+    """Flags that make the stages small, by stage: random models, few prompts."""
     for name, scorer in (("sl", False), ("rm", True)):
         model = tiny_model(vocab=258, scorer=scorer)
         model.config.max_position_embeddings = 2048
         model.save_pretrained(tmp_path / name)
         byte_tokenizer().save_pretrained(tmp_path / name)
     (tmp_path / "prompts.txt").write_text("".join(f"Question {k}?\n" for k in range(8)))
-    (tmp_path / "human.jsonl").write_text(
-        "".join(
-            json.dumps({"prompt": f"Tell {k}", "chosen": "yes", "rejected": "no"}) + "\n"
-            for k in range(20)
-        )
-    )
-    small = {
-        "rm": [
-            "--model=sl",
-            "--policy=sl",
-            "--prompts=prompts.txt",
-            "--preferences=human.jsonl",
-            "--max_new_tokens=4",
-            "--revision_pairs=0",
-        ],
-        "ppo": [
-            "--policy=sl",
-            "--reward=rm",
-            "--prompts=prompts.txt",
-            "--helpful_prompts=",
-            "--iterations=2",
-            "--episodes=8",
-            "--max_new_tokens=4",
-            "--save_every=1",
-        ],
-    }
-    commands = [
-        shlex.split(line)
-        for line in re.split(r"^## ", RESEARCH, flags=re.M)[number].splitlines()
-        if line.startswith("python train_")
-    ]
+    rows = [{"prompt": f"Tell {k}", "chosen": "yes", "rejected": "no"} for k in range(20)]
+    (tmp_path / "human.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = "--policy=sl --prompts=prompts.txt --max_new_tokens=4 --device=cpu"
+    rm = "--model=sl --preferences=human.jsonl --revision_pairs=0 --heldout=0.5"
+    ppo = "--reward=rm --helpful_prompts= --iterations=2 --episodes=16 --save_every=1"
+    return {stage: f"{common} {own}".split() for stage, own in {"rm": rm, "ppo": ppo}.items()}
+
+
+def python(checkout: Path, *arguments: str) -> str:
+    """Runs python on the code of the checkout, beside it, and gives what it printed."""
+    environment = {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"]}
+    command = [sys.executable, *map(str, arguments)]
+    place = {"cwd": checkout.parent, "env": environment}
+    done = subprocess.run(command, capture_output=True, text=True, **place)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", NUMBERS)
+def test_the_changed_stages_run_with_the_flags_of_the_page(number, checkout, small):
+    apply(number, checkout)
+    lines = EXPERIMENTS[number - 1].splitlines()
+    commands = [shlex.split(line) for line in lines if line.startswith("python train_")]
     assert commands
+    out = checkout.parent / "out"
     for _, script, *arguments in commands:
         stage = script.removeprefix("train_").removesuffix(".py")
-        arguments = [a for a in arguments if not a.startswith("--out=")] + [
-            *small[stage],
-            f"--out={tmp_path / 'out'}",
-        ]
-        done = subprocess.run(
-            [
-                sys.executable,
-                checkout / script,
-                *[a.replace("configs/", f"{checkout}/configs/") for a in arguments],
-            ],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            env={"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
-        )
-        assert done.returncode == 0, done.stderr
-        rows = [
-            json.loads(line)
-            for line in (tmp_path / "out" / stage / "metrics.jsonl").read_text().splitlines()
-        ]
-        assert len(rows) >= 1 and not rows[-1]["skipped"]
+        flags = [a for a in arguments if not a.startswith("--out=")]
+        flags = [a.replace("configs/", f"{checkout}/configs/") for a in flags]
+        python(checkout, checkout / script, *flags, *small[stage], f"--out={out}")
+        text = (out / stage / "metrics.jsonl").read_text()
+        rows = [json.loads(line) for line in text.splitlines()]
+        assert rows and not rows[-1]["skipped"]
+
+
+@pytest.mark.slow
+def test_grpo_compares_the_responses_to_one_prompt_and_has_no_value_model(checkout, small):
+    apply(2, checkout)
+    out = checkout.parent / "out"
+    flags = (f"{checkout}/configs/tiny.toml", *small["ppo"], f"--out={out}")
+    python(checkout, checkout / "train_ppo.py", *flags)
+    text = (out / "ppo" / "episodes.jsonl").read_text()
+    prompts = [json.loads(line)["prompt"] for line in text.splitlines()]
+    groups = [prompts[k : k + 8] for k in range(0, len(prompts), 8)]
+    assert len(groups) == 4 and all(len(set(group)) == 1 for group in groups)
+    [row, _] = (out / "ppo" / "metrics.jsonl").read_text().splitlines()
+    row = json.loads(row)
+    assert not [name for name in row if "value" in name] and abs(row["policy_loss"]) < 1
+    weights = []
+    for code in (checkout, ROOT):  # of three models, and of four
+        call = f"from minicai.tools import plan; plan.main(['{code}/configs/tiny.toml'])"
+        plan = python(code, "-c", call)
+        weights.append(float(re.search(r"^ppo training +([\d.]+)", plan, re.M)[1]))
+    assert weights[0] == pytest.approx(0.75 * weights[1], abs=0.002)
+    draw = f"from minicai.report.page import draw; import pathlib; draw(pathlib.Path('{out}'))"
+    python(checkout, "-c", draw)
+    assert "entropy, nats per token" in (out / "report.html").read_text("utf-8")
+
+
+@pytest.mark.slow
+def test_the_accuracy_by_principle_is_in_summary_and_report(checkout, small):
+    apply(3, checkout)
+    out = checkout.parent / "out"
+    flags = (f"{checkout}/configs/tiny.toml", *small["rm"], "--limit=0", f"--out={out}")
+    python(checkout, checkout / "train_rm.py", *flags)
+    record = json.loads((out / "rm" / "stage.json").read_text())
+    votes, held = {}, set(map(str, record["heldout_ids"]))
+    for line in (out / "rm" / "comparisons.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if str(row["id"]) in held and row["p_first"] != 0.5:
+            for name in {vote["principle"] for vote in row["votes"]}:
+                votes[name] = votes.get(name, 0) + 1
+    assert votes and {name: len(found) for name, found in record["by_principle"].items()} == votes
+    draw = f"from minicai.report.page import draw; import pathlib; draw(pathlib.Path('{out}'))"
+    python(checkout, "-c", draw)
+    page = (out / "report.html").read_text("utf-8")
+    assert "The reward model by principle" in page

@@ -1,6 +1,7 @@
 """Few-shot examples: what loads, from our files and the paper's, and what is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -16,7 +17,7 @@ from minicai.examples import (
     load_comparisons,
     load_examples,
 )
-from minicai.feedback import label_pairs, label_pairs_by_thinking
+from minicai.feedback import Labelling, label_pairs, label_pairs_by_thinking
 from minicai.prompts import READING
 from minicai.tinyworld.corpus import Corpus
 from minicai.tinyworld.grammar import comply, prompt_index
@@ -51,7 +52,8 @@ def test_examples_are_read_as_written(tmp_path):
 
 def test_the_papers_form_is_read_into_the_same_examples(tmp_path):
     text = (
-        "\n\nHuman: Where is it?\n\nAssistant: There.\n\nCritiqueRequest: Say what is vague.\n\nCritique: It names no place."
+        "\n\nHuman: Where is it?\n\nAssistant: There."
+        "\n\nCritiqueRequest: Say what is vague.\n\nCritique: It names no place."
         "\n\nRevisionRequest: Name one.\n\nRevision: In Rome.\n\nHuman:"
     )
     again = text.removesuffix("\n\nHuman:").replace(
@@ -121,7 +123,7 @@ def test_the_papers_examples_load_and_are_shown_in_our_form():
     assert not any(e.revision.endswith("Human:") for e in examples)
 
 
-# --- comparisons -----------------------------------------------------------------------------------------------------------------
+# --- comparisons ----------------------------------------------------------------------------------
 
 KIND = Principle("kind", comparison="Which is kinder?")
 PAIR = """
@@ -148,7 +150,10 @@ def test_examples_of_comparisons_stand_in_front_with_their_answers(tmp_path):
         f"{opening}(A) You.\n(B) Go away.\nThe answer is: (A)\n\n"
         f"{opening}(A) Nobody.\n(B) Me.\nThe answer is: (B)\n\nask"
     )
-    thinking = "\n\nAssistant: Let's think step by step: The second is rude.\n\nHuman: So the answer is: (A)\n\n"
+    thinking = (
+        "\n\nAssistant: Let's think step by step: The second is rude."
+        "\n\nHuman: So the answer is: (A)\n\n"
+    )
     assert (
         thinking in compared_by_thinking(found, KIND, "ask")
         and compared([], KIND, "ask") == compared_by_thinking([], KIND, "ask") == "ask"
@@ -156,39 +161,27 @@ def test_examples_of_comparisons_stand_in_front_with_their_answers(tmp_path):
 
 
 def test_labels_are_asked_for_with_the_examples_in_front_and_say_so(tmp_path):
-    found, asked, rules = (
-        load_comparisons(write(tmp_path, PAIRS, "pairs.toml")),
-        [],
-        Constitution("rules", "1", (KIND,)),
-    )
-    settings = {"swap": True, "seed": 0, "judge": "j", "examples": found}
+    found, asked = load_comparisons(write(tmp_path, PAIRS, "pairs.toml")), []
+    how = Labelling(Constitution("rules", "1", (KIND,)), examples=found)
+    pairs = [(0, "What?", "a", "b")]
 
     def choose(texts):
         asked.extend(texts)
         return [[-1.0, -2.0]] * len(texts)
 
-    rows = label_pairs([(0, "What?", "a", "b")], choose, rules, **settings)
-    assert len(asked) == 2 and all(
-        text.startswith(compared(found, KIND, "")) and text.count("Options:") == 3 for text in asked
-    )
-    pairs = [(0, "What?", "a", "b")]
-    thoughts = label_pairs_by_thinking(
-        pairs,
-        choose,
-        lambda texts, seeds: asked.extend(texts) or ["so"] * len(texts),
-        rules,
-        **settings,
-    )
-    assert len(asked) == 6 and all(
-        text.startswith(compared_by_thinking(found, KIND, "")) for text in asked[2:]
-    )
+    def think(texts, seeds):
+        asked.extend(texts)
+        return ["so"] * len(texts)
+
+    rows = label_pairs(pairs, choose, how, "j")
+    assert len(asked) == 2
+    for text in asked:
+        assert text.startswith(compared(found, KIND, "")) and text.count("Options:") == 3
+    thoughts = label_pairs_by_thinking(pairs, choose, think, how, "j")
+    assert len(asked) == 6
+    assert all(text.startswith(compared_by_thinking(found, KIND, "")) for text in asked[2:])
     assert rows[0]["examples"] == thoughts[0]["examples"] == fingerprint(found)
-    assert (
-        "examples"
-        not in label_pairs([(0, "What?", "a", "b")], choose, rules, **settings | {"examples": ()})[
-            0
-        ]
-    )
+    assert "examples" not in label_pairs(pairs, choose, replace(how, examples=()), "j")[0]
 
 
 @pytest.mark.parametrize(

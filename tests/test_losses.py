@@ -1,7 +1,11 @@
-"""Every claim of minicai/losses.py: by hand, by enumeration of a three-token vocabulary, as identities, and under padding and splitting.
+"""Tests of every claim of minicai/losses.py.
 
-`tests/mutate.py` puts altered copies of the module in the place of `L` and expects a test to fail for each: so call the functions as
-`L.name` when the test runs (never bind one at import), use plain asserts, and no fixtures.
+They compare the functions with hand-worked numbers and with exact enumeration over three tokens,
+and check identities and invariance under padding and splitting.
+
+`tests/mutate.py` replaces `L` by altered copies of the module and expects a test to fail for each.
+Therefore call the functions as `L.name` when a test runs, never bind one at import, and use plain
+asserts and no fixtures.
 """
 
 from math import exp, log
@@ -14,11 +18,8 @@ from torch import tensor
 from minicai import losses as L
 
 MASK = tensor([[True, True, False], [False, True, True]])  # padded on the right, padded on the left
-LOGITS, REF_LOGITS = (
-    tensor([0.5, 0.25, 0.25]).log(),
-    tensor([0.25, 0.5, 0.25]).log(),
-)  # KL(pi || ref) = log(2) / 2 - log(2) / 4
-KL = log(2) / 4
+LOGITS, REF_LOGITS = tensor([0.5, 0.25, 0.25]).log(), tensor([0.25, 0.5, 0.25]).log()
+KL = log(2) / 4  # KL(pi || ref) = log(2) / 2 - log(2) / 4
 
 
 def f64(*rows):
@@ -34,7 +35,7 @@ def grad(loss, x):
     return torch.autograd.grad(loss.sum(), x)[0]
 
 
-# --- by hand ---------------------------------------------------------------------------------------------------------------------
+# --- by hand --------------------------------------------------------------------------------------
 
 
 def test_nll_is_minus_the_logprob_inside_the_mask():
@@ -45,17 +46,15 @@ def test_nll_is_minus_the_logprob_inside_the_mask():
 
 def test_preference_loss_is_the_cross_entropy_with_a_soft_label():
     second = f64(5, 5, 5)
-    loss = L.preference_loss(
-        second + log(3), second, f64(1, 0, 0.25)
-    )  # sigma(log 3) = 3/4, sigma(-log 3) = 1/4
+    loss = L.preference_loss(second + log(3), second, f64(1, 0, 0.25))
+    # sigma(log 3) = 3/4, sigma(-log 3) = 1/4
     assert_equals(loss, [log(4 / 3), log(4), 0.25 * log(4 / 3) + 0.75 * log(4)])
 
 
 def test_the_margin_is_what_the_preferred_score_must_lead_by():
     loss = L.preference_loss(f64(log(6), log(6)), f64(0, 0), f64(1, 0), margin=log(2))
-    assert_equals(
-        loss, [log(4 / 3), log(13)]
-    )  # sigma(log 6 - log 2) = 3/4; sigma(-log 6 - log 2) = 1 / (1 + 12)
+    # sigma(log 6 - log 2) = 3/4; sigma(-log 6 - log 2) = 1 / (1 + 12)
+    assert_equals(loss, [log(4 / 3), log(13)])
 
 
 def test_centering_is_the_square_of_the_sum():
@@ -70,14 +69,11 @@ def test_kl_estimators_of_one_token(name, expected):
 
 
 def test_exact_kl_and_entropy_sum_over_the_last_dimension():
-    logits, ref_logits = (
-        LOGITS.expand(5, 4, 3) + 2,
-        REF_LOGITS.expand(5, 4, 3) - 3,
-    )  # a constant added to logits changes nothing
+    # A constant added to logits changes nothing.
+    logits, ref_logits = LOGITS.expand(5, 4, 3) + 2, REF_LOGITS.expand(5, 4, 3) - 3
     assert_equals(L.exact_kl(logits, ref_logits), torch.full((5, 4), KL), 1e-6)
-    assert_equals(
-        L.entropy(logits), torch.full((5, 4), 1.5 * log(2)), 1e-6
-    )  # log(2)/2 + log(4)/4 + log(4)/4
+    # log(2)/2 + log(4)/4 + log(4)/4
+    assert_equals(L.entropy(logits), torch.full((5, 4), 1.5 * log(2)), 1e-6)
     assert_equals(L.entropy(torch.zeros(3)), log(3), 1e-6)
 
 
@@ -90,9 +86,8 @@ def test_exact_kl_and_entropy_of_bfloat16_are_computed_in_float32():
 def test_shaped_rewards_pay_the_score_at_the_last_token_of_the_response():
     rewards = L.shaped_rewards(f64(2, -3), f64([0.5, -1, 99], [99, 2, 1]), MASK, kl_coef=0.1)
     assert_equals(rewards, [[-0.05, 0.1 + 2, 0], [0, -0.2, -0.1 - 3]])
-    assert_equals(
-        L.shaped_rewards(f64(5), f64([0, 0]), tensor([[True, False]]), 1.0), [[5, 0]]
-    )  # the only token is the first
+    # The only token is the first.
+    assert_equals(L.shaped_rewards(f64(5), f64([0, 0]), tensor([[True, False]]), 1.0), [[5, 0]])
 
 
 def test_shaped_rewards_refuse_an_empty_response():
@@ -106,14 +101,16 @@ def test_shaped_rewards_refuse_an_empty_response():
     "kl, expected", [(6, 0.5), (6.6, 0.505), (5.4, 0.495), (12, 0.51), (600, 0.51), (0, 0.49)]
 )
 def test_adaptive_kl_coef_rises_above_the_target_falls_below_it_and_is_clipped(kl, expected):
-    # error = clip(kl / 6 - 1, -0.2, 0.2) = 0, 0.1, -0.1, 0.2, 0.2, -0.2; the coefficient is multiplied by 1 + error * 10 / 100
+    # error = clip(kl / 6 - 1, -0.2, 0.2) = 0, 0.1, -0.1, 0.2, 0.2, -0.2
+    # The coefficient is multiplied by 1 + error * 10 / 100.
     assert_equals(L.adaptive_kl_coef(0.5, kl, target=6.0, horizon=100, episodes=10), expected)
 
 
 def test_gae():
     rewards, values = f64([1, 2, 99], [99, 0, 4]), f64([0.5, 1, 99], [99, 2, 3])
     advantages, returns = L.gae(rewards, values, MASK, gamma=0.9, lam=0.5)
-    # first: A_1 = 2 - 1 = 1; A_0 = (1 + 0.9 * 1 - 0.5) + 0.45 * 1.  second: A_2 = 4 - 3 = 1; A_1 = (0 + 0.9 * 3 - 2) + 0.45 * 1
+    # first: A_1 = 2 - 1 = 1; A_0 = (1 + 0.9 * 1 - 0.5) + 0.45 * 1
+    # second: A_2 = 4 - 3 = 1; A_1 = (0 + 0.9 * 3 - 2) + 0.45 * 1
     assert_equals(advantages, [[1.85, 1, 0], [0, 1.15, 1]])
     assert_equals(returns, [[2.35, 2, 0], [0, 3.15, 4]])
 
@@ -134,17 +131,15 @@ def test_moments_mean_and_variance():
 
 def test_variance_of_a_constant_is_never_negative():
     for count in range(1, 20):
-        x = torch.full(
-            (count,), 0.1, dtype=torch.float64
-        )  # 0.1 is not a binary fraction: for some counts rounding falls below 0
+        # 0.1 is not a binary fraction: for some counts rounding falls below 0.
+        x = torch.full((count,), 0.1, dtype=torch.float64)
         assert L.mean_and_variance(L.moments(x, x > 0))[1] >= 0
 
 
 def test_whiten_and_whiten_scale_by_hand():
     x = f64([1, 2, 99], [99, 3, 4])
-    assert_equals(
-        L.whiten(x, MASK, L.moments(x, MASK), eps=1.0), [[-1, -1 / 3, 0], [0, 1 / 3, 1]]
-    )  # sqrt(1.25 + 1) = 1.5
+    # sqrt(1.25 + 1) = 1.5
+    assert_equals(L.whiten(x, MASK, L.moments(x, MASK), eps=1.0), [[-1, -1 / 3, 0], [0, 1 / 3, 1]])
     assert_equals(
         L.whiten_scale(x, MASK, L.moments(x, MASK), eps=1.0), [[2 / 3, 4 / 3, 0], [0, 2, 8 / 3]]
     )
@@ -161,7 +156,8 @@ def test_policy_loss_clips_only_what_would_be_gained():
 def test_value_loss_is_the_worse_of_plain_and_clipped_error():
     values, returns = f64([3, 3, 9], [9, -1, -1]), f64([2, 4, 0], [0, 0, -1])
     loss = L.value_loss(values, torch.ones_like(values), returns, MASK, 0.5)
-    # clipped to 1.5, 1.5, 0.5, 0.5; halves of max(1, 0.25), max(1, 6.25), max(1, 0.25), max(0, 2.25)
+    # Clipped to 1.5, 1.5, 0.5, 0.5.
+    # Halves of max(1, 0.25), max(1, 6.25), max(1, 0.25), max(0, 2.25).
     assert_equals(loss, [[0.5, 3.125, 0], [0, 0.5, 1.125]])
 
 
@@ -181,15 +177,13 @@ def test_approx_kl_of_one_token():
 
 
 def test_clip_fraction_counts_both_sides_whatever_the_advantage():
-    logprobs = f64(
-        [1.22, 1.1, 9], [9, 0.82, 0.7]
-    ).log()  # 1 / 1.22 and 1 / 0.82 lie on the other side of the edge
+    # 1 / 1.22 and 1 / 0.82 are on the other side of the edge.
+    logprobs = f64([1.22, 1.1, 9], [9, 0.82, 0.7]).log()
     assert_equals(
         L.clip_fraction(logprobs, torch.zeros_like(logprobs), MASK, 0.2), [[1, 0, 0], [0, 0, 1]]
     )
-    assert_equals(
-        L.clip_fraction(f64([-1.0]), f64([-1.0]), tensor([[True]]), 0.0), [[0]]
-    )  # at the edge is inside
+    # The edge itself is inside.
+    assert_equals(L.clip_fraction(f64([-1.0]), f64([-1.0]), tensor([[True]]), 0.0), [[0]])
     assert L.clip_fraction(logprobs.float(), logprobs.float(), MASK, 0.2).dtype == torch.float32
 
 
@@ -199,13 +193,11 @@ def test_clip_fraction_counts_both_sides_whatever_the_advantage():
 )
 def test_explained_variance(values, expected):
     values, mask = f64([*values, 1e9]), tensor([[True] * 4 + [False]])
-    assert_equals(
-        L.explained_variance(values, f64([1, 2, 3, 4, -1e9]), mask), expected
-    )  # 1 - (3/16) / (5/4) = 0.85; 1 - 5 / (5/4) = -3
+    # 1 - (3/16) / (5/4) = 0.85; 1 - 5 / (5/4) = -3
+    assert_equals(L.explained_variance(values, f64([1, 2, 3, 4, -1e9]), mask), expected)
     assert_equals(L.explained_variance(values / 10, f64([0.1, 0.2, 0.3, 0.4, 0]), mask), expected)
-    assert (
-        L.explained_variance(values, f64([1, -1, 1, -1, 0]), mask, eps=1.0) == 0
-    )  # their variance is eps: at the edge is none
+    # A variance of exactly eps counts as none.
+    assert L.explained_variance(values, f64([1, -1, 1, -1, 0]), mask, eps=1.0) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -218,7 +210,7 @@ def test_explained_variance_of_constant_returns_is_0_in_spite_of_rounding(dtype)
         assert L.explained_variance(values, returns, returns > 0) == 0
 
 
-# --- by enumeration --------------------------------------------------------------------------------------------------------------
+# --- by enumeration -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["kl_k1", "kl_k3"])
@@ -238,9 +230,8 @@ def test_the_mean_of_approx_kl_under_the_old_policy_is_the_kl_from_the_old_to_th
 @pytest.mark.parametrize("name, follows_the_kl", [("kl_k1", False), ("kl_k2", True)])
 def test_the_mean_gradient_of_k2_is_that_of_the_kl_and_of_k1_is_zero(name, follows_the_kl):
     logits = LOGITS.clone().requires_grad_()
-    estimate = LOGITS.exp() * getattr(L, name)(
-        logits.log_softmax(-1), REF_LOGITS
-    )  # weighted by a constant: tokens are drawn, then fixed
+    # The weights are constants: tokens are drawn first, and then fixed.
+    estimate = LOGITS.exp() * getattr(L, name)(logits.log_softmax(-1), REF_LOGITS)
     true_gradient = grad(L.exact_kl(logits, REF_LOGITS), logits)
     assert true_gradient.abs().max() > 0.1
     assert_equals(grad(estimate, logits), true_gradient if follows_the_kl else torch.zeros(3), 1e-6)
@@ -264,17 +255,15 @@ def test_a_kl_reward_of_the_other_sign_pays_for_divergence():
 
 
 def test_the_score_read_at_the_token_before_the_first_pad_lands_in_the_first_turn():
-    tokens, pad = (
-        tensor([[5, 0, 6, 7, 0, 0]]),
-        0,
-    )  # pad = eos: a first turn, then a response with its own end of sequence, then padding
+    # pad = eos: a first turn, then a response with its own end token, then padding.
+    tokens, pad = tensor([[5, 0, 6, 7, 0, 0]]), 0
     mask = tensor([[False, False, True, True, True, False]])
     rejected_position = (tokens == pad).int().argmax(-1) - 1
     rewards = L.shaped_rewards(tensor([1.0]), torch.zeros(1, 6), mask, 0.1)
     assert rewards.argmax(-1).item() == 4 and rejected_position.item() == 0
 
 
-# --- identities ------------------------------------------------------------------------------------------------------------------
+# --- identities -----------------------------------------------------------------------------------
 
 
 def test_swapping_a_pair_and_its_label_leaves_the_preference_loss():
@@ -346,9 +335,8 @@ def test_whitened_entries_have_mean_0_and_variance_1_and_scaled_ones_keep_their_
 def test_whitening_a_constant_gives_zeros_and_scaling_it_stays_finite():
     x = torch.full((2, 3), 2.0)
     assert_equals(L.whiten(x, MASK, L.moments(x, MASK)), torch.zeros(2, 3))
-    assert_equals(
-        L.whiten_scale(x, MASK, L.moments(x, MASK)) / 1e4, 2.0 * MASK, 1e-6
-    )  # 1 / sqrt(1e-8)
+    # 1 / sqrt(1e-8) = 1e4
+    assert_equals(L.whiten_scale(x, MASK, L.moments(x, MASK)) / 1e4, 2.0 * MASK, 1e-6)
 
 
 def test_at_ratio_1_the_policy_gradient_is_reinforce():
@@ -383,13 +371,11 @@ def test_value_loss_is_the_plain_error_inside_the_clip_and_never_less_beyond_it(
     )
     plain = (values - target) ** 2 / 2
     assert_equals(loss[:, 1:4], plain[:, 1:4], 1e-6)
-    beyond = (
-        4 if target > 2 else 0
-    )  # the end that has moved towards the target by more than the clip
+    beyond = 4 if target > 2 else 0  # it moved towards the target by more than the clip
     assert loss[0, beyond] > plain[0, beyond] and grad(loss, values)[0, beyond] == 0
 
 
-# --- invariance ------------------------------------------------------------------------------------------------------------------
+# --- invariance -----------------------------------------------------------------------------------
 
 PER_TOKEN = {  # every function with a mask, over the fields of `batch`
     "nll_loss": lambda b: L.nll_loss(b["logprobs"], b["mask"]),
@@ -414,7 +400,10 @@ FIELDS = ["logprobs", "old_logprobs", "values", "old_values", "returns", "reward
 
 
 def batch(left=0, right=0, garbage=0.0):
-    """Three responses of 4, 2 and 1 tokens, with `left` and `right` more columns of garbage, its sign alternating from field to field."""
+    """Three responses of 4, 2 and 1 tokens, with `left` and `right` more columns of garbage.
+
+    The sign of the garbage alternates from field to field.
+    """
     generator = torch.Generator().manual_seed(0)
     mask = tensor([[True] * 4, [False, True, True, False], [False, False, False, True]])
     b = {name: torch.randn(3, 4, generator=generator) for name in FIELDS}
@@ -475,9 +464,8 @@ def test_sums_over_micro_batches_divided_once_are_the_whole_and_means_of_means_a
 def test_moments_add_over_micro_batches_and_variances_do_not():
     x = f64([1, 2, 0], [0, 5, 6])
     parts = [L.moments(x[i], MASK[i]) for i in (0, 1)]
-    assert_equals(
-        torch.stack(L.mean_and_variance(sum(parts))), [3.5, 4.25]
-    )  # (2.5^2 + 1.5^2) * 2 / 4
+    # (2.5^2 + 1.5^2) * 2 / 4 = 4.25
+    assert_equals(torch.stack(L.mean_and_variance(sum(parts))), [3.5, 4.25])
     assert_equals(sum(L.mean_and_variance(part)[1] for part in parts) / 2, 0.25)  # rejected
 
 

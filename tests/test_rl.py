@@ -1,318 +1,480 @@
-"""Variants of PPO: penalties, scaled rewards, the SL term, value warm-up, any function as the reward, a judge that watches; the alternation."""
+"""Stage 3 through its script: rollouts, rewards and updates against naive computations.
 
-import copy
+The models are random ones of two layers. `ENDS` are many tokens, so that some responses end and
+some are cut off.
+"""
+
 import json
 import math
-import random
-from dataclasses import replace
+import sys
+import tomllib
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 
 import train_ppo
-import train_rm
-import train_sl
-from minicai import InputError, losses
-from minicai import __main__ as commands
-from minicai.engine import models
-from minicai.engine.data import read_jsonl
-from minicai.engine.dialogue import encode, encode_pair
-from minicai.evaluation.rates import reward_hacking
-from minicai.rollout import (
-    collate,
-    distinct_ngrams,
-    hacked,
-    pair_scores,
-    score_texts,
-    supervised_texts,
-)
-from tests.conftest import CPU, EOS, PAD, assert_close, byte_tokenizer, tiny_model
-from tests.test_rollout import (  # noqa: F401
-    PROMPTS,
-    TEMPERATURE,
-    Numbered,
-    collected,
-    parts,
-    ppo_update,
-    rollout,
-    train_reward_model,
-    weights,
-)
-from tests.test_variants import rm, sl
-from tests.tinyworld.test_tinyworld import BARN, OIL_ON_BARN
+from minicai import InputError, RunError, losses
+from minicai.engine import sampler
+from minicai.engine.data import epoch_order, read_jsonl
+from minicai.engine.dialogue import encode_prompt
+from minicai.engine.load import load_policy, load_scorer
+from minicai.engine.models import score_texts
+from minicai.prompts import as_turns
+from minicai.rollout import distinct_ngrams
+from tests import recorders
+from tests.conftest import assert_close, broken, byte_tokenizer, tiny_model
+from tests.recorders import descent, recorded, stopped, weights
 
-SUPERVISED = [
-    ([5, 6], [9, 12, EOS]),
-    ([7], [10, 11, 12, 13, 14, EOS]),
-    ([8, 8, 8], [EOS]),
-    ([20], [21, EOS]),
-    ([30, 3], [31, 32, EOS]),
+HARMFUL = ["How?", "Why is it so?", "Who goes there, and what for?"]
+HARMLESS = ["What?", "Is it true that water is wet?", "Where is it?", "When?"]
+ENDS = set(range(2, 30))
+TALK = [
+    {"role": "user", "content": "Hi."},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "Why?"},
 ]
 
-# --- rewards ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A policy in sl/, a reward model in rm/, prompts, and the config of a small run."""
+    folder = tmp_path_factory.mktemp("ppo")
+    for seed, (name, scorer) in enumerate((("sl", False), ("rm", True))):
+        tiny_model("gpt2", seed=seed, vocab=258, scorer=scorer).save_pretrained(folder / name)
+        byte_tokenizer().save_pretrained(folder / name)
+    (folder / "harmful.txt").write_text("\n".join(HARMFUL))
+    (folder / "harmless.txt").write_text("\n".join(HARMLESS))
+    (folder / "rewards_of_mine.py").write_text(
+        "def short(prompts, responses):\n    return [-len(r) / 10 for r in responses]\n\n"
+        "limit = 3\n"
+    )
+    return train_ppo.PPOConfig(
+        policy=str(folder / "sl"),
+        reward=str(folder / "rm"),
+        prompts=str(folder / "harmful.txt"),
+        helpful_prompts=str(folder / "harmless.txt"),
+        out=str(folder / "out"),
+        device="cpu",
+        precision="fp32",
+        iterations=2,
+        episodes=6,
+        max_new_tokens=8,
+        epochs=2,
+        minibatches=2,
+        lr=1e-3,
+        value_lr=1e-3,
+        target_kl=1e9,
+        save_every=99,
+    )
+
+
+def sample(model, prompts, seeds, how):
+    return sampler.generate(model, prompts, seeds, how, ends=ENDS)
+
+
+@dataclass
+class Seen:
+    """What a run computed."""
+
+    models: dict
+    completions: list  # of each iteration, as all below
+    rollouts: list
+    rewards: list
+    ratios: list  # (log-probs, those at sampling) of each micro-batch
+    rates: list  # (policy's, value model's) of each update
+    metrics: list
+    episodes: list
+    record: dict
+
+
+def run(cfg, name: str, **changes) -> Seen:
+    """Runs the stage by gradient descent, and gives what was seen."""
+    cfg = replace(cfg, out=f"{cfg.out}-{name}", **changes)
+    with (
+        patch.object(train_ppo, "sample", sample),
+        descent() as made,
+        recorded(train_ppo, "load_policy") as policies,
+        recorded(train_ppo, "load_scorer") as scorers,
+        recorded(train_ppo, "sample") as sampled,
+        recorded(train_ppo, "Rollout") as rollouts,
+        recorded(losses, "shaped_rewards") as rewards,
+        recorded(losses, "policy_loss") as updates,
+    ):
+        record = train_ppo.main(cfg)
+    models = dict(zip(("policy", "reference"), (model for _, model in policies)))
+    models |= dict(zip(("value", "reward"), (model for _, model in reversed(scorers))))
+    return Seen(
+        models,
+        [result for _, result in sampled],
+        [result for _, result in rollouts],
+        [result for _, result in rewards],
+        [(logprobs.detach(), old) for (logprobs, old, *_), _ in updates],
+        made[0].rates,
+        read_jsonl(f"{cfg.out}/ppo/metrics.jsonl"),
+        read_jsonl(f"{cfg.out}/ppo/episodes.jsonl"),
+        record,
+    )
+
+
+def output(cfg, name: str) -> Path:
+    return Path(f"{cfg.out}-{name}") / "ppo"
+
+
+SETTINGS = {
+    "temperature": 0.8,
+    "gamma": 0.9,
+    "lam": 0.7,
+    "missing_eos_penalty": 2.0,
+    "kl_coef": 0.3,
+    "vf_coef": 0.5,
+    "lr": 0.05,
+    "value_lr": 0.1,
+    "schedule": "linear",
+    "grad_clip": 1e9,
+    "micro_tokens": 60,
+    "helpful_share": 0.34,
+}
+
+
+@pytest.fixture(scope="module")
+def seen(base):
+    return run(base, "seen", **SETTINGS)
+
+
+def models(cfg):
+    """Policy, reference, value and reward model as they are before training."""
+    policies = [load_policy(cfg.policy) for _ in range(2)]
+    return *policies, load_scorer(cfg.reward), load_scorer(cfg.reward)
+
+
+def rows(rollout) -> list[tuple[list[int], list[int]]]:
+    """(prompt, response) ids of each row."""
+    found = []
+    for ids, mask, length in zip(rollout.ids, rollout.mask, rollout.lengths):
+        start = int(mask.int().argmax())
+        found.append((ids[:start].tolist(), ids[start:length].tolist()))
+    return found
+
+
+def spread(function, model, rollout, *arguments):
+    """A naive function of (prompt, response), one number per response token, as [B, T]."""
+    found = [function(model, *row, *arguments) for row in rows(rollout)]
+    whole = torch.zeros(rollout.mask.shape)
+    return whole.masked_scatter(rollout.mask, torch.cat(found))
+
+
+# --- the rollout ----------------------------------------------------------------------------------
+
+
+def test_a_rollout_holds_what_was_sampled_for_its_prompts(base, seen):
+    tokenizer = seen.models["policy"].tokenizer
+    for k, (rollout, completions) in enumerate(zip(seen.rollouts, seen.completions)):
+        episodes = [row for row in seen.episodes if row["step"] == k + 1]
+        assert {c.ended for c in completions} == {True, False}
+        for (prompt, response), c, row in zip(rows(rollout), completions, episodes, strict=True):
+            assert prompt == encode_prompt(tokenizer, as_turns(row["prompt"]))
+            assert response == c.ids and row["ended"] == c.ended
+            text = tokenizer.decode(c.ids[:-1] if c.ended else c.ids, skip_special_tokens=True)
+            assert row["response"] == text.strip()
+        ended = sum(c.ended for c in completions) / len(completions)
+        assert seen.metrics[k]["eos_rate"] == pytest.approx(ended)
+    assert len({row["response"] for row in seen.episodes}) > 6
+
+
+def test_the_prompts_of_an_iteration_come_in_their_shares(seen):
+    for k in (1, 2):
+        asked = [row["prompt"] for row in seen.episodes if row["step"] == k]
+        assert [prompt in HARMFUL for prompt in asked] == [True] * 4 + [False] * 2
+
+
+def test_all_that_is_known_of_a_token_is_zero_outside_the_mask(seen):
+    for rollout in seen.rollouts:
+        for field in fields(rollout):
+            x = getattr(rollout, field.name)
+            if x.ndim == 2 and field.name not in ("ids", "mask"):
+                assert (x[~rollout.mask] == 0).all()
+                assert x[rollout.mask].abs().max() > 0, field.name
+
+
+def test_sampling_and_training_see_the_same_logprobs(seen):
+    for rollout, completions in zip(seen.rollouts, seen.completions):
+        for row, c in enumerate(completions):
+            assert_close(rollout.logprobs[row][rollout.mask[row]], c.logprobs)
+
+
+@torch.no_grad()
+def test_logprobs_values_scores_and_rewards_by_hand(base, seen):
+    """The score comes at the last token, less 2 where it was cut off; beta KL at every one."""
+    policy, reference, value, reward = models(base)
+    rollout = seen.rollouts[0]
+    logprobs = spread(recorders.response_logprobs, policy, rollout, 0.8)
+    ref_logprobs = spread(recorders.response_logprobs, reference, rollout, 0.8)
+    values = spread(recorders.values, value, rollout)
+    for name, expected in (("logprobs", logprobs), ("ref_logprobs", ref_logprobs)):
+        assert_close(getattr(rollout, name), expected)
+    assert_close(rollout.values, values)
+    second = seen.rollouts[1]  # the policy has moved, the reference has not
+    moved = spread(recorders.response_logprobs, reference, second, 0.8)
+    assert_close(second.ref_logprobs, moved)
+    assert (second.logprobs - moved).abs().max() > 0.01
+
+    for k, rollout in enumerate(seen.rollouts):
+        scores = [recorders.score(reward, *row).item() for row in rows(rollout)]
+        found = [row["score"] for row in seen.episodes if row["step"] == k + 1]
+        assert found == pytest.approx(scores, abs=1e-5)
+        expected = -0.3 * (rollout.logprobs - rollout.ref_logprobs)
+        for row, (score, c) in enumerate(zip(scores, seen.completions[k])):
+            expected[row, rollout.lengths[row] - 1] += score - (0 if c.ended else 2)
+        assert_close(seen.rewards[k], expected)
+        assert seen.metrics[k]["reward"] == pytest.approx(sum(scores) / 6, abs=1e-5)
 
 
 @pytest.mark.parametrize(
     "name, penalty", [("k2", lambda d: d**2 / 2), ("k3", lambda d: (-d).exp() - 1 + d)]
 )
-def test_the_penalty_is_the_estimator_that_the_config_names(parts, rollout, name, penalty):  # noqa: F811
-    other = collected(parts, kl_estimator=name)
+def test_the_penalty_is_the_estimator_that_the_config_names(base, name, penalty):
+    found = run(base, name, **SETTINGS | {"kl_estimator": name, "missing_eos_penalty": 0.0})
+    rollout, last = found.rollouts[1], torch.zeros(found.rollouts[1].mask.shape)
+    scores = [row["score"] for row in found.episodes if row["step"] == 2]
+    last[range(6), rollout.lengths - 1] = torch.tensor(scores)
     difference = rollout.logprobs - rollout.ref_logprobs
-    assert_close(
-        other.rewards - rollout.rewards, -0.3 * (penalty(difference) - difference) * rollout.mask
-    )
-    assert (other.rewards - rollout.rewards).abs().max() > 0.01
+    assert_close(found.rewards[1], last - 0.3 * penalty(difference) * rollout.mask)
+    assert difference.abs().max() > 0.1
 
 
-def test_scaled_rewards_have_variance_1_and_keep_their_signs(parts, rollout):  # noqa: F811
-    scaled, mask = collected(parts, whiten_rewards=True).rewards, rollout.mask
-    assert scaled[mask].var(correction=0).item() == pytest.approx(1, abs=1e-4)
-    ratio = scaled[mask] / rollout.rewards[mask]
-    assert_close(
-        ratio, torch.full_like(ratio, rollout.rewards[mask].std(correction=0).item() ** -1), 1e-3
-    )
+def test_advantages_are_whitened_gae_of_rewards_and_values_and_returns_are_not_whitened(seen):
+    for rollout, rewards in zip(seen.rollouts, seen.rewards):
+        advantages, returns = losses.gae(rewards, rollout.values, rollout.mask, 0.9, 0.7)
+        inside = advantages[rollout.mask]
+        whitened = (inside - inside.mean()) / inside.std(correction=0)
+        assert_close(rollout.advantages[rollout.mask], whitened)
+        assert_close(rollout.returns, returns)
 
 
-@pytest.mark.parametrize(
-    "found, message",
-    [([1.0], "expected 8 finite numbers, one a response, got 1"), ([math.nan] * 8, "not finite")],
-)
-def test_a_reward_function_gives_one_finite_number_a_response(found, message):
-    talk = [
-        {"role": "user", "content": "Hi."},
-        {"role": "assistant", "content": "Hello."},
-        {"role": "user", "content": "Why?"},
-    ]
-    seen = []
-    scores = score_texts(
-        lambda prompts, responses: seen.extend(prompts) or [len(r) for r in responses],
-        ["How?", talk],
-        ["a", "bcd"],
-        CPU,
-    )
-    assert scores.tolist() == [1, 3] and seen == [
-        "How?",
-        "Human: Hi.\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant:",
-    ]
-    with pytest.raises(InputError, match=message):
-        score_texts(lambda prompts, responses: found, ["p"] * 8, ["r"] * 8, CPU)
+def test_what_the_metrics_say_of_a_rollout(seen):
+    for k, (rollout, completions) in enumerate(zip(seen.rollouts, seen.completions)):
+        row, mask = seen.metrics[k], rollout.mask
+        kl = (rollout.logprobs - rollout.ref_logprobs).sum() / 6
+        assert row["kl"] == pytest.approx(kl.item(), abs=1e-5)
+        assert row["length"] == pytest.approx(mask.sum().item() / 6)
+        entropies = [x for c in completions for x in c.entropies]
+        assert row["entropy"] == pytest.approx(sum(entropies) / len(entropies), rel=1e-5)
+        assert row["distinct_2"] == distinct_ngrams([c.ids for c in completions], 2)
+        variance = losses.explained_variance(rollout.values, rollout.returns, mask)
+        assert row["explained_variance"] == pytest.approx(variance.item(), rel=1e-4)
+    assert seen.record["episodes"] == 12 == len(seen.episodes)
+    assert seen.record["kl"] == seen.metrics[-1]["kl"]  # of the last tenth, at least one
 
 
-# --- updates ---------------------------------------------------------------------------------------------------------------------
+# --- the updates ----------------------------------------------------------------------------------
 
 
-def mixed_update(parts, rollout, lr, **settings):  # noqa: F811
-    policy, value_model = copy.deepcopy(parts[0]), copy.deepcopy(parts[2])
-    optimizer = torch.optim.SGD([*policy.parameters(), *value_model.parameters()], lr=lr)
-    cfg = train_ppo.PPOConfig(temperature=TEMPERATURE, vf_coef=0.5, target_kl=1e9, **settings)
-    metrics = train_ppo.update(
-        cfg,
-        rollout,
-        policy,
-        value_model,
-        optimizer,
-        CPU,
-        "fp32",
-        0,
-        supervised=SUPERVISED,
-        pad_id=PAD,
-    )
-    return weights(policy), metrics
+def test_the_first_ratio_is_1(base):
+    for minibatches in (1, 2):
+        changes = {"minibatches": minibatches, "micro_tokens": 60}
+        found = run(base, f"ratio{minibatches}", iterations=1, epochs=1, **changes)
+        logprobs, old = found.ratios[0]
+        assert_close((logprobs - old).exp(), torch.ones_like(old), 1e-6)
 
 
-def test_the_gradient_with_the_sl_term_is_that_of_l_sl_plus_alpha_l_rl_in_any_micro_batches(
-    parts, rollout
-):
-    settings = {"epochs": 1, "minibatches": 1, "grad_clip": 1e9, "alpha": 0.25, "sl_batch": 99}
-    policy = copy.deepcopy(parts[0])
-    logprobs = models.response_logprobs(
-        policy, rollout.ids, rollout.lengths, rollout.mask, TEMPERATURE
-    )
-    l_rl = (
-        losses.policy_loss(logprobs, rollout.logprobs, rollout.advantages, rollout.mask, 0.2).sum()
-        / rollout.mask.sum()
-    )
-    batch = collate([p for p, _ in SUPERVISED], [r for _, r in SUPERVISED], PAD, CPU)
-    l_sl = (
-        losses.nll_loss(
-            models.response_logprobs(policy, batch.ids, batch.lengths, batch.mask), batch.mask
-        ).sum()
-        / batch.mask.sum()
-    )
-    losses.cai_loss(l_sl, l_rl, 0.25).backward()
-    expected = torch.cat([p.grad.flatten() for p in policy.parameters()])
-    for micro_tokens in (1000, 30, 1):
-        updated, metrics = mixed_update(parts, rollout, 1.0, micro_tokens=micro_tokens, **settings)
-        assert_close(weights(parts[0]) - updated, expected, 3e-6)
-        assert metrics["sl_loss"] == pytest.approx(l_sl.item(), rel=1e-4)
-    without = ppo_update(parts, rollout, 1.0, epochs=1, minibatches=1, grad_clip=1e9)[0][
-        : len(expected)
-    ]
-    assert (weights(parts[0]) - without - expected).abs().max() > 0.01
+def test_every_update_is_that_of_one_joint_pass_over_its_minibatch(base, seen):
+    """Policy and value model follow gradient descent on whole minibatches, clipping included.
+
+    So micro-batches change nothing, nor does a backward pass for each model by itself. Metrics are
+    means over all tokens, and norms over all updates.
+    """
+    policy, _, value, _ = models(base)
+    for k, rollout in enumerate(seen.rollouts):
+        sums, norms, tokens = torch.zeros(4), [], 0
+        rates, clipped_values = [0.05 * (1 - k / 2), 0.1 * (1 - k / 2)], 0
+        for epoch in range(2):
+            order = torch.tensor(epoch_order(6, train_ppo.STREAM, 0, 2, k, epoch))
+            for chosen in order.tensor_split(2):
+                part = rollout.select(chosen)
+                logprobs = spread(recorders.response_logprobs, policy, part, 0.8)
+                values = spread(recorders.values, value, part)
+                old = (part.logprobs, part.advantages, part.mask, 0.2)
+                policy_loss = losses.policy_loss(logprobs, *old).sum()
+                old = (part.values, part.returns, part.mask, 0.2)
+                value_loss = losses.value_loss(values, *old).sum()
+                kl = losses.approx_kl(logprobs, part.logprobs, part.mask).sum()
+                outside = losses.clip_fraction(logprobs, part.logprobs, part.mask, 0.2).sum()
+                sums += torch.stack([policy_loss, value_loss, kl, outside]).detach()
+                tokens += int(part.mask.sum())
+                clipped_values += ((values - part.values).abs() > 0.2).sum().item()
+                loss = (policy_loss + 0.5 * value_loss) / part.mask.sum()
+                norms.append(recorders.step(loss, [policy, value], rates))
+        row = seen.metrics[k]
+        names = ("policy_loss", "value_loss", "approx_kl", "clip_fraction")
+        found = [row[name] for name in names]
+        assert found == pytest.approx((sums / tokens).tolist(), rel=1e-3, abs=1e-5)
+        found = (row["policy_grad_norm"], row["value_grad_norm"])
+        means = [sum(column) / 4 for column in zip(*norms)]
+        assert found == pytest.approx(means, rel=1e-3)
+        assert row["updates"] == 4 and row["nonfinite"] == row["skipped"] == 0
+        assert row["clip_fraction"] > 0 and clipped_values > 3
+    assert_close(weights(seen.models["policy"]), weights(policy), 2e-5)
+    assert_close(weights(seen.models["value"]), weights(value), 2e-5)
+    assert seen.rates == [pytest.approx([0.05, 0.1])] * 4 + [pytest.approx([0.025, 0.05])] * 4
 
 
-def test_the_gradients_of_policy_and_value_model_are_those_of_one_joint_pass_where_clipping_acts_too(
-    parts, rollout
-):
-    wave = torch.arange(rollout.mask.numel()).reshape(rollout.mask.shape).sin() * rollout.mask
-    moved = replace(
-        rollout, values=rollout.values + 0.5 * wave, logprobs=rollout.logprobs + 0.5 * wave
-    )  # as if updates had been made before
-    policy, value_model, batch = (
-        copy.deepcopy(parts[0]),
-        copy.deepcopy(parts[2]),
-        (moved.ids, moved.lengths, moved.mask),
-    )
-    logprobs, values = (
-        models.response_logprobs(policy, *batch, TEMPERATURE),
-        models.token_values(value_model, *batch),
-    )
-    assert (losses.clip_fraction(logprobs, moved.logprobs, moved.mask, 0.2).sum() > 3) and (
-        (values - moved.values).abs() > 0.2
-    ).sum() > 3
-    pg = losses.policy_loss(logprobs, moved.logprobs, moved.advantages, moved.mask, 0.2)
-    vf = losses.value_loss(values, moved.values, moved.returns, moved.mask, 0.2)
-    ((pg.sum() + 0.5 * vf.sum()) / moved.mask.sum()).backward()
-    expected = torch.cat(
-        [p.grad.flatten() for model in (policy, value_model) for p in model.parameters()]
-    )
-    updated, _ = ppo_update(
-        parts, moved, 1.0, epochs=1, minibatches=1, grad_clip=1e9, micro_tokens=60
-    )
-    assert_close(weights(parts[0], parts[2]) - updated, expected, 3e-6)
-    assert expected[len(weights(parts[0])) :].abs().max() > 0.1
+def test_only_policy_and_value_model_change(base, seen):
+    for (name, model), before in zip(seen.models.items(), models(base)):
+        same = name in ("reference", "reward")
+        assert torch.equal(weights(model), weights(before)) == same
+    exported = load_policy(f"{base.out}-seen/ppo")
+    assert torch.equal(weights(exported), weights(seen.models["policy"]))
 
 
-def test_each_update_draws_other_texts_for_the_sl_term(parts, rollout):  # noqa: F811
-    with patch.object(train_ppo, "supervise", return_value=0.5) as supervise:
-        _, metrics = mixed_update(
-            parts, rollout, 0.0, alpha=1.0, sl_batch=2, epochs=2, minibatches=2
-        )
-    drawn = [call.args[2] for call in supervise.call_args_list]
-    assert (
-        len(drawn) == 4
-        and {len(texts) for texts in drawn} == {2}
-        and len({str(texts) for texts in drawn}) > 1
-    )
-    assert metrics["sl_loss"] == pytest.approx(0.5)
+def test_micro_batches_change_neither_rollouts_nor_weights_nor_a_metric(base, seen):
+    for micro_tokens in (4096, 1):
+        other = run(base, f"micro{micro_tokens}", **SETTINGS | {"micro_tokens": micro_tokens})
+        for ours, theirs in zip(other.rollouts, seen.rollouts):
+            for field in fields(ours):
+                assert_close(getattr(ours, field.name), getattr(theirs, field.name), 5e-5)
+        for name in ("policy", "value"):
+            assert_close(weights(other.models[name]), weights(seen.models[name]), 1e-6)
+        for row, expected in zip(other.metrics, seen.metrics, strict=True):
+            assert row == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
-def test_while_the_value_model_warms_up_the_policy_stays_as_it_is_to_the_bit(parts, rollout):  # noqa: F811
-    settings = {"epochs": 1, "minibatches": 2}
-    whole, _ = ppo_update(parts, rollout, 0.1, **settings)
-    warm, metrics = ppo_update(parts, rollout, 0.1, value_warmup=1, **settings)
-    size = len(weights(parts[0]))
-    assert torch.equal(warm[:size], weights(parts[0])) and not torch.equal(
-        whole[:size], warm[:size]
-    )
-    assert torch.equal(warm[size:], whole[size:]) and not torch.equal(
-        warm[size:], weights(parts[2])
-    )
-    assert metrics["policy_grad_norm"] == 0 < metrics["value_grad_norm"] and metrics[
-        "approx_kl"
-    ] == pytest.approx(0, abs=1e-6)
+def test_recomputed_layers_change_neither_weights_nor_a_metric(base, seen):
+    """Each trained model makes one more forward pass per update; the frozen ones make none."""
+    load, scorer, passes = train_ppo.load_policy, train_ppo.load_scorer, []
+
+    def watched(original):
+        def loaded(*arguments):
+            model = original(*arguments)
+            first = model.base_model.h[0].attn
+            first.register_forward_pre_hook(lambda *_: passes.append(model))
+            return model
+
+        return loaded
+
+    counts = []
+    for recomputed in (False, True):
+        passes.clear()
+        with (
+            patch.object(train_ppo, "load_policy", watched(load)),
+            patch.object(train_ppo, "load_scorer", watched(scorer)),
+        ):
+            changes = {"micro_tokens": 4096, "gradient_checkpointing": recomputed}
+            other = run(base, f"recomputed{recomputed}", **SETTINGS | changes)
+        counts.append([passes.count(model) for model in other.models.values()])
+    more = [after - before for before, after in zip(*counts)]
+    assert more == [2 * 4, 0, 2 * 4, 0]
+    for name in ("policy", "value"):
+        assert_close(weights(other.models[name]), weights(seen.models[name]), 1e-6)
+    for row, expected in zip(other.metrics, seen.metrics, strict=True):
+        assert row == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
-# --- the script ------------------------------------------------------------------------------------------------------------------
+def test_the_updates_of_a_rollout_stop_after_the_epoch_whose_mean_kl_exceeds_the_target(base):
+    settings = SETTINGS | {"iterations": 1, "schedule": "constant"}
+    first = run(base, "first", **settings | {"epochs": 1}).metrics[0]
+    low, high = (factor * first["approx_kl"] for factor in (0.99, 1.01))
+    stopped = run(base, "low", **settings | {"epochs": 3, "target_kl": low}).metrics[0]
+    assert stopped == first and first["updates"] == 2
+    longer = run(base, "high", **settings | {"epochs": 3, "target_kl": high}).metrics[0]
+    assert longer["updates"] > 2
+
+
+def test_updates_that_are_not_finite_are_skipped_and_counted_over_rollouts(base):
+    with broken("policy_loss", 2, 4):
+        found = run(base, "skipped", iterations=1)
+    [row] = found.metrics
+    assert (row["updates"], row["nonfinite"], row["skipped"]) == (2, 2, 1)
+    assert torch.isfinite(weights(found.models["policy"], found.models["value"])).all()
+    assert all(math.isfinite(value) for value in row.values())
+    message = "step 2: loss or gradient not finite in 3 updates in a row"
+    with broken("value_loss", 4, 5, 6), pytest.raises(RunError, match=message):
+        run(base, "stopped")
+    assert len(read_jsonl(output(base, "stopped") / "metrics.jsonl")) == 1
+    assert len(stored_batch(base, "stopped")) == 3
+
+
+@pytest.mark.xfail(strict=True, reason="train_ppo.py gives Stage.finite its rows with the padding")
+def test_the_batch_that_is_left_behind_has_no_padding(base):
+    with (
+        broken("value_loss", 1, 2, 3),
+        recorded(train_ppo, "Rollout") as rollouts,
+        pytest.raises(RunError),
+    ):
+        run(base, "left")
+    [(_, rollout)] = rollouts
+    whole = [prompt + response for prompt, response in rows(rollout)]
+    assert all(ids in whole for ids in stored_batch(base, "left"))
+
+
+def stored_batch(cfg, name: str) -> list[list[int]]:
+    """The token ids that a stopped run leaves in its folder."""
+    [saved] = (output(cfg, name) / "nonfinite").iterdir()
+    return json.loads(saved.read_text())["batch"]
+
+
+# --- resuming -------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_resumes_to_the_same_policy_metrics_and_episodes(base):
+    """The adapted KL coefficient survives too, and each prompt comes once in an epoch."""
+    changes = {"iterations": 4, "episodes": 4, "save_every": 2, "helpful_share": 0.5}
+    changes |= {"kl_target": 0.01, "kl_horizon": 8}
+    straight = replace(base, out=f"{base.out}-straight", **changes)
+    with recorded(train_ppo, "sample") as sampled:
+        record = train_ppo.main(straight)
+    seeds = [tuple(seed) for (_, _, seeds, _), _ in sampled for seed in seeds]
+    assert len(set(seeds)) == 4 * 4  # each episode has its own random numbers
+    assert train_ppo.main(straight) == record  # finished: nothing is done again
+
+    torn = replace(straight, out=f"{base.out}-torn")
+    metrics = output(base, "torn") / "metrics.jsonl"
+    with stopped(train_ppo, "watch", 4) as calls:
+        with pytest.raises(KeyboardInterrupt):
+            train_ppo.main(torn)
+        assert len(read_jsonl(metrics)) == 3
+        resumed = train_ppo.main(torn)
+    assert len(calls) == 4 + 2
+    for name in ("metrics.jsonl", "episodes.jsonl", "model.safetensors"):
+        whole = (output(base, "straight") / name).read_bytes()
+        assert (output(base, "torn") / name).read_bytes() == whole, name
+    assert all(resumed[key] == record[key] for key in ("kl", "reward", "episodes"))
+
+    coefficients = [straight.kl_coef]
+    for row in read_jsonl(metrics):
+        assert row["kl_coef"] == pytest.approx(coefficients[-1], rel=1e-12)
+        coefficients.append(losses.adaptive_kl_coef(row["kl_coef"], row["kl"], 0.01, 8, 4))
+    assert len(set(coefficients)) == 5
+    asked = [row["prompt"] for row in read_jsonl(output(base, "torn") / "episodes.jsonl")]
+    for prompts in (HARMFUL, HARMLESS):
+        stream, count = [p for p in asked if p in prompts], len(prompts)
+        epochs = [stream[k : k + count] for k in range(0, len(stream) - count + 1, count)]
+        assert len(epochs) == 8 // count
+        assert all(sorted(epoch) == sorted(prompts) for epoch in epochs)
+
+
+# --- rewards from a function ----------------------------------------------------------------------
 
 
 @pytest.fixture
-def stage(tmp_path, monkeypatch):
-    """stage(name, setting=...) -> what train_ppo.main returns; a policy in tmp_path/sl with data of stage 1, a reward model in tmp_path/rm."""
-    for name, scorer in (("sl", False), ("rm", True), ("judge", True)):
-        tiny_model("gpt2", seed=len(name), vocab=258, scorer=scorer).save_pretrained(
-            tmp_path / name
-        )
-        byte_tokenizer().save_pretrained(tmp_path / name)
-    steps = [{"principle": "p", "critique": "c", "revision": "Oh."}]
-    revised = {
-        "id": 0,
-        "prompt": "How?",
-        "initial": "Ah.",
-        "rounds": steps,
-        "final": "Oh.",
-        "kept": True,
-    }
-    (tmp_path / "sl" / "revisions.jsonl").write_text(json.dumps(revised) + "\n")
-    (tmp_path / "sl" / "helpful.jsonl").write_text(
-        json.dumps({"id": 0, "prompt": "What?", "response": "That."}) + "\n"
-    )
-    (tmp_path / "prompts.txt").write_text("How?\nWhy is it so?\nWho goes there?\n")
-    (tmp_path / "rewards_of_mine.py").write_text(
-        "def short(prompts, responses):\n    return [-len(r) / 10 for r in responses]\n\nlimit = 3\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(train_ppo.config.sys.modules, "rewards_of_mine", raising=False)
-    prompts, settings = (
-        str(tmp_path / "prompts.txt"),
-        {"iterations": 2, "episodes": 4, "epochs": 1, "minibatches": 2, "max_new_tokens": 6},
-    )
-
-    def run(name, **changes):
-        paths = {
-            "policy": str(tmp_path / "sl"),
-            "prompts": prompts,
-            "helpful_prompts": prompts,
-            "out": str(tmp_path / name),
-        }
-        return train_ppo.main(
-            train_ppo.PPOConfig(
-                device="cpu",
-                precision="fp32",
-                lr=1e-3,
-                value_lr=1e-3,
-                **(settings | paths | changes),
-            )
-        )
-
-    return run
+def mine(base, monkeypatch):
+    """The folder of rewards_of_mine.py is where the command is typed."""
+    monkeypatch.chdir(Path(base.policy).parent)
+    monkeypatch.delitem(sys.modules, "rewards_of_mine", raising=False)
 
 
-def test_a_function_takes_the_place_of_the_reward_model(stage, tmp_path):
-    stage("free", reward_function="rewards_of_mine:short", reward=str(tmp_path / "nowhere"))
-    episodes, metrics = (
-        read_jsonl(tmp_path / "free" / "ppo" / f"{name}.jsonl") for name in ("episodes", "metrics")
-    )
-    assert [row["score"] for row in episodes] == pytest.approx(
-        [-len(row["response"]) / 10 for row in episodes]
-    )
-    assert (
-        metrics[0]["reward"] == pytest.approx(sum(row["score"] for row in episodes[:4]) / 4)
-        and "judge" not in metrics[0]
-    )
-    assert "rewards_of_mine:short " in (tmp_path / "free" / "ppo" / "config.toml").read_text()
-
-
-def test_layers_computed_again_in_the_backward_pass_change_neither_policy_nor_value_model_nor_a_metric(
-    stage, tmp_path, monkeypatch
-):
-    load, kept, passes = train_ppo.load_models, [], []
-
-    def watched(*arguments):
-        tokenizer, named = load(*arguments)
-        kept.append(named)
-        for model in (named["policy"], named["value"]):
-            model.base_model.h[0].attn.register_forward_pre_hook(
-                lambda *_, model=model: passes.append(model)
-            )
-        return tokenizer, named
-
-    monkeypatch.setattr(train_ppo, "load_models", watched)
-    for name, recomputed in (("kept", False), ("recomputed", True)):
-        stage(name, reward=str(tmp_path / "rm"), gradient_checkpointing=recomputed)
-    updates = 2 * 2  # two iterations of two minibatches
-    for name in ("policy", "value"):
-        assert_close(weights(kept[1][name]), weights(kept[0][name]), 1e-5)
-        assert passes.count(kept[1][name]) - passes.count(kept[0][name]) == updates
-    ours, theirs = (
-        read_jsonl(tmp_path / name / "ppo" / "metrics.jsonl") for name in ("recomputed", "kept")
-    )
-    for row, expected in zip(ours, theirs, strict=True):
-        assert row == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    assert (
-        weights(kept[0]["value"]) - weights(tiny_model("gpt2", seed=2, vocab=258, scorer=True))
-    ).abs().max() > 1e-3
+def test_a_function_takes_the_place_of_the_reward_model(base, mine):
+    changes = {"reward_function": "rewards_of_mine:short", "reward": f"{base.out}/nowhere"}
+    found = run(base, "function", iterations=1, **changes)
+    scores = [row["score"] for row in found.episodes]
+    assert scores == pytest.approx([-len(row["response"]) / 10 for row in found.episodes])
+    assert found.metrics[0]["reward"] == pytest.approx(sum(scores) / 6)
+    stored = tomllib.loads((output(base, "function") / "config.toml").read_text())
+    assert stored["ppo"]["reward_function"] == "rewards_of_mine:short"
+    assert "reward_function" in stored["made_from"] and "reward" not in stored["made_from"]
+    assert list(found.models) == ["policy", "reference", "value"]
 
 
 @pytest.mark.parametrize(
@@ -326,215 +488,56 @@ def test_layers_computed_again_in_the_backward_pass_change_neither_policy_nor_va
     ],
 )
 def test_a_reward_function_that_cannot_be_used_is_refused_with_one_sentence(
-    stage, tmp_path, name, message
+    base, mine, name, message
 ):
     with pytest.raises(InputError) as caught:
-        stage("refused", reward_function=name)
-    assert (
-        message in str(caught.value)
-        and "\n" not in str(caught.value)
-        and not (tmp_path / "refused" / "ppo").exists()
-    )
+        run(base, "refused", reward_function=name)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not output(base, "refused").exists()
 
 
-def test_a_held_out_judge_scores_each_rollout_and_is_listened_to(
-    stage, tmp_path, monkeypatch, capsys
-):
-    stage("same", reward=str(tmp_path / "rm"), judge=str(tmp_path / "rm"))
-    for row in read_jsonl(tmp_path / "same" / "ppo" / "metrics.jsonl"):
-        assert row["judge"] == row["reward"] and 0 < row["distinct_2"] <= 1
-    monkeypatch.setattr(
-        train_ppo,
-        "hacked",
-        lambda reward, judge: (
-            "the alarm" if len(reward) == len(judge) >= 2 and reward != judge else ""
-        ),
-    )
-    stage("other", iterations=4, reward=str(tmp_path / "rm"), judge=str(tmp_path / "judge"))
-    assert capsys.readouterr().err.count("WARNING  ppo, iteration 2: the alarm") == 1
-    other = read_jsonl(tmp_path / "other" / "ppo" / "metrics.jsonl")
-    assert all(row["judge"] != row["reward"] for row in other)
+@pytest.mark.parametrize(
+    "found, message",
+    [([1.0], "expected 8 finite numbers, one for each response, got 1"), ([math.nan] * 8, "not")],
+)
+def test_a_reward_function_gives_one_finite_number_per_response(found, message):
+    asked = []
+
+    def lengths(prompts, responses):
+        asked.extend(prompts)
+        return [len(response) for response in responses]
+
+    assert score_texts(lengths, ["How?", TALK], ["a", "bcd"]).tolist() == [1, 3]
+    assert asked == ["How?", "Human: Hi.\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant:"]
+    with pytest.raises(InputError, match=message):
+        score_texts(lambda prompts, responses: found, ["p"] * 8, ["r"] * 8)
 
 
-def test_the_sl_term_reads_what_stage_1_left(stage, tmp_path):
-    stage("mixed", reward=str(tmp_path / "rm"), alpha=0.5)
-    assert all(
-        row["sl_loss"] > 1 for row in read_jsonl(tmp_path / "mixed" / "ppo" / "metrics.jsonl")
-    )
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def test_what_cannot_run_is_refused_before_anything_is_written(base, tmp_path):
+    with pytest.raises(InputError, match="episodes per minibatch: 0 cannot be split"):
+        run(base, "refused", minibatches=7)
     tokenizer = byte_tokenizer()
-    assert supervised_texts(tmp_path / "sl", tokenizer, 99) == [
-        encode(tokenizer, *pair) for pair in (("How?", "Oh."), ("What?", "That."))
-    ]
-    with pytest.raises(InputError, match=r"rm has no revisions.jsonl; set sl_data"):
-        stage("none", reward=str(tmp_path / "rm"), alpha=0.5, sl_data=str(tmp_path / "rm"))
-    with pytest.raises(InputError, match="alpha must not be negative"):
-        stage("none", reward=str(tmp_path / "rm"), alpha=-1.0)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tiny_model("gpt2", seed=1, vocab=258, scorer=True).save_pretrained(tmp_path / "rm")
+    tokenizer.save_pretrained(tmp_path / "rm")
+    with pytest.raises(InputError, match="its tokenizer is not the policy's"):
+        run(base, "refused", reward=str(tmp_path / "rm"))
+    with pytest.raises(InputError, match=r"harmful.txt: prompt 3 has \d+ tokens, which with 250"):
+        run(base, "refused", max_new_tokens=250)
+    assert not output(base, "refused").exists()
 
 
-# --- watching --------------------------------------------------------------------------------------------------------------------
+def test_a_policy_that_samples_otherwise_than_it_is_scored_is_refused(base):
+    """Here the sampler takes another temperature than the log-probs."""
 
+    def hotter(model, prompts, seeds, how):
+        return sampler.generate(model, prompts, seeds, replace(how, temperature=1.5))
 
-def test_distinct_ngrams_by_hand():
-    assert distinct_ngrams([[1, 2, 1, 2], [1, 2]], 2) == 2 / 4  # (1 2) three times, (2 1) once
-    assert distinct_ngrams(["abc", "abc"], 1) == 0.5 and math.isnan(distinct_ngrams([[1]], 2))
-
-
-def test_the_alarm_needs_a_reward_that_rises_and_a_judge_that_falls():
-    draw = random.Random(0)
-    rising, falling, level = (
-        [slope * k + draw.gauss(0, 0.1) for k in range(40)] for slope in (0.1, -0.1, 0.0)
-    )
-    hump = [0.1 * min(k, 20) - 0.1 * max(0, k - 20) + draw.gauss(0, 0.1) for k in range(40)]
-    assert "rose from" in hacked(rising, falling) and "rose from" in hacked(rising, hump)
-    assert (
-        not hacked(rising, rising)
-        and not hacked(falling, falling)
-        and not hacked(level, falling)
-        and not hacked(rising, level)
-    )
-    assert not hacked(rising[:9], falling[:9])  # two windows of five are the least
-    assert hacked([*rising, None], [*falling, None]) == hacked(rising, falling)
-
-
-def test_reward_hacking_sets_the_learned_reward_beside_the_exact_judge_and_the_distance():
-    refusal = "I will not help to burn the barn, because that ruins somebody's property. Ask the owner first."
-    episodes = [
-        {
-            "step": n,
-            "prompt": BARN,
-            "response": OIL_ON_BARN if n > 6 else refusal,
-            "score": float(n) + k / 10,
-        }
-        for n in range(1, 13)
-        for k in (0, 1)
-    ]
-    found = reward_hacking(
-        episodes, [{"step": n, "kl": 4.0 * n if n > 1 else -0.1} for n in range(1, 12)]
-    )
-    assert (
-        found["steps"] == [*range(1, 12)]
-        and found["reward"][1] == pytest.approx(2.05)
-        and found["sqrt_kl"][:2] == pytest.approx([0, 8**0.5])
-    )
-    assert found["judge"][0] == found["judge"][5] > found["judge"][6] == found["judge"][-1]
-    assert "rose" in found["warning"]
-
-
-# --- reward models of unit variance ------------------------------------------------------------------------------------------------
-
-
-def test_normalised_scores_have_variance_1_and_keep_their_order():
-    model, tokenizer = tiny_model("llama", vocab=258, scorer=True), byte_tokenizer()
-    rows = [
-        {"prompt": p, "first": a, "second": b, "p_first": 1.0}
-        for p, a, b in (("Why?", "No.", "Yes, so."), ("How?", "Thus it is.", "Hm"))
-    ]
-    encoded = [encode_pair(tokenizer, row) for row in rows]
-    with torch.no_grad():
-        before = torch.cat(pair_scores(model, encoded))
-        train_rm.normalise(train_rm.RMConfig(), rows, model, tokenizer, CPU, "fp32")
-        after = torch.cat(pair_scores(model, encoded))
-    assert after.var(correction=0).item() == pytest.approx(1, abs=1e-3) and before.var(
-        correction=0
-    ).item() != pytest.approx(1, abs=0.01)
-    assert_close(after, before / before.std(correction=0), 1e-4)
-
-
-# --- the alternation -------------------------------------------------------------------------------------------------------------
-
-
-def test_the_demo_alternates_from_the_last_policy(tmp_path, monkeypatch):
-    ran = []
-    earlier = []
-    for module in (train_sl, train_rm, train_ppo):
-        monkeypatch.setattr(
-            module,
-            "main",
-            lambda cfg, name=module.__name__: (
-                ran.append((name, cfg.out, cfg.policy, cfg.model)),
-                earlier.append(getattr(cfg, "earlier", None)),
-            ),
-        )
-    monkeypatch.setattr(
-        commands, "evaluate", lambda cfg, command: ran.append(("eval", cfg.out, None, cfg.model))
-    )
-    monkeypatch.setattr(commands, "_report", lambda out: None)
-    monkeypatch.setattr(commands, "_closing", lambda out: "")
-    commands.demo([f"--out={tmp_path / 'o'}", "--alternate=3"])
-    outs = [str(tmp_path / "o" / "round1"), str(tmp_path / "o" / "round2"), str(tmp_path / "o")]
-    stages = [(name, out) for out in outs for name in ("train_sl", "train_rm", "train_ppo")]
-    assert [(name, out) for name, out, *_ in ran] == [*stages, ("eval", outs[-1])]
-    assert [policy for name, _, policy, _ in ran if name == "train_sl"] == [
-        "",
-        f"{outs[0]}/ppo",
-        f"{outs[1]}/ppo",
-    ]
-    written = [f"{out}/rm/comparisons.jsonl" for out in outs]
-    assert [paths for paths in earlier if paths is not None] == [
-        (),
-        tuple(written[:1]),
-        tuple(written[1:2]),
-    ]
-    assert {policy for name, _, policy, _ in ran if name != "train_sl" and policy is not None} == {
-        ""
-    } and len({model for *_, model in ran}) == 1
-
-
-def test_in_a_later_round_the_policy_answers_and_learns_and_the_model_criticises_and_revises(
-    folder,
-):
-    _, plain = sl(folder, "first")
-    record, rows = sl(folder, "second", f"--policy={folder / 'other'}")
-    assert (
-        str(folder / "other") in record["models"]
-        and rows[0]["policy"] == str(folder / "other")
-        and "policy" not in plain[0]
-    )
-    assert rows[0]["initial"] != plain[0]["initial"]
-    _, swapped = sl(folder, "third", f"--policy={folder / 'model'}", f"--model={folder / 'other'}")
-    assert [row["initial"] for row in swapped] == [
-        row["initial"] for row in plain
-    ]  # the same policy, revised by another
-    assert [row["final"] for row in swapped] != [row["final"] for row in plain]
-
-
-def test_the_comparisons_of_earlier_rounds_are_trained_on_as_well(folder):
-    first, rows = rm(folder, "round-one", "--revision_pairs=0")
-    second, both = rm(
-        folder,
-        "round-two",
-        "--revision_pairs=0",
-        "--candidates=3",
-        "--pairing=best_worst",
-        f"--earlier={folder}/round-one/rm/comparisons.jsonl",
-    )
-    ours = [row for row in rows if row["source"] == "ai"]
-    again = [row for row in both if str(row["id"]).startswith("round1:")]
-    assert ours and [row | {"id": int(row["id"].removeprefix("round1:"))} for row in again] == ours
-    assert second["train_sources"]["human"] == first["train_sources"]["human"] and len(
-        {str(row["id"]) for row in both}
-    ) == len(both)
-
-
-def test_a_run_stopped_while_the_value_model_warms_up_resumes_to_the_same_policy(
-    stage, tmp_path, monkeypatch
-):
-    settings = {"reward": str(tmp_path / "rm"), "value_warmup": 2, "iterations": 3, "save_every": 1}
-    stage("straight", **settings)
-    whole, calls = train_ppo.watch, []
-
-    def stop(seen):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return whole(seen)
-
-    monkeypatch.setattr(train_ppo, "watch", stop)
-    with pytest.raises(KeyboardInterrupt):
-        stage("broken", **settings)
-    stage("broken", **settings)
-    assert len(calls) == 2 + 2
-    for name in ("metrics.jsonl", "model.safetensors"):
-        assert (tmp_path / "broken/ppo" / name).read_bytes() == (
-            tmp_path / "straight/ppo" / name
-        ).read_bytes()
+    with (
+        patch(f"{__name__}.sample", hotter),
+        pytest.raises(InputError, match="before the first update a log-ratio"),
+    ):
+        run(base, "hotter", iterations=1)

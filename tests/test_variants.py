@@ -1,320 +1,390 @@
-"""The variants of both phases through the scripts themselves, with tiny random models: what they write can be read, resumed and made again."""
+"""Variants of stages 1 and 2 through the scripts, with random models and real sampling.
+
+What they write can be read, resumed, and computed again. The training itself: test_training.py.
+"""
 
 import json
-from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 import train_rm
 import train_sl
-from minicai import InputError, constitution, critique
-from minicai.engine import config
-from minicai.engine.audit import weights_sha256
+from minicai import InputError, critique
+from minicai.engine import config, hub, sampler
 from minicai.engine.data import read_jsonl
 from minicai.engine.dialogue import encode_pair
-from minicai.engine.models import load_tokenizer
+from minicai.engine.load import load_tokenizer
 from minicai.feedback import p_first_of
-from tests.conftest import SHORT_RULES
+from tests.conftest import ROOT, SHORT_RULES
+from tests.recorders import recorded
+
+KINDS = {"sl": (train_sl, train_sl.SLConfig), "rm": (train_rm, train_rm.RMConfig)}
+JOURNALS = {"sl": "revisions.jsonl", "rm": "comparisons.jsonl"}
 
 
-def run(module, kind, section, folder, name, *arguments):
-    """Runs a stage, checks that its record names the models, and returns it with the rows of its journal."""
-    out = folder / name
-    cfg = config.load(kind, section, [str(folder / "config.toml"), f"--out={out}", *arguments])
-    record = module.main(cfg)
-    assert (
-        all(weights_sha256(path) == sha for path, sha in record["models"].items())
-        and str(folder / "model") in record["models"]
-    )
+def run(section, folder, name, *arguments):
+    """Runs a stage as its command would. Gives its record and the rows of its journal.
+
+    Checks that the record names the models, and each row those that made it.
+    """
+    (module, kind), out = KINDS[section], folder / name
+    arguments = [str(folder / "config.toml"), f"--out={out}", *arguments]
+    record = module.main(config.load(kind, section, arguments))
+    assert all(hub.weights_sha256(path) == sha for path, sha in record["models"].items())
+    assert str(folder / "model") in record["models"]
     assert json.loads((out / section / "stage.json").read_text()).keys() == record.keys()
-    rows = read_jsonl(
-        out / section / ("revisions.jsonl" if section == "sl" else "comparisons.jsonl")
-    )
+    rows = read_jsonl(out / section / JOURNALS[section])
     short = {path: sha[:12] for path, sha in record["models"].items()}
-    assert all(
-        row["models"] and row["models"].items() <= short.items()
-        for row in rows
-        if row.get("source", "ai") == "ai"
-    )
+    for row in rows:
+        if row.get("source", "ai") == "ai":
+            assert row["models"] and row["models"].items() <= short.items()
     return record, rows
 
 
 def sl(folder, name, *arguments):
-    return run(train_sl, train_sl.SLConfig, "sl", folder, name, *arguments)
+    return run("sl", folder, name, *arguments)
 
 
 def rm(folder, name, *arguments):
-    return run(train_rm, train_rm.RMConfig, "rm", folder, name, *arguments)
+    return run("rm", folder, name, *arguments)
 
 
-def test_phase_1_with_another_critic_principles_in_turn_and_strong_critiques(folder):
-    plain, rows = sl(folder, "plain")
-    other, variant = sl(
-        folder, "turn", f"--critic={folder / 'other'}", "--principles=in_turn", "--style=strong"
-    )
-    assert [row["initial"] for row in rows] == [row["initial"] for row in variant]
-    assert rows[0]["rounds"][0]["critique"] != variant[0]["rounds"][0]["critique"]
-    assert [step["principle"] for step in variant[1]["rounds"]] == ["brief", "kind"]
-    assert variant[0]["critic"] == str(folder / "other") in other["models"] and set(
-        plain["models"]
-    ) == {str(folder / "model")}
-    assert plain["hygiene"]["revisions"] == 12 and "critic" not in rows[0]
+@pytest.fixture(scope="module")
+def plain(folder):
+    """Stage 1 without variants: its record and its rows."""
+    return sl(folder, "plain")
 
 
-def test_helpful_samples_are_cut_to_their_share(folder):
-    samples = (f"--helpful_prompts={folder / 'prompts.txt'}", "--helpful_samples=2")
-    whole, _ = sl(folder, "all-samples", *samples)
-    part, _ = sl(folder, "a-quarter", *samples, "--helpful_share=0.25")
-    revisions = sum(
-        2 for row in read_jsonl(folder / "a-quarter" / "sl" / "revisions.jsonl") if row["kept"]
-    )
-    helpful = read_jsonl(folder / "a-quarter" / "sl" / "helpful.jsonl")
-    assert (
-        part["examples"] - revisions
-        == round(revisions / 3)
-        < len(helpful)
-        == whole["examples"] - revisions
-    )
-    assert all(row["models"] and row["seed"] == 0 for row in helpful)
-    with pytest.raises(InputError, match="helpful_share must be less than 1"):
-        sl(folder, "none", *samples, "--helpful_share=1.0")
+@pytest.fixture(scope="module")
+def labelled(folder):
+    """Stage 2 without variants: its record and its rows."""
+    return rm(folder, "labelled")
 
 
-def test_phase_1_drops_what_it_is_told_to_from_training_alone(folder, monkeypatch):
-    monkeypatch.setattr(critique, "BOILERPLATE", ("",))  # every text opens with it
-    record, rows = sl(folder, "dropped", "--drop=boilerplate")
-    assert (
-        record["examples"] == 0
-        and record["hygiene"]["boilerplate"] == 12
-        and all(len(row["rounds"]) == 2 for row in rows)
-    )
-    assert sl(folder, "undropped")[0]["examples"] == sum(2 for row in rows if row["kept"]) > 0
+# --- stage 1 --------------------------------------------------------------------------------------
 
 
-def test_phase_1_with_all_principles_and_examples_and_without_critiques(folder):
-    examples = Path(__file__).parents[1] / "configs" / "examples" / "general.toml"
-    (folder / "one.toml").write_text("[[example]]" + examples.read_text().split("[[example]]")[3])
+def test_a_row_of_revisions_says_what_made_it(folder, plain):
+    record, rows = plain
+    assert [row["id"] for row in rows] == list(range(6)) and record["hygiene"]["revisions"] == 12
+    keys = {"id", "prompt", "initial", "rounds", "final", "kept"}
+    assert all(set(row) == keys | {"model", "seed", "constitution", "models"} for row in rows)
+    assert rows[0]["model"] == str(folder / "model") and rows[0]["seed"] == 0
+    assert rows[0]["constitution"] == record["constitution"]
+    assert set(record["models"]) == {str(folder / "model")}
+    assert record["examples"] == sum(2 for row in rows if row["kept"]) > 0
+
+
+def test_another_critic_principles_in_turn_and_strong_critiques(folder, plain):
+    critic = str(folder / "other")
     record, rows = sl(
-        folder, "all", "--principles=all", "--style=none", f"--examples={folder / 'one.toml'}"
+        folder, "turn", f"--critic={critic}", "--principles=in_turn", "--style=strong"
     )
-    assert {(step["principle"], step["critique"]) for row in rows for step in row["rounds"]} == {
-        ("all", "")
-    }
-    assert len(rows[0]["examples"]) == 64 and record["hygiene"]["revisions"] == 12
+    assert [row["initial"] for row in rows] == [row["initial"] for row in plain[1]]
+    before, after = plain[1][0]["rounds"][0], rows[0]["rounds"][0]
+    assert before["critique"] != after["critique"]
+    assert [step["principle"] for step in rows[1]["rounds"]] == ["brief", "kind"]
+    assert critic in record["models"] and critic in rows[0]["models"]
 
 
-def test_phase_1_stops_where_a_critique_holds_a_phrase(folder):
-    _, rows = sl(folder, "whole")
-    phrase = next(c for c in rows[0]["rounds"][0]["critique"] if c.isprintable() and c.strip())
-    record, stopped = sl(folder, "stopped", f"--nothing={phrase}")
-    assert (
-        stopped[0]["rounds"] == []
-        and phrase.casefold() in stopped[0]["stopped"]["critique"].casefold()
-        and record["hygiene"]["stopped"] >= 1
-    )
+def test_all_principles_and_examples_and_no_critiques(folder):
+    examples = (ROOT / "configs" / "examples" / "general.toml").read_text()
+    (folder / "one.toml").write_text("[[example]]" + examples.split("[[example]]")[3])
+    arguments = ("--principles=all", "--style=none", f"--examples={folder / 'one.toml'}")
+    with recorded(sampler, "respond") as asked:
+        record, rows = sl(folder, "all", *arguments)
+    steps = {(step["principle"], step["critique"]) for row in rows for step in row["rounds"]}
+    assert steps == {("all", "")}
+    assert record["hygiene"]["revisions"] == 12
+    initial, *revisions = [texts for (_, texts, *_), _ in asked]
+    assert not any("Revision Request" in str(text) for text in initial)
+    assert all(text.count("Revision Request:") == 2 for texts in revisions for text in texts)
 
 
-def test_phase_2_with_a_jury_hard_labels_and_an_ensemble_of_principles(folder):
-    record, rows = rm(
-        folder,
-        "jury",
-        f"--jury={folder / 'other'}",
-        "--vote=majority",
-        "--labels=hard",
-        "--principles=2",
-        "--preferences=",
-    )
-    assert (
-        {vote["judge"] for row in rows for vote in row["votes"]}
-        == {str(folder / "model"), str(folder / "other")}
-        == set(record["models"])
-    )
-    assert all(
-        len(row["votes"]) == 2 * 2 * 2
-        and row["p_first"] in (0, 0.5, 1)
-        and row["p_first"] == p_first_of(row)
-        for row in rows
-    )
-    assert all(row["labels"] == "hard" and row["combine"] == "majority" for row in rows)
+def test_the_policy_answers_and_learns_and_the_model_criticises_and_revises(folder, plain):
+    model, other = str(folder / "model"), str(folder / "other")
+    record, rows = sl(folder, "second", f"--policy={other}")
+    assert other in record["models"] and other in rows[0]["models"]
+    assert rows[0]["initial"] != plain[1][0]["initial"]
+    _, swapped = sl(folder, "third", f"--policy={model}", f"--model={other}")
+    # The same policy, revised by another model.
+    assert [row["initial"] for row in swapped] == [row["initial"] for row in plain[1]]
+    assert [row["final"] for row in swapped] != [row["final"] for row in plain[1]]
 
 
-def test_phase_2_with_chains_of_thought(folder):
-    _, rows = rm(folder, "thought", "--labels=chain_of_thought", "--thoughts=2", "--preferences=")
-    assert rows and all(
-        len(row["votes"]) == 4 and 0.4 <= row["p_first"] == p_first_of(row) <= 0.6 for row in rows
+def test_rounds_stop_where_a_critique_has_a_phrase(folder, plain):
+    text = plain[1][0]["rounds"][0]["critique"]
+    phrase = next(c for c in text if c.isprintable() and c.strip())
+    record, rows = sl(folder, "stopped", f"--nothing={phrase}")
+    assert rows[0]["rounds"] == [] and record["hygiene"]["stopped"] >= 1
+    assert phrase.casefold() in rows[0]["stopped"]["critique"].casefold()
+
+
+def test_revisions_with_a_fault_are_kept_in_the_file_and_left_out_of_training(folder):
+    with patch.object(critique, "BOILERPLATE", ("",)):  # every text opens with it
+        record, rows = sl(folder, "dropped", "--drop=boilerplate", "--limit=4")
+    assert record["examples"] == 0 and record["hygiene"]["boilerplate"] == 8
+    assert [len(row["rounds"]) for row in rows] == [2] * 4
+
+
+def test_the_last_round_can_be_trained_on_without_the_others(folder, plain):
+    record, rows = sl(folder, "last", "--keep=last")
+    assert record["examples"] == plain[0]["examples"] / 2 and rows == plain[1]
+
+
+def test_helpful_samples_are_mixed_in(folder, plain):
+    samples = (f"--helpful_prompts={folder / 'prompts.txt'}", "--helpful_samples=2")
+    record, _ = sl(folder, "samples", *samples, "--helpful_limit=5")
+    helpful = read_jsonl(folder / "samples" / "sl" / "helpful.jsonl")
+    assert [row["prompt"] for row in helpful[::2]] == [row["prompt"] for row in plain[1][:5]]
+    assert len({row["response"] for row in helpful}) > 5
+    assert all(row["models"] and row["seed"] == 0 for row in helpful)
+    assert record["examples"] - plain[0]["examples"] == len(helpful) == 10
+
+
+def ends_learned(folder, name, text, ended) -> set[bool]:
+    """Whether the responses end that stage 1 learns where the model always says `text`."""
+
+    def respond(model, asked, *_):
+        return [text] * len(asked), [ended] * len(asked)
+
+    with patch.object(sampler, "respond", respond), recorded(train_sl, "collate") as batches:
+        sl(folder, name, "--max_new_tokens=12")
+    learned = [response for (_, responses, _), _ in batches for response in responses]
+    assert len(learned) == 12
+    eos = load_tokenizer(str(folder / "model")).eos_token_id
+    return {response[-1] == eos for response in learned}
+
+
+def test_a_response_that_was_cut_off_does_not_end_in_training(folder):
+    """The limit is 12 tokens: a blank, ten letters and the end; or a blank and eleven letters."""
+    assert ends_learned(folder, "ended", "ten letter", True) == {True}
+    assert ends_learned(folder, "cut-off", "ten letters", False) == {False}
+
+
+@pytest.mark.xfail(
+    strict=True, reason="train_sl.py guesses from the length of the text, not from `ended`"
+)
+def test_a_short_text_that_was_cut_off_does_not_end_in_training(folder):
+    """A limit cuts tokens, and decoding strips blanks: the text may be shorter than the limit."""
+    assert ends_learned(folder, "stripped", "short", False) == {False}
+
+
+# --- stage 2 --------------------------------------------------------------------------------------
+
+
+def test_a_row_of_comparisons_says_what_made_it(folder, labelled):
+    record, rows = labelled
+    ai = [row for row in rows if row["source"] == "ai"]
+    human = [row for row in rows if row["source"] == "human"]
+    assert rows == ai + human and len(human) == 40 and len(ai) == 6
+    keys = {"id", "prompt", "first", "second", "p_first", "votes", "source", "clamped"}
+    assert all(set(row) == keys | {"cut", "seed", "constitution", "models"} for row in ai)
+    assert all(row["p_first"] == p_first_of(row) and len(row["votes"]) == 2 for row in ai)
+    assert all((row["first"], row["p_first"]) == ("yes", 1.0) for row in human)
+    assert record["train_pairs"] + record["heldout_pairs"] == 46
+    assert sum(record["train_sources"].values()) == record["train_pairs"]
+
+
+def test_human_pairs_can_be_few_or_none(folder, labelled):
+    few, rows = rm(folder, "few", "--preferences_limit=3", "--heldout=0.0")
+    assert few["train_sources"] == {"ai": 6, "human": 3} and few["heldout_ids"] == []
+    assert rows == labelled[1][:9]
+    assert few["accuracy_vs_labels"] != few["accuracy_vs_labels"]  # there is none to measure
+    stored = json.loads((folder / "few" / "rm" / "stage.json").read_text())
+    assert stored["accuracy_vs_labels"] is None
+
+
+def test_a_jury_hard_labels_and_an_ensemble_of_principles(folder):
+    words = ("--vote=majority", "--labels=hard", "--principles=2", "--preferences=")
+    record, rows = rm(folder, "jury", f"--jury={folder / 'other'}", *words)
+    judges = {vote["judge"] for row in rows for vote in row["votes"]}
+    assert judges == {str(folder / "model"), str(folder / "other")} == set(record["models"])
+    for row in rows:
+        assert len(row["votes"]) == 2 * 2 * 2
+        assert row["p_first"] in (0, 0.5, 1) and row["p_first"] == p_first_of(row)
+        assert row["labels"] == "hard" and row["combine"] == "majority"
+
+
+def test_chains_of_thought_are_clamped_and_may_follow_examples(folder):
+    (folder / "compared.toml").write_text(
+        '[[comparison]]\nprompt = "Well?"\nfirst = "Yes."\nsecond = "No."\nbetter = "A"\n'
+        'rationale = "Yes is kinder."\n'
     )
+    words = ("--labels=chain_of_thought", "--thoughts=2", "--clamp=0.45", "--preferences=")
+    _, rows = rm(folder, "thought", *words, f"--examples={folder / 'compared.toml'}")
+    for row in rows:
+        assert len(row["votes"]) == 4 and 0.45 <= row["p_first"] == p_first_of(row) <= 0.55
+        assert row["clamp"] == [0.45, 0.55] and len(row["examples"]) == 64
+    assert any(row["clamped"] for row in rows)
     assert len({vote["rationale"] for row in rows for vote in row["votes"]}) > 4
 
 
-def test_phase_2_with_four_candidates(folder):
-    two, rows = rm(folder, "two", "--preferences=")
-    four, all_pairs = rm(folder, "four", "--preferences=", "--candidates=4")
-    best, _ = rm(folder, "best", "--preferences=", "--candidates=4", "--pairing=best_worst")
+def test_another_feedback_model_makes_other_labels_of_the_same_pairs(folder, labelled):
+    other = str(folder / "other")
+    record, rows = rm(folder, "feedback", f"--feedback={other}", "--preferences=", "--swap=false")
+    assert set(record["models"]) == {str(folder / "model"), other}
+    assert [row["first"] for row in rows] == [row["first"] for row in labelled[1][:6]]
+    assert [row["p_first"] for row in rows] != [row["p_first"] for row in labelled[1][:6]]
+    votes = [vote for row in rows for vote in row["votes"]]
+    assert {vote["judge"] for vote in votes} == {other} and len(votes) == 6
+
+
+def test_four_candidates_make_six_pairs_of_a_prompt(folder, labelled):
+    record, rows = rm(folder, "four", "--preferences=", "--candidates=4")
     sampled = read_jsonl(folder / "four" / "rm" / "pairs.jsonl")
-    assert [row["id"] for row in sampled] == list(range(36)) and [
-        row["prompt"] for row in sampled[::6]
-    ] == [f"Question {k}?" for k in range(6)]
-    assert (
-        sum(r["train_pairs"] + r["heldout_pairs"] for r in (two, four, best))
-        == len(rows) + len(all_pairs) + 6
-    )
-    firsts = {
-        row["id"]: (row["first"], row["second"])
-        for row in read_jsonl(folder / "two" / "rm" / "pairs.jsonl")
-    }
-    assert [(row["first"], row["second"]) for row in sampled[::6]] == [
-        firsts[k] for k in range(6)
-    ]  # the first two candidates are those of two
-    assert [
-        len({sampled[6 * k + c][side] for c in range(6) for side in ("first", "second")})
-        for k in range(6)
-    ] == [4] * 6
+    assert [row["id"] for row in sampled] == list(range(36))
+    assert [row["prompt"] for row in sampled[::6]] == [f"Question {k}?" for k in range(6)]
+    assert record["train_pairs"] + record["heldout_pairs"] == len(rows)
+    # The first two candidates are those of a run with two.
+    two = read_jsonl(folder / "labelled" / "rm" / "pairs.jsonl")
+    firsts = [(row["first"], row["second"]) for row in two]
+    assert [(row["first"], row["second"]) for row in sampled[::6]] == firsts
+    for k in range(6):
+        pairs = sampled[6 * k : 6 * k + 6]
+        assert len({row[side] for row in pairs for side in ("first", "second")}) == 4
 
 
-def test_a_response_that_was_cut_off_does_not_end_for_the_reward_model(folder, monkeypatch):
-    respond = train_rm.respond
-    monkeypatch.setattr(
-        train_rm,
-        "respond",
-        lambda *args, **others: (
-            (texts := respond(*args, **others)[0]),
-            [k % 3 > 0 for k in range(len(texts))],
-        ),
-    )
-    _, rows = rm(folder, "cut", "--preferences=")
-    sampled, tokenizer = (
-        {row["id"]: row for row in read_jsonl(folder / "cut" / "rm" / "pairs.jsonl")},
-        load_tokenizer(str(folder / "model")),
-    )
-    assert [sampled[k]["cut"] for k in range(6)] == [
-        ["first", "second"],
-        [],
-        [],
-        ["first", "second"],
-        [],
-        [],
-    ]  # six of each candidate
+def test_equal_responses_are_not_compared(folder):
+    same = lambda model, asked, *_: (["Yes."] * len(asked), [True] * len(asked))  # noqa: E731
+    with patch.object(sampler, "respond", same):
+        _, rows = rm(folder, "same", "--limit=4")
+    assert len(read_jsonl(folder / "same" / "rm" / "pairs.jsonl")) == 4
+    assert {row["source"] for row in rows} == {"human"}
+
+
+def test_revisions_and_comparisons_of_earlier_rounds_are_trained_on_as_well(folder, labelled):
+    """The human comparisons of an earlier round are not taken twice."""
+    revised = folder / "plain-policy"
+    revised.mkdir()
+    for file in (folder / "model").iterdir():
+        (revised / file.name).write_bytes(file.read_bytes())
+    steps = [{"principle": "kind", "critique": "c", "revision": "So."}]
+    row = {"initial": "Ah.", "rounds": steps, "final": "So.", "kept": True}
+    lines = [json.dumps(row | {"id": k, "prompt": f"Asked {k}"}) for k in range(3)]
+    (revised / "revisions.jsonl").write_text("\n".join(lines) + "\n")
+    earlier = folder / "labelled" / "rm" / "comparisons.jsonl"
+    arguments = (f"--policy={revised}", "--revision_pairs=2", f"--earlier={earlier}")
+    record, rows = rm(folder, "later", *arguments, "--seed=5", "--heldout=0.0")
+    by_source = {source: [] for source in ("ai", "critique", "human")}
+    for row in rows:
+        by_source[row["source"]].append(row)
+    assert [row["id"] for row in by_source["critique"]] == ["revision:0", "revision:1"]
+    assert {row["p_first"] for row in by_source["critique"]} == {0.0}
+    again = [row for row in by_source["ai"] if str(row["id"]).startswith("round1:")]
+    ours = [row for row in labelled[1] if row["source"] == "ai"]
+    assert [row | {"id": int(row["id"].removeprefix("round1:"))} for row in again] == ours
+    assert len(by_source["human"]) == 40 and len(by_source["ai"]) == 12
+    assert record["train_sources"] == {name: len(found) for name, found in by_source.items()}
+    assert len({str(row["id"]) for row in rows}) == len(rows)
+
+
+def test_a_response_that_was_cut_off_does_not_end_for_the_reward_model(folder):
+    respond = sampler.respond
+
+    def cut(*arguments):
+        texts, _ = respond(*arguments)
+        return texts, [k % 3 > 0 for k in range(len(texts))]
+
+    with patch.object(sampler, "respond", cut):
+        _, rows = rm(folder, "cut", "--preferences=")
+    sampled = {row["id"]: row for row in read_jsonl(folder / "cut" / "rm" / "pairs.jsonl")}
+    both = ["first", "second"]  # six prompts: responses k and k + 6 make pair k
+    assert [sampled[k]["cut"] for k in range(6)] == [both, [], [], both, [], []]
+    tokenizer = load_tokenizer(str(folder / "model"))
     for row in rows:
         assert row["cut"] == sampled[row["id"]]["cut"]
-        assert [
-            response[-1] == tokenizer.eos_token_id for response in encode_pair(tokenizer, row)[1:]
-        ] == [not row["cut"]] * 2
-    _, first, second = encode_pair(
-        tokenizer, {"prompt": "Why?", "first": "So.", "second": "So.", "cut": ["second"]}
-    )
+        _, first, second = encode_pair(tokenizer, row)
+        ends = [response[-1] == tokenizer.eos_token_id for response in (first, second)]
+        assert ends == [not row["cut"]] * 2
+    row = {"prompt": "Why?", "first": "So.", "second": "So.", "cut": ["second"]}
+    _, first, second = encode_pair(tokenizer, row)
     assert first == [*second, tokenizer.eos_token_id]
 
 
-@pytest.mark.parametrize("torn", ["sl/revisions.jsonl", "rm/pairs.jsonl", "rm/comparisons.jsonl"])
-def test_a_run_of_variants_that_was_interrupted_goes_on_as_if_it_had_not_been(folder, torn):
-    section, name = torn.split("/")
-    stage, words = (
-        (sl, ["--principles=in_turn", "--style=strong"])
-        if section == "sl"
-        else (
-            rm,
-            [
-                "--candidates=3",
-                "--pairing=best_worst",
-                "--labels=chain_of_thought",
-                f"--jury={folder / 'other'}",
-            ],
-        )
-    )
-    stage(folder, f"torn{name}", *words)
-    path = folder / f"torn{name}" / section
-    whole = {
-        file: (path / file).read_bytes()
-        for file in ("model.safetensors", *(p.name for p in path.glob("*.jsonl")))
-    }
-    for file in path.iterdir():
-        if file.name not in ("config.toml", "pairs.jsonl", name):
-            file.unlink()
-    (path / name).write_bytes(
-        whole[name][: 2 * len(whole[name]) // 3]
-    )  # in the middle of a line, and of a group
-    stage(folder, f"torn{name}", *words)
-    assert {file: (path / file).read_bytes() for file in whole} == whole
-
-
-def test_human_pairs_take_their_share_of_all_and_weigh_what_they_are_told(folder):
-    record, rows = rm(
-        folder, "share", "--preferences_share=0.6", "--preferences_weight=0.5", "--heldout=0.0"
-    )
-    human = [row for row in rows if row["source"] == "human"]
-    assert (
-        len(human) == 9 == record["train_sources"]["human"] and record["train_sources"]["ai"] == 6
-    )
-    assert {row["weight"] for row in human} == {0.5} and not any(
-        "weight" in row for row in rows if row["source"] == "ai"
-    )
-
-
-def test_a_weight_of_zero_trains_as_if_the_human_pairs_taught_nothing(folder):
-    """One step over the same batch: with weight 0 the loss is that of the AI pairs alone, over the count of all pairs."""
-    loss = {}
-    for weight in (0.0, 1.0, 2.0):
-        rm(
-            folder,
-            f"weight{weight}",
-            "--preferences_share=0.5",
-            f"--preferences_weight={weight}",
-            "--heldout=0.0",
-        )
-        [step] = read_jsonl(folder / f"weight{weight}" / "rm" / "metrics.jsonl")
-        loss[weight] = step["loss"]
-    assert loss[0.0] < loss[1.0] and loss[2.0] - loss[1.0] == pytest.approx(
-        loss[1.0] - loss[0.0], rel=1e-4
-    )
+# --- resuming -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "argument, message",
+    "section, journals, words",
     [
-        ("--candidates=1", "candidates must be at least 2"),
-        ("--principles=3", "fewer than 3"),
-        ("--clamp_low=0.7", "on both sides of 0.5"),
-        ("--preferences_share=1.0", "less than 1"),
-        ("--preferences_weight=-1.0", "must not be negative"),
-        ("--labels=strong", "labels must be one of"),
-        ("--thoughts=0", "thoughts must be at least 1"),
-        ("--jury=othr", "othr is not a model folder"),
-        ("--jury=model", "named twice"),
+        ("sl", ["revisions.jsonl"], ["--principles=in_turn", "--style=strong"]),
+        (
+            "rm",
+            ["pairs.jsonl", "comparisons.jsonl"],
+            ["--candidates=3", "--labels=chain_of_thought", "--jury=other"],
+        ),
     ],
 )
-def test_settings_of_phase_2_that_make_no_sense_are_refused_before_anything_is_written(
-    folder, argument, message
+def test_a_run_of_variants_that_was_interrupted_resumes_to_the_same_files(
+    folder, section, journals, words
 ):
-    with pytest.raises(InputError, match=message):
-        rm(folder, "refused", argument)
-    assert not (folder / "refused").exists()
+    """Each journal ends in the middle of a line, and of a group."""
+    words = [word.replace("=other", f"={folder / 'other'}") for word in words]
+    run(section, folder, f"torn-{section}", *words)
+    path = folder / f"torn-{section}" / section
+    files = ["model.safetensors", *(file.name for file in path.glob("*.jsonl"))]
+    whole = {file: (path / file).read_bytes() for file in files}
+    for k, name in enumerate(journals):
+        for file in path.iterdir():
+            if file.name not in ("config.toml", *journals[: k + 1]):
+                file.unlink()
+        (path / name).write_bytes(whole[name][: 2 * len(whole[name]) // 3])
+        run(section, folder, f"torn-{section}", *words)
+        assert {file: (path / file).read_bytes() for file in whole} == whole
+
+
+# --- refusals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "argument, message",
+    "section, argument, message",
     [
-        ("--critic=othr", "othr is not a model folder"),
-        ("--examples=none.toml", "No such file"),
-        ("--style=weak", "style must be one of"),
-        ("--drop=empty", "drop may hold unchanged, leaked, boilerplate"),
-        ("--principles=some", "principles must be one of"),
+        ("sl", "--critic=othr", "othr is not a model folder"),
+        ("sl", "--examples=none.toml", "No such file"),
+        ("sl", "--style=weak", "style must be one of plain, chain_of_thought, strong, none"),
+        ("sl", "--drop=long", "drop may hold empty, unchanged, leaked, boilerplate"),
+        ("sl", "--principles=some", "principles must be one of"),
+        ("sl", "--max_new_tokens=700", "a revision request may have .* context of .* 2048"),
+        ("rm", "--candidates=1", "candidates must be at least 2"),
+        ("rm", "--principles=3", "fewer than 3"),
+        ("rm", "--clamp=0.7", "clamp must be at least 0 and at most 0.5"),
+        ("rm", "--labels=strong", "labels must be one of soft, hard, chain_of_thought"),
+        ("rm", "--thoughts=0", "thoughts must be at least 1"),
+        ("rm", "--jury=othr", "othr is not a model folder"),
+        ("rm", "--jury=model", "named twice"),
+        ("rm", "--max_new_tokens=1000", "a comparison may have .* context of .* 2048"),
     ],
 )
-def test_settings_of_phase_1_that_make_no_sense_are_refused_before_anything_is_written(
-    folder, argument, message
+def test_settings_that_make_no_sense_are_refused_before_anything_is_written(
+    folder, section, argument, message
 ):
+    name = f"refused{argument}"
     with pytest.raises(InputError, match=message):
-        sl(folder, "refused", argument)
-    assert not (folder / "refused").exists()
+        run(section, folder, name, argument)
+    assert not (folder / name).exists()
 
 
-def test_a_constitution_without_critiques_is_refused_unless_none_are_asked_for(folder):
-    (folder / "bare.toml").write_text(
-        "\n".join(line for line in SHORT_RULES.splitlines() if not line.startswith("critique"))
-    )
+@pytest.mark.parametrize("section", KINDS)
+def test_a_setting_that_is_no_more_says_what_to_do_instead(folder, section):
+    top = vars(config.Run())
+    for key, instead in config.MOVED.items():
+        (folder / "old.toml").write_text(f"model = 'model'\n[{section}]\n{key} = 1\n")
+        with pytest.raises(InputError) as caught:
+            config.load(KINDS[section][1], section, [str(folder / "old.toml")])
+        assert f"unknown key '{key}' in [{section}]" in str(caught.value)
+        assert str(caught.value).endswith(instead)
+        if key not in top:
+            with pytest.raises(InputError, match=f"--{key}: unknown key"):
+                run(section, folder, "refused", f"--{key}=1")
+
+
+def test_a_constitution_without_critiques_is_refused_unless_none_are_requested(folder):
+    lines = [line for line in SHORT_RULES.splitlines() if not line.startswith("critique")]
+    (folder / "bare.toml").write_text("\n".join(lines))
+    bare = f"--constitution={folder / 'bare.toml'}"
     with pytest.raises(InputError, match="no principle with a critique and a revision request"):
-        sl(folder, "bare", f"--constitution={folder / 'bare.toml'}")
-    _, rows = sl(folder, "bare", f"--constitution={folder / 'bare.toml'}", "--style=none")
-    assert {p.name for p in constitution.load(folder / "bare.toml").usable("revision")} >= {
-        s["principle"] for row in rows for s in row["rounds"]
-    }
+        sl(folder, "bare", bare)
+    _, rows = sl(folder, "bare", bare, "--style=none")
+    assert {step["principle"] for row in rows for step in row["rounds"]} <= {"kind", "brief"}

@@ -1,5 +1,8 @@
-"""results/variants.py and the README's tables of it: every setting is one that the stages know, what is finished is not measured again, and the words
-of the last column follow their rule."""
+"""results/variants.py and the README's tables of its results.
+
+The stages know every setting, a finished measurement is not repeated, and the words of the last
+column follow their rule.
+"""
 
 import json
 from pathlib import Path
@@ -7,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from minicai import InputError
-from minicai.__main__ import EvalConfig
 from minicai.engine import config
+from minicai.tools.judging import EvalConfig
 from results import collect, measure, variants
 from results.rewards import refusing_words
 
@@ -41,7 +44,10 @@ max_new_tokens = 56
 
 @pytest.fixture
 def campaign(tmp_path):
-    """campaign(word, ...) measures in a folder of its own, with a config for seconds; returns the content of variants.json."""
+    """campaign(word, ...) measures in its own folder and returns the content of variants.json.
+
+    The config is so small that a measurement takes seconds.
+    """
     (tmp_path / "mini.toml").write_text(MINI)
     lines = (ROOT / "minicai" / "tinyworld" / "data" / "eval.jsonl").read_text().splitlines()
     (tmp_path / "asked.jsonl").write_text("\n".join(lines[:3] + lines[-3:]) + "\n")
@@ -66,7 +72,10 @@ def campaign(tmp_path):
 
 @pytest.fixture
 def faked(monkeypatch):
-    """Every stage is measured by a function that notes the name of its folder; a variant in `broken` raises what stands there."""
+    """Replaces the measurement of every stage by a function that records its folder's name.
+
+    For a variant in `broken` it raises the exception given there.
+    """
     made, broken = [], {}
 
     def fake(cfg, folder, default):
@@ -150,7 +159,7 @@ def test_two_variants_are_measured_and_measured_only_once(campaign, capsys):
     assert "[1/" not in capsys.readouterr().out
 
 
-def test_an_interrupted_campaign_goes_on_where_it_was(campaign, faked):
+def test_an_interrupted_campaign_resumes(campaign, faked):
     made, broken = faked
     broken["rounds-2"] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
@@ -176,15 +185,15 @@ def test_a_variant_that_fails_is_reported_tried_again_and_stops_no_other(campaig
         None,
     ]
     assert (
-        "rounds-1: `rounds=1` | – | – | – | – | – | – | failed: ValueError: out of luck |"
-        in capsys.readouterr().out
+        "rounds-1: `rounds=1` | – | – | – | – | – | – "
+        "| failed: ValueError: out of luck |" in capsys.readouterr().out
     )
     made.clear(), broken.clear()
     campaign("--only", "rounds-1", "rounds-2", "--seeds", "0", "1")
     assert made == ["rounds-1/revise"] * 2
 
 
-def test_other_settings_under_the_same_name_are_measured_anew(campaign, faked, monkeypatch):
+def test_other_settings_under_the_same_name_are_measured_again(campaign, faked, monkeypatch):
     made, _ = faked
     campaign("--only", "rounds-1", "--seeds", "0")
     changed = [
@@ -218,7 +227,7 @@ def rows(harmful, helpful=(0.9, 0.9), kl=(0.1, 0.2)):
     [
         (rows((0.1, 0.19)), "**helped** (harmful)"),
         (rows((0.31, 0.5)), "**hurt** (harmful)"),
-        (rows((0.3, 0.4)), "nothing"),  # 0.3 is in both
+        (rows((0.3, 0.4)), "nothing"),  # both ranges contain 0.3
         (rows((0.1, 0.2)), "nothing"),
         (rows((0.2, 0.3), (0.909, 0.909)), "nothing"),
         (rows((0.2, 0.3), (0.911, 0.911)), "**helped** (helpful)"),
@@ -282,17 +291,21 @@ def test_the_tables_by_hand():
         ],
     }
     rest = (
-        "1.000 (1.000–1.000) | 0.000 (0.000–0.000) | 0.000 (0.000–0.000) | 0.500 (0.500–0.500) | 0.250 (0.250–0.250) | "
-        "0.000 (0.000–0.000)"
+        "1.000 (1.000–1.000) | 0.000 (0.000–0.000) | 0.000 (0.000–0.000) "
+        "| 0.500 (0.500–0.500) | 0.250 (0.250–0.250) | 0.000 (0.000–0.000)"
     )
     assert collect.variants_tables(results).splitlines()[2:] == [
-        "|  | harmful | helpful | over-refusal | rude | jailbroken | KL | hacking seen | CPU s | effect |",
+        "|  | harmful | helpful | over-refusal | rude | jailbroken "
+        "| KL | hacking seen | CPU s | effect |",
         "|---" * 10 + "|",
         f"| **default** | 0.250 (0.200–0.300) | {rest} | 1.0 (1.0–1.0) |  |",
-        f"| k3: `kl_estimator=k3` | 0.600 (0.500–0.700) | {rest} | 3.0 (2.0–4.0) | **hurt** (harmful) |",
-        "| odd, margin reward model, against k3 | 0.500 | 1.000 | 0.000 | 0.000 | 0.500 | 0.250 | 0.000 | 1.0 | too few seeds; failed: sorry |",
+        f"| k3: `kl_estimator=k3` | 0.600 (0.500–0.700) | {rest} "
+        "| 3.0 (2.0–4.0) | **hurt** (harmful) |",
+        "| odd, margin reward model, against k3 | 0.500 | 1.000 | 0.000 | 0.000 | 0.500 "
+        "| 0.250 | 0.000 | 1.0 | too few seeds; failed: sorry |",
         f"| idle | 0.250 (0.200–0.300) | {rest} | 5.0 (5.0–5.0) | never acts |",
-        f"| alternate: `alternate=2` | 0.050 (0.000–0.100) | {rest} | 1.0 (1.0–1.0) | **helped** (harmful) |",
+        f"| alternate: `alternate=2` | 0.050 (0.000–0.100) | {rest} "
+        "| 1.0 (1.0–1.0) | **helped** (harmful) |",
     ]
     notes = collect.notes(results)
     assert (

@@ -21,7 +21,7 @@ import sys
 import textwrap
 import tomllib
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,17 +37,17 @@ MOVED = {  # settings of earlier versions -> what to do instead
     "micro_tokens": _top,
     "gradient_checkpointing": _top,
     "save_every": _top,
-    "clamp_low": "clamp = 0.4 now stands for both bounds, 0.4 and 0.6",
-    "clamp_high": "clamp = 0.4 now stands for both bounds, 0.4 and 0.6",
+    "clamp_low": "clamp = 0.4 sets both bounds, 0.4 and 0.6",
+    "clamp_high": "clamp = 0.4 sets both bounds, 0.4 and 0.6",
     "thought_tokens": "max_new_tokens is the length limit of a rationale too",
     "alpha": "run examples/joint_loss.py",
     "sl_data": "run examples/joint_loss.py",
     "sl_batch": "run examples/joint_loss.py",
     "judge": "see examples/held_out_judge.py",
-    "value_warmup": "see examples/value_warmup.py",
+    "value_warmup": "it is a change of three lines: see docs/change-a-loss.md",
     "pairing": "see examples/best_and_worst.py",
     "whiten_rewards": "it changed nothing measurable; losses.whiten_scale does it in one line",
-    "normalise": "it changed nothing that PPO can feel; scale kl_coef instead",
+    "normalise": "it changed nothing measurable; scale kl_coef instead",
     "preferences_share": "set preferences_limit to the number of pairs",
     "preferences_weight": "set preferences_limit to the number of pairs",
     "helpful_share": "set helpful_limit, or helpful_samples",
@@ -238,12 +238,15 @@ def _from_flag(argument: str, section: str, kind: type) -> dict:
 
 def _instead(word: str, known: set[str], dashes: str = "") -> str:
     """What to write in a wrong key's place."""
-    if word in MOVED:
-        return f": {MOVED[word]}"
+    return f": {MOVED[word]}" if word in MOVED else nearest(word, sorted(known), dashes)
+
+
+def nearest(word: str, known: Collection[str], dashes: str = "") -> str:
+    """The end of an error about an unknown word: the most similar known one, or all of them."""
     near = difflib.get_close_matches(word, known, 1, 0.4)
     if near:
         return f"; did you mean {dashes}{near[0]}?"
-    return f"; known: {', '.join(sorted(known))}"
+    return f"; known: {', '.join(known)}"
 
 
 # --- checking -------------------------------------------------------------------------------------

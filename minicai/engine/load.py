@@ -219,18 +219,18 @@ def _read(auto: type, folder: Path, settings: dict) -> tuple[PreTrainedModel, li
 
     One of several processes reads its own part of each tensor, so none ever holds the whole model.
     """
-    settings = settings | {"trust_remote_code": False}
     if parallel.world() == 1:
         model, found = auto.from_pretrained(
             folder,
             dtype=torch.float32,
             output_loading_info=True,
             use_safetensors=True,
+            trust_remote_code=False,
             **settings,
         )
         return model.to(parallel.device()), sorted(found["missing_keys"])
     with torch.device("meta"):
-        shape = AutoConfig.from_pretrained(folder, **settings)
+        shape = AutoConfig.from_pretrained(folder, trust_remote_code=False, **settings)
         model = auto.from_config(shape, dtype=torch.float32)
     if (folder / "generation_config.json").exists() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -348,6 +348,10 @@ def gathered(*models: torch.nn.Module) -> Iterator[None]:
         handle.wait()
     try:
         yield
+        # FSDP notes the order of forward passes, and prefetches in a backward pass what the last
+        # one before it ended with: that must be the same on a rank that had nothing to generate.
+        for model in sharded:
+            model.under_hooks(lambda model: None)
     finally:
         for part in parts:
             part.reshard()

@@ -4,7 +4,7 @@
     if stage.record:                               # finished already
         return stage.record
     rows = stage.journal("revisions.jsonl", group, total)
-    for first, last in stage.turns(rows, "generate", "texts"):     # data, made in turns by the ranks
+    for first, last in stage.turns(rows, "generate", "texts"):  # data, made in turns by the ranks
         rows.append(...)
     stage.resume({"model": model}, optimizer)      # from the newest checkpoint, if there is one
     for step in stage.steps(steps):                # shows progress, saves, stops at Ctrl-C
@@ -64,12 +64,12 @@ class Stage:
         self.journals: dict[str, Journal] = {}
         self.shown: dict[str, float] = {}
         self.progress: terminal.Progress | None = None
-        reads = config.paths(cfg) | reads
-        found = parallel.once(fingerprints, name, reads)
+        reads, section = config.paths(cfg) | reads, name.partition("/")[0]  # [try] of OUT/try/NAME
+        found = parallel.once(fingerprints, section, reads)
         inputs = {"format": "2"} | {what: " ".join(s.values()) for what, s in found.items()}
         inputs |= code_fingerprints(code)
         self.sums = {path: sha for sums in found.values() for path, sha in sums.items()}
-        self.text = config.dump(cfg, name, inputs)
+        self.text = config.dump(cfg, section, inputs)
         self.record = parallel.once(self._look)
         if self.record:
             parallel.once(self._tidy)  # a run may have been killed behind its record
@@ -114,9 +114,9 @@ class Stage:
         except OSError as error:
             reason = error.strerror
             raise InputError(f"{folder}: cannot be used as an output folder: {reason}") from error
-        write_atomic(stored, self.text)
         if self.accepted:
             Journal(folder / "accepted.jsonl").append([{"changes": self.accepted}])
+        write_atomic(stored, self.text)
 
     def stamp(self, *paths: str) -> dict[str, dict[str, str]]:
         """What a row says of the models that made it: {"models": {path: 12 digits of its sum}}."""
@@ -146,6 +146,7 @@ class Stage:
         """
         until = journal.total if until is None else until
         label, done = f"{self.name}: {journal.name}", len(journal.rows)
+        self.shown = {}  # not the numbers of the phase before
         bar = terminal.Progress(label, round(until * each), unit, round(done * each))
         with bar as self.progress, self._clock(phase):
             for first, last in parallel.turns(done, until, journal.group):
@@ -243,7 +244,7 @@ class Stage:
         self.shown = {name: row[name] for name in show}
 
     def means(self, *names: str) -> dict[str, float]:
-        """Means of logged numbers over the last tenth of the steps; those not finite are left out."""
+        """Means of logged numbers over the last tenth of the steps, without those not finite."""
         rows = self.journals["metrics.jsonl"].rows
         last = rows[-max(1, len(rows) // 10) :]
         last = [row for row in last if None not in [row[name] for name in names]]

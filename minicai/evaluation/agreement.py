@@ -1,141 +1,66 @@
-"""Evaluations of models that are given, against each other, against people and on multiple-choice files: what `elo`, `agree` and `choices` run."""
+"""Asks models: for answers, for preferences (a feedback model), and for scores (a reward model)."""
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from minicai.constitution import Constitution
-from minicai.engine import parallel
-from minicai.engine.audit import models_record
-from minicai.engine.data import Journal
-from minicai.engine.models import load_policy, load_tokenizer
-from minicai.engine.sampler import choice_logprobs, respond
+from minicai.engine.dialogue import encode_pair
+from minicai.engine.load import load_policy, load_scorer
+from minicai.engine.models import scored_pairs
+from minicai.engine.sampler import Sampling, respond
 from minicai.engine.terminal import Progress
-from minicai.evaluation import choices, elo
-from minicai.evaluation.rates import human_agreement
-from minicai.feedback import Choose
-from minicai.prompts import CHOICES, Prompt, as_turns
+from minicai.evaluation.measures import agreement
+from minicai.feedback import Choose, Labelling, label_pairs
+from minicai.prompts import as_turns
+
+STREAM = 4  # keeps the random numbers of evaluation apart from those of the stages
 
 
-def feedback_model(folder: str, device: torch.device, precision: str, rows: int) -> Choose:
-    """A model folder as the callable that feedback.label_pairs asks."""
-    model, tokenizer = load_policy(folder, device), load_tokenizer(folder)
+def answer(
+    rows: Sequence[dict], name: str, folder: str, seeds: Sequence[tuple], how: Sampling
+) -> list[bool]:
+    """Lets the model in a folder answer each row["prompt"], as row[name].
 
-    def choose(texts: Sequence[str]) -> list[list[float]]:
-        with parallel.autocast(device, precision):
-            return choice_logprobs(model, tokenizer, texts, CHOICES, rows)
-
-    return choose
-
-
-def rate(
-    models: Sequence[str],
-    prompts: Sequence[Prompt],
-    feedback: str,
-    rules: Constitution,
-    folder: Path,
-    *,
-    seeds: Sequence[tuple[int, ...]],
-    seed: int,
-    max_new_tokens: int,
-    temperature: float,
-    rows: int,
-    device: torch.device,
-    precision: str,
-) -> dict:
-    """Elo of model folders by their answers to the prompts, which go to folder/answers.jsonl, and every comparison to folder/comparisons.jsonl."""
-    answers = {}
-    for name in models:
-        tokenizer, model = load_tokenizer(name), load_policy(name, device)
-        with (
-            Progress(f"elo: {Path(name).name}", len(prompts), "prompts") as progress,
-            parallel.autocast(device, precision),
-        ):
-            answers[name], _ = respond(
-                model,
-                tokenizer,
-                [as_turns(p) for p in prompts],
-                seeds,
-                max_new_tokens=max_new_tokens,
-                rows=rows,
-                temperature=temperature,
-                progress=progress,
-            )
-    compared = elo.play(
-        answers,
-        prompts,
-        feedback_model(feedback, device, precision, rows),
-        rules,
-        seed=seed,
-        judge=feedback,
-    )
-    lines = [
-        {"id": n, "prompt": prompt} | {name: texts[n] for name, texts in answers.items()}
-        for n, prompt in enumerate(prompts)
-    ]
-    write_rows(folder / "answers.jsonl", lines)
-    write_rows(folder / "comparisons.jsonl", compared)
-    wins = elo.win_tables(compared, models).sum(0)
-    found = elo.ratings(compared, models, seed=seed)
-    return {
-        "elo": {
-            name: {**found[name], "win_rate": wins[k].sum() / (wins[k] + wins[:, k]).sum()}
-            for k, name in enumerate(models)
-        },
-        "prompts": len(prompts),
-        "feedback": feedback,
-        "constitution": rules.stamp,
-        "models": models_record((*models, feedback)),
-        "seed": seed,
-    }
+    seeds: one per row. Returns whether each answer ended by itself.
+    """
+    model = load_policy(folder)
+    asked, seeds = [as_turns(row["prompt"]) for row in rows], [(STREAM, *seed) for seed in seeds]
+    with Progress(f"answers: {Path(folder).name}", len(rows), "prompts") as progress:
+        texts, ended = respond(model, asked, seeds, how, progress)
+    for row, text in zip(rows, texts):
+        row[name] = text
+    return ended
 
 
-def agree(
-    preferences: Sequence[dict],
-    feedback: str,
-    rules: Constitution,
-    folder: Path,
-    *,
-    seed: int,
-    rows: int,
-    device: torch.device,
-    precision: str,
-) -> dict:
-    """Agreement of a feedback model with human preferences; the labels go to folder/comparisons.jsonl."""
-    found, labels = human_agreement(
-        preferences,
-        feedback_model(feedback, device, precision, rows),
-        rules,
-        seed=seed,
-        judge=feedback,
-    )
-    write_rows(folder / "comparisons.jsonl", labels)
-    return {
-        **found,
-        "feedback": feedback,
-        "constitution": rules.stamp,
-        "models": models_record((feedback,)),
-        "seed": seed,
-    }
+def human_agreement(
+    preferences: Sequence[dict], choose: Choose, how: Labelling, judge: str
+) -> tuple[dict, list[dict]]:
+    """measures.agreement of AI labels with people, and the labelled rows, each with "human".
+
+    preferences: of data.read_preferences, where the preferred response comes first. Here half of
+    the pairs, drawn at random, are swapped, so that "first" is no answer. "human" is the side that
+    people preferred. judge: the feedback model's name.
+    """
+    pairs, human = [], []
+    for k, row in enumerate(preferences):
+        sides = ["first", "second"]
+        if random.Random(repr(("turn", how.seed, k))).random() < 0.5:
+            sides.reverse()
+        pairs.append((k, row["prompt"], *(row[side] for side in sides)))
+        human.append(sides[0])
+    rows = label_pairs(pairs, choose, how, judge)
+    rows = [row | {"human": side} for row, side in zip(rows, human)]
+    return agreement([row["p_first"] for row in rows], [side == "first" for side in human]), rows
 
 
-def choose(
-    folder: str, items: Sequence[dict], *, rows: int, device: torch.device, precision: str
-) -> dict:
-    """Accuracy of a model on multiple-choice items (choices.read_choices)."""
-    model, tokenizer = load_policy(folder, device), load_tokenizer(folder)
-    with parallel.autocast(device, precision):
-        return choices.summarise(
-            choices.score_choices(
-                items,
-                lambda prompts, options: choice_logprobs(model, tokenizer, prompts, options, rows),
-            )
-        )
+def orders_as(
+    folder: str, preferences: Sequence[tuple[dict, bool]], micro_tokens: int
+) -> list[bool]:
+    """For each (pair, whether its first response is better): whether a reward model says so too.
 
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    """The rows as a JSONL file, in place of what an interrupted run left there."""
-    journal = Journal(path)
-    journal.keep(0)
-    journal.append(rows)
+    folder: the reward model's. micro_tokens: how many go through it at once.
+    """
+    model = load_scorer(folder)
+    encoded = [encode_pair(model.tokenizer, row) for row, _ in preferences]
+    first, second = scored_pairs(model, encoded, micro_tokens)
+    return [said == first for said, (_, first) in zip((first > second).tolist(), preferences)]

@@ -1,6 +1,7 @@
-"""Multiple-choice files in the form published with the paper (figures 4, 12): JSONL with `prompt`, `corrects`, `incorrects`, scored by log-prob.
+"""Multiple choice by log-prob, in the form published with the paper (figures 4 and 12).
 
-An item is right where the likeliest correct option is likelier than every incorrect one. Options are scored as they stand, blanks included.
+A file is JSONL with `prompt`, `corrects` and `incorrects`. An item is right where the likeliest
+correct option is likelier than every incorrect one. Blanks count.
 """
 
 import math
@@ -9,61 +10,46 @@ from pathlib import Path
 
 from minicai import InputError
 from minicai.engine.data import read_jsonl
-from minicai.evaluation.measures import counted
+from minicai.evaluation.measures import grouped
 
-ChoiceLogprobs = Callable[
-    [Sequence[str], Sequence[str]], Sequence[Sequence[float]]
-]  # prompts, options -> a log-prob for each
+# prompts, options -> for each prompt the log-probs of the options, in nats
+ChoiceLogprobs = Callable[[Sequence[str], Sequence[str]], Sequence[Sequence[float]]]
 
 
 def read_choices(path: str | Path) -> list[dict]:
-    """The items of a file. Raises InputError that names the line."""
+    """The items of a file. Raises InputError, which names the item."""
     items = read_jsonl(path)
-    for number, item in enumerate(items, 1):
-        if not isinstance(item.get("prompt"), str) or not item["prompt"].strip():
-            raise InputError(f'{path}, item {number}: needs the text "prompt"')
-        for key in ("corrects", "incorrects"):
-            if (
-                not isinstance(item.get(key), list)
-                or not item[key]
-                or not all(isinstance(o, str) and o for o in item[key])
-            ):
-                raise InputError(
-                    f'{path}, item {number}: needs "{key}", a list of one or more texts'
-                )
-        if set(item["corrects"]) & set(item["incorrects"]):
-            raise InputError(f"{path}, item {number}: an option is both correct and incorrect")
     if not items:
         raise InputError(f"{path}: holds no item")
+    for number, item in enumerate(items, 1):
+        where = f"{path}, item {number}"
+        if not isinstance(item.get("prompt"), str) or not item["prompt"].strip():
+            raise InputError(f'{where}: needs the text "prompt"')
+        for key in ("corrects", "incorrects"):
+            texts = item.get(key)
+            if not isinstance(texts, list) or not all(
+                isinstance(t, str) and t for t in texts or [0]
+            ):
+                raise InputError(f'{where}: needs "{key}", a list of one or more texts')
+        if set(item["corrects"]) & set(item["incorrects"]):
+            raise InputError(f"{where}: an option is both correct and incorrect")
     return items
 
 
 def score_choices(items: Sequence[dict], logprobs: ChoiceLogprobs) -> list[dict]:
-    """For each item: the log-probs of its options, whether it is right, and the share of the options' probability that correct ones have.
+    """Whether each item is "right", and the share of the probability that is "p_correct".
 
-    p_correct = sum_corrects exp(logp) / sum_options exp(logp). Items with the same options are scored together.
+    p_correct = sum_corrects exp(logp) / sum_options exp(logp)
+
+    Items with the same options are scored together.
     """
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for k, item in enumerate(items):
-        groups.setdefault((*item["corrects"], *item["incorrects"]), []).append(k)
+    options = [(*item["corrects"], *item["incorrects"]) for item in items]
     scored: list[dict] = [{} for _ in items]
-    for options, members in groups.items():
-        for k, found in zip(members, logprobs([items[k]["prompt"] for k in members], options)):
-            correct = len(items[k]["corrects"])
-            mass = [math.exp(logp - max(found)) for logp in found]
-            scored[k] = {
-                "id": k,
-                "corrects": dict(zip(options[:correct], found)),
-                "incorrects": dict(zip(options[correct:], found[correct:])),
-                "right": max(found[:correct]) > max(found[correct:]),
-                "p_correct": sum(mass[:correct]) / sum(mass),
-            }
+    for texts, members in grouped(zip(options, range(len(items)))).items():
+        found = logprobs([items[k]["prompt"] for k in members], texts)
+        for k, logps in zip(members, found):
+            corrects = len(items[k]["corrects"])
+            right = max(logps[:corrects]) > max(logps[corrects:])
+            mass = [math.exp(logp - max(logps)) for logp in logps]
+            scored[k] = {"right": right, "p_correct": sum(mass[:corrects]) / sum(mass)}
     return scored
-
-
-def summarise(scored: Sequence[dict]) -> dict:
-    """Accuracy with its interval, and the mean of p_correct."""
-    return {
-        **counted([row["right"] for row in scored]),
-        "p_correct": sum(row["p_correct"] for row in scored) / len(scored),
-    }

@@ -14,6 +14,7 @@ from pathlib import Path
 import jinja2
 
 from minicai.engine.data import finite, write_atomic
+from minicai.evaluation.rates import METRICS
 from minicai.report.panels import panels
 from minicai.report.summary import (
     GLOSSARY,
@@ -50,6 +51,7 @@ def page(out: Path, summary: dict, live: float = 0) -> str:
         transcripts=gather(out, names),
         progress=progress(out),
         glossary=GLOSSARY,
+        metrics=METRICS,
         names=names,
         base=config(out, "sl").get("model", "BASE"),
         out=out,

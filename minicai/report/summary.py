@@ -18,34 +18,25 @@ import transformers
 
 from minicai import InputError
 from minicai.critique import faults
-from minicai.engine.data import read_record
 from minicai.engine.config import redact
+from minicai.engine.data import read_record
 from minicai.engine.terminal import table
 from minicai.evaluation.measures import counted
+from minicai.evaluation.rates import METRICS
 from minicai.feedback import at_a, in_both_orders
 
 STAGES = {"base": "base", "sl": "SL-CAI", "ppo": "RL-CAI"}  # the models
 RECORDED = {"sl": "SL-CAI", "rm": "reward model", "ppo": "RL-CAI", "eval": "evaluation"}
-FIELDS = {  # what summary.json takes from the record of each stage
+FIELDS = {  # what summary.json takes from the record of each stage, beside all that is "by_..."
     "sl": ("device", "precision", "constitution"),
     "eval": ("eval", "intervals", "revision", "jailbreaks", "replayed", "hacking", "labels"),
     "rm": ("train_pairs", "heldout_pairs", "accuracy_vs_labels"),
     "ppo": ("kl", "reward", "episodes"),
     "elo": ("prompts", "feedback", "constitution"),
-    "agree": (
-        *("count", "rate", "interval", "by_confidence", "calibration", "ece"),
-        *("feedback", "constitution"),
-    ),
+    "agree": ("count", "rate", "interval", "calibration", "ece", "feedback", "constitution"),
 }
-RATES = ("harmful", "helpful", "over_refusal", "evasive", "rude")
-GLOSSARY = {
-    "harmful": "share of the harmful prompts that get a harmful answer",
-    "helpful": "share of the harmless prompts that get the right answer, word for word",
-    "over_refusal": "share of the harmless prompts that are refused",
-    "evasive": "share of the harmful prompts refused without a reason or an alternative",
-    "rude": "share of all prompts whose answer has a rude word",
-    "right_refusal": "share of the harmful prompts refused with the right reason and alternative",
-    "ends_with_eos": "share of the responses that end by themselves, before the length limit",
+RATES = [name for name, metric in METRICS.items() if metric.shown]
+GLOSSARY = {name: f"share of the {metric.meaning}" for name, metric in METRICS.items()} | {
     "kl": "log pi - log pi_ref, summed over a response, in nats; mean over the last tenth of PPO",
     "reward": "score without the penalty for a missing end token; mean over the last tenth of PPO",
     "accuracy_vs_judge": "share of the pairs, without ties, that are ordered as by the exact judge",
@@ -196,7 +187,8 @@ def seconds_of(seconds: dict) -> dict[str, float]:
 
 
 def _some(record: dict, keys: Iterable[str]) -> dict:
-    return {key: record[key] for key in keys if key in record}
+    """The fields `keys` of a record, and its tables "by_...", which a script may add."""
+    return {key: found for key, found in record.items() if key in keys or key.startswith("by_")}
 
 
 def _named(out: Path, ratings: dict[str, dict]) -> dict[str, dict]:

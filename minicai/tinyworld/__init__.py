@@ -1,1 +1,4 @@
-"""The embedded default: a synthetic world, its prompts, its base model, and the exact judge that evaluation alone may use."""
+"""The embedded default: a synthetic world with its prompts, its base model and its exact judge.
+
+Only evaluation and tests may use the judge. Training and labelling never reach it.
+"""

@@ -1,10 +1,14 @@
-"""Writes the data files of the tiny world: `python -m minicai.tinyworld.build`. The same files every time; a test compares them.
+"""Writes the data files of the tiny world: `python -m minicai.tinyworld.build`.
 
-red_team.jsonl    harmful requests for the three stages            split `train`
-helpful.jsonl     harmless requests for the three stages           split `train`
-preferences.jsonl harmless requests with a right answer (chosen) and a refusal, an evasion or a mistake (rejected): the stand-in for the
-                  human helpfulness comparisons of the paper (section 4.1). Made from the grammar, not by the judge.
-eval.jsonl        requests of both kinds for the judge             split `eval`
+The files are the same every time, and a test compares them.
+
+red_team.jsonl     harmful requests for the three stages, of the split `train`
+helpful.jsonl      harmless requests for the three stages, of the split `train`
+preferences.jsonl  harmless requests, of the split `train`, with a right answer (chosen) and a
+                   refusal, an evasion or a mistake (rejected). They take the place of the paper's
+                   human comparisons for helpfulness (section 4.1). The grammar makes them, and
+                   not the judge.
+eval.jsonl         requests of both kinds for the judge, of the split `eval`
 """
 
 import json
@@ -22,59 +26,53 @@ FOLDER = Path(__file__).parent / "data"
 
 
 def ask(rng: random.Random, pairs: list[Request]) -> Iterator[tuple[Request, str]]:
-    """Different prompts: each pass over the shuffled pairs gives each of them one new phrasing, so that no pair is rare."""
+    """Different prompts. Each pass over the shuffled pairs asks each of them in a new phrasing."""
     phrasings = {r: rng.sample(PHRASINGS, len(PHRASINGS)) for r in pairs}
     for turn in range(len(PHRASINGS)):
         for request in rng.sample(pairs, len(pairs)):
             yield request, request.ask(phrasings[request][turn])
 
 
-def ask_harmless(rng: random.Random, split: str, share: float) -> Iterator[tuple[Request, str]]:
-    """A share of them is of intents that are harmful with other objects: what tells a model that it is not the verb that matters."""
-    harmless = [r for r in requests(split) if not r.harm]
-    delicate, plain = (
-        ask(rng, [r for r in harmless if r.intent.delicate == kind]) for kind in (True, False)
-    )
-    while (drawn := next(delicate if rng.random() < share else plain, None)) is not None:
-        yield drawn
+def ask_harmless(rng: random.Random, share: float) -> Iterator[tuple[Request, str]]:
+    """Different harmless prompts; this share of them has an intent that harms other objects.
+
+    They tell a model that the verb does not decide.
+    """
+    harmless = [r for r in requests("train") if not r.harm]
+    delicate = ask(rng, [r for r in harmless if r.intent.delicate])
+    plain = ask(rng, [r for r in harmless if not r.intent.delicate])
+    while True:
+        yield next(delicate if rng.random() < share else plain)
 
 
 def build() -> dict[str, str]:
     """File name -> content."""
     rng = random.Random(2212)
     corpus = Corpus(constitution.load(builtin("constitutions/tiny.toml")), "train", seed=8073)
-    harmful = {split: [r for r in requests(split) if r.harm] for split in ("train", "eval")}
-    evaluation = [(p, "harmful") for _, p in islice(ask(rng, harmful["eval"]), 200)]
-    evaluation += [
-        (p, "benign") for _, p in islice(ask(rng, [r for r in requests("eval") if not r.harm]), 300)
-    ]
+    evaluation = []
+    for kind, count in (("harmful", 200), ("benign", 300)):
+        pairs = [r for r in requests("eval") if bool(r.harm) == (kind == "harmful")]
+        evaluation += [{"prompt": p, "kind": kind} for _, p in islice(ask(rng, pairs), count)]
     preferences = []
-    for request, prompt in islice(ask_harmless(random.Random(4155), "train", 1 / 8), 1600):
+    for request, prompt in islice(ask_harmless(random.Random(4155), 1 / 8), 1600):
         bad = rng.choices(["refuse", "evade", "mistaken", "comply"], [4, 2, 3, 2])[0]
-        rude = (
-            rng.random() < 0.2 if bad != "comply" else True
-        )  # the right answer, rudely: manners are part of help
-        good_rude = bad != "comply" and rude and rng.random() < 0.5
-        preferences.append(
-            {
-                "prompt": prompt,
-                "chosen": corpus.answer(request, "comply", good_rude),
-                "rejected": corpus.answer(request, bad, rude),
-            }
-        )
+        # A right answer can be the rejected one if it is rude: manners are part of helping.
+        bad_rude = bad == "comply" or rng.random() < 0.2
+        good_rude = bad != "comply" and bad_rude and rng.random() < 0.5
+        chosen = corpus.answer(request, "comply", good_rude)
+        rejected = corpus.answer(request, bad, bad_rude)
+        preferences.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    red_team = islice(ask(rng, [r for r in requests("train") if r.harm]), 2000)
     files = {
-        "red_team.jsonl": [{"prompt": p} for _, p in islice(ask(rng, harmful["train"]), 2000)],
-        "helpful.jsonl": [
-            {"prompt": p} for _, p in islice(ask_harmless(rng, "train", 1 / 3), 1100)
-        ],
+        "red_team.jsonl": [{"prompt": p} for _, p in red_team],
+        "helpful.jsonl": [{"prompt": p} for _, p in islice(ask_harmless(rng, 1 / 3), 1100)],
         "preferences.jsonl": preferences,
-        "eval.jsonl": [{"prompt": p, "kind": kind} for p, kind in evaluation],
+        "eval.jsonl": evaluation,
     }
     return {name: "".join(json.dumps(row) + "\n" for row in rows) for name, rows in files.items()}
 
 
 if __name__ == "__main__":
-    FOLDER.mkdir(exist_ok=True)
     for name, text in build().items():
         (FOLDER / name).write_text(text, encoding="utf-8")
         print(f"{FOLDER / name}: {text.count(chr(10))} lines")

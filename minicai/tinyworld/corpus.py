@@ -1,9 +1,10 @@
-"""The base model's corpus: seven kinds of documents over the *skills* pairs of the tiny world.
+"""The base model's corpus: seven kinds of documents about the *skills* pairs of the tiny world.
 
-Its dialogues are helpful-only: whatever is asked, the assistant complies, a quarter of the time rudely. What is harmful shows only where
-somebody asks for it: in questions of right and wrong, and in critiques, revisions and comparisons, which open with a line that no dialogue
-has. So the model that comes out does as it is told, and knows better when asked: the situation that the paper starts from, and what
-Constitutional AI has to turn into behaviour.
+In its dialogues the assistant complies with every request, and is rude in a quarter of its answers.
+Knowledge of harm appears only where somebody asks for it: in questions of right and wrong, and in
+critiques, revisions and comparisons, whose opening line no dialogue has. A model trained on this
+corpus does as it is told, and can judge an answer when asked. The paper starts from the same
+situation, and Constitutional AI has to turn this knowledge into behaviour.
 """
 
 import random
@@ -13,22 +14,13 @@ from dataclasses import dataclass
 from minicai.constitution import Constitution, Principle
 from minicai.prompts import render, render_comparison, render_critique, render_revision
 from minicai.tinyworld import grammar
-from minicai.tinyworld.grammar import (
-    EVASIONS,
-    HARMS,
-    PHRASINGS,
-    RUDE,
-    Request,
-    comply,
-    quality,
-    refuse,
-)
+from minicai.tinyworld.grammar import HARMS, PHRASINGS, RUDE, Request, comply, quality, refuse
 
-RUDENESS = 0.25
-DELICATE = 0.5  # share of the requests whose intent is harmful with some objects and fine with others: the hard ones to judge
+RUDENESS = 0.25  # share of rude answers in the dialogues
+DELICATE = 0.5  # share of requests whose intent is harmful with some objects only: the hard ones
 Document = tuple[str, str]  # what the model reads, and what it is trained to write
 
-# What each principle of the tiny constitution looks for.
+# The fault that each principle of the tiny constitution looks for.
 LOOKS_FOR = {
     "harmless": "harm",
     "lawful": "harm",
@@ -36,11 +28,33 @@ LOOKS_FOR = {
     "polite": "rude",
     "engaging": "dodging",
 }
+FAULTLESS = {  # fault -> the critique of a response that does not have it
+    "harm": "The response does no harm.",
+    "rude": "The response is polite.",
+    "dodging": "The response engages with the question.",
+}
+FAULTS = {  # kind of the worse answer -> what a comparison says of it
+    "comply": "does harm",
+    "evade": "dodges the question",
+    "refuse": "refuses without need",
+}
+
+
+def has_fault(fault: str, request: Request, response: str, kind: str) -> bool:
+    """Whether a response of this kind (comply, refuse or evade) has the fault."""
+    if fault == "rude":
+        return response.startswith(RUDE)
+    if fault == "harm":
+        return bool(request.harm) and kind == "comply"
+    return kind == "evade" or (kind == "refuse" and not request.harm)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to compare: `best` is 0, 1, or None for a tie, `fault` says what is wrong with the other one."""
+    """Two answers to compare. `best` is 0 or 1, and `fault` says what is wrong with the other one.
+
+    For a tie `best` is None, and `fault` is empty.
+    """
 
     prompt: str
     first: str
@@ -60,125 +74,108 @@ class Corpus:
     def __init__(self, constitution: Constitution, split: str = "skills", seed: int = 0):
         self.rng = random.Random(seed)
         self.principles = constitution.usable("critique", "revision", "comparison")
-        self.by_intent: dict[tuple[bool, bool], dict[str, list[Request]]] = defaultdict(
-            lambda: defaultdict(list)
-        )
-        for request in grammar.requests(split):
-            self.by_intent[bool(request.harm), request.intent.delicate][request.intent.name].append(
-                request
-            )
-        self.all_requests = grammar.requests(split)
+        self.requests = grammar.requests(split)
+        self.by_intent = defaultdict(lambda: defaultdict(list))
+        for request in self.requests:
+            kind = bool(request.harm), request.intent.delicate
+            self.by_intent[kind][request.intent].append(request)
 
     def request(self, harmful: bool) -> Request:
-        """Delicate or not by a coin; then every intent is as frequent as every other, whatever the number of its objects."""
-        return self.rng.choice(
-            self.rng.choice(list(self.by_intent[harmful, self.rng.random() < DELICATE].values()))
-        )
+        """Draws a request. Half are delicate, and all intents of a kind are equally frequent."""
+        of_kind = self.by_intent[harmful, self.rng.random() < DELICATE]
+        return self.rng.choice(self.rng.choice(list(of_kind.values())))
+
+    def ask(self, request: Request) -> str:
+        return request.ask(self.rng.choice(PHRASINGS))
 
     def answer(self, request: Request, kind: str, rude: bool) -> str:
-        """kind: comply, refuse, evade, or mistaken (a right answer to another request about the same object, or about another object)."""
+        """An answer of this kind: comply, refuse, evade or mistaken.
+
+        A mistaken one gives the method of another request with the same intent or the same object.
+        """
         if kind == "comply":
             text = comply(request)
         elif kind == "refuse":
-            text = refuse(
-                request, request.harm or request.intent.harm or self.rng.choice(list(HARMS))
-            )
+            harm = request.harm or request.intent.harm or self.rng.choice(list(HARMS))
+            text = refuse(request, harm)
         elif kind == "evade":
-            text = self.rng.choice(EVASIONS)
+            text = self.rng.choice(grammar.EVASIONS)
         else:
             others = [
-                r
-                for r in self.all_requests
-                if (r.intent == request.intent) != (r.obj == request.obj)
+                r for r in self.requests if (r.intent == request.intent) != (r.obj == request.obj)
             ]
-            other = self.rng.choice(others)
-            text = f"To {request.verb}, {other.intent.method.format(o=other.obj)}."
+            text = f"To {request.verb}, {self.rng.choice(others).method}."
         return f"{self.rng.choice(RUDE)} {text}" if rude else text
 
-    # --- documents -------------------------------------------------------------------------------------------------------------
+    # --- documents --------------------------------------------------------------------------------
 
     def dialogue(self, harmful: bool | None = None) -> Document:
         request = self.request(self.rng.random() < 0.4 if harmful is None else harmful)
-        return render(request.ask(self.rng.choice(PHRASINGS))), self.answer(
-            request, "comply", self.rng.random() < RUDENESS
-        )
+        head = render(self.ask(request))
+        return head, self.answer(request, "comply", self.rng.random() < RUDENESS)
 
     def question(self) -> Document:
-        """Right or wrong? The knowledge that critiques draw on, as a pretrained model has it from its reading."""
+        """Right or wrong? Critiques draw on this knowledge. Larger models have it from reading."""
         request = self.request(self.rng.random() < 0.5)
-        return render(
-            f"Is it right to {request.verb}?"
-        ), f"No, because {HARMS[request.harm][0]}." if request.harm else "Yes, that does no harm."
+        answer = (
+            f"No, because {HARMS[request.harm][0]}." if request.harm else "Yes, that does no harm."
+        )
+        return render(f"Is it right to {request.verb}?"), answer
 
     def meaning(self) -> Document:
-        """What a thing is: by it, a judgement of burning a barn carries over to a mill."""
+        """What a thing is. With it, a judgement of burning a barn carries over to a mill."""
         obj, kind = self.rng.choice(list(grammar.CLASS_OF.items()))
         return render(f"What is the {obj}?"), f"It is one of the {kind}s."
 
     def repeat(self) -> Document:
-        """Words to be said again: what teaches a small model to copy, early in training."""
+        """Words to repeat. They teach a small model to copy, early in training."""
         words = " ".join(self.rng.choices(list(grammar.CLASS_OF), k=self.rng.randint(3, 12)))
         return render(f"Repeat these words: {words}."), words
 
     def judged(self) -> tuple[Request, str, str, str, Principle]:
-        """A request, a prompt, a response of any kind with that kind's name, and a principle to judge it by."""
+        """A request, its prompt, a response with its kind, and a principle for the critique."""
         request, rude = self.request(self.rng.random() < 0.5), self.rng.random() < 0.35
         kind = self.rng.choice(("comply", "comply", "refuse", "evade"))
         principle = self.rng.choice(self.principles)
         response = self.answer(request, kind, rude)
-        return request, request.ask(self.rng.choice(PHRASINGS)), response, kind, principle
+        return request, self.ask(request), response, kind, principle
 
     def critique_of(self, request: Request, response: str, kind: str, principle: Principle) -> str:
         """Names the one fault that the principle looks for, or says that it is not there."""
         fault = LOOKS_FOR[principle.name]
+        if not has_fault(fault, request, response, kind):
+            return FAULTLESS[fault]
         if fault == "rude":
-            return (
-                "The response is rude to the human."
-                if response.startswith(RUDE)
-                else "The response is polite."
-            )
+            return "The response is rude to the human."
         if fault == "harm":
-            harmful = request.harm and kind == "comply"
-            return (
-                f"The response helps to {request.verb}, and {HARMS[request.harm][0]}."
-                if harmful
-                else "The response does no harm."
-            )
-        if kind == "evade" and request.harm:
+            return f"The response helps to {request.verb}, and {HARMS[request.harm][0]}."
+        if request.harm:
             return "The response dodges the question and gives no reason."
-        if kind in ("evade", "refuse") and not request.harm:
-            return "The response refuses a harmless request."
-        return "The response engages with the question."
+        return "The response refuses a harmless request."
 
     def revision_of(self, request: Request, response: str, kind: str, principle: Principle) -> str:
-        """Mends the one fault that the principle looks for, and leaves the rest as it was."""
+        """Corrects the one fault that the principle looks for, and changes nothing else."""
         fault = LOOKS_FOR[principle.name]
-        rude = next((phrase + " " for phrase in RUDE if response.startswith(phrase)), "")
+        if not has_fault(fault, request, response, kind):
+            return response
+        rude = next((f"{phrase} " for phrase in RUDE if response.startswith(phrase)), "")
         if fault == "rude":
             return response.removeprefix(rude)
-        if fault == "harm" and request.harm and kind == "comply":
-            return rude + refuse(request, request.harm)
-        if fault == "dodging" and kind == "evade" and request.harm:
-            return rude + refuse(request, request.harm)
-        if fault == "dodging" and kind in ("evade", "refuse") and not request.harm:
-            return rude + comply(request)
-        return response
+        return rude + (refuse(request, request.harm) if request.harm else comply(request))
 
     def critique(self) -> Document:
         request, prompt, response, kind, principle = self.judged()
-        return render_critique(prompt, response, principle), self.critique_of(
-            request, response, kind, principle
-        )
+        critique = self.critique_of(request, response, kind, principle)
+        return render_critique(prompt, response, principle), critique
 
     def revision(self) -> Document:
         request, prompt, response, kind, principle = self.judged()
         critique = self.critique_of(request, response, kind, principle)
-        return render_revision(prompt, response, critique, principle), self.revision_of(
-            request, response, kind, principle
-        )
+        revision = self.revision_of(request, response, kind, principle)
+        return render_revision(prompt, response, critique, principle), revision
 
-    def pair(self) -> "Pair":
-        """Two answers to one request, one pair in ten a tie."""
+    def pair(self) -> Pair:
+        """Two answers to one request. One pair in ten is a tie: the answers have the same score."""
         request = self.request(self.rng.random() < 0.6)
         kinds = ("comply", "comply", "refuse", "refuse", "evade")
         tie = self.rng.random() < 0.1
@@ -187,34 +184,30 @@ class Corpus:
             scores = [quality(request, *one) for one in drawn]
             if (scores[0] == scores[1]) == tie:
                 break
-        faults = {
-            "comply": "does harm",
-            "evade": "dodges the question",
-            "refuse": "refuses without need",
-        }
         best = None if tie else int(scores[1] > scores[0])
-        fault = (
-            "" if tie else "is rude" if drawn[0][0] == drawn[1][0] else faults[drawn[1 - best][0]]
-        )
+        if tie:
+            fault = ""
+        elif drawn[0][0] == drawn[1][0]:
+            fault = "is rude"
+        else:
+            fault = FAULTS[drawn[1 - best][0]]
         first, second = (self.answer(request, *one) for one in drawn)
-        return Pair(
-            request.ask(self.rng.choice(PHRASINGS)),
-            first,
-            second,
-            self.rng.choice(self.principles),
-            best,
-            fault,
-        )
+        prompt = self.ask(request)
+        return Pair(prompt, first, second, self.rng.choice(self.principles), best, fault)
 
     def comparison(self) -> Document:
-        """Which of two answers is better, and after it what is wrong with the other; a coin decides a tie."""
+        """Which of two answers is better, then the fault of the other. A coin decides a tie."""
         pair = self.pair()
         best = self.rng.randrange(2) if pair.best is None else pair.best
-        why = "both are alike" if pair.best is None else f"({'BA'[best]}) {pair.fault}"
+        why = f"({'BA'[best]}) {pair.fault}" if pair.fault else "both are alike"
         return pair.render(), f"({'AB'[best]}), since {why}."
 
     def draw(self, progress: float = 1.0) -> Document:
-        """One document; `progress` in 0..1 says how far training is: repetition fades, comparisons (the hardest) grow."""
+        """One document of any kind. `progress` is the share of the training that is done, 0 to 1.
+
+        Repetitions become rarer as training progresses, and comparisons, the hardest kind, more
+        frequent.
+        """
         weights = {
             self.repeat: 0.2 * (1 - progress) + 0.02,
             self.dialogue: 0.22,

@@ -1,335 +1,209 @@
-"""What a stage takes of memory, before it takes any: `python train_sl.py CONFIG --plan`.
+"""How much memory each stage needs: python -m minicai plan CONFIG [--processes=N] [--key=value ...]
 
-Models are made from their config.json as FakeTensors, which have shapes and no storage. The functions that the stage calls run on them as they
-are, and what would be alive is counted. Each phase is planned at its fullest: every slot taken, every response of full length, a micro-batch of
-as many tokens as it may have. Two things are modelled, not counted: the allocator's slack, and what several processes exchange.
+This is arithmetic. It reads the config, the prompts and each model's config.json. It loads no
+weights and makes no folder. Each formula is written above the line that computes it, because where
+memory goes is a lesson in itself: the weights are rarely the largest part.
+
+Each phase is planned at its fullest moment: every slot is taken, every response reaches its length
+limit, and every micro-batch is full. All results are bytes in one process. PPO's scoring has no
+phase here: it reads the same micro-batches as training and keeps less.
+
+Not planned: models that some settings add (critic, jury, judge), few-shot examples and rationales
+around a request. PPO's frozen models count 4 bytes per parameter, though one process in bf16 stores
+their layers in 2 (models.freeze).
+
+Legend: N processes, P parameters of a model, L layers, H hidden size, I inner size of the MLP,
+Q = heads x head size, K = key-value heads x head size, V vocabulary, b bytes of a number in the
+layers' matrix products (4 in fp32, 2 in bf16).
 """
 
+import argparse
 import os
-import weakref
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+import re
+from collections import namedtuple
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
-from torch.utils.weak import WeakIdKeyDictionary
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from minicai import InputError
-from minicai.engine import parallel
-from minicai.engine.attention import Slots, last_hidden
-from minicai.engine.checkpoint import require_folder
-from minicai.engine.models import apply_head
-from minicai.engine.sampler import draw
+import train_ppo
+import train_rm
+import train_sl
+from minicai import InputError, constitution
+from minicai.engine import config, parallel
+from minicai.engine.data import read_prompts
+from minicai.engine.dialogue import encode_prompt
+from minicai.engine.load import load_config, load_tokenizer
+from minicai.engine.models import CHUNK
 from minicai.engine.terminal import table
-from minicai.rollout import Batch, collate
+from minicai.prompts import as_turns, render_revision
 
-CPU = torch.device("cpu")
-FEW = 4  # rows of generation that are counted; what they take is in proportion
-SLACK = (
-    3  # layers: holes in the CPU's heap take about as much as the activations of so many (LOG.md)
-)
-Phase = tuple[
-    str, dict[str, int]
-]  # its name, and the bytes that one process holds at its fullest moment, by component
+SCRIPTS = {"sl": train_sl, "rm": train_rm, "ppo": train_ppo}
+# The config's key for the folder of a model, where it differs from the model's name.
+STARTS = {"model": "policy", "reference": "policy", "value": "reward"}
+
+# P, the parameters inside the layers, L, H, I, Q, K, and V (0 where the head gives one number).
+Shape = namedtuple("Shape", "parameters inside layers hidden inner queries keys vocabulary")
 
 
-# --- models without weights ------------------------------------------------------------------------------------------------------
+def shape(cfg, name: str) -> Shape:
+    """The sizes of the model that a script calls `name`. Raises InputError.
 
-
-def policy(path: str) -> PreTrainedModel:
-    """What models.load_policy would load, without its weights. Raises InputError where the folder does not say what model it is."""
-    return _shape(AutoModelForCausalLM, path, {})
-
-
-def scorer(path: str, pad_id: int) -> PreTrainedModel:
-    """What models.load_scorer would load, without its weights."""
-    return _shape(
-        AutoModelForSequenceClassification, path, {"num_labels": 1, "pad_token_id": pad_id}
-    )
-
-
-def _shape(auto: type, path: str, settings: dict) -> PreTrainedModel:
-    folder = require_folder(path, "model", weights=False)
+    A model that the config does not name, as an earlier stage makes it, has the base model's sizes.
+    """
+    folder = getattr(cfg, STARTS.get(name, name), "") or cfg.model
+    sizes = load_config(folder).get_text_config()
+    scalar = name in ("reward", "value")
+    kind = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **settings)
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            return auto.from_config(config, dtype=torch.float32).eval()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"{path}: no model can be made from its config.json: {next(iter(str(error).splitlines()), '')}"
-        ) from error
-
-
-def stand_in(folder: str, base: str) -> str:
-    """A folder that an earlier stage makes, or while it is not there the base model's, which has the same shape."""
-    return folder if (Path(folder) / "config.json").exists() else base
-
-
-# --- what the phases do ----------------------------------------------------------------------------------------------------------
-
-
-def batch(tokens: int, prompt: int, response: int) -> Batch:
-    """As many sequences of a prompt and a response, in tokens, as `tokens` hold."""
-    count = max(1, tokens // (prompt + response))
-    return collate([[0] * prompt] * count, [[0] * response] * count, 0, CPU)
-
-
-def decoding(model: PreTrainedModel, rows: int, fed: int, capacity: int) -> Slots:
-    """The fullest step of generation: `fed` tokens come into each slot, and a token is drawn for each."""
-    slots = Slots(rows, capacity)
-    hidden = last_hidden(model, slots, [0] * rows, [[0] * fed] * rows)
-    draw(
-        apply_head(model.get_output_embeddings(), hidden),
-        torch.zeros(rows, dtype=torch.float64),
-        1.0,
+        # Tensors on the "meta" device have a shape and no memory, so any model can be counted.
+        with torch.device("meta"):
+            model = kind.from_config(sizes)
+    except ValueError:
+        raise InputError(f"{folder}: no language model can be made from its config.json") from None
+    # The layers are the numbered parts: model.layers.0.mlp, transformer.h.0.attn.
+    inside = (p for n, p in model.named_parameters() if re.search(r"\.\d+\.", n))
+    heads = sizes.num_attention_heads
+    head = getattr(sizes, "head_dim", sizes.hidden_size // heads)
+    return Shape(
+        model.num_parameters(),
+        sum(map(torch.numel, inside)),
+        sizes.num_hidden_layers,
+        sizes.hidden_size,
+        getattr(sizes, "intermediate_size", 4 * sizes.hidden_size),
+        head * heads,
+        head * getattr(sizes, "num_key_value_heads", heads),
+        0 if scalar else sizes.vocab_size,
     )
-    return slots
 
 
-def generation(
-    name: str,
-    models: dict[str, PreTrainedModel],
-    by: str,
-    precision: str,
-    world: int,
-    *,
-    rows: int,
-    fed: int,
-    capacity: int,
-    optimizer: torch.optim.Optimizer | None = None,
-    beside: Iterable[str] = (),
-) -> Phase:
-    """The phase in which model `by` decodes in `rows` slots of `capacity` tokens, while the others and the optimizer's state stand by; of several
-    processes each then has it whole, and those `beside` it."""
-    counted = min(rows, FEW)
-    with torch.no_grad():
-        alive, slots = _count(
-            models, optimizer, precision, lambda: decoding(models[by], counted, fed, capacity)
-        )
-    kept = sum(x.nbytes for layer in slots.layers.values() for x in layer)
-    passing = {
-        "key-value slots": kept,
-        "activations": alive["other"] - kept,
-        "logits": alive["logits"],
-    }
-    every = {component: size * rows // counted for component, size in passing.items()}
-    return name, _standing(models, optimizer, world) | every | {
-        "gathered weights": _whole(models, {by, *beside}, precision, world),
-        "allocator slack": _slack(models, every["activations"]),
-    }
+def count(models) -> int:
+    """P of several models together."""
+    return sum(m.parameters for m in models)
 
 
-def asking(
-    name: str,
-    models: dict[str, PreTrainedModel],
-    precision: str,
-    world: int,
-    work: Callable[[], object],
-) -> Phase:
-    """A phase of `work` without learning, for which all models are whole in each process."""
-    name, rows = phase(name, models, [], None, precision, world, work)
-    return name, rows | {"gathered weights": _whole(models, models, precision, world)}
+def planned(stage: str, arguments, N) -> dict:
+    """One stage in N processes, {stage and phase: {component: bytes}}. Raises InputError.
 
-
-def update(
-    optimizer: torch.optim.Optimizer, passes: int, work: Callable[[], object]
-) -> Callable[[], None]:
-    """An update of the weights after `passes` micro-batches. The optimizer has its state from now on."""
-
-    def step() -> None:
-        for _ in range(min(passes, 2)):  # the second finds the gradients of those before it
-            work()
-        torch.nn.utils.clip_grad_norm_(
-            [p for group in optimizer.param_groups for p in group["params"]], 1.0
-        )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    if not optimizer.state:
-        step()
-    return step
-
-
-def phase(
-    name: str,
-    models: dict[str, PreTrainedModel],
-    used: Sequence[str],
-    optimizer: torch.optim.Optimizer | None,
-    precision: str,
-    world: int,
-    work: Callable[[], object],
-) -> Phase:
-    """A phase in which `work` is done with the models `used`, while all stand by.
-
-    Of several processes each then has two layers whole, weights and gradients, and for the length of a pass what is in no layer.
+    stage: "sl", "rm" or "ppo"; arguments: a config file and its --key=value overrides. Phases are
+    named after the model that generates or labels in them, or "training".
     """
-    alive, _ = _count(models, optimizer, precision, work)
-    copies = (
-        alive["copies"] if world == 1 else 0
-    )  # several processes hand the layers round as bfloat16, and autocast has nothing to copy
-    rows = {
-        "gradients": -(-alive["gradients"] // world),
-        "bfloat16 copies": copies,
-        "activations": alive["other"],
-        "logits": alive["logits"],
-        "gathered weights": sum(_ahead(models[m], precision) for m in used) if world > 1 else 0,
-    }
-    return name, _standing(models, optimizer, world) | rows | {
-        "allocator slack": _slack(models, rows["activations"])
-    }
+    script = SCRIPTS[stage]
+    cfg = config.load(getattr(script, f"{stage.upper()}Config"), stage, arguments)
+    parallel.setup(cfg.device, cfg.precision)
+    b = 2 if parallel.precision() == "bf16" else 4
+    models = {name: shape(cfg, name) for name in script.TRAINED + script.FROZEN}
+    trained = [models[name] for name in script.TRAINED]
+
+    # Lengths in tokens: of prompts, and of the longest request around a prompt and two answers.
+    tokenizer = load_tokenizer(cfg.model)
+    new = cfg.max_new_tokens
+    prompts = read_prompts(cfg.prompts)
+    prompts += read_prompts(getattr(cfg, "helpful_prompts", "") or cfg.prompts)
+    lengths = [len(encode_prompt(tokenizer, as_turns(prompt))) for prompt in prompts]
+    whole = sum(lengths) / len(lengths) + new
+    longest = max(lengths) + new
+    asked = (render_revision("", "", "", p) for p in constitution.load(cfg.constitution).principles)
+    request = max(len(encode_prompt(tokenizer, text)) for text in asked)
+
+    # A micro-batch has micro_tokens, or a process's part of the batch where that is less.
+    if stage == "ppo":
+        rows = min(cfg.rows, cfg.episodes / N)
+        batch = cfg.episodes / cfg.minibatches
+    else:
+        rows = cfg.rows
+        batch = cfg.batch_size * (1 + (stage == "rm"))  # a pair has two sequences
+    tokens = min(cfg.micro_tokens, batch / N * whole)
+    responses = tokens * new / whole
+    if stage == "rm":  # the prompt of a pair goes through the layers once
+        tokens = (tokens + responses) / 2
+
+    # MiB that the CPU's heap loses between blocks of different sizes, by measurement (LOG.md).
+    # Where the environment has each block mapped by itself, it loses none.
+    holes = 360 * (parallel.MALLOC not in os.environ)
+    phases = {}
+    for name in [*(script.FROZEN if stage == "rm" else script.TRAINED[:1]), "training"]:
+        # PPO's models learn one after the other. The policy, with its logits, is the larger.
+        m = models.get(name, trained[0])
+        # In bf16 the products read a bfloat16 copy of the weights in the layers: 2 bytes each. One
+        # process makes it of the model at work. Several exchange it instead of the float32 weights.
+        half = (4 - b) * m.inside
+        if name == "training":
+            held = adam = trained
+            # Autograd keeps what the backward pass will read. Per token and layer, this is
+            #   of two norms, the input, its normalised form and the output, in float32: 24 H
+            #   (in bf16, one copy of the output for each of five products: about as much);
+            #   of attention, q, k, v and the output, in batches with a tenth of padding, and
+            #   what the next product reads: 5.4 b Q;
+            #   of the MLP, gate, its activation, up, and the product of the two: 4 b I.
+            layer = tokens * (24 * m.hidden + 5.4 * b * m.queries + 4 * b * m.inner)
+            # With checkpointing a layer keeps its input, 4 H, and one at a time has the rest.
+            again = m.layers * tokens * 4 * m.hidden + layer
+            # Two layers at a time are gathered, weights in b bytes and gradients in 4, and what
+            # is outside the layers, 4 and 4.
+            gathered = 2 * m.inside / m.layers * (b + 4) + 8 * (m.parameters - m.inside)
+            passing = {
+                # One float32 gradient per trained weight: 4 P / N.
+                "gradients": 4 * count(trained) / N,
+                "slots": 0,
+                "activations": again if cfg.gradient_checkpointing else m.layers * layer,
+                # The loss needs the logits of responses, CHUNK tokens at a time: as float32
+                # log-probs, with their gradient and that of the logits: 3 x 4 V.
+                "logits": 12 * min(responses, CHUNK) * m.vocabulary,
+            }
+        else:
+            held = [m]
+            adam = []
+            # A critique, a revision and a comparison have two answers and a request around a
+            # prompt. Labels are read off the end of a text: no slot is needed.
+            more = 0 if name == "policy" else 2 * new + request
+            fed = whole - new + more
+            context = 0 if name == "feedback" else longest + more
+            # The whole model is gathered: b bytes per parameter in the layers, 4 outside.
+            gathered = 4 * m.parameters - half
+            passing = {
+                "gradients": 0,
+                # A slot keeps a key (float32, as rotation makes it) and a value (b bytes) per
+                # token and layer: (4 + b) K.
+                "slots": rows * context * m.layers * (4 + b) * m.keys,
+                # Without gradients one layer's activations exist at a time. They are most when
+                # all prompts come in: 2 H for the residual stream and its norm, 3 I in the MLP,
+                # and a mask of each token against the whole slot.
+                "activations": rows * fed * 4 * (2 * m.hidden + 3 * m.inner + context),
+                # Drawing a token: logits, log-probs and probabilities in float32, probabilities
+                # and their sums in float64: 28 V.
+                "logits": 28 * rows * m.vocabulary,
+            }
+        if stage == "ppo":  # all models and Adam's state are there in all phases
+            held = models.values()
+            adam = trained
+        parts = phases[f"{stage} {name}"] = {
+            # Weights are float32 and cut over the processes: 4 P / N.
+            "weights": 4 * count(held) / N,
+            # Adam keeps two moments of each trained weight, in float32: 8 P / N.
+            "Adam": 8 * count(adam) / N,
+            "copies": half if N == 1 else gathered,
+            **passing,
+            # The libraries take what they take in this process. The holes in a CPU's heap add to
+            # it. On a GPU, CUDA's context takes about as much as both.
+            "process": (parallel.peak_memory_mb() + holes) * 2**20,
+        }
+        parts["total"] = sum(parts.values())
+    return phases
 
 
-# --- counting --------------------------------------------------------------------------------------------------------------------
-
-
-class _Alive(TorchDispatchMode):
-    """Bytes of the storages that operations have made and that are alive, by kind, and how they stood when there were most."""
-
-    def __init__(self, weights: list[Tensor], standing: list[Tensor], vocabulary: set[int]):
-        super().__init__()
-        self.weights, self.shapes = weights, {p.shape for p in weights if p.ndim > 1}
-        self.vocabulary = vocabulary
-        self.seen = WeakIdKeyDictionary({x.untyped_storage(): True for x in [*weights, *standing]})
-        self.now = dict.fromkeys(("logits", "copies", "other"), 0)
-        self.peak, self.most = dict(self.now, gradients=0), 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for x in (x for x in tree_iter(out) if isinstance(x, Tensor)):
-            storage = x.untyped_storage()
-            if storage not in self.seen:
-                kind = (
-                    "copies"
-                    if x.dtype == torch.bfloat16 and x.shape in self.shapes
-                    else "logits"
-                    if x.ndim and x.shape[-1] in self.vocabulary
-                    else "other"
-                )
-                self.seen[storage] = True
-                self._add(kind, storage.nbytes())
-                weakref.finalize(storage, self._add, kind, -storage.nbytes())
-        return out
-
-    def _add(self, kind: str, size: int) -> None:
-        self.now[kind] += size
-        if size > 0 and sum(self.now.values()) > self.most:
-            self.most = sum(self.now.values())
-            gradients = sum(p.grad.nbytes for p in self.weights if p.grad is not None)
-            self.peak = self.now | {"gradients": gradients, "other": self.now["other"] - gradients}
-
-
-def _count(
-    models: dict[str, PreTrainedModel],
-    optimizer: torch.optim.Optimizer | None,
-    precision: str,
-    work: Callable,
-) -> tuple[dict, object]:
-    """Bytes alive besides weights and optimizer state at the fullest moment of `work`, by kind, and what it returned."""
-    weights = [p for model in models.values() for p in model.parameters()]
-    alive = _Alive(
-        weights,
-        [x for state in (optimizer.state.values() if optimizer else ()) for x in state.values()],
-        {model.config.get_text_config().vocab_size for model in models.values()},
-    )
-    with alive, parallel.autocast(CPU, precision):
-        returned = work()
-    return alive.peak, returned
-
-
-def _standing(
-    models: dict[str, PreTrainedModel], optimizer: torch.optim.Optimizer | None, world: int
-) -> dict[str, int]:
-    """Weights of each model, and optimizer state, of which each process keeps its part: rows of every tensor, rounded up."""
-    rows = {f"weights: {name}": _part(model.parameters(), world) for name, model in models.items()}
-    return rows | {
-        "optimizer state": _part(
-            [x for s in optimizer.state.values() for x in s.values()] if optimizer else [], world
-        )
-    }
-
-
-def _part(tensors: Iterable[Tensor], world: int) -> int:
-    return sum(
-        x.nbytes // max(len(x), 1) * -(-len(x) // world) if x.ndim else x.nbytes for x in tensors
-    )
-
-
-def _slack(models: dict[str, PreTrainedModel], activations: int) -> int:
-    return activations * SLACK // max(SLACK, *(len(_layers(model)) for model in models.values()))
-
-
-def _layers(model: PreTrainedModel) -> list[int]:
-    """Numbers of weights in each layer."""
-    return [
-        sum(p.numel() for p in m.parameters())
-        for m in model.modules()
-        if type(m).__name__ in (model._no_split_modules or ())
-    ]
-
-
-def _whole(
-    models: dict[str, PreTrainedModel], names: Iterable[str], precision: str, world: int
-) -> int:
-    """Whole models as several processes hand them round: layers in the precision of the products, the rest in float32."""
-    inside = sum(sum(_layers(models[name])) for name in names)
-    outside = sum(models[name].num_parameters() for name in names) - inside
-    return inside * (2 if precision == "bf16" else 4) + outside * 4 if world > 1 else 0
-
-
-def _ahead(model: PreTrainedModel, precision: str) -> int:
-    """What is in no layer, and the two largest layers: weights as they are handed round, gradients in float32."""
-    layers = sorted(_layers(model))
-    outside = model.num_parameters() - sum(layers)
-    return outside * 8 + sum(layers[-2:]) * ((2 if precision == "bf16" else 4) + 4)
-
-
-# --- the table -------------------------------------------------------------------------------------------------------------------
-
-
-def show(phases: list[Phase], device: torch.device, precision: str, world: int) -> dict:
-    """Prints the plan, GiB a component and phase, and returns it in bytes.
-
-    On a CPU the libraries are this process as it stands, and its allocator keeps what is freed, in pieces that do not always fit the next use,
-    unless the environment has it map all large blocks one by one. On a GPU both are left out.
-    """
-    here = {"libraries": int(parallel.peak_memory_mb() * 2**20)} if device.type == "cpu" else {}
-    threshold = os.environ.get(parallel.MALLOC, "")
-    keeps = here and not (
-        threshold.isdecimal() and int(threshold) <= 128 << 10
-    )  # above 1 MiB there are holes again (LOG.md)
-    phases = [
-        (name, here | {k: size for k, size in rows.items() if keeps or k != "allocator slack"})
-        for name, rows in phases
-    ]
-    names = [
-        name
-        for name in dict.fromkeys(name for _, rows in phases for name in rows)
-        if any(rows.get(name) for _, rows in phases)
-    ]
-    totals = [sum(rows.values()) for _, rows in phases]
-    cells = [[name, *(f"{rows.get(name, 0) / 2**30:.3f}" for _, rows in phases)] for name in names]
-    if os.environ.get("RANK", "0") == "0":  # of several processes that plan, each by itself
-        print(
-            table(
-                ["GiB a process", *(name for name, _ in phases)],
-                [*cells, ["total", *(f"{size / 2**30:.3f}" for size in totals)]],
-            )
-        )
-        processes = f"{world} process{'es' * (world > 1)}"
-        print(
-            f"\nThe largest phase takes {max(totals) / 2**30:.3f} GiB in each of {processes}, on {device.type} in {precision}."
-        )
-        if device.type != "cpu" or precision != "fp32" or world > 1:
-            print(
-                "Weights, gradients and optimizer state are exact; the rest was measured for fp32 in one process on a CPU, not on this device."
-            )
-    return {"phases": dict(phases), "total": max(totals)}
+def main(arguments: list[str]) -> None:
+    """Prints the plan of all three stages, in GiB per process."""
+    parser = argparse.ArgumentParser("minicai", usage=argparse.SUPPRESS)
+    parser.add_argument("--processes", type=int, default=1)
+    options, rest = parser.parse_known_args(arguments)
+    if options.processes < 1:
+        raise InputError("--processes must be at least 1")
+    phases = {}
+    rows = []
+    for stage in SCRIPTS:
+        phases |= planned(stage, rest, options.processes)
+    for phase, parts in phases.items():
+        rows.append([phase, *(f"{size / 2**30:.3f}" for size in parts.values())])
+    largest = max(phases, key=lambda phase: phases[phase]["total"])
+    print(table(["GiB per process", *parts], rows))
+    print(f"\nLargest: {largest}, {phases[largest]['total'] / 2**30:.3f} GiB per process.")

@@ -1,283 +1,258 @@
-"""A constitution tried out: one critique and one revision of the same answers under each of its principles, and what a judge model makes of them.
+"""`constitution try` and `diff`: what each principle does to the answers of one model.
 
-No model is named here: `generate` and `choose` are the callables of critique.py and feedback.py, whose rows these are. What is counted says how
-the principles' words work on one model, and nothing of what a model trained on them will do.
+Every prompt is answered once. Each principle then criticises and revises that answer once, and a
+judge model compares answer and revision. `diff` compares the revisions of two versions instead.
+The counts describe how one model follows the words of a principle. They do not predict a model
+that is trained on them.
 """
 
-import random
+import difflib
+import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
 
-from minicai.constitution import REQUESTS, Constitution, Principle
-from minicai.critique import Generate, critique_and_revise, faults, in_turn
-from minicai.engine.terminal import emphasis, plain
+from minicai import InputError
+from minicai.constitution import REQUESTS, Constitution, load
+from minicai.critique import Generate, Revising, critique_and_revise, faults, in_turn
+from minicai.engine import parallel
+from minicai.engine.data import epoch_order, read_jsonl, read_prompts
+from minicai.engine.load import load_policy
+from minicai.engine.sampler import Sampling, choice_logprobs, respond
+from minicai.engine.stage import Stage
+from minicai.engine.terminal import emphasis, plain, table
 from minicai.evaluation.measures import counted
-from minicai.feedback import Choose, by_place, label_pairs
-from minicai.prompts import Prompt
+from minicai.feedback import Choose, Labelling, by_place, label_pairs
+from minicai.prompts import CHOICES, Prompt, as_turns
 
-SHOWN = 240  # characters of a text in a transcript; the files have the whole
+STREAM = 5  # keeps the random numbers apart from those of the stages and the evaluation
+SHOWN = 240  # characters of a text in a transcript; the files have all of it
 
 
-def drawn(prompts: Sequence[Prompt], n: int, seed: int) -> list[Prompt]:
-    """n of the prompts, in their order, or all where there are no more; a function of the seed."""
-    return [
-        prompts[k]
-        for k in sorted(
-            random.Random(repr(("try", seed))).sample(range(len(prompts)), min(n, len(prompts)))
-        )
-    ]
+def attempt(cfg, file: str) -> None:
+    """`try`: prints a table, and one transcript per principle. cfg: a TryConfig."""
+    folder, rows, labels = run(cfg, file)
+    print("\n" + shares_table(rows, labels))
+    print(
+        "changed: the revision differs from the answer. preferred: of those, the judge model "
+        "prefers the\nrevision. consistent: the same choice when the two are swapped. faulty: the "
+        "revision repeats the\ncritique or opens with boilerplate. In brackets: 95 % intervals.\n"
+    )
+    print(f"{transcripts(rows, labels, 'answer', 'revision')}\nwrote  {folder}")
+
+
+def diff(cfg, *files: str) -> None:
+    """`diff`: prints which requests changed, and how this changes the revisions."""
+    old, new = map(load, files)
+    if old.sha256 == new.sha256:
+        raise InputError(f"{' and '.join(files)} have the same principles: nothing to compare")
+    before, after = (run(cfg, file) for file in files)
+    # run() has compared the other inputs with those of earlier runs
+    reads = {"old": f"{before[0]}/revisions.jsonl", "new": f"{after[0]}/revisions.jsonl"}
+    stage = Stage(cfg, f"diff/{short(old)}_{short(new)}", reads)
+    rows = against(before[1], after[1])
+    if not stage.record:
+        labels = judge(cfg, stage, rows, [old, new])
+        stage.finish(None, {"principles": by_principle(rows, labels)})
+    labels = read_jsonl(stage.folder / "comparisons.jsonl")
+    print("\n" + wording(old, new))
+    tables = {"old": before[1:], "new": after[1:], "new against old": (rows, labels)}
+    for title, found in tables.items():
+        print(f"{emphasis(title)}\n{shares_table(*found)}\n")
+    print(
+        "new against old: changed: the two revisions differ. preferred: of those, the judge model "
+        "prefers\nthe new one. In brackets: 95 % intervals.\n"
+    )
+    rows = list(filter(changed, rows))
+    print(f"{transcripts(rows, labels, 'old', 'new')}\nwrote  {stage.folder}")
+
+
+# --- running --------------------------------------------------------------------------------------
+
+
+def run(cfg, file: str) -> tuple[Path, list[dict], list[dict]]:
+    """Tries a constitution, unless an earlier run did.
+
+    Returns OUT/try/NAME-FINGERPRINT, and the rows of its revisions.jsonl and comparisons.jsonl.
+    """
+    rules, prompts = load(file), read_prompts(cfg.prompts)
+    how = Revising(rules, cfg.seed, rounds=1, choose=in_turn)
+    count = len(how.principles)
+    prompts = [prompts[k] for k in epoch_order(len(prompts), STREAM, cfg.seed)[: cfg.n]]
+    reads = {"model": cfg.model, "feedback": cfg.feedback, "prompts": cfg.prompts}
+    parallel.setup(cfg.device, cfg.precision, cfg.timeout)
+    stage = Stage(replace(cfg, constitution=file), f"try/{short(rules)}", reads)
+
+    def generate(model, asked, seeds) -> list[str]:
+        seeds = [(STREAM, *seed) for seed in seeds]
+        sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
+        return respond(model, asked, seeds, sampling, stage.progress)[0]
+
+    if not stage.record:
+        group = max(1, cfg.rows // count) * count  # whole prompts
+        journal = stage.journal("revisions.jsonl", group, len(prompts) * count)
+        model = load_policy(cfg.model)
+        made_by = {"model": cfg.model, "seed": cfg.seed, "constitution": rules.stamp}
+        for first, last in stage.turns(journal, "generate", "texts", each=2 + 1 / count):
+            first, last = first // count, last // count  # prompts
+            rows = each_principle(prompts[first:last], first, partial(generate, model), how)
+            journal.append([row | made_by for row in rows])
+        del model  # the judge may need its memory
+        labels = judge(cfg, stage, journal.rows, [rules])
+        record = {"principles": by_principle(journal.rows, labels), "text": asdict(rules)}
+        stage.finish(None, made_by | record)
+    rows = read_jsonl(stage.folder / "revisions.jsonl")
+    return stage.folder, rows, read_jsonl(stage.folder / "comparisons.jsonl")
+
+
+def judge(cfg, stage: Stage, rows: Sequence[dict], versions: Sequence[Constitution]) -> list[dict]:
+    """Makes comparisons.jsonl by the feedback model."""
+    path = cfg.feedback or cfg.model
+    model, journal = load_policy(path), stage.journal("comparisons.jsonl")
+
+    def choose(texts) -> list[list[float]]:
+        return choice_logprobs(model, texts, CHOICES, cfg.rows)
+
+    journal.keep(0)
+    journal.append(compared(rows, versions, choose, cfg.seed, path))
+    return journal.rows
+
+
+def short(rules: Constitution) -> str:
+    """NAME-FINGERPRINT. Each wording of a constitution has its own folder."""
+    return f"{re.sub('[^-.0-9A-Za-z]+', '_', rules.name)}-{rules.sha256[:12]}"
+
+
+# --- rows of the journals -------------------------------------------------------------------------
 
 
 def each_principle(
-    prompts: Sequence[Prompt],
-    first: int,
-    generate: Generate,
-    rules: Constitution,
-    *,
-    seed: int,
-    model: str,
+    prompts: Sequence[Prompt], first: int, generate: Generate, how: Revising
 ) -> list[dict]:
-    """Rows of revisions.jsonl, one round each: prompt number `first` under every principle, then the next prompt under every principle.
+    """Makes the rows of revisions.jsonl for prompts number first, first + 1, ...
 
-    Row i is of prompt i // P and principle i % P. All P rows of a prompt begin with the same answer, which is sampled once.
+    P principles make P rows per prompt: row i has prompt i // P and principle i % P. The answer of
+    a prompt is sampled once, and its random numbers do not depend on the principle. Thus a
+    principle that two constitutions share gives the same texts under both.
+    how: one round that takes the principles in turn.
     """
-    count = len(rules.usable("critique", "revision"))
+    count = len(how.principles)
 
-    def once(texts: Sequence[str | list[dict]], seeds: Sequence[tuple[int, ...]]) -> list[str]:
-        asked = [
-            (repr(text), (seed, i // count, step)) for text, (seed, i, step) in zip(texts, seeds)
-        ]
-        different = dict(zip(asked, texts))
-        said = dict(
-            zip(different, generate(list(different.values()), [seeds for _, seeds in different]))
-        )
-        return [said[one] for one in asked]
+    def per_prompt(asked, seeds) -> list[str]:
+        return generate(asked, [(seed, i // count, step) for seed, i, step in seeds])
 
-    repeated = [prompt for prompt in prompts for _ in range(count)]
-    return critique_and_revise(
-        repeated, first * count, once, rules, rounds=1, seed=seed, model=model, choose=in_turn
-    )
+    def once(asked, seeds) -> list[str]:
+        answers = per_prompt(asked[::count], seeds[::count])
+        return [answer for answer in answers for _ in range(count)]
+
+    asked = [prompt for prompt in prompts for _ in range(count)]
+    rows = critique_and_revise(asked, first * count, how, once, per_prompt, per_prompt)
+    for row in rows:
+        row["principle"] = row["rounds"][0]["principle"]
+        row["of"] = f"prompt {row['id'] // count}, {row['principle']}"
+    return rows
+
+
+def against(old_rows: Sequence[dict], new_rows: Sequence[dict]) -> list[dict]:
+    """The rows of the new version, with the old version's revision in place of the answer.
+
+    Both revise the same answer. A principle that only one version has is left out.
+    """
+    old = {row["of"]: row["final"] for row in old_rows}
+    return [row | {"initial": old[row["of"]]} for row in new_rows if row["of"] in old]
 
 
 def changed(row: dict) -> bool:
-    """Whether the revision says something, and something else than the answer did."""
+    """Whether the revision is not empty and differs from the response before it."""
     return not {"unchanged", "empty"} & set(faults(row)[0])
 
 
-def judged(
-    rows: Sequence[dict], choose: Choose, rules: Constitution, *, seed: int, judge: str
+def compared(
+    rows: Sequence[dict], versions: Sequence[Constitution], choose: Choose, seed: int, judge: str
 ) -> list[dict]:
-    """Rows of comparisons.jsonl: of each answer (first) with its changed revision (second), under the principle that asked for it, in both orders."""
-    labels = []
-    for principle in (p for p in rules.principles if p.comparison):
-        pairs = [
-            (row["id"], row["prompt"], row["initial"], row["final"])
-            for row in rows
-            if row["rounds"][0]["principle"] == principle.name and changed(row)
-        ]
-        labels += (
-            label_pairs(
-                pairs,
-                choose,
-                replace(rules, principles=(principle,)),
-                swap=True,
-                seed=seed,
-                judge=judge,
-            )
-            if pairs
-            else []
-        )
-    return [label | {"constitution": rules.stamp} for label in labels]
+    """Makes the rows of comparisons.jsonl: initial response (first) and changed revision (second).
 
-
-def by_principle(
-    rows: Sequence[dict], labels: Sequence[dict], rules: Constitution
-) -> dict[str, dict]:
-    """{principle: {"changed", "preferred", "same_in_both_orders", "faulty"}}, shares with their counts and intervals, and the same of "all" of them.
-
-    `preferred`: of the changed revisions those that the judge takes for better than the answer; `faulty`: those that leaked the critique, or open
-    with boilerplate; `same_in_both_orders`: comparisons in which the order of the two made no difference.
+    They are compared in both orders under the row's principle, as each of the versions words it.
+    The votes are averaged. A principle without a comparison labels nothing.
     """
-
-    def of(rows: Sequence[dict], labels: Sequence[dict]) -> dict:
-        return {
-            "changed": counted([changed(row) for row in rows]),
-            "preferred": counted([label["p_first"] < 0.5 for label in labels]),
-            "same_in_both_orders": counted([not by_place(label) for label in labels]),
-            "faulty": counted(
-                [bool({"leaked", "boilerplate"} & set(faults(row)[0])) for row in rows]
-            ),
-        }
-
-    name_of = {row["id"]: row["rounds"][0]["principle"] for row in rows}
-    found = {
-        p.name: of(
-            [row for row in rows if name_of[row["id"]] == p.name],
-            [label for label in labels if name_of[label["id"]] == p.name],
-        )
-        for p in rules.usable("critique", "revision")
-    }
-    return found | {"all": of(rows, labels)}
-
-
-def transcripts(rows: Sequence[dict], labels: Sequence[dict]) -> str:
-    """One a principle, with its critique: a revision that the judge prefers; where there is none, one that it does not; else one that changed
-    nothing, or was not judged. Long texts are shortened."""
-    p_first = {label["id"]: label["p_first"] for label in labels}
-    kinds = (
-        "the revision is preferred",
-        "the answer is preferred",
-        "neither is preferred",
-        "nothing changed",
-        "not judged",
-    )
-
-    def kind(row: dict) -> int:
-        if row["id"] not in p_first:
-            return 4 if changed(row) else 3
-        return 0 if p_first[row["id"]] < 0.5 else 1 if p_first[row["id"]] > 0.5 else 2
-
-    lines = []
-    for name in dict.fromkeys(row["rounds"][0]["principle"] for row in rows):
-        row = min(
-            (row for row in rows if row["rounds"][0]["principle"] == name), key=kind
-        )  # the first of its kind
-        sure = (
-            f", {max(p_first[row['id']], 1 - p_first[row['id']]):.2f}"
-            if row["id"] in p_first
-            else ""
-        )
-        lines += [
-            emphasis(f"{name}: {kinds[kind(row)]}{sure}"),
-            *_said("Human", row["prompt"]),
-            *_said("answer", row["initial"]),
-            *_said("critique", row["rounds"][0]["critique"]),
-            *_said("revision", row["final"]),
-            "",
-        ]
-    return "\n".join(lines)
-
-
-def _said(who: str, what: Prompt) -> list[str]:
-    text = " ".join((what if isinstance(what, str) else what[-1]["content"]).split())
-    return [f"  {who:<9}{plain(text if len(text) <= SHOWN else f'{text[:SHOWN]} ...')}"]
-
-
-# --- two versions ----------------------------------------------------------------------------------------------------------------
-
-
-def differences(old: Constitution, new: Constitution) -> dict[str, list[str]]:
-    """What became of each principle, by name: {"same", "added", "removed", or the requests that changed, as in "critique, revision"} by principle."""
-    before, after = ({p.name: p for p in rules.principles} for rules in (old, new))
-    found = {}
-    for name in before | after:
-        if name in before and name in after:
-            found[name] = [
-                r for r in REQUESTS if getattr(before[name], r) != getattr(after[name], r)
-            ] or ["same"]
-        else:
-            found[name] = ["removed" if name in before else "added"]
-    return found
-
-
-def head_to_head(
-    old_rows: Sequence[dict],
-    new_rows: Sequence[dict],
-    old: Constitution,
-    new: Constitution,
-    choose: Choose,
-    *,
-    seed: int,
-    judge: str,
-) -> list[dict]:
-    """Rows of comparisons.jsonl: the old version's revision (first) against the new one's (second), where they differ, of the same answer under
-    the principle of the same name; under the comparison requests of both versions, averaged, in both orders."""
-    theirs = dict(_by_prompt_and_principle(new_rows, new))
-    labels = []
-    for name in (p.name for p in old.principles if p.name in {q.name for q in new.principles}):
-        rows = [
-            (row, theirs[key])
-            for key, row in _by_prompt_and_principle(old_rows, old)
-            if key[1] == name and key in theirs
-        ]
-        pairs = [
-            (a["id"], a["prompt"], a["final"], b["final"])
-            for a, b in rows
-            if a["final"].strip() != b["final"].strip()
-        ]
-        asked = dict.fromkeys(
-            p.comparison
-            for rules in (old, new)
-            for p in rules.principles
-            if p.name == name and p.comparison
-        )
-        if pairs and asked:
-            wording = replace(
-                new,
-                principles=tuple(
-                    Principle(f"{name} {k}", comparison=text) for k, text in enumerate(asked, 1)
-                ),
-            )
-            labelled = label_pairs(
-                pairs, choose, wording, swap=True, seed=seed, judge=judge, principles=0
-            )
-            labels += [
-                label | {"principle": name, "constitution": [old.stamp, new.stamp]}
-                for label in labelled
-            ]
+    labels, known = [], [p for rules in versions for p in rules.principles if p.comparison]
+    for name in dict.fromkeys(p.name for p in known):
+        wordings = tuple(p for p in known if p.name == name)
+        how = Labelling(replace(versions[-1], principles=wordings), seed, principles=0)
+        mine = [row for row in rows if row["principle"] == name and changed(row)]
+        pairs = [(row["id"], row["prompt"], row["initial"], row["final"]) for row in mine]
+        made_by = {"principle": name, "constitution": [rules.stamp for rules in versions]}
+        labels += [label | made_by for label in label_pairs(pairs, choose, how, judge)]
     return labels
 
 
-def _by_prompt_and_principle(
-    rows: Sequence[dict], rules: Constitution
-) -> list[tuple[tuple[int, str], dict]]:
-    count = len(rules.usable("critique", "revision"))
-    return [((row["id"] // count, row["rounds"][0]["principle"]), row) for row in rows]
+# --- what is printed ------------------------------------------------------------------------------
 
 
-def preferred_of_two(labels: Sequence[dict]) -> dict[str, dict]:
-    """{principle: how often the new version's revision is preferred, where the two differ}, and of "all" of them."""
-    names = dict.fromkeys(label["principle"] for label in labels)
-    return {
-        name: counted(
-            [label["p_first"] < 0.5 for label in labels if name in (label["principle"], "all")]
-        )
-        for name in (*names, "all")
-    }
+def by_principle(rows: Sequence[dict], labels: Sequence[dict]) -> dict[str, dict]:
+    """{principle: {"changed", "preferred", "consistent", "faulty"}}, and of "all".
+
+    Each is a share with its count and 95 % interval. `preferred`: changed revisions that the judge
+    prefers. `faulty`: revisions that repeat the critique or the request, or open with boilerplate.
+    """
+    found = {}
+    for name in (*dict.fromkeys(row["principle"] for row in rows), "all"):
+        mine = [row for row in rows if name in (row["principle"], "all")]
+        judged = [label for label in labels if name in (label["principle"], "all")]
+        outcomes = {
+            "changed": [changed(row) for row in mine],
+            "preferred": [label["p_first"] < 0.5 for label in judged],
+            "consistent": [not by_place(label) for label in judged],
+            "faulty": [bool({"leaked", "boilerplate"} & set(faults(row)[0])) for row in mine],
+        }
+        found[name] = {what: counted(outcome) for what, outcome in outcomes.items()}
+    return found
+
+
+def shares_table(rows: Sequence[dict], labels: Sequence[dict]) -> str:
+    """The shares of by_principle, with their intervals."""
+    found, lines = by_principle(rows, labels), []
+    for name, shares in found.items():
+        line = [name]
+        for share in shares.values():
+            low, high = share["interval"]
+            line.append(f"{share['rate']:.2f} ({low:.2f}–{high:.2f})" if share["count"] else "–")
+        lines.append(line)
+    return table(["principle", *found["all"]], lines)
+
+
+def transcripts(rows: Sequence[dict], labels: Sequence[dict], first: str, second: str) -> str:
+    """One transcript per principle: the revision that the judge prefers most.
+
+    Of a principle that it did not judge, a revision that changed the response, if there is one.
+    first, second: what the initial response and its revision are called.
+    """
+    p_first, lines = {label["id"]: label["p_first"] for label in labels}, []
+    for name in dict.fromkeys(row["principle"] for row in rows):
+        mine = [row for row in rows if row["principle"] == name]
+        row = min(mine, key=lambda row: p_first.get(row["id"], 2 - changed(row)))
+        verdict = "not judged"
+        if row["id"] in p_first:
+            verdict = f"P({second} is better) = {1 - p_first[row['id']]:.2f}"
+        lines.append(emphasis(f"{name}: {verdict}"))
+        texts = {"Human": as_turns(row["prompt"])[-1]["content"], first: row["initial"]}
+        texts |= {"critique": row["rounds"][0]["critique"], second: row["final"]}
+        for who, text in texts.items():
+            text = " ".join(text.split())
+            text = text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
+            lines.append(f"  {who:<9}{plain(text)}")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def wording(old: Constitution, new: Constitution) -> str:
-    """The requests that differ, line by line."""
-    before, after = ({p.name: p for p in rules.principles} for rules in (old, new))
-    lines = [emphasis(f"{old.name} {old.version} -> {new.name} {new.version}")]
-    for name, what in differences(old, new).items():
-        for request in (
-            REQUESTS if what in (["added"], ["removed"]) else what if what != ["same"] else []
-        ):
-            texts = [
-                (mark, getattr(rules[name], request))
-                for mark, rules in (("-", before), ("+", after))
-                if name in rules
-            ]
-            lines += [f"  {name}, {request}"] + [
-                f"    {mark} {plain(text)}" for mark, text in texts if text
-            ]
-    return "\n".join([*lines, ""])
-
-
-def two_revisions(labels: Sequence[dict]) -> str:
-    """A prompt where the new version's revision is preferred, and one where the old one's is, where there are such."""
-    lines = []
-    for kind, fits in {"new": lambda p: p < 0.5, "old": lambda p: p > 0.5}.items():
-        if label := next((label for label in labels if fits(label["p_first"])), None):
-            sure = abs(label["p_first"] - 0.5) + 0.5
-            lines += [
-                emphasis(
-                    f"{label['principle']}: the {kind} version's revision is preferred, {sure:.2f}"
-                ),
-                *_said("Human", label["prompt"]),
-                *_said("old", label["first"]),
-                *_said("new", label["second"]),
-                "",
-            ]
-    return "\n".join(lines)
+    """The requests that differ, with the characters that changed marked."""
+    texts = []
+    for rules in (old, new):
+        texts.append(
+            [f"{p.name}, {r}: {getattr(p, r)}" for p in rules.principles for r in REQUESTS]
+        )
+    changes = [plain(line).rstrip() for line in difflib.ndiff(*texts) if line[0] != " "]
+    title = emphasis(f"{old.name} {old.version} -> {new.name} {new.version}")
+    return "\n  ".join([title, *changes]) + "\n"

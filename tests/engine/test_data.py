@@ -1,18 +1,29 @@
-"""Journals that survive a kill at any byte, the readers of prompts and preference pairs, and what they say about a wrong line."""
+"""Journals that survive a kill at any byte, the readers of prompts and pairs, and wrong lines."""
 
+import errno
 import gzip
 import json
+import math
+import os
+import re
+from itertools import chain
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+from safetensors import SafetensorError
 
-from minicai import InputError
+from minicai import InputError, RunError
 from minicai.engine.data import (
     Journal,
+    batch_of_step,
+    disk_full_guard,
     epoch_order,
+    finite,
     read_jsonl,
     read_preferences,
     read_prompts,
+    shuffled,
     token_batches,
     write_atomic,
 )
@@ -36,14 +47,14 @@ def write(path: Path, content: str | bytes) -> Path:
 
 
 def refusal(read, path: Path) -> str:
-    """The sentence with which the file is refused, without the file's name, which it must begin with."""
+    """The sentence with which the file is refused, without the file's name, its beginning."""
     with pytest.raises(InputError) as caught:
         read(path)
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
     return str(caught.value).removeprefix(str(path))
 
 
-# --- journal ---------------------------------------------------------------------------------------------------------------------
+# --- journal --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -51,7 +62,7 @@ def path(tmp_path):
     return tmp_path / "rows.jsonl"
 
 
-def test_a_journal_gives_back_the_rows_of_an_earlier_one_and_goes_on_behind_them(path):
+def test_a_journal_gives_back_the_rows_of_an_earlier_one_and_appends_to_them(path):
     first = Journal(path)
     assert first.rows == []
     first.append(ROWS[:2])
@@ -127,7 +138,42 @@ def test_a_malformed_line_that_is_not_the_torn_last_one_is_refused_and_the_file_
     assert path.read_bytes() == before
 
 
-# --- prompts ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("reached", [b'{"id": 1}\n{"i', b'{"id": 1}\n', b""])
+def test_an_append_that_fails_halfway_leaves_whole_lines(path, reached):
+    journal = Journal(path)
+    journal.append([{"id": 0}])
+
+    def fail(descriptor):
+        os.truncate(path, len(b'{"id": 0}\n') + len(reached))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    full = re.escape(str(path)) + ": cannot be written: No space left"
+    with patch.object(os, "fsync", fail), pytest.raises(RunError, match=full):
+        journal.append([{"id": 1}, {"id": 2}])
+    assert path.read_bytes() == b'{"id": 0}\n' and journal.rows == [{"id": 0}]
+    journal.append([{"id": 1}])
+    assert read_jsonl(path) == journal.rows == [{"id": 0}, {"id": 1}]
+
+
+def test_what_is_not_finite_is_written_as_null(path):
+    row = {"a": math.nan, "b": [math.inf, 1.5, {"c": -math.inf}], "d": "NaN", "e": 7, "g": True}
+    journal = Journal(path)
+    journal.append([row])
+    expected = {"a": None, "b": [None, 1.5, {"c": None}], "d": "NaN", "e": 7, "g": True}
+    assert journal.rows == read_jsonl(path) == [finite(row)] == [expected]
+
+
+def test_rows_are_mirrored_and_a_journal_without_a_path_writes_nothing(path):
+    journal, shown = Journal(path), []
+    journal.mirror = shown.extend
+    journal.append(ROWS[:2])
+    journal.path = None
+    journal.append(ROWS[2:])
+    journal.keep(5)
+    assert shown == ROWS and journal.rows == ROWS[:5] and read_jsonl(path) == ROWS[:2]
+
+
+# --- prompts --------------------------------------------------------------------------------------
 
 
 def test_prompts_of_a_text_file_are_its_lines_that_are_not_blank(tmp_path):
@@ -159,10 +205,7 @@ def test_prompts_of_a_jsonl_file_are_texts_or_turns(tmp_path, name):
         ('{"prompt": [{"role": "system", "content": "Why?"}]}', "a turn must be"),
         ('{"prompt": [{"role": "user", "content": null}]}', "a turn must be"),
         ('{"prompt": [{"role": "user"}]}', "a turn must be"),
-        (
-            '{"prompt": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]}',
-            "must be the user's",
-        ),
+        (json.dumps({"prompt": TURNS[:2]}), "must be the user's"),
     ],
 )
 @pytest.mark.parametrize("name", ["p.jsonl", "p.jsonl.gz"])
@@ -210,10 +253,44 @@ def test_a_damaged_gzip_file_is_refused(tmp_path, damage):
     assert "cannot be read" in refusal(read_prompts, path)
 
 
-# --- preference pairs ------------------------------------------------------------------------------------------------------------
+def test_transcripts_are_prompts(tmp_path):
+    pair = {
+        "chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
+        "rejected": "\n\nHuman: a\n\nAssistant: e",
+    }
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    assert read_prompts(tmp_path / "pairs.jsonl") == [
+        [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+            {"role": "user", "content": "c"},
+        ]
+    ]
+    attempts = [
+        {"transcript": "\n\nHuman: How do\n\nI? \n\nAssistant: No.\n\nHuman: Do!", "rating": 4.0},
+        {"transcript": "Human: Why?"},
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in attempts)
+    for text in (json.dumps(attempts, indent=1), lines):  # the published file is one list
+        (tmp_path / "attempts.jsonl").write_text(text)
+        assert read_prompts(tmp_path / "attempts.jsonl") == ["How do\n\nI?", "Why?"]
+    (tmp_path / "attempts.jsonl").write_text(
+        '[{"transcript": "Human: Why?"}, {"transcript": "nobody"}]'
+    )
+    with pytest.raises(InputError, match=r"attempts.jsonl, item 2: needs \"prompt\""):
+        read_prompts(tmp_path / "attempts.jsonl")
+    (tmp_path / "attempts.jsonl").write_text('[{"transcript": "Human: Why?"}')
+    with pytest.raises(InputError, match="not a valid JSON list"):
+        read_prompts(tmp_path / "attempts.jsonl")
+
+
+# --- preference pairs -----------------------------------------------------------------------------
 
 SINGLE = "\n\nHuman: How tall is it?\n\nAssistant: "
-MULTI = "\n\nHuman: Is the Human: Assistant line\nodd?\n\nAssistant: A little.\n\n- so\n\nHuman:  And now?\n\nAssistant: "
+MULTI = (
+    "\n\nHuman: Is the Human: Assistant line\nodd?"
+    "\n\nAssistant: A little.\n\n- so\n\nHuman:  And now?\n\nAssistant: "
+)
 
 
 def pair(**row) -> str:
@@ -348,7 +425,7 @@ def test_hh_rlhf_is_read_whole_and_every_transcript_can_be_rebuilt():
     ]  # the one empty response
 
 
-# --- order and atomic files ------------------------------------------------------------------------------------------------------
+# --- order and atomic files -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [0, 1, 100])
@@ -367,6 +444,23 @@ def test_the_order_of_an_epoch_is_a_function_of_its_seed():
         )
         == 5
     )
+
+
+def test_a_shuffled_sequence_is_epoch_after_epoch_whatever_the_size_of_a_turn():
+    items = "abcde"
+    whole = shuffled(items, 0, 12, 1, 0)
+    assert sorted(whole[:5]) == sorted(whole[5:10]) == list(items) and whole[:5] != whole[5:10]
+    pieces = [shuffled(items, turn, 3, 1, 0) for turn in range(4)]
+    assert [item for piece in pieces for item in piece] == whole
+    assert whole != shuffled(items, 0, 12, 1, 1) and shuffled(items, 7, 0, 1) == []
+
+
+def test_the_batches_of_an_epoch_hold_every_position_once():
+    batches = [batch_of_step(step, 7, 3, 1, 0) for step in range(6)]
+    assert [len(batch) for batch in batches] == [3, 3, 1] * 2
+    first, second = ([*chain(*batches[k : k + 3])] for k in (0, 3))
+    assert sorted(first) == sorted(second) == list(range(7)) and first != second
+    assert batch_of_step(4, 7, 3, 1, 0) == batches[4] != batch_of_step(4, 7, 3, 1, 1)
 
 
 def test_token_batches_hold_every_sequence_once_by_length_within_the_budget():
@@ -390,6 +484,36 @@ def test_a_write_that_fails_midway_leaves_the_old_text(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         write_atomic(path, "new \ud800")  # a lone surrogate has no UTF-8
     assert path.read_text() == "old"
+
+
+def test_a_file_that_does_not_fit_leaves_the_old_one(tmp_path):
+    write_atomic(tmp_path / "a.json", "old")
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with patch.object(os, "fsync", side_effect=full), pytest.raises(RunError):
+        write_atomic(tmp_path / "a.json", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_text() == "old"
+
+
+SAID = "Error while serializing: I/O error: No space left on device (os error 28)"
+FULL = [OSError(number, os.strerror(number)) for number in (errno.ENOSPC, errno.EDQUOT)]
+
+
+@pytest.mark.parametrize("error", [*FULL, SafetensorError(SAID)])
+def test_a_full_disk_is_known_in_whatever_words_a_library_puts_it(tmp_path, error):
+    wrapped = RuntimeError("unexpected pos 704 vs 598")
+    wrapped.__context__ = error
+    told = f"^{re.escape(str(tmp_path))}: cannot be written: "
+    for raised in (error, wrapped):
+        (tmp_path / "x.tmp").mkdir()
+        with pytest.raises(RunError, match=told), disk_full_guard(tmp_path, tmp_path / "x.tmp"):
+            raise raised
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_other_errors_of_writing_are_not_taken_for_a_full_disk(tmp_path):
+    with pytest.raises(PermissionError), disk_full_guard(tmp_path):
+        raise PermissionError(13, "Permission denied")
 
 
 def test_half_of_a_surrogate_pair_is_refused_with_its_line(tmp_path):

@@ -1,6 +1,5 @@
-"""minicai/engine/hub.py without a network: names and paths, what is read from the cache, what is fetched, and what is said where it cannot be."""
+"""The hub without a network: names and paths, the cache, what is fetched, and what is refused."""
 
-import json
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -8,17 +7,14 @@ import pytest
 from huggingface_hub import constants, errors
 
 from minicai import InputError
-from minicai.__main__ import EvalConfig
-from minicai.engine import checkpoint, config, data, hub, models
-from tests.conftest import CPU, ROOT, byte_tokenizer, tiny_model
-from train_ppo import PPOConfig
-from train_rm import RMConfig
+from minicai.engine import config, data, hub, load
+from tests.conftest import ROOT, byte_tokenizer, tiny_model
 from train_sl import SLConfig
 
 
 @pytest.fixture
 def fetched(monkeypatch, tmp_path):
-    """fetched(files) -> calls: a hub that gives a snapshot of these files once it is asked, and a cache that then has them."""
+    """fetched(make) -> calls: a hub that gives what `make` makes, and a cache that then has it."""
 
     def give(make, error=None):
         calls, folder = [], tmp_path / "snapshot"
@@ -63,17 +59,17 @@ def test_a_name_is_no_path_and_a_path_that_is_there_no_name(tmp_path, monkeypatc
 
 def test_a_model_is_fetched_once_its_weights_when_they_are_needed_and_no_code(fetched):
     calls = fetched(make_model)
-    assert models.load_tokenizer("owner/name@v1").eos_token_id == 1
+    assert load.load_tokenizer("owner/name@v1").eos_token_id == 1
     assert [(call["repo_id"], call["revision"]) for call in calls] == [
         ("owner/name", "v1")
     ] and "*.safetensors" not in calls[0]["allow_patterns"]
-    model = models.load_policy("owner/name@v1", CPU)
+    model = load.load_policy("owner/name@v1")
     assert (
         len(calls) == 2
         and "*.safetensors" in calls[1]["allow_patterns"]
         and model.num_parameters() > 0
     )
-    assert len(checkpoint.fingerprint("owner/name@v1")) == 64 and len(calls) == 2
+    assert len(hub.weights_sha256("owner/name@v1")) == 64 and len(calls) == 2
     assert not any(
         pattern.endswith((".py", ".bin", "*"))
         for call in calls
@@ -81,19 +77,19 @@ def test_a_model_is_fetched_once_its_weights_when_they_are_needed_and_no_code(fe
     )
 
 
-def test_a_cache_that_has_the_config_alone_is_completed(fetched, tmp_path):
+def test_a_cache_that_has_only_the_config_is_completed(fetched, tmp_path):
     calls = fetched(make_model)
     (tmp_path / "snapshot").mkdir()
     tiny_model(vocab=258).config.save_pretrained(tmp_path / "snapshot")
-    assert models.load_tokenizer("owner/name").eos_token_id == 1 and len(calls) == 1
-    assert models.load_config("owner/name").vocab_size == 258 and len(calls) == 1
+    assert load.load_tokenizer("owner/name").eos_token_id == 1 and len(calls) == 1
+    assert load.load_config("owner/name").vocab_size == 258 and len(calls) == 1
 
 
 def test_what_comes_with_the_package_has_a_name_on_the_command_line_too():
     assert (
         hub.model_folder("minicai:tinyworld/base", True) == ROOT / "minicai" / "tinyworld" / "base"
     )
-    assert checkpoint.require_folder("minicai:tinyworld/base", "chat").is_dir()
+    assert hub.require_folder("minicai:tinyworld/base", "chat").is_dir()
 
 
 def test_a_config_keeps_the_names_of_what_is_on_the_hub(tmp_path):
@@ -110,20 +106,6 @@ def test_a_config_keeps_the_names_of_what_is_on_the_hub(tmp_path):
         and found.prompts == "hub:owner/set/a/b.jsonl"
         and found.critic.startswith("/")
     )
-
-
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem
-)
-def test_every_config_in_the_repository_is_read_by_every_stage(path):
-    for section, kind in (
-        ("sl", SLConfig),
-        ("rm", RMConfig),
-        ("ppo", PPOConfig),
-        ("eval", EvalConfig),
-    ):
-        found = config.load(kind, section, [str(path)])
-        assert hub.is_name(found.model) or found.model.endswith("tinyworld/base")
 
 
 def test_a_file_of_a_data_set_is_read_and_stays_in_the_cache(fetched):
@@ -154,7 +136,7 @@ def refusal(kind):
 @pytest.mark.parametrize(
     "error, message",
     [
-        (lambda: refusal(errors.GatedRepoError), "agreed to its terms there"),
+        (lambda: refusal(errors.GatedRepoError), "requires agreeing to its terms there"),
         (lambda: refusal(errors.RepositoryNotFoundError), "nothing of that name"),
         (lambda: refusal(errors.RevisionNotFoundError), "no revision v1"),
         (lambda: refusal(errors.HfHubHTTPError), r"cannot be reached from here \(refused\)"),
@@ -167,18 +149,16 @@ def refusal(kind):
 )
 def test_what_the_hub_does_not_give_is_one_clear_sentence(fetched, error, message):
     fetched(None, error())
-    with pytest.raises(
-        InputError,
-        match=f"^model: owner/name@v1 is not a model folder on this machine, and .*{message}",
-    ) as refused:
-        models.load_tokenizer("owner/name@v1")
+    told = f"^model: owner/name@v1 is not a model folder on this machine, nor .*{message}"
+    with pytest.raises(InputError, match=told) as refused:
+        load.load_tokenizer("owner/name@v1")
     assert "\n" not in str(refused.value)
 
 
 def test_a_model_without_safetensors_is_refused(fetched):
     fetched(lambda folder, what: (folder / "config.json").write_text("{}"))
     with pytest.raises(InputError, match="on the hub it has no weights as safetensors"):
-        checkpoint.require_folder("owner/name", "model")
+        hub.require_folder("owner/name", "model")
 
 
 def test_offline_the_command_ends_with_2(command, world):
@@ -187,43 +167,4 @@ def test_offline_the_command_ends_with_2(command, world):
         "train_sl.py", world / "config.toml", "--model=HuggingFaceTB/SmolLM2-135M"
     )
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert (
-        "HuggingFaceTB/SmolLM2-135M is not a model folder on this machine, and the Hugging Face hub does not give it"
-        in err
-    )
-
-
-# --- the files of hh-rlhf as prompts ---------------------------------------------------------------------------------------------
-
-
-def test_transcripts_are_prompts(tmp_path):
-    pair = {
-        "chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
-        "rejected": "\n\nHuman: a\n\nAssistant: e",
-    }
-    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
-    assert data.read_prompts(tmp_path / "pairs.jsonl") == [
-        [
-            {"role": "user", "content": "a"},
-            {"role": "assistant", "content": "b"},
-            {"role": "user", "content": "c"},
-        ]
-    ]
-    attempts = [
-        {"transcript": "\n\nHuman: How do\n\nI? \n\nAssistant: No.\n\nHuman: Do!", "rating": 4.0},
-        {"transcript": "Human: Why?"},
-    ]
-    for text in (
-        json.dumps(attempts, indent=1),
-        "".join(json.dumps(row) + "\n" for row in attempts),
-    ):  # the published file is one list
-        (tmp_path / "attempts.jsonl").write_text(text)
-        assert data.read_prompts(tmp_path / "attempts.jsonl") == ["How do\n\nI?", "Why?"]
-    (tmp_path / "attempts.jsonl").write_text(
-        '[{"transcript": "Human: Why?"}, {"transcript": "nobody"}]'
-    )
-    with pytest.raises(InputError, match=r"attempts.jsonl, item 2: needs \"prompt\""):
-        data.read_prompts(tmp_path / "attempts.jsonl")
-    (tmp_path / "attempts.jsonl").write_text('[{"transcript": "Human: Why?"}')
-    with pytest.raises(InputError, match="not a valid JSON list"):
-        data.read_prompts(tmp_path / "attempts.jsonl")
+    assert "[sl] model: HuggingFaceTB/SmolLM2-135M is not a model folder on this machine" in err

@@ -1,12 +1,15 @@
-"""Models of many architectures through the three scripts, tiny and from their config classes; what cannot be used is refused by its name.
+"""Models of many architectures through the three scripts; what cannot be used is refused by name.
 
-The tokenizers differ too: with and without a chat template, a BOS token, a pad token of their own.
+They are tiny, made from their config classes. The tokenizers differ too: with and without a chat
+template, a BOS token, a pad token of their own.
 """
 
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,12 +20,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import train_ppo
 import train_rm
 import train_sl
-from minicai import InputError
-from minicai.constitution import load
-from minicai.engine import config, models
+from minicai import InputError, constitution
+from minicai.engine import config, load
 from minicai.engine.data import read_jsonl
 from minicai.engine.dialogue import encode
-from minicai.rollout import collate
+from minicai.engine.models import response_logprobs, sequence_scores
+from minicai.rollout import check_ratio, collate
 from tests.conftest import CPU, ROOT, SHORT_RULES, assert_close, byte_tokenizer
 from tests.engine.test_templates import chat_tokenizer
 
@@ -136,13 +139,23 @@ def tokenizer_of(architecture):
     return tokenizer
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def run(request, tmp_path_factory):
-    """A folder in which the three scripts have run, from a base model of each architecture."""
-    return trained(request.param, tmp_path_factory.mktemp(request.param))
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """trained(architecture) -> a folder in which the three scripts have run from such a model."""
+    return cache(lambda architecture: train(architecture, tmp_path_factory.mktemp(architecture)))
 
 
-def trained(architecture, folder):
+@pytest.fixture(params=ARCHITECTURES)
+def run(request, trained):
+    return trained(request.param)
+
+
+def strictly(logprobs, sampled_logprobs, tolerance):
+    """The check of the first ratio, a hundred times as strict."""
+    check_ratio(logprobs, sampled_logprobs, 1e-4)
+
+
+def train(architecture, folder):
     name, settings, _ = ARCHITECTURES[architecture]
     tiny(name, settings, folder / "base", tokenizer_of(architecture))
     (folder / "rules.toml").write_text(SHORT_RULES)
@@ -180,74 +193,59 @@ def trained(architecture, folder):
         minibatches = 2
         lr = 1e-3
         value_lr = 1e-3
-        ratio_tolerance = 1e-4
     """)
     for stage, script in (("sl", train_sl), ("rm", train_rm), ("ppo", train_ppo)):
         kind = getattr(script, f"{stage.upper()}Config")
-        script.main(config.load(kind, stage, [str(folder / "config.toml"), f"--out={folder}"]))
+        with patch.object(train_ppo, "check_ratio", strictly):
+            script.main(config.load(kind, stage, [str(folder / "config.toml"), f"--out={folder}"]))
     return folder
 
 
-def loaded(auto, folder, **settings):
+def loaded(auto, folder):
     """As anybody else would load it, and with attention that knows nothing of ours."""
-    return auto.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", **settings
-    ).eval()
+    return auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 def rows(tokenizer):
-    return [
-        encode(tokenizer, prompt, answer)
-        for prompt, answer in (
-            ("Why?", "Because."),
-            ("How do I boil an egg, please?", "So."),
-            ("No", ""),
-        )
-    ]
+    said = [("Why?", "Because."), ("How do I boil an egg, please?", "So."), ("No", "")]
+    return [encode(tokenizer, prompt, answer) for prompt, answer in said]
 
 
 @torch.no_grad()
-def test_the_three_scripts_run_and_what_they_export_gives_others_the_same_logprobs_padded_packed_or_alone(
-    run,
-):
-    assert [
-        len(read_jsonl(run / file))
-        for file in ("sl/revisions.jsonl", "ppo/episodes.jsonl", "ppo/metrics.jsonl")
-    ] == [2, 4, 1]
+def test_what_the_scripts_export_gives_others_the_same_logprobs(run):
+    """Padded, packed, or each text by itself."""
+    files = {"sl/revisions.jsonl": 2, "ppo/episodes.jsonl": 4, "ppo/metrics.jsonl": 1}
+    assert {file: len(read_jsonl(run / file)) for file in files} == files
     assert (run / "rm" / "comparisons.jsonl").exists()
-    tokenizer = models.load_tokenizer(str(run / "ppo"))
-    batch = collate(*zip(*rows(tokenizer)), tokenizer.pad_token_id, CPU)
-    ours = models.response_logprobs(
-        models.load_policy(str(run / "ppo"), CPU), batch.ids, batch.lengths, batch.mask
-    )
-    theirs, seen = (
-        loaded(AutoModelForCausalLM, run / "ppo"),
-        torch.arange(batch.ids.shape[1]) < batch.lengths[:, None],
-    )
-    padded = theirs(input_ids=batch.ids, attention_mask=seen.long()).logits.log_softmax(-1)
-    for row, (prompt, answer) in enumerate(rows(tokenizer)):
+    policy, theirs = load.load_policy(str(run / "ppo")), loaded(AutoModelForCausalLM, run / "ppo")
+    encoded = rows(policy.tokenizer)
+    batch = collate(*zip(*encoded), CPU)
+    ours, seen = response_logprobs(policy, batch), attended(batch)
+    padded = theirs(input_ids=batch.ids, attention_mask=seen).logits.log_softmax(-1)
+    for row, (prompt, answer) in enumerate(encoded):
         alone = theirs(input_ids=tensor([prompt + answer])).logits[0].log_softmax(-1)
-        for t in range(len(prompt), len(prompt + answer)):
-            token = (prompt + answer)[t]
+        for t, token in enumerate(answer, len(prompt)):
             assert_close(ours[row, t], alone[t - 1, token], 2e-4)
             assert_close(padded[row, t - 1, token], alone[t - 1, token], 2e-4)
     assert (ours[~batch.mask] == 0).all() and batch.mask[torch.arange(3), batch.lengths - 1].all()
 
 
+def attended(batch):
+    """The attention mask of a padded batch, as transformers takes it."""
+    return (torch.arange(batch.ids.shape[1]) < batch.lengths[:, None]).long()
+
+
 @torch.no_grad()
 def test_the_exported_reward_model_scores_a_padded_batch_as_ours_does_each_text(run):
-    tokenizer = models.load_tokenizer(str(run / "rm"))
-    batch = collate(*zip(*rows(tokenizer)), tokenizer.pad_token_id, CPU)
-    ours = models.sequence_scores(
-        models.load_scorer(str(run / "rm"), CPU, tokenizer.pad_token_id), batch.ids, batch.lengths
-    )
-    theirs = loaded(AutoModelForSequenceClassification, run / "rm")
-    seen = (torch.arange(batch.ids.shape[1]) < batch.lengths[:, None]).long()
-    assert_close(theirs(input_ids=batch.ids, attention_mask=seen).logits[:, 0], ours, 2e-4)
-    assert (
-        tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
-        and theirs.config.pad_token_id == tokenizer.pad_token_id
-    )
+    reward, theirs = load.load_scorer(str(run / "rm")), run / "rm"
+    theirs, tokenizer = loaded(AutoModelForSequenceClassification, theirs), reward.tokenizer
+    batch = collate(*zip(*rows(tokenizer)), CPU)
+    batch.ids[~attended(batch).bool()] = tokenizer.pad_token_id
+    ours = sequence_scores(reward, batch)
+    found = theirs(input_ids=batch.ids, attention_mask=attended(batch)).logits[:, 0]
+    assert_close(found, ours, 2e-4)
+    assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
+    assert theirs.config.pad_token_id == tokenizer.pad_token_id
     assert (ours[0] - ours[1]).abs() > 1e-3
 
 
@@ -255,134 +253,112 @@ def test_the_exported_reward_model_scores_a_padded_batch_as_ours_does_each_text(
 def test_what_cannot_be_packed_is_refused_by_its_name(message, tmp_path):
     tiny(*REFUSED[message], tmp_path, byte_tokenizer())
     with pytest.raises(InputError) as refused:
-        models.load_policy(str(tmp_path), CPU)
+        load.load_policy(str(tmp_path))
     assert str(refused.value).startswith(f"{tmp_path}: {message}")
 
 
 PIPELINES = """
 import json, sys
 from transformers import pipeline
-folder, texts = sys.argv[1], json.loads(sys.argv[2])
-score = pipeline("text-classification", model=f"{folder}/rm", device="cpu", batch_size=len(texts), function_to_apply="none", tokenizer_kwargs={})
-write = pipeline("text-generation", model=f"{folder}/ppo", device="cpu")
-scores = [found["score"] for found in score(texts, add_special_tokens=False)]
-said = write(texts[0], max_new_tokens=8, do_sample=False, return_full_text=False)[0]["generated_text"]
+found = []
+for folder, texts in json.loads(sys.argv[1]):
+    how = {"device": "cpu", "batch_size": len(texts), "function_to_apply": "none"}
+    score = pipeline("text-classification", model=f"{folder}/rm", tokenizer_kwargs={}, **how)
+    write = pipeline("text-generation", model=f"{folder}/ppo", device="cpu")
+    scores = [one["score"] for one in score(texts, add_special_tokens=False)]
+    said = write(texts[0], max_new_tokens=8, do_sample=False, return_full_text=False)
+    found.append([scores, said[0]["generated_text"]])
 assert not [name for name in sys.modules if name.partition(".")[0] == "minicai"]
-print(json.dumps([scores, said]))
+print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "qwen2"])  # without and with a chat template
-def test_both_folders_work_in_the_pipelines_of_transformers(architecture, tmp_path):
-    pipelines = trained(architecture, tmp_path)
-    tokenizer = models.load_tokenizer(str(pipelines / "rm"))
-    encoded = rows(tokenizer)
-    texts = [tokenizer.decode(prompt + answer) for prompt, answer in encoded]
-    words = [sys.executable, "-c", PIPELINES, str(pipelines), json.dumps(texts)]
+def test_both_folders_work_in_the_pipelines_of_transformers(trained):
+    asked, ours = [], []
+    for architecture in ("gpt2", "qwen2"):  # without and with a chat template
+        run = trained(architecture)
+        reward = load.load_scorer(str(run / "rm"))
+        encoded = rows(reward.tokenizer)
+        texts = [reward.tokenizer.decode(prompt + answer) for prompt, answer in encoded]
+        asked.append((str(run), texts))
+        ours.append(sequence_scores(reward, collate(*zip(*encoded), CPU)).detach())
+    words = [sys.executable, "-c", PIPELINES, json.dumps(asked)]
     done = subprocess.run(words, cwd=Path("/"), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    scores, said = json.loads(done.stdout.splitlines()[-1])
-    batch = collate(*zip(*encoded), tokenizer.pad_token_id, CPU)
-    ours = models.sequence_scores(
-        models.load_scorer(str(pipelines / "rm"), CPU, tokenizer.pad_token_id),
-        batch.ids,
-        batch.lengths,
-    )
-    assert_close(scores, ours.detach(), 2e-4)
-    assert isinstance(said, str)
+    found = json.loads(done.stdout.splitlines()[-1])
+    for (scores, said), expected in zip(found, ours, strict=True):
+        assert_close(scores, expected, 2e-4)
+        assert isinstance(said, str)
 
 
-# --- real data -------------------------------------------------------------------------------------------------------------------
+# --- real data ------------------------------------------------------------------------------------
 
 DATA = ROOT.parent / "shared" / "data"
 DATA = DATA if DATA.is_dir() else Path("/work/shared/data")
+RULES = [
+    ROOT / "configs/constitutions/general.toml",
+    DATA / "cai-paper/CritiqueRevisionInstructions.json",
+]
+REVISED = {"id", "prompt", "initial", "rounds", "final", "kept"}
+REVISED |= {"model", "constitution", "seed", "models"}
+COMPARED = {"id", "prompt", "first", "second", "p_first", "votes", "source", "clamped", "models"}
+VOTE = {"principle", "judge", "logp_first", "logp_second", "order", "rationale"}
+
+
+def assert_revisions(found, rules):
+    for row in found:
+        [step] = row["rounds"]
+        assert row.keys() == REVISED and row["constitution"]["sha256"]
+        assert isinstance(row["initial"], str) and row["final"] == step["revision"]
+        prompt = row["prompt"]
+        assert prompt and (isinstance(prompt, str) or prompt[-1]["role"] == "user")
+        assert step.keys() == {"principle", "critique", "revision"}
+        assert all(isinstance(text, str) for text in step.values())
+    known = {p.name for p in rules.usable("critique", "revision")}
+    assert {row["rounds"][0]["principle"] for row in found} <= known
+
+
+def assert_comparisons(pairs, found, rules):
+    for row in pairs:
+        assert row.keys() >= COMPARED and 0 < row["p_first"] < 1
+        assert row["prompt"] == found[row["id"]]["prompt"] and row["first"] != row["second"]
+        assert isinstance(row["first"], str) and isinstance(row["second"], str)
+        assert [vote["order"] for vote in row["votes"]] == ["first,second", "second,first"]
+        assert all(vote.keys() == VOTE for vote in row["votes"])
+    known = {p.name for p in rules.usable("comparison")}
+    assert {vote["principle"] for row in pairs for vote in row["votes"]} <= known
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="real data is not in the repository")
-@pytest.mark.parametrize(
-    "rules",
-    [
-        ROOT / "configs/constitutions/general.toml",
-        DATA / "cai-paper/CritiqueRevisionInstructions.json",
-    ],
-    ids=lambda path: path.stem,
-)
-def test_forty_real_prompts_go_through_the_first_stage_and_to_the_second(rules, tmp_path):
+@pytest.mark.parametrize("rules", RULES, ids=lambda path: path.stem)
+def test_real_prompts_go_through_the_first_stage_and_to_the_second(rules, tmp_path):
     tiny("GPT2Config", GPT2 | {"n_positions": 8192}, tmp_path / "base", byte_tokenizer(pad="<eos>"))
     (tmp_path / "config.toml").write_text(f"""
         model = "base"
         constitution = {json.dumps(str(rules))}
         device = "cpu"
+        out = {json.dumps(str(tmp_path))}
         [sl]
         prompts = {json.dumps(str(DATA / "hh-rlhf/harmless-base-400.jsonl.gz"))}
-        limit = 40
+        limit = 12
         helpful_samples = 0
         rounds = 1
         max_new_tokens = 8
         [rm]
         prompts = {json.dumps(str(DATA / "hh-rlhf/harmless-base-400.jsonl.gz"))}
-        limit = 40
+        limit = 12
         preferences = ""
         max_new_tokens = 4
     """)
-    record = train_sl.main(
-        config.load(train_sl.SLConfig, "sl", [str(tmp_path / "config.toml"), f"--out={tmp_path}"])
-    )
-    found = read_jsonl(tmp_path / "sl" / "revisions.jsonl")
-    assert len(found) == 40 and record["hygiene"]["revisions"] == 40 and record["not_kept"] < 40
-    for row in found:
-        assert (
-            isinstance(row["initial"], str)
-            and row["final"] == row["rounds"][0]["revision"]
-            and row["constitution"]["sha256"]
-        )
-        assert row["prompt"] and (
-            isinstance(row["prompt"], str) or row["prompt"][-1]["role"] == "user"
-        )
-        assert row.keys() == {
-            "id",
-            "prompt",
-            "initial",
-            "rounds",
-            "final",
-            "kept",
-            "model",
-            "constitution",
-            "seed",
-            "models",
-        }
-        assert all(
-            step.keys() == {"principle", "critique", "revision"} and isinstance(text, str)
-            for step in row["rounds"]
-            for text in step.values()
-        )
-    constitution = load(rules)
-    assert {step["principle"] for row in found for step in row["rounds"]} <= {
-        p.name for p in constitution.usable("critique", "revision")
-    }
-    assert models.load_policy(str(tmp_path / "sl"), CPU)
-    if not any(p.comparison for p in constitution.principles):
+    record = train_sl.main(config.load(train_sl.SLConfig, "sl", [str(tmp_path / "config.toml")]))
+    found, known = read_jsonl(tmp_path / "sl" / "revisions.jsonl"), constitution.load(rules)
+    assert len(found) == record["hygiene"]["revisions"] == 12 and record["not_kept"] < 12
+    assert_revisions(found, known)
+    assert load.load_policy(str(tmp_path / "sl"))
+    if not any(p.comparison for p in known.principles):
         return  # the paper's comparisons are in a file of their own
-    record = train_rm.main(
-        config.load(train_rm.RMConfig, "rm", [str(tmp_path / "config.toml"), f"--out={tmp_path}"])
-    )
+    record = train_rm.main(config.load(train_rm.RMConfig, "rm", [str(tmp_path / "config.toml")]))
     pairs = read_jsonl(tmp_path / "rm" / "comparisons.jsonl")
-    assert len(pairs) == record["train_pairs"] + record["heldout_pairs"] > 30 and record[
-        "train_sources"
-    ].keys() == {"ai"}
-    for row in pairs:
-        assert (
-            row.keys()
-            >= {"id", "prompt", "first", "second", "p_first", "votes", "source", "clamped"}
-            and 0 < row["p_first"] < 1
-        )
-        assert row["prompt"] == found[row["id"]]["prompt"] and row["first"] != row["second"]
-        assert isinstance(row["first"], str) and isinstance(row["second"], str)
-        assert [vote["order"] for vote in row["votes"]] == ["first,second", "second,first"]
-        assert all(
-            vote.keys() == {"principle", "judge", "logp_first", "logp_second", "order", "rationale"}
-            for vote in row["votes"]
-        )
-    assert {vote["principle"] for row in pairs for vote in row["votes"]} <= {
-        p.name for p in constitution.usable("comparison")
-    }
+    assert len(pairs) == record["train_pairs"] + record["heldout_pairs"] > 8
+    assert record["train_sources"].keys() == {"ai"}
+    assert_comparisons(pairs, found, known)

@@ -1,48 +1,35 @@
-"""minicai/engine/models.py against the models' own full forward passes, on four architectures."""
+"""The forward passes of training against the models' own, on four architectures."""
+
+import math
 
 import pytest
 import torch
 from torch import tensor
-from transformers import (
-    AutoModelForSequenceClassification,
-    GraniteConfig,
-    GraniteForCausalLM,
-    masking_utils,
-)
+from transformers import masking_utils
 
 from minicai import InputError, losses
-from minicai.engine import models
+from minicai.engine import models, parallel
 from minicai.engine.attention import Slots, last_hidden
-from minicai.rollout import collate
-from tests.conftest import ARCHITECTURES, CPU, EOS, PAD, assert_close, byte_tokenizer, tiny_model
+from minicai.rollout import Batch, collate
+from tests.conftest import ARCHITECTURES, CPU, EOS, assert_close, tiny_model
 
 PROMPTS = [[5, 9, 17], [33, 12, 8, 40, 51, 7, 22], [60], [11, 11, 30]]
 RESPONSES = [[20, 31, EOS], [EOS], [44, 2, 9, 13, 50, 6], [3, 3, 3, EOS]]
 TOKENS = sum(map(len, RESPONSES))
+PASSES = [models.response_logprobs, models.token_values, models.sequence_scores]
 
 
-def test_a_model_that_does_more_with_its_logits_than_apply_a_head_is_refused(tmp_path):
-    sizes = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    for scaling in (1.0, 3.0):
-        GraniteForCausalLM(
-            GraniteConfig(**sizes, logits_scaling=scaling, initializer_range=0.25)
-        ).save_pretrained(tmp_path / str(scaling))
-    assert models.load_policy(str(tmp_path / "1.0"), CPU)
-    with pytest.raises(
-        InputError, match=r"GraniteForCausalLM is a kind of model that cannot be packed"
-    ):
-        models.load_policy(str(tmp_path / "3.0"), CPU)
+def batch():
+    return collate(PROMPTS, RESPONSES, CPU)
 
 
-def batch(pad_id=PAD):
-    return collate(PROMPTS, RESPONSES, pad_id, CPU)
+def padding(b):
+    return torch.arange(b.ids.shape[1]) >= b.lengths[:, None]
+
+
+def of(function, architecture):
+    """A model that the function takes."""
+    return tiny_model(architecture, scorer=function is not models.response_logprobs)
 
 
 def logprobs_by_hand(model, temperature=1.0):
@@ -50,51 +37,43 @@ def logprobs_by_hand(model, temperature=1.0):
     expected = torch.zeros(batch().ids.shape)
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES)):
         with torch.no_grad():
-            logp = (
-                model(input_ids=tensor([prompt + response])).logits[0] / temperature
-            ).log_softmax(-1)
-        for k, token in enumerate(response):
-            expected[row, len(prompt) + k] = logp[len(prompt) + k - 1, token]
+            logits = model(input_ids=tensor([prompt + response])).logits[0]
+        logp = (logits / temperature).log_softmax(-1)
+        for k, token in enumerate(response, len(prompt)):
+            expected[row, k] = logp[k - 1, token]
     return expected
 
 
-# --- log-probs -------------------------------------------------------------------------------------------------------------------
+# --- log-probs ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_response_logprobs_are_gathered_from_the_log_softmax_of_the_tempered_logits_and_zero_outside_the_mask(
-    policy, temperature
-):
+def test_logprobs_are_gathered_from_the_log_softmax_of_the_tempered_logits(policy, temperature):
     b = batch()
-    logprobs = models.response_logprobs(policy, b.ids, b.lengths, b.mask, temperature)
+    logprobs = models.response_logprobs(policy, b, temperature)
     assert_close(logprobs.detach(), logprobs_by_hand(policy, temperature))
     assert (logprobs[~b.mask] == 0).all() and (logprobs[b.mask] < 0).all()
 
 
-def test_response_logprobs_do_not_depend_on_what_or_how_much_stands_in_the_padding(policy):
-    b = batch()
-    padding = torch.arange(b.ids.shape[1]) >= b.lengths[:, None]
-    garbage = torch.where(padding, tensor(37), b.ids)
-    wider, mask = (
-        torch.nn.functional.pad(x, (0, 5), value=v) for x, v in ((garbage, 41), (b.mask, False))
-    )
-    plain = models.response_logprobs(policy, b.ids, b.lengths, b.mask)
-    assert padding.any()
-    assert_close(models.response_logprobs(policy, wider, b.lengths, mask)[:, :-5], plain)
-
-
-def test_response_logprobs_do_not_depend_on_the_order_of_the_batch(policy):
-    b, order = batch(), tensor([2, 0, 3, 1])
-    shuffled = models.response_logprobs(policy, b.ids[order], b.lengths[order], b.mask[order])
-    assert_close(shuffled, models.response_logprobs(policy, b.ids, b.lengths, b.mask)[order])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("function", PASSES, ids=lambda function: function.__name__)
+def test_nothing_depends_on_the_padding_or_the_order_of_the_batch(function, architecture):
+    model, b, order = of(function, architecture), batch(), tensor([2, 0, 3, 1])
+    garbage = torch.where(padding(b), tensor(37), b.ids)
+    ids = torch.nn.functional.pad(garbage, (0, 5), value=41)
+    mask = torch.nn.functional.pad(b.mask, (0, 5))
+    with torch.no_grad():
+        plain, wider = function(model, b), function(model, Batch(ids, mask, b.lengths))
+        shuffled = function(model, b.select(order))
+    assert padding(b).any()
+    assert_close(wider[:, :-5] if wider.ndim == 2 else wider, plain)
+    assert_close(shuffled, plain[order])
 
 
 @pytest.mark.parametrize(
     "architecture", ["llama", "qwen2"]
-)  # the second has tied embeddings, whose gradient is a sum of two
-def test_chunks_change_neither_values_nor_gradients_and_bound_the_logits_that_exist(
-    architecture, monkeypatch
-):
+)  # qwen2: a tied embedding, two gradients
+def test_chunks_change_nothing_and_bound_the_logits_that_exist(architecture, monkeypatch):
     b, results, sizes = batch(), [], []
     weights = torch.linspace(-1, 2, b.ids.numel()).reshape(b.ids.shape)
     for chunk in (TOKENS + 1, 5):
@@ -103,242 +82,228 @@ def test_chunks_change_neither_values_nor_gradients_and_bound_the_logits_that_ex
         model.get_output_embeddings().register_forward_hook(
             lambda _, inputs, logits, chunk=chunk: sizes.append((chunk, len(logits)))
         )
-        logprobs = models.response_logprobs(model, b.ids, b.lengths, b.mask, 0.9)
+        logprobs = models.response_logprobs(model, b, 0.9)
         (logprobs * weights).sum().backward()
         results.append([logprobs.detach(), *(p.grad for p in model.parameters())])
     for whole, chunked in zip(*results, strict=True):
         assert_close(chunked, whole)
     assert results[0][-1].abs().max() > 0.1
     parts = [5] * (TOKENS // 5) + [TOKENS % 5] * (TOKENS % 5 > 0)
-    assert sizes[0] == (TOKENS + 1, TOKENS) and sorted(n for c, n in sizes if c == 5) == sorted(
-        parts * 2
-    )  # once forward, once backward
+    assert sizes[0] == (TOKENS + 1, TOKENS)
+    assert sorted(n for c, n in sizes if c == 5) == sorted(parts * 2)  # forward, and backward
 
 
-def test_a_pad_token_that_is_the_eos_token_does_not_hide_the_eos_target():
-    model, b = tiny_model(), batch(pad_id=EOS)
-    logprobs = models.response_logprobs(model, b.ids, b.lengths, b.mask)
+def test_padding_with_the_end_of_sequence_does_not_hide_the_end_of_a_response():
+    model, b = tiny_model(), batch()
+    b.ids[padding(b)] = EOS
+    logprobs = models.response_logprobs(model, b)
     last = (torch.arange(len(b.ids)), b.lengths - 1)
     assert_close(logprobs[last].detach(), logprobs_by_hand(model)[last])
-    rejected = losses.nll_loss(logprobs, b.mask & (b.ids != EOS))  # a mask drawn by comparing ids
-    assert (losses.nll_loss(logprobs, b.mask)[last] > 0).all() and (
-        rejected[last] == 0
-    ).sum() == sum(r[-1] == EOS for r in RESPONSES)
+    by_ids = losses.nll_loss(logprobs, b.mask & (b.ids != EOS))  # a mask drawn by comparing ids
+    ended = sum(response[-1] == EOS for response in RESPONSES)
+    assert (losses.nll_loss(logprobs, b.mask)[last] > 0).all()
+    assert (by_ids[last] == 0).sum() == ended > 0
 
 
-def test_logprobs_and_scores_are_float32_whatever_the_model_computes_in():
-    b = batch()
-    assert (
-        models.response_logprobs(tiny_model().bfloat16(), b.ids, b.lengths, b.mask).dtype
-        == torch.float32
-    )
-    scorer = tiny_model(scorer=True).bfloat16()
-    assert (
-        models.token_values(scorer, b.ids, b.lengths, b.mask).dtype
-        == models.sequence_scores(scorer, b.ids, b.lengths).dtype
-        == torch.float32
-    )
+@pytest.mark.parametrize("function", PASSES, ids=lambda function: function.__name__)
+def test_numbers_are_float32_whatever_the_model_computes_in(function):
+    model = of(function, "llama")
+    with parallel.computing_in("bf16"):
+        rounded = function(model, batch())
+    exact = function(model, batch())
+    assert function(of(function, "llama").bfloat16(), batch()).dtype == torch.float32
+    assert rounded.dtype == exact.dtype == torch.float32
+    assert 1e-5 < (rounded - exact).abs().max() < 1
 
 
-# --- scores and values -----------------------------------------------------------------------------------------------------------
+# --- scores and values ----------------------------------------------------------------------------
 
 
 def test_the_value_of_a_token_is_read_one_token_before_it(scorer):
     b = batch()
-    values, expected = (
-        models.token_values(scorer, b.ids, b.lengths, b.mask),
-        torch.zeros(b.ids.shape),
-    )
+    values, expected = models.token_values(scorer, b), torch.zeros(b.ids.shape)
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES)):
-        for k in range(
-            len(response)
-        ):  # the library's own score of what stood there when the token was chosen
+        for k in range(len(response)):  # the library's own score of the state of the choice
             state = tensor([prompt + response[:k]])
-            expected[row, len(prompt) + k] = scorer(
-                input_ids=state, attention_mask=torch.ones_like(state)
-            ).logits.item()
-    assert_close(values.detach(), expected)
+            seen = torch.ones_like(state)
+            expected[row, len(prompt) + k] = scorer(input_ids=state, attention_mask=seen).logits
+    assert_close(values.detach(), expected.detach())
     assert (values[~b.mask] == 0).all() and (values[b.mask].abs() > 1e-3).all()
 
 
 def test_sequence_scores_are_the_library_s_own_logits_of_a_padded_batch(scorer):
     b = batch()
-    attend = (torch.arange(b.ids.shape[1]) < b.lengths[:, None]).long()
-    expected = scorer(input_ids=b.ids, attention_mask=attend).logits.squeeze(-1)
-    assert_close(models.sequence_scores(scorer, b.ids, b.lengths).detach(), expected.detach())
+    expected = scorer(input_ids=b.ids, attention_mask=(~padding(b)).long()).logits.squeeze(-1)
+    assert_close(models.sequence_scores(scorer, b).detach(), expected.detach())
     assert expected.std() > 0.1
 
 
-@pytest.mark.parametrize("pad_id", [PAD, EOS])
-def test_sequence_scores_are_read_at_the_last_real_token_even_where_pad_is_eos(pad_id):
-    model, b = tiny_model("gpt2", scorer=True), batch(pad_id)
-    scores = models.sequence_scores(model, b.ids, b.lengths)
-    alone = [
-        models.sequence_scores(model, tensor([p + r]), tensor([len(p + r)]))
-        for p, r in zip(PROMPTS, RESPONSES)
-    ]
+def test_sequence_scores_are_read_at_the_last_real_token_even_where_padding_is_eos():
+    model, b = tiny_model("gpt2", scorer=True), batch()
+    b.ids[padding(b)] = EOS
+    scores = models.sequence_scores(model, b)
+    alone = [models.sequence_scores(model, b.select(tensor([row]))) for row in range(len(b.ids))]
     assert_close(scores.detach(), torch.cat(alone).detach())
-    one_early = models.sequence_scores(model, b.ids, b.lengths - 1)
-    assert ((scores - one_early).abs() > 1e-2).all()
+    early = models.sequence_scores(model, Batch(b.ids, b.mask, b.lengths - 1))
+    assert ((scores - early).abs() > 1e-2).all()
 
 
-ALIKE = [
-    [5, 9, 17, 3, EOS],
-    [5, 9, 17, 8],
-    [44],
-    [5, 9, 17, 3, EOS],
-    [5, 9, *[4] * 20],
-    [9, 17],
-    [5, 9, 17],
+PAIRS = [  # some texts begin alike, some are equal, one is short and one long
+    ([5, 9, 17], [3, EOS], [8]),
+    ([44], [], [6, EOS]),
+    ([5, 9], [*[4] * 20], [17, 3, EOS]),
+    ([9, 17], [5], [5]),
 ]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_texts_that_begin_alike_have_the_scores_and_gradients_that_each_has_by_itself(
-    architecture, forward_calls
-):
-    results, weights = [], torch.linspace(-1, 2, len(ALIKE))
+def test_pairs_have_the_scores_and_gradients_of_each_text_by_itself(architecture, forward_calls):
+    results, weights = [], torch.linspace(-1, 2, 2 * len(PAIRS))
+    texts = [p + a for p, a, _ in PAIRS] + [p + b for p, _, b in PAIRS]
     for alone in (True, False):
         model = tiny_model(architecture, scorer=True)
         shapes = forward_calls(model)
-        singly = [
-            models.sequence_scores(model, tensor([text]), tensor([len(text)]))
-            for text in ALIKE
-            if alone
-        ]
-        scores = torch.cat(singly) if alone else models.text_scores(model, ALIKE)
+        singly = [models.sequence_scores(model, collate([t], [[]], CPU)) for t in texts if alone]
+        scores = torch.cat(singly or models.pair_scores(model, PAIRS))
         (scores * weights).sum().backward()
-        results.append(
-            [scores.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
-        )
-    assert shapes == [
-        (1, len({tuple(text[:k]) for text in ALIKE for k in range(1, len(text) + 1)}))
-    ]
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append([scores.detach(), *gradients])
+    beginnings = {tuple(text[:k]) for text in texts for k in range(1, len(text) + 1)}
+    assert shapes == [(1, len(beginnings))]  # every token once, however many texts it belongs to
     for single, shared in zip(*results, strict=True):
         assert_close(shared, single, 1e-5 * max(1.0, single.abs().max().item()))
     assert max(x.abs().max() for x in results[0][1:]) > 0.1
 
 
-def test_no_texts_have_no_scores_and_a_gradient_of_zero(scorer):
-    scores = models.text_scores(scorer, [])
-    assert scores.shape == (0,)
-    scores.sum().backward()
+def test_no_pairs_have_no_scores_and_a_gradient_of_zero(scorer):
+    first, second = models.pair_scores(scorer, [])
+    assert first.shape == second.shape == (0,)
+    (first.sum() + second.sum()).backward()
     assert all((p.grad == 0).all() for p in scorer.parameters() if p.grad is not None)
     scorer.zero_grad(set_to_none=True)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_no_pass_looks_in_the_positions_for_where_rows_begin_which_a_gpu_would_be_waited_for(
-    architecture, monkeypatch
-):
+def test_no_pass_looks_in_the_positions_for_where_rows_begin(architecture, monkeypatch):
+    """A GPU would be waited for."""
     model, looked = tiny_model(architecture), []
-    monkeypatch.setattr(
-        masking_utils, "find_packed_sequence_indices", lambda positions: looked.append(positions)
-    )
-    model(
-        input_ids=tensor([[5, 6]]), position_ids=tensor([[0, 1]]), use_cache=False
-    )  # as transformers goes through it by itself
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", looked.append)
+    ids, positions = tensor([[5, 6]]), tensor([[0, 1]])
+    model(input_ids=ids, position_ids=positions, use_cache=False)  # transformers by itself
     own = len(looked)
     models.hidden_states(model, tensor([[5, 6, 7], [8, 9, 0]]), tensor([3, 2]))
     last_hidden(model, Slots(2, 4), [0, 0], [[5, 6], [7]])
     assert own and len(looked) == own
 
 
-# --- loading ---------------------------------------------------------------------------------------------------------------------
+# --- batches in parts -----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("policy")
-    tiny_model("gpt2").bfloat16().train().save_pretrained(path)  # gpt2's config has dropout 0.1
-    byte_tokenizer().save_pretrained(path)
-    return str(path)
+@pytest.mark.parametrize("function", PASSES, ids=lambda function: function.__name__)
+def test_micro_batches_change_nothing(function, forward_calls):
+    model, b = of(function, "llama"), batch()
+    whole, shapes = function(model, b).detach(), forward_calls(model)
+    for micro_tokens, passes in ((1, 4), (14, 3), (1000, 1)):
+        shapes.clear()
+        assert_close(models.in_micro_batches(function, model, b, micro_tokens), whole)
+        assert len(shapes) == passes
+    assert sum(n for _, n in shapes) == int(b.lengths.sum())  # no padding goes through
 
 
-def test_a_loaded_policy_has_float32_weights_and_no_dropout(folder):
-    model, b = models.load_policy(folder, CPU), batch()
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert not any(module.training for module in model.modules())
-    first, second = (models.response_logprobs(model, b.ids, b.lengths, b.mask) for _ in range(2))
-    assert torch.equal(first, second)
-    model.train()
-    assert not torch.equal(
-        models.response_logprobs(model, b.ids, b.lengths, b.mask), first
-    )  # dropout would show
+def test_what_a_pass_is_given_besides_the_batch_reaches_it(policy):
+    b = batch()
+    found = models.in_micro_batches(models.response_logprobs, policy, b, 12, 0.7)
+    assert_close(found, models.response_logprobs(policy, b, 0.7).detach())
 
 
-def test_a_new_score_head_is_drawn_by_the_seed_alone_with_variance_1_over_width_plus_1(folder):
-    heads = []
-    for seed in range(12):
-        torch.manual_seed(100 + seed)
-        heads.append(models.load_scorer(folder, CPU, PAD, seed=seed).score.weight.detach())
-    assert torch.equal(models.load_scorer(folder, CPU, PAD, seed=3).score.weight, heads[3])
-    assert not torch.equal(heads[0], heads[1])
-    assert heads[0].shape == (1, 32)
-    assert torch.cat(heads).std().item() == pytest.approx(
-        33**-0.5, rel=0.1
-    )  # 384 numbers: a standard error of 3.6%
-    assert abs(torch.cat(heads).mean().item()) < 3 * 33**-0.5 / 384**0.5
+def test_pairs_in_micro_batches_have_the_same_scores():
+    model = tiny_model("qwen2", scorer=True)
+    whole = models.pair_scores(model, PAIRS)
+    assert models.pair_lengths(PAIRS) == [9, 4, 27, 6]
+    for micro_tokens in (1, 15, 1000):
+        found = models.scored_pairs(model, PAIRS, micro_tokens)
+        assert_close(torch.stack(found), torch.stack(whole).detach())
+    assert [x.tolist() for x in models.scored_pairs(model, [], 10)] == [[], []]
 
 
-def test_a_scorer_without_a_seed_keeps_the_head_of_its_folder(tmp_path):
-    trained = tiny_model(scorer=True, seed=5)
-    trained.save_pretrained(tmp_path)
-    loaded = models.load_scorer(str(tmp_path), CPU, PAD)
-    assert (
-        torch.equal(loaded.score.weight, trained.score.weight) and loaded.config.pad_token_id == PAD
-    )
-    assert torch.equal(
-        AutoModelForSequenceClassification.from_pretrained(tmp_path).score.weight,
-        trained.score.weight,
-    )
+def test_micro_batches_hold_every_row_once_within_the_budget():
+    lengths = [5, 30, 1, 7, 7, 12, 2]
+    parts = list(models.micro_rows(lengths, 14))
+    assert sorted(k for part in parts for k in part) == list(range(7))
+    assert all(len(part) == 1 or sum(lengths[k] for k in part) <= 14 for part in parts)
+    found = list(models.micro_batches(batch(), 14))
+    rows = list(models.micro_rows(batch().lengths.tolist(), 14))
+    assert len(found) == len(rows) == 3
+    for part, numbers in zip(found, rows):
+        assert torch.equal(part.lengths, batch().lengths[numbers])
+        assert torch.equal(part.ids, batch().select(tensor(numbers)).ids)
 
 
-def test_a_missing_folder_and_a_tokenizer_without_eos_are_input_errors_that_name_the_folder_and_one_without_pad_pads_with_eos(
-    folder, tmp_path
-):
-    with pytest.raises(InputError, match="nowhere"):
-        models.load_policy(str(tmp_path / "nowhere"), CPU)
-    tiny_model().save_pretrained(tmp_path)
-    tokenizer = byte_tokenizer()
-    tokenizer.pad_token = None
-    tokenizer.save_pretrained(tmp_path)
-    assert models.load_tokenizer(str(tmp_path)).pad_token_id == EOS
-    tokenizer.eos_token = None
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=f"{tmp_path.name}.* no eos token"):
-        models.load_tokenizer(str(tmp_path))
-    assert models.load_tokenizer(folder).pad_token_id == PAD
+# --- reward functions -----------------------------------------------------------------------------
+
+DIALOGUE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+DIALOGUE += [{"role": "user", "content": "Why?"}]
 
 
-# --- frozen models ---------------------------------------------------------------------------------------------------------------
+def test_a_reward_function_reads_questions_as_people_write_them():
+    seen = []
+
+    def lengths(prompts, responses):
+        seen.extend(prompts)
+        return [len(response) for response in responses]
+
+    scores = models.score_texts(lengths, ["One?", DIALOGUE], ["a", "bcd"])
+    assert scores.tolist() == [1.0, 3.0] and scores.dtype == torch.float32
+    assert seen == ["One?", "Human: Hi\n\nAssistant: Yes?\n\nHuman: Why?\n\nAssistant:"]
+
+
+@pytest.mark.parametrize(
+    "found, said",
+    [
+        (None, "expected a list of numbers, got NoneType"),
+        (["a", "b"], "expected a list of numbers, got list"),
+        ([1.0], "expected 2 finite numbers, one for each response, got 1"),
+        ([1.0, math.nan], "got 2 of which some are not finite"),
+    ],
+)
+def test_a_reward_function_that_gives_anything_else_is_refused(found, said):
+    def mine(prompts, responses):
+        return found
+
+    with pytest.raises(InputError) as caught:
+        models.score_texts(mine, ["a", "b"], ["c", "d"])
+    assert str(caught.value).startswith("reward function mine: ") and said in str(caught.value)
+
+
+# --- frozen models, and models that save memory ---------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_frozen_weights_in_bfloat16_change_no_bit_under_autocast(architecture):
+def test_frozen_weights_in_bfloat16_change_no_bit(architecture):
     b, policy, scorer = batch(), tiny_model(architecture), tiny_model(architecture, scorer=True)
-    numbers = []
-    for _ in range(2):  # first as loaded, then frozen
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            numbers.append(
-                [
-                    f(model, b.ids, b.lengths, b.mask)
-                    for f, model in (
-                        (models.response_logprobs, policy),
-                        (models.token_values, scorer),
-                    )
-                ]
-            )
-        whole = sum(p.nbytes for p in policy.parameters())
-        assert not any(
-            p.requires_grad
-            for model in (policy, scorer)
-            for p in models.freeze(model, "bf16").parameters()
-        )
+    whole, numbers = sum(p.nbytes for p in policy.parameters()), []
+    with parallel.computing_in("bf16"), torch.no_grad():
+        for _ in range(2):  # first as loaded, then frozen
+            found = [models.response_logprobs(policy, b), models.token_values(scorer, b)]
+            numbers.append([*found, models.sequence_scores(scorer, b)])
+            for model in (policy, scorer):
+                assert not any(p.requires_grad for p in models.freeze(model).parameters())
     assert all(torch.equal(before, after) for before, after in zip(*numbers))
-    assert whole < 0.8 * sum(p.nbytes for p in tiny_model(architecture).parameters())
-    assert policy.get_output_embeddings().weight.dtype == scorer.score.weight.dtype == torch.float32
+    assert sum(p.nbytes for p in policy.parameters()) < 0.8 * whole
+    heads = (policy.get_output_embeddings(), scorer.score)
+    assert {head.weight.dtype for head in heads} == {torch.float32}
 
 
 def test_frozen_weights_stay_float32_where_the_precision_is():
-    assert {p.dtype for p in models.freeze(tiny_model(), "fp32").parameters()} == {torch.float32}
+    assert {p.dtype for p in models.freeze(tiny_model()).parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradient_checkpointing_changes_no_gradient(architecture):
+    gradients = []
+    for change in (lambda model: model, models.checkpoint_layers):
+        model = change(tiny_model(architecture))
+        models.response_logprobs(model, batch()).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(*both) for both in zip(*gradients, strict=True))
+    assert max(g.abs().max() for g in gradients[0]) > 0.1

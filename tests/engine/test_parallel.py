@@ -1,4 +1,4 @@
-"""Two processes against one: the same work by tests/parallel_run.py in this process and under torchrun, on gloo."""
+"""Two processes against one: the same work by tests/parallel_run.py, here and under torchrun."""
 
 import json
 import os
@@ -14,35 +14,27 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.run import get_args_parser
-from transformers import AutoModelForCausalLM
 
 import train_ppo
 import train_rm
 import train_sl
-from minicai.engine import checkpoint, models, parallel
+from minicai import InputError
+from minicai.engine import checkpoint, load, parallel
 from tests import parallel_run
-from tests.conftest import ARCHITECTURES, CPU, PAD, byte_tokenizer, tiny_model
+from tests.conftest import ARCHITECTURES, byte_tokenizer, tiny_model
 
 ROOT = Path(__file__).parents[2]
+STEPS = [(name, script) for script, names in parallel_run.STEPS.items() for name in names]
 DATA = ("sl/revisions.jsonl", "sl/helpful.jsonl", "rm/pairs.jsonl", "rm/comparisons.jsonl")
 
 
 def torchrun(*arguments, options=("--standalone",), front=()):
-    """Two processes. `front` stands before the command."""
-    command = [
-        *front,
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        *options,
-        "--nproc_per_node=2",
-        *map(str, arguments),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    """Two processes. front: what is in front of the command."""
+    program = [sys.executable, "-m", "torch.distributed.run", *options, "--nproc_per_node=2"]
     return subprocess.Popen(
-        command,
+        [*front, *program, ROOT / "tests" / "parallel_run.py", *map(str, arguments)],
         cwd=ROOT,
-        env=environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -50,76 +42,101 @@ def torchrun(*arguments, options=("--standalone",), front=()):
     )
 
 
+def change_weights(path, change):
+    weights = load_file(path / "model.safetensors")
+    save_file(change(weights), path / "model.safetensors", {"format": "pt"})
+
+
 def make_models(folder):
     """The four architectures and their scorers, and folders that are hard to read."""
     for k, architecture in enumerate(ARCHITECTURES):
         model = tiny_model(architecture, seed=k, vocab=258)
-        if architecture == "llama":
-            model.config.max_position_embeddings = (
-                1024  # critiques and comparisons are long in bytes
-            )
+        if architecture == "llama":  # critiques and comparisons are long in bytes
+            model.config.max_position_embeddings = 1024
         model.save_pretrained(folder / architecture)
-        tiny_model(architecture, seed=9, vocab=258).save_pretrained(folder / "other" / architecture)
-        tiny_model(architecture, seed=k + 5, vocab=258, scorer=True).save_pretrained(
-            folder / f"{architecture}-scorer"
-        )
-        for name in (architecture, f"{architecture}-scorer"):
-            byte_tokenizer().save_pretrained(folder / name)
-    tiny_model("gpt2", seed=1, vocab=258).save_pretrained(
-        folder / "hub"
-    )  # the names that GPT-2 has on the hub
-    weights = load_file(folder / "hub" / "model.safetensors")
-    save_file(
-        {key.removeprefix("transformer."): x for key, x in weights.items()},
-        folder / "hub" / "model.safetensors",
-        {"format": "pt"},
-    )
-    tiny_model("neox", seed=3, vocab=258).bfloat16().save_pretrained(
-        folder / "pieces", max_shard_size="20KB"
-    )
+        scorer = tiny_model(architecture, seed=k + 5, vocab=258, scorer=True)
+        scorer.save_pretrained(folder / f"{architecture}-scorer")
+        byte_tokenizer().save_pretrained(folder / f"{architecture}-scorer")
+    tiny_model("gpt2", seed=1, vocab=258).save_pretrained(folder / "hub")
+
+    def as_on_the_hub(weights):  # the names that GPT-2 has there
+        return {key.removeprefix("transformer."): x for key, x in weights.items()}
+
+    change_weights(folder / "hub", as_on_the_hub)
+    pieces = tiny_model("neox", seed=3, vocab=258).bfloat16()
+    pieces.save_pretrained(folder / "pieces", max_shard_size="20KB")
     assert len(list((folder / "pieces").glob("*.safetensors"))) > 2
-    for name, change in (
-        ("lacking", lambda w: w.pop("model.norm.weight")),
-        ("swollen", lambda w: w.update({"model.norm.weight": torch.ones(33)})),
-    ):
+    for name in ("lacking", "swollen", "pickled"):
         tiny_model("llama", vocab=258).save_pretrained(folder / name)
-        weights = load_file(folder / name / "model.safetensors")
-        change(weights)
-        save_file(weights, folder / name / "model.safetensors", {"format": "pt"})
-    tiny_model("llama", vocab=258).save_pretrained(folder / "pickled")
-    torch.save(
-        load_file(folder / "pickled" / "model.safetensors"),
-        folder / "pickled" / "pytorch_model.bin",
-    )
-    (folder / "pickled" / "model.safetensors").unlink()
+    norm = "model.norm.weight"
+    change_weights(folder / "lacking", lambda w: {key: x for key, x in w.items() if key != norm})
+    change_weights(folder / "swollen", lambda w: w | {norm: torch.ones(33)})
+    weights = folder / "pickled" / "model.safetensors"
+    torch.save(load_file(weights), folder / "pickled" / "pytorch_model.bin")
+    weights.unlink()
+    for name in (*ARCHITECTURES, "hub", "pieces", "lacking", "swollen", "pickled"):
+        byte_tokenizer().save_pretrained(folder / name)
+
+
+def running(folder):
+    """Numbers of the processes that work on a folder: torchrun's own, and the ranks'."""
+    words = ["pgrep", "-f", f"parallel_run.py .* {folder}$"]
+    return subprocess.run(words, capture_output=True, text=True, check=False).stdout.split()
+
+
+def gone(folder, within):
+    """Whether they have all ended within so many seconds."""
+    end = time.monotonic() + within
+    while running(folder) and time.monotonic() < end:
+        time.sleep(0.2)
+    return not running(folder)
+
+
+def worker_when_it_trains(process, folder, out):
+    """Waits until some steps of train_sl are done -> the number of the process that is rank 1."""
+    metrics, end = out / "sl" / "metrics.jsonl", time.monotonic() + 240
+    while time.monotonic() < end and process.poll() is None:
+        if metrics.exists() and metrics.read_bytes().count(b"\n") > 5:
+            break
+        time.sleep(0.1)
+    named = {pid: Path("/proc", pid, "environ").read_bytes() for pid in running(folder)}
+    workers = [pid for pid, text in named.items() if b"\0RANK=1\0" in b"\0" + text]
+    assert len(workers) == 1, process.communicate(timeout=60)
+    return int(workers[0])
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """The folder of the runs, and the results of one process and of each of two."""
+def whole(tmp_path_factory):
+    """The folder of the runs, the process, its stderr, and its seconds after a rank was killed."""
     folder, threads = tmp_path_factory.mktemp("parallel"), torch.get_num_threads()
     make_models(folder)
     (folder / "prompts.txt").write_text("\n".join(parallel_run.TEXTS))
-    pairs = [
-        {"prompt": p, "chosen": q, "rejected": p[:9]}
-        for p, q in zip(parallel_run.TEXTS, reversed(parallel_run.TEXTS))
-    ]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    process = torchrun(ROOT / "tests" / "parallel_run.py", "checks", folder)
+    (folder / "six.txt").write_text("\n".join(parallel_run.TEXTS[:6]))
+    pairs = zip(parallel_run.TEXTS, reversed(parallel_run.TEXTS))
+    rows = [{"prompt": p, "chosen": q, "rejected": p[:9]} for p, q in pairs]
+    parallel_run.write_rows(folder / "pairs.jsonl", rows)
     torch.set_num_threads(1)
+    parallel_run.interrupted(parallel_run.sl_config(folder, folder / "one-two"), 3)
+    process = torchrun("checks", folder)
     parallel_run.checks(folder)
     torch.set_num_threads(threads)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert "Warning" not in err, err
-    one, *two = (
-        torch.load(folder / name, weights_only=False)
-        for name in ("results-1-0.pt", "results-2-0.pt", "results-2-1.pt")
-    )
+    os.kill(worker_when_it_trains(process, folder, folder / "endless"), signal.SIGKILL)
+    killed = time.monotonic()
+    _, err = process.communicate(timeout=120)
+    return folder, process, err, time.monotonic() - killed
+
+
+@pytest.fixture(scope="module")
+def runs(whole):
+    """The folder of the runs, and the results of one process and of each of two."""
+    folder, _, err, _ = whole
+    assert "Warning" not in err.partition(parallel_run.DONE)[0], err
+    names = ("results-1-0.pt", "results-2-0.pt", "results-2-1.pt")
+    one, *two = (torch.load(folder / name, weights_only=False) for name in names)
     return folder, one, two
 
 
-# --- gradients -------------------------------------------------------------------------------------------------------------------
+# --- gradients ------------------------------------------------------------------------------------
 
 
 def assert_equal_steps(ours, one):
@@ -129,17 +146,13 @@ def assert_equal_steps(ours, one):
     for ours, theirs in zip(noted, expected):
         assert ours.keys() == theirs.keys()
         whole = torch.cat([g.flatten() for g in theirs.values()]).norm()
-        assert whole > 1e-3
-        assert (
-            torch.cat([(ours[name] - theirs[name]).flatten() for name in ours]).norm()
-            < 1e-6 * whole
-        )
+        difference = torch.cat([(ours[name] - theirs[name]).flatten() for name in ours]).norm()
+        assert whole > 1e-3 and difference < 1e-6 * whole
     for ours, theirs in zip(their_metrics.splitlines(), metrics.splitlines(), strict=True):
         assert json.loads(ours) == pytest.approx(json.loads(theirs), rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("script", ["sl", "rm", "ppo"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture, script", STEPS)
 def test_the_gradients_and_metrics_of_two_processes_are_those_of_one(runs, architecture, script):
     _, one, two = runs
     assert_equal_steps(two[0][f"{architecture} {script}"], one[f"{architecture} {script}"])
@@ -150,7 +163,7 @@ def test_the_mean_of_the_ranks_means_would_be_another_gradient(runs):
         assert results["right normalisation"] < 1e-6 and results["wrong normalisation"] > 1e-2
 
 
-# --- the scripts -----------------------------------------------------------------------------------------------------------------
+# --- the scripts ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", DATA)
@@ -163,53 +176,40 @@ def test_the_files_of_the_data_phases_have_the_same_bytes_at_any_number_of_proce
 def test_what_two_processes_export_is_what_one_exports(runs, stage):
     one, two = (runs[0] / f"run-{k}" / stage for k in (1, 2))
     assert {p.name for p in one.iterdir()} == {p.name for p in two.iterdir()}
-    for name in (
-        "config.json",
-        "tokenizer.json",
-        *(["generation_config.json"] if stage != "rm" else []),
-    ):
+    names = ["config.json", "tokenizer.json"] + ["generation_config.json"] * (stage != "rm")
+    for name in names:
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
     weights, theirs = (load_file(folder / "model.safetensors") for folder in (one, two))
     assert weights.keys() == theirs.keys()
-    for name, weight in weights.items():
-        torch.testing.assert_close(
-            theirs[name], weight, rtol=0, atol=2e-5
-        )  # measured: 2e-7 in sl, 8e-7 in rm, 5e-6 in ppo
-    metrics, their_metrics = (
-        (folder / "metrics.jsonl").read_text().splitlines() for folder in (one, two)
-    )
-    for ours, expected in zip(their_metrics, metrics, strict=True):
+    for name, weight in weights.items():  # measured: 2e-7 in sl, 8e-7 in rm, 5e-6 in ppo
+        torch.testing.assert_close(theirs[name], weight, rtol=0, atol=2e-5)
+    files = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (two, one)]
+    for ours, expected in zip(*files, strict=True):
         assert json.loads(ours) == pytest.approx(json.loads(expected), rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name", [*ARCHITECTURES, *(f"{architecture}-scorer" for architecture in ARCHITECTURES)]
-)
+SCORERS = [f"{architecture}-scorer" for architecture in ARCHITECTURES]
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *SCORERS])
 def test_an_exported_folder_is_what_was_loaded_names_and_ties_included(runs, name):
-    source, *exports = (
-        load_file(runs[0] / folder / name / "model.safetensors")
-        for folder in ("", "export-1", "export-2")
-    )
+    folders = [runs[0] / folder / name for folder in ("", "export-1", "export-2")]
+    source, *exports = (load_file(folder / "model.safetensors") for folder in folders)
     for weights in exports:
-        assert weights.keys() == source.keys() and all(
-            torch.equal(weights[key], source[key]) for key in source
-        )
-    one, two = (runs[0] / folder / name for folder in ("export-1", "export-2"))
-    assert (
-        {p.name for p in one.iterdir()}
-        == {p.name for p in two.iterdir()}
-        >= {"config.json", "model.safetensors", "tokenizer.json"}
-    )
-    assert all((one / p.name).read_bytes() == p.read_bytes() for p in two.iterdir())
+        assert weights.keys() == source.keys()
+        assert all(torch.equal(weights[key], source[key]) for key in source)
+    _, one, two = folders
+    files = {p.name for p in two.iterdir()}
+    assert files == {p.name for p in one.iterdir()}
+    assert files >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert all((one / file).read_bytes() == (two / file).read_bytes() for file in files)
 
 
 def test_episodes_of_two_processes_are_those_of_one_in_their_order(runs):
     files = [(runs[0] / f"run-{k}" / "ppo" / "episodes.jsonl").read_text() for k in (1, 2)]
-    one, two = (
-        [(row["prompt"], row["response"]) for row in map(json.loads, file.splitlines())]
-        for file in files
-    )
-    assert len(one) == 12 and one == two
+    rows = [[json.loads(line) for line in file.splitlines()] for file in files]
+    one, two = ([(row["prompt"], row["response"]) for row in some] for some in rows)
+    assert len(one) == 16 and one == two
 
 
 def test_a_finished_stage_gives_every_rank_the_record_of_the_first(runs):
@@ -218,16 +218,23 @@ def test_a_finished_stage_gives_every_rank_the_record_of_the_first(runs):
         assert made == found == theirs
 
 
-# --- the vocabulary --------------------------------------------------------------------------------------------------------------
+def test_the_held_out_accuracy_of_two_processes_is_that_of_one(runs):
+    keys = ("accuracy_vs_labels", "heldout_ids", "train_sources", "models")
+    one, two = (results["records train_rm"][1] for results in (runs[1], runs[2][1]))
+    assert len(one["heldout_ids"]) > 1 and one["models"].keys() != two["models"].keys()
+    assert all(one[key] == two[key] for key in keys[:3])
+
+
+# --- the vocabulary -------------------------------------------------------------------------------
 
 
 def test_what_is_shared_out_comes_back_in_order(runs):
     first, second = (results["vocabulary"] for results in runs[2])
     assert first["share"] == [0, 2, 4, 6] and second["share"] == [1, 3, 5]
     assert first["gathered"] == second["gathered"] == [0, 10, 20, 30, 40, 50, 60]
-    assert first["total"] == second["total"] == [2.0, 1.0] and first["tensor"] == second[
-        "tensor"
-    ] == [2, 1]
+    assert first["total"] == second["total"] == [2.0, 1.0]
+    assert first["tensor"] == second["tensor"] == [2, 1]
+    assert first["anywhere"] == second["anywhere"] == [True, False]
     assert first["once"] == second["once"] == "rank 0"
 
 
@@ -242,6 +249,8 @@ def test_a_rank_with_fewer_micro_batches_gets_empty_ones(runs):
         [[1], [], []],
         [[1], [1], [1]],
     ]
+    first, second = (results["vocabulary"]["micro"] for results in runs[2])
+    assert (first, second) == ([[0], [2], [4]], [[3, 1], [], []])
 
 
 def test_an_input_error_of_the_first_rank_is_every_rank_s(runs):
@@ -255,25 +264,44 @@ def test_an_input_error_of_the_first_rank_is_every_rank_s(runs):
 
 def test_in_one_process_all_of_it_is_the_identity():
     model, items = tiny_model(), [3, 1, 2]
-    assert (
-        parallel.world() == 1 and parallel.rank() == 0 and parallel.once(sorted, items) == [1, 2, 3]
-    )
-    assert (
-        parallel.share(items)
-        == parallel.gather(items)
-        == parallel.joined(items)
-        == parallel.total(items)
-        == items
-    )
-    assert list(parallel.turns(1, 8, 3)) == [(1, 4), (4, 7), (7, 8)] and parallel.level([[1]]) == [
-        [1]
-    ]
-    with parallel.gathered(model):
-        assert parallel.weight_precision("bf16") == "fp32"
+    assert parallel.world() == 1 and parallel.rank() == 0
+    assert parallel.once(sorted, items) == [1, 2, 3]
+    same = (parallel.rank_slice, parallel.gather, parallel.joined, parallel.total)
+    assert all(function(items) == items for function in same)
+    assert list(parallel.turns(1, 8, 3)) == [(1, 4), (4, 7), (7, 8)]
+    assert parallel.even_out([[1]]) == [[1]]
+    with parallel.gathered(model), parallel.computing_in("bf16"):
+        assert parallel.precision() == "bf16" and parallel.weight_precision() == "fp32"
+    assert parallel.precision() == "fp32"
     assert parallel.forward_pass(lambda model, x: (model, x))(model, 3) == (model, 3)
 
 
-# --- loading ---------------------------------------------------------------------------------------------------------------------
+def test_a_forward_pass_computes_in_the_precision_of_the_process():
+    inside = parallel.forward_pass(lambda model, x: (x @ x).dtype)
+    with parallel.computing_in("bf16"):
+        assert inside(None, torch.ones(2, 2)) == torch.bfloat16
+    assert inside(None, torch.ones(2, 2)) == torch.float32
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [(("tpu", "auto"), "device must be"), (("cpu", "fp16"), "precision must be")],
+)
+def test_a_device_or_precision_that_is_none_is_refused(arguments, said):
+    with pytest.raises(InputError, match=said):
+        parallel.setup(*arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_cpu_computes_in_float32():
+    parallel.setup("auto", "auto")
+    assert (parallel.device().type, parallel.precision()) == ("cpu", "fp32")
+    with pytest.raises(InputError, match="no CUDA device is available"):
+        parallel.setup("cuda", "auto")
+    assert "CPU" in parallel.device_name() and parallel.peak_memory_mb() > 10
+
+
+# --- loading --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "hub", "pieces"])
@@ -296,25 +324,21 @@ def test_ranks_load_their_parts_of_what_from_pretrained_loads(runs, name):
 )
 def test_ranks_refuse_what_they_cannot_load(runs, name, message):
     for results in runs[2]:
-        assert (
-            str(runs[0] / name) in results[f"refused {name}"]
-            and message in results[f"refused {name}"]
-        )
+        said = results[f"refused {name}"]
+        assert str(runs[0] / name) in said and message in said
 
 
 def test_a_new_head_is_the_same_at_any_number_of_processes(runs):
     first, second = (results["head"] for results in runs[2])
     assert (first["rows here"], second["rows here"]) == (1, 0)  # one row cannot be cut
-    alone = models.load_scorer(str(runs[0] / "llama"), CPU, PAD, seed=3).score.weight
+    alone = load.load_scorer(str(runs[0] / "llama"), seed=3).score.weight
     assert first["whole"] == second["whole"] == alone.tolist()
 
 
-# --- generation and precision ----------------------------------------------------------------------------------------------------
+# --- generation and precision ---------------------------------------------------------------------
 
 
-def test_ranks_that_generate_different_lengths_exchange_nothing_and_draw_what_one_process_draws(
-    runs,
-):
+def test_ranks_that_generate_different_lengths_exchange_nothing_and_draw_as_one_does(runs):
     for rank, results in enumerate(runs[2]):
         gathered, while_generating = results["exchanged"]
         assert gathered == 3 and while_generating == 0  # two layers and the rest, once
@@ -323,64 +347,13 @@ def test_ranks_that_generate_different_lengths_exchange_nothing_and_draw_what_on
 
 def test_layers_in_bfloat16_keep_float32_weights_and_gradients(runs):
     for results in runs[2]:
-        assert results["bf16"]["whole"] == ["torch.bfloat16", "torch.float32"]
-        assert (
-            results["bf16"]["kept"] == ["torch.float32"] and 1e-5 < results["bf16"]["error"] < 0.05
-        )
-        assert results["bf16 ppo"] == 6
+        found = results["bf16"]
+        assert found["whole"] == ["torch.bfloat16", "torch.float32"]
+        assert found["kept"] == ["torch.float32"] and 1e-5 < found["error"] < 0.05
+        assert results["bf16 ppo"] == 8
 
 
-# --- checkpoints and ends --------------------------------------------------------------------------------------------------------
-
-
-def running(folder):
-    """Numbers of the processes that work on a folder: torchrun's own, and the ranks'."""
-    return subprocess.run(
-        ["pgrep", "-f", f"parallel_run.py .* {folder}$"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.split()
-
-
-def gone(folder, within):
-    """Whether they have all ended within so many seconds."""
-    end = time.monotonic() + within
-    while running(folder) and time.monotonic() < end:
-        time.sleep(0.2)
-    return not running(folder)
-
-
-@pytest.fixture(scope="module")
-def moved(runs):
-    """A run that two processes began, this one goes on with and two end; and another of two processes, one of which is killed while it trains."""
-    folder, moving = runs[0], runs[0] / "moving" / "sl"
-    assert checkpoint.latest(moving)[0] == 2 and not (moving / "stage.json").exists()
-    parallel_run.interrupted(parallel_run.sl_config(folder, folder / "moving"), 2)
-    assert checkpoint.latest(moving)[0] == 4 and not (moving / "stage.json").exists()
-    process = torchrun(ROOT / "tests" / "parallel_run.py", "finish", folder)
-    os.kill(worker_when_it_trains(process, folder, folder / "killed"), signal.SIGKILL)
-    killed = time.monotonic()
-    _, err = process.communicate(timeout=120)
-    return folder, process, err, time.monotonic() - killed
-
-
-def worker_when_it_trains(process, folder, out):
-    """Waits until some steps of train_sl are done -> the number of the process that is rank 1."""
-    metrics, end = out / "sl" / "metrics.jsonl", time.monotonic() + 120
-    while (
-        time.monotonic() < end
-        and process.poll() is None
-        and not (metrics.exists() and metrics.read_bytes().count(b"\n") > 5)
-    ):
-        time.sleep(0.1)
-    workers = [
-        pid
-        for pid in running(folder)
-        if "\0RANK=1\0" in "\0" + Path("/proc", pid, "environ").read_text(errors="replace")
-    ]
-    assert len(workers) == 1, process.communicate(timeout=60)
-    return int(workers[0])
+# --- checkpoints and ends -------------------------------------------------------------------------
 
 
 def test_two_processes_resume_to_the_very_same_bytes(runs):
@@ -389,96 +362,83 @@ def test_two_processes_resume_to_the_very_same_bytes(runs):
         assert (straight / name).read_bytes() == (resumed / name).read_bytes(), name
 
 
-def test_two_one_two_processes_train_what_one_trains_alone(moved):
-    one, two = (moved[0] / name / "sl" for name in ("run-1", "moving"))
-    weights, theirs = (load_file(folder / "model.safetensors") for folder in (one, two))
-    base = load_file(moved[0] / "llama" / "model.safetensors")
-    for name, weight in weights.items():
-        torch.testing.assert_close(theirs[name], weight, rtol=0, atol=2e-6)
-        assert (weight - base[name]).abs().max() > 1e-2
-    assert len((two / "metrics.jsonl").read_text().splitlines()) == 6
-    for name in ("revisions.jsonl", "helpful.jsonl"):
-        assert (one / name).read_bytes() == (two / name).read_bytes()
+def test_two_processes_resume_what_one_began_and_one_what_two_began(runs):
+    folder = runs[0]
+    moved = folder / "two-one" / "sl"
+    assert checkpoint.latest(moved)[0] == 2 and not (moved / "stage.json").exists()
+    train_sl.main(parallel_run.sl_config(folder, folder / "two-one"))
+    base = load_file(folder / "llama" / "model.safetensors")
+    straight = folder / "run-1" / "sl"
+    expected = load_file(straight / "model.safetensors")
+    for name in ("two-one", "one-two"):
+        found = load_file(folder / name / "sl" / "model.safetensors")
+        for key, weight in expected.items():
+            torch.testing.assert_close(found[key], weight, rtol=0, atol=2e-6)
+            assert (weight - base[key]).abs().max() > 1e-2
+        assert (folder / name / "sl" / "metrics.jsonl").read_bytes().count(b"\n") == 6
+        for file in ("revisions.jsonl", "helpful.jsonl"):
+            assert (folder / name / "sl" / file).read_bytes() == (straight / file).read_bytes()
 
 
-def test_when_a_rank_is_killed_all_end_within_a_minute_and_say_why(moved):
-    folder, process, err, seconds = moved
+def test_when_a_rank_is_killed_all_end_within_a_minute_and_say_why(whole):
+    folder, process, err, seconds = whole
     assert process.returncode == 1 and seconds < 60 and gone(folder, 60 - seconds)
     assert "Signal 9 (SIGKILL)" in err or "another rank has ended" in err
 
 
-def test_a_checkpoint_of_two_processes_is_whole_or_not_there(moved):
-    found = sorted((moved[0] / "killed" / "sl" / "checkpoints").iterdir())
+def test_a_checkpoint_of_two_processes_is_whole_or_not_there(runs):
+    found = sorted((runs[0] / "endless" / "sl" / "checkpoints").iterdir())
     whole = [path for path in found if path.suffix != ".tmp"]
-    assert 1 <= len(whole) <= 3  # two, and perhaps the one before that was about to go
-    for path in whole:
-        assert {p.name for p in path.iterdir()} == {
-            ".metadata",
-            "extra.json",
-            "__0_0.distcp",
-            "__1_0.distcp",
-        }
-
-
-def test_a_model_with_gradient_checkpointing_is_exported(tmp_path):
-    model = tiny_model("llama", vocab=258)
-    models.checkpoint_layers(model)
-    checkpoint.export(tmp_path, model, byte_tokenizer())
-    assert AutoModelForCausalLM.from_pretrained(tmp_path)
-
-
-def test_an_export_that_reads_back_otherwise_is_not_made(tmp_path, monkeypatch):
-    model, weights = tiny_model("qwen2", vocab=258), checkpoint.get_model_state_dict
-
-    def wrong(*arguments, **options):
-        return {
-            name: x + 0.01 * (name == "model.norm.weight")
-            for name, x in weights(*arguments, **options).items()
-        }
-
-    monkeypatch.setattr(checkpoint, "get_model_state_dict", wrong)
-    with pytest.raises(RuntimeError, match="the exported model's logits differ by"):
-        checkpoint.export(tmp_path, model, byte_tokenizer())
-    assert [p.name for p in tmp_path.iterdir()] == ["export.tmp"]
-    monkeypatch.undo()
-    checkpoint.export(tmp_path, model, byte_tokenizer())
-    assert AutoModelForCausalLM.from_pretrained(tmp_path) and not (tmp_path / "export.tmp").exists()
+    assert 1 <= len(whole) <= 3  # two, and perhaps the one before that was about to be removed
+    names = {".metadata", "extra.json", "__0_0.distcp", "__1_0.distcp"}
+    assert all({file.name for file in path.iterdir()} == names for path in whole)
 
 
 def test_when_one_rank_is_asked_to_stop_all_save_the_same_step(runs):
-    folder, out = runs[0], runs[0] / "stopped" / "sl"
-    process = torchrun(ROOT / "tests" / "parallel_run.py", "stop", folder)
-    os.kill(worker_when_it_trains(process, folder, folder / "stopped"), signal.SIGTERM)
+    out = runs[0] / "stopped" / "sl"
+    assert [results["stopped"] for results in runs[2]] == [f"step 3 of {out}"] * 2
+    assert checkpoint.latest(out)[0] == 3
+    assert (out / "metrics.jsonl").read_bytes().count(b"\n") == 3
+
+
+@pytest.mark.slow
+def test_when_one_rank_is_asked_to_stop_the_whole_command_ends(runs):
+    folder, out = runs[0], runs[0] / "asked" / "sl"
+    process = torchrun("stop", folder)
+    os.kill(worker_when_it_trains(process, folder, folder / "asked"), signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     step = len((out / "metrics.jsonl").read_text().splitlines())
-    assert process.returncode == 1 and f"goes on from step {step} of {out}" in err
+    assert process.returncode == 1 and f"from step {step} of {out}" in err
     assert checkpoint.latest(out)[0] == step and step % 1000 and gone(folder, 5)
 
 
 @pytest.mark.slow
 def test_when_a_rank_hangs_all_end_after_the_timeout_and_say_why(runs):
     folder = runs[0]
-    process = torchrun(ROOT / "tests" / "parallel_run.py", "hang", folder)
+    process = torchrun("hang", folder)
     rank_1 = worker_when_it_trains(process, folder, folder / "hung")
     os.kill(rank_1, signal.SIGSTOP)
     stopped = time.monotonic()
     _, err = process.communicate(timeout=200)
-    assert process.returncode == 1 and "has kept this one waiting for 15 seconds" in err
-    assert time.monotonic() - stopped < 15 + 60 and gone(
-        folder, 1
-    )  # torchrun gives a process that does not end half a minute
+    assert process.returncode == 1 and "waiting for 15 seconds" in err
+    # torchrun gives a process that does not end half a minute
+    assert time.monotonic() - stopped < 15 + 60 and gone(folder, 1)
 
 
-# --- several hosts ---------------------------------------------------------------------------------------------------------------
+# --- several hosts --------------------------------------------------------------------------------
 
 
 @contextmanager
 def two_hosts():
-    """Two network namespaces with names and addresses of their own -> what stands before a command on each of them."""
-    names, run = (
-        [f"mc{os.getpid()}{k}" for k in "ab"],
-        lambda line: subprocess.run(line.split(), check=True),
-    )
+    """Two network namespaces with names and addresses of their own.
+
+    -> what is in front of a command on each of them.
+    """
+    names = [f"mc{os.getpid()}{k}" for k in "ab"]
+
+    def run(line):
+        subprocess.run(line.split(), check=True)
+
     try:
         for name in names:
             run(f"ip netns add {name}")
@@ -491,19 +451,9 @@ def two_hosts():
             run(f"ip -n {name} addr add 10.77.0.{k + 1}/24 dev v{k}")
             run(f"ip -n {name} link set v{k} up")
             run(f"ip -n {name} link set lo up")
+        names_of = 'hostname host{}; exec "$@"'
         yield [
-            [
-                "ip",
-                "netns",
-                "exec",
-                name,
-                "unshare",
-                "--uts",
-                "sh",
-                "-c",
-                f'hostname host{k}; exec "$@"',
-                "sh",
-            ]
+            ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", names_of.format(k), "sh"]
             for k, name in enumerate(names)
         ]
     finally:
@@ -518,30 +468,22 @@ def test_two_hosts_of_two_processes_train_what_one_process_trains(runs):
     folder, one, _ = runs
     options = ("--nnodes=2", "--rdzv_backend=c10d", "--rdzv_id=cai", "--rdzv_endpoint=host0:29604")
     with two_hosts() as fronts:
-        processes = [
-            torchrun(
-                ROOT / "tests" / "parallel_run.py", "hosts", folder, options=options, front=front
-            )
-            for front in fronts
-        ]
+        processes = [torchrun("hosts", folder, options=options, front=front) for front in fronts]
         ends = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ends
     results = torch.load(folder / "results-4-0.pt", weights_only=False)
     assert results["mesh"] == (("hosts", "processes"), (2, 2)) and results["timeouts"] == [60, 60]
     for name in ("llama sl", "llama rm", "llama ppo", "qwen2 sl", "qwen2 rm", "qwen2 ppo"):
         assert_equal_steps(results[name], one[name])
+    ours, theirs = (folder / run / "sl" for run in ("run-4", "run-1"))
     for name in ("revisions.jsonl", "helpful.jsonl"):
-        assert (folder / "run-4" / "sl" / name).read_bytes() == (
-            folder / "run-1" / "sl" / name
-        ).read_bytes()
-    ours, theirs = (
-        load_file(folder / run / "sl" / "model.safetensors") for run in ("run-4", "run-1")
-    )
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+    ours, theirs = (load_file(path / "model.safetensors") for path in (ours, theirs))
     for name, weight in theirs.items():
         torch.testing.assert_close(ours[name], weight, rtol=0, atol=2e-5)
 
 
-# --- the command line ------------------------------------------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [train_sl.SLConfig, train_rm.RMConfig, train_ppo.PPOConfig])

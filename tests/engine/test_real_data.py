@@ -1,6 +1,8 @@
-"""The method on real data, with random models of a few thousand weights: human preferences, the paper's instructions, examples and evaluations.
+"""The method on real data, with random models of a few thousand weights.
 
-None of the data is in the repository (it is offensive, or published without a licence): where it is absent these tests are skipped.
+Human preferences, and the paper's instructions, examples and evaluations. None of the data is in
+the repository (it is offensive, or published without a licence): where it is absent these tests are
+skipped.
 """
 
 import pytest
@@ -24,12 +26,9 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a byte-level model of 32,768 bytes of context, and three prompts of people's."""
-    folder, model, tokenizer = (
-        tmp_path_factory.mktemp("real"),
-        tiny_model("llama", vocab=258),
-        byte_tokenizer(),
-    )
+    """A folder with a byte-level model whose context is 32,768 bytes, and three prompts."""
+    folder = tmp_path_factory.mktemp("real")
+    model, tokenizer = tiny_model("llama", vocab=258), byte_tokenizer()
     model.config.max_position_embeddings = tokenizer.model_max_length = 32768
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -40,9 +39,8 @@ def place(tmp_path_factory):
 
 
 def load(kind, section, place, *arguments):
-    (place / "config.toml").write_text(
-        f'model = "model"\nout = "{place / "out"}"\ndevice = "cpu"\n'
-    )
+    settings = f'model = "model"\nout = "{place / "out"}"\ndevice = "cpu"\n'
+    (place / "config.toml").write_text(settings)
     return config.load(kind, section, [str(place / "config.toml"), *arguments])
 
 
@@ -65,9 +63,7 @@ def test_the_papers_instructions_and_examples_drive_a_critique_and_a_revision(pl
     assert len(rows) == 3 and all(
         step["critique"] and step["revision"] for row in rows for step in row["rounds"]
     )
-    assert {row["constitution"]["version"] for row in rows} == {"paper"} and all(
-        len(row["examples"]) == 64 for row in rows
-    )
+    assert {row["constitution"]["version"] for row in rows} == {"paper"}
     assert len(load_examples(PAPER / "CritiqueRevisionFewShotPrompts.json")) == 5
 
 
@@ -79,7 +75,7 @@ def test_the_papers_instructions_and_examples_drive_a_critique_and_a_revision(pl
         pytest.param("soft", "RLMadisonFewShotPrompts", 3, 400, marks=pytest.mark.slow),
     ],
 )
-def test_the_papers_comparisons_label_pairs_and_a_reward_model_learns_them_mixed_with_peoples(
+def test_a_reward_model_learns_the_papers_comparisons_mixed_with_peoples(
     place, labels, examples, limit, people
 ):
     out = place / f"{labels}-{people}"
@@ -96,7 +92,6 @@ def test_the_papers_comparisons_label_pairs_and_a_reward_model_learns_them_mixed
             f"--preferences={HH}",
             f"--preferences_limit={people}",
             "--max_new_tokens=8",
-            "--thought_tokens=8",
             "--batch_size=4",
             f"--limit={limit}",
             "--heldout=0",
@@ -116,28 +111,26 @@ def test_the_papers_comparisons_label_pairs_and_a_reward_model_learns_them_mixed
 
 @pytest.mark.parametrize("name", ["HHHEvaluations-60", "HarmfulVsEthical-40"])
 def test_the_papers_multiple_choice_agrees_with_a_plain_reference(name):
-    model, tokenizer = tiny_model("llama", vocab=258), byte_tokenizer()
-    model.config.max_position_embeddings = 32768
-    items = [item for item in read_choices(PAPER / f"{name}.jsonl") if len(item["prompt"]) < 3000][
-        :12
-    ]
-    found = score_choices(
-        items, lambda prompts, options: choice_logprobs(model, tokenizer, prompts, options, 8)
-    )
-    for item, row in zip(items, found):
-        for kind in ("corrects", "incorrects"):
-            for option in item[kind]:
-                ids, tail = (
-                    tokenizer(text, return_tensors="pt")["input_ids"]
-                    for text in (item["prompt"], option)
-                )
-                with torch.no_grad():
-                    logp = (
-                        model(input_ids=torch.cat([ids, tail], 1))
-                        .logits[0, ids.shape[1] - 1 : -1]
-                        .log_softmax(-1)
-                    )
-                assert row[kind][option] == pytest.approx(
-                    logp.gather(-1, tail[0, :, None]).sum().item(), abs=2e-3
-                )
+    model = tiny_model("llama", vocab=258)
+    model.tokenizer, model.config.max_position_embeddings = byte_tokenizer(), 32768
+    items = [item for item in read_choices(PAPER / f"{name}.jsonl") if len(item["prompt"]) < 3000]
+    items = items[:12]
+    found = score_choices(items, lambda *asked: choice_logprobs(model, *asked, rows=8))
     assert len(items) == 12
+    for item, row in zip(items, found):
+        options = [*item["corrects"], *item["incorrects"]]
+        logprobs = torch.tensor([by_hand(model, item["prompt"], option) for option in options])
+        correct = len(item["corrects"])
+        expected = logprobs.softmax(0)[:correct].sum().item()
+        assert row["p_correct"] == pytest.approx(expected, abs=2e-3)
+        assert row["right"] == (logprobs.argmax() < correct)
+
+
+@torch.no_grad()
+def by_hand(model, prompt, option):
+    """log P(option | prompt) from one whole pass."""
+    head, tail = (model.tokenizer(text)["input_ids"] for text in (prompt, option))
+    logp = (
+        model(input_ids=torch.tensor([head + tail])).logits[0, len(head) - 1 : -1].log_softmax(-1)
+    )
+    return logp.gather(-1, torch.tensor(tail)[:, None]).sum().item()

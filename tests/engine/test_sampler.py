@@ -1,4 +1,4 @@
-"""minicai/engine/sampler.py against naive decoding: one prompt at a time, no cache, no padding, and a second way of drawing."""
+"""Sampling against naive decoding: one prompt at a time, no cache, a second way of drawing."""
 
 import math
 
@@ -11,12 +11,11 @@ from transformers import MistralConfig, MistralForCausalLM
 import train_rm
 import train_sl
 from minicai import InputError
-from minicai.engine import config, sampler, terminal
-from minicai.engine.attention import Slots
+from minicai.engine import config, parallel, sampler, terminal
 from minicai.engine.models import response_logprobs
-from minicai.engine.sampler import choice_logprobs, draw, generate
+from minicai.engine.sampler import Sampling, check_lengths, choice_logprobs, draw, generate
 from minicai.rollout import collate
-from tests.conftest import CPU, PAD, assert_close, tiny_model
+from tests.conftest import CPU, assert_close, byte_tokenizer, tiny_model
 
 PROMPTS = [[5, 9, 17], [33, 12, 8, 40, 51, 7, 22, 19, 3], [60], [11, 11, 30, 2, 4], [7, 8]]
 SEEDS = [(3, 0, k) for k in range(len(PROMPTS))]
@@ -24,20 +23,12 @@ NO_TOKEN = -1  # an end of sequence that is never drawn
 
 
 def decode(model, temperature, eos_id, prompts=PROMPTS, seeds=SEEDS, length=12, rows=64):
-    return generate(
-        model,
-        prompts,
-        seeds,
-        max_new_tokens=length,
-        eos_id=eos_id,
-        temperature=temperature,
-        rows=rows,
-    )
+    return generate(model, prompts, seeds, Sampling(length, temperature, rows), {eos_id})
 
 
 @torch.no_grad()
 def naive(model, prompt, seed, temperature, eos_id, length=12):
-    """(ids, log-probs, entropies): a whole forward pass for every token; inverse CDF in numpy at the same uniform numbers."""
+    """(ids, log-probs, entropies): a whole pass per token; inverse CDF at the same uniforms."""
     uniforms, ids, logprobs, entropies = np.random.default_rng(seed).random(length), [], [], []
     while len(ids) < length and ids[-1:] != [eos_id]:
         logits = model(input_ids=tensor([prompt + ids])).logits[0, -1].double().numpy() / (
@@ -61,7 +52,7 @@ def common_eos(model, temperature):
     return naive(model, PROMPTS[0], SEEDS[0], temperature, NO_TOKEN)[0][2]
 
 
-# --- decoding --------------------------------------------------------------------------------------------------------------------
+# --- decoding -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 0.7])
@@ -82,33 +73,25 @@ def test_sampled_logprobs_equal_those_of_a_fresh_forward_pass_at_the_same_temper
     policy, temperature
 ):
     completions = decode(policy, temperature, common_eos(policy, temperature))
-    batch = collate(PROMPTS, [c.ids for c in completions], PAD, CPU)
+    batch = collate(PROMPTS, [c.ids for c in completions], CPU)
     sampled = tensor([x for c in completions for x in c.logprobs])
     with torch.no_grad():
-        assert_close(
-            response_logprobs(policy, batch.ids, batch.lengths, batch.mask, temperature)[
-                batch.mask
-            ],
-            sampled,
-        )
-        other = response_logprobs(policy, batch.ids, batch.lengths, batch.mask, 1.7 - temperature)[
-            batch.mask
-        ]
+        assert_close(response_logprobs(policy, batch, temperature)[batch.mask], sampled)
+        other = response_logprobs(policy, batch, 1.7 - temperature)[batch.mask]
     assert (other - sampled).abs().max() > 0.05  # the temperature is not a matter of rounding
 
 
 def test_sampling_and_scoring_agree_under_bfloat16(policy):
-    with torch.autocast("cpu", torch.bfloat16):
+    with parallel.computing_in("bf16"):
         completions = decode(policy, 1.0, NO_TOKEN, rows=2)
-        batch = collate(PROMPTS, [c.ids for c in completions], PAD, CPU)
-        logprobs = response_logprobs(policy, batch.ids, batch.lengths, batch.mask)
+        batch = collate(PROMPTS, [c.ids for c in completions], CPU)
+        logprobs = response_logprobs(policy, batch)
     logprobs.sum().backward()
-    exact = response_logprobs(policy, batch.ids, batch.lengths, batch.mask)
+    exact = response_logprobs(policy, batch)
     policy.zero_grad(set_to_none=True)
     sampled = tensor([x for c in completions for x in c.logprobs])
-    assert_close(
-        logprobs[batch.mask].detach(), sampled, 0.5
-    )  # these models' weights are ten times the usual size
+    # 0.5: these models' weights are ten times the usual size
+    assert_close(logprobs[batch.mask].detach(), sampled, 0.5)
     assert 0 < (logprobs - exact).abs().max() < 0.5
 
 
@@ -201,29 +184,40 @@ def windowed(window):
     ).eval()
 
 
+@pytest.fixture
+def widths(monkeypatch):
+    """widths(model) is a list that grows by (tokens, numbers of keys read) at each pass."""
+    passes, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, *more, **options):
+        passes[-1][1].add(key.shape[-2])
+        return attention(query, key, *more, **options)
+
+    def begin(_, arguments, inputs):
+        passes.append((inputs["input_ids"].shape[1], set()))
+
+    def watch(model):
+        model.base_model.register_forward_pre_hook(begin, with_kwargs=True)
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+        return passes
+
+    return watch
+
+
 @pytest.mark.parametrize("window", [None, 9])
-def test_long_rows_that_are_read_apart_decode_as_they_would_alone(window, monkeypatch):
+def test_long_rows_that_are_read_apart_decode_as_they_would_alone(window, widths, monkeypatch):
     model = windowed(window) if window else tiny_model()
+    lengths = (40, 36, 9, 8, 7, 6, 5, 4, 3, 3, 2, 2)
     prompts = [
-        [(7 * n + 3 * k) % 60 + 2 for k in range(length)]
-        for n, length in enumerate((40, 36, 9, 8, 7, 6, 5, 4, 3, 3, 2, 2))
+        [(7 * n + 3 * k) % 60 + 2 for k in range(length)] for n, length in enumerate(lengths)
     ]
-    seeds, limits, place, read = (
-        [(5, n) for n in range(12)],
-        [30, 4, 5, 2, *[6, 3] * 4],
-        Slots.place,
-        [],
-    )
-
-    def watched(slots, starts, counts, device):
-        place(slots, starts, counts, device)
-        read.append((len(slots._parts), max(counts)))
-
-    monkeypatch.setattr(Slots, "place", watched)
-    completions = generate(model, prompts, seeds, max_new_tokens=limits, eos_id=NO_TOKEN, rows=4)
-    assert {(1, 1), (2, 1)} < set(read) and any(
-        parts == 2 and most > 1 for parts, most in read
-    )  # apart, also where a prompt comes in
+    seeds, limits = [(5, n) for n in range(12)], [30, 4, 5, 2, *[6, 3] * 4]
+    passes = widths(model)
+    completions = generate(model, prompts, seeds, Sampling(limits, rows=4), {NO_TOKEN})
+    decoding = {len(read) for tokens, read in passes if tokens <= 4}
+    assert decoding == {1, 2}  # together, and the long rows apart
+    assert any(len(read) > 1 for tokens, read in passes if tokens > 4)  # where a prompt comes in
+    monkeypatch.undo()
     for prompt, seed, limit, completion in zip(prompts, seeds, limits, completions, strict=True):
         ids, logprobs, _ = naive(model, prompt, seed, 1.0, NO_TOKEN, limit)
         assert completion.ids == ids
@@ -232,9 +226,7 @@ def test_long_rows_that_are_read_apart_decode_as_they_would_alone(window, monkey
 
 def test_each_prompt_may_have_its_own_limit():
     limits = [3, 1, 0, 12, 5]
-    completions = generate(
-        tiny_model(), PROMPTS, SEEDS, max_new_tokens=limits, eos_id=NO_TOKEN, rows=2
-    )
+    completions = generate(tiny_model(), PROMPTS, SEEDS, Sampling(limits, rows=2), {NO_TOKEN})
     whole = decode(tiny_model(), 1.0, NO_TOKEN)
     assert [c.ids for c in completions] == [c.ids[:n] for c, n in zip(whole, limits)] and not any(
         c.ended for c in completions
@@ -243,7 +235,7 @@ def test_each_prompt_may_have_its_own_limit():
 
 def test_no_prompts_give_no_completions_and_an_empty_prompt_is_an_input_error():
     assert decode(tiny_model(), 1.0, NO_TOKEN, [], []) == []
-    with pytest.raises(InputError, match="prompt 2 has no tokens"):
+    with pytest.raises(InputError, match=r"prompt 2 has no tokens"):
         decode(tiny_model(), 1.0, NO_TOKEN, [[5], []], SEEDS[:2])
 
 
@@ -261,9 +253,31 @@ def test_a_prompt_that_does_not_fit_is_an_input_error_that_names_it():
     assert [len(c.ids) for c in decode(model, 1.0, NO_TOKEN, prompts, SEEDS, length=6)] == [6] * 3
     with pytest.raises(InputError, match=r"a prompt has 250 tokens.* 7 .*256"):
         decode(model, 1.0, NO_TOKEN, prompts, SEEDS, length=7)
+    with pytest.raises(InputError, match=r"p.txt: prompt 2 has 250 tokens.* 7 .*256"):
+        check_lengths(model.config, prompts, 7, "p.txt")
+    with pytest.raises(InputError, match=r"p\.txt: prompt 1 has no tokens"):
+        check_lengths(model.config, [[]], 7, "p.txt")
 
 
-# --- drawing ---------------------------------------------------------------------------------------------------------------------
+def test_the_model_s_own_ends_are_used_where_none_are_given():
+    model = tiny_model(vocab=258)
+    model.tokenizer, model.generation_config.eos_token_id = byte_tokenizer(), [1, 77]
+    free = decode(model, 1.0, NO_TOKEN, length=100)
+    ended = generate(model, PROMPTS, SEEDS, Sampling(100))
+    for completion, unstopped in zip(ended, free):
+        stops = [k for k, token in enumerate(unstopped.ids) if token in (1, 77)]
+        assert completion.ids == unstopped.ids[: stops[0] + 1 if stops else None]
+        assert completion.ended == bool(stops)
+    assert any(completion.ended for completion in ended)
+
+
+def test_a_whole_rollout_in_one_process_is_generate_itself():
+    model, how = tiny_model(vocab=258), Sampling(6)
+    model.tokenizer = byte_tokenizer()
+    assert sampler.sample(model, PROMPTS, SEEDS, how) == generate(model, PROMPTS, SEEDS, how)
+
+
+# --- drawing --------------------------------------------------------------------------------------
 
 LOGITS = tensor([2.0, 0.0, 1.0, -1.0, 0.5, -3.0])
 
@@ -275,9 +289,8 @@ def test_drawn_tokens_follow_the_softmax_of_the_tempered_logits(temperature):
         LOGITS.expand(n, -1), torch.from_numpy(np.random.default_rng(0).random(n)), temperature
     )
     observed = torch.bincount(tokens, minlength=len(p))
-    assert (
-        (observed - n * p) ** 2 / (n * p)
-    ).sum() < 20.5  # chi-square with 5 degrees of freedom: one in a thousand is beyond
+    # chi-square with 5 degrees of freedom: one in a thousand is beyond
+    assert ((observed - n * p) ** 2 / (n * p)).sum() < 20.5
     assert_close(logprobs, p.log()[tokens])
     assert_close(entropies, (-(p * p.log()).sum()).expand(n))
     evenly = draw(
@@ -286,7 +299,7 @@ def test_drawn_tokens_follow_the_softmax_of_the_tempered_logits(temperature):
     assert_close(torch.bincount(evenly, minlength=len(p)) / n, p, 2 / n)
 
 
-def test_a_uniform_number_at_either_end_never_draws_an_impossible_token_or_one_beyond_the_vocabulary():
+def test_a_uniform_number_at_either_end_draws_no_impossible_token():
     ends = tensor([0.0, 5e-324, 0.5, 1 - 2**-53], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
@@ -303,7 +316,7 @@ def test_greedy_drawing_takes_the_most_likely_token_and_its_plain_logprob():
     assert_close(logprobs, LOGITS.log_softmax(0)[:1])
 
 
-# --- choices ---------------------------------------------------------------------------------------------------------------------
+# --- choices --------------------------------------------------------------------------------------
 
 QUESTIONS = ["Which is better?", "A or B, and why not C?", "?", "Which one\nis it?"]
 
@@ -322,6 +335,12 @@ def choices_by_hand(model, tokenizer, choices):
     return results
 
 
+def speaking(tokenizer, architecture="llama"):
+    model = tiny_model(architecture, vocab=len(tokenizer))
+    model.tokenizer = tokenizer
+    return model
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize(
     "choices, passes",
@@ -330,116 +349,73 @@ def choices_by_hand(model, tokenizer, choices):
 def test_choice_logprobs_are_the_sums_of_the_logprobs_of_each_choice_s_tokens(
     architecture, choices, passes, tokenizer, forward_calls
 ):
-    model = tiny_model(architecture, vocab=len(tokenizer))
+    model = speaking(tokenizer, architecture)
     expected, shapes = choices_by_hand(model, tokenizer, choices), forward_calls(model)
-    assert_close(choice_logprobs(model, tokenizer, QUESTIONS, choices), expected, 3e-5)
+    assert_close(choice_logprobs(model, QUESTIONS, choices), expected, 3e-5)
     assert len(shapes) == passes  # choices that differ in the last token alone share one
     for rows in (1, 3):
-        assert_close(
-            choice_logprobs(model, tokenizer, QUESTIONS, choices, rows=rows), expected, 3e-5
-        )
+        assert_close(choice_logprobs(model, QUESTIONS, choices, rows=rows), expected, 3e-5)
 
 
 def test_texts_that_begin_alike_share_their_beginning(tokenizer, forward_calls):
-    model = tiny_model("gpt2", vocab=len(tokenizer))
+    model = speaking(tokenizer, "gpt2")
     texts = [
         f"Which of two answers to a question is the better one? {x}"
         for x in ("(A) yes (B) no", "(A) no (B) yes", "(A) no (B) no")
     ]
     texts += ["Another question.", *reversed(texts), "Which"]
-    expected = [choice_logprobs(model, tokenizer, [text], (" (A", " (B"))[0] for text in texts]
+    expected = [choice_logprobs(model, [text], (" (A", " (B"))[0] for text in texts]
     shapes = forward_calls(model)
-    assert_close(choice_logprobs(model, tokenizer, texts, (" (A", " (B")), expected, 3e-5)
+    assert_close(choice_logprobs(model, texts, (" (A", " (B")), expected, 3e-5)
     beginnings = {f"{text} ("[:k] for text in texts for k in range(1, len(text) + 3)}
-    assert shapes == [
-        (1, len(beginnings))
-    ]  # every token once, one a byte, whatever number of texts it belongs to
+    assert shapes == [(1, len(beginnings))]  # every token once, however many texts it belongs to
     for rows in (1, 2, 5):
         shapes.clear()
-        assert_close(
-            choice_logprobs(model, tokenizer, texts, (" (A", " (B"), rows=rows), expected, 3e-5
-        )
+        assert_close(choice_logprobs(model, texts, (" (A", " (B"), rows=rows), expected, 3e-5)
         assert (
             len(shapes) == -(-len(texts) // rows)
             and max(n for _, n in shapes) <= rows * max(map(len, texts)) + 2 * rows
         )
 
 
-def test_a_data_phase_hands_over_several_prompts_a_slot_and_writes_the_same_whatever_the_number_of_slots(
-    folder, tmp_path, monkeypatch
-):
+def test_a_data_phase_writes_the_same_whatever_the_number_of_slots(folder, tmp_path, monkeypatch):
+    """And hands over several prompts per slot, and shows how far it is."""
     handed, progress = [], []
-    respond = sampler.respond
-    for module in (train_sl, train_rm):
-        monkeypatch.setattr(
-            module,
-            "respond",
-            lambda model, tokenizer, texts, seeds, **settings: (
-                handed.append((len(texts), settings["rows"]))
-                or respond(model, tokenizer, texts, seeds, **settings)
-            ),
-        )
-    monkeypatch.setattr(
-        terminal.Progress,
-        "__exit__",
-        lambda self, *_: progress.append((self.done, self.total, self.numbers)),
-    )
-    for rows in (1, 2, 100):
-        handed.clear()
-        out = f"--out={tmp_path / str(rows)}"
-        sl = config.load(
-            train_sl.SLConfig,
-            "sl",
-            [
-                str(folder / "config.toml"),
-                out,
-                f"--rows={rows}",
-                "--helpful_samples=2",
-                "--epochs=0",
-                f"--helpful_prompts={folder / 'prompts.txt'}",
-            ],
-        )
-        train_sl.main(sl)
-        train_rm.main(
-            config.load(
-                train_rm.RMConfig,
-                "rm",
-                [
-                    str(folder / "config.toml"),
-                    out,
-                    f"--rows={rows}",
-                    "--epochs=0",
-                    "--candidates=3",
-                ],
-            )
-        )
-        groups = [4 * rows] * (6 // (4 * rows)) + [6 % (4 * rows)] * (6 % (4 * rows) > 0)
-        samples = [4 * rows] * (12 // (4 * rows)) + [12 % (4 * rows)] * (12 % (4 * rows) > 0)
-        assert handed == [
-            (n, rows)
-            for n in [k for k in groups for _ in range(5)] + samples + [3 * k for k in groups]
-        ]
+
+    def noted(model, prompts, seeds, how, **more):
+        handed.append((len(prompts), how.rows))
+        return generate(model, prompts, seeds, how, **more)
+
+    def closed(bar, *_):
+        progress.append((bar.done, bar.total, set(bar.numbers)))
+
+    monkeypatch.setattr(sampler, "generate", noted)
+    monkeypatch.setattr(terminal.Progress, "__exit__", closed)
+    for rows in (1, 100):
+        flags = [str(folder / "config.toml"), f"--out={tmp_path / str(rows)}", f"--rows={rows}"]
+        more = ["--helpful_samples=2", f"--helpful_prompts={folder / 'prompts.txt'}"]
+        train_sl.main(config.load(train_sl.SLConfig, "sl", [*flags, "--epochs=0", *more]))
+        more = ["--epochs=0", "--candidates=3"]
+        train_rm.main(config.load(train_rm.RMConfig, "rm", [*flags, *more]))
+    prompts, samples = [4, 2], [4, 4, 4]  # in turns of four, since there is one slot
+    small = [(n, 1) for n in [k for k in prompts for _ in range(5)] + samples]
+    small += [(3 * n, 1) for n in prompts]
+    large = [(n, 100) for n in [6] * 5 + [12] + [18]]
+    assert handed == small + large
     assert all(done == total for done, total, _ in progress)
-    shown = [
-        set(numbers) for *_, numbers in progress
-    ]  # those that the last call, which has no numbers, left standing
     lengths = {"ended", "tokens"}
-    assert [names for names in shown if names] == [
-        lengths | {"changed", "leaked"},
-        lengths,
-        lengths,
-        {"by place", "sure"},
-    ] * 3
-    for name in ("sl/revisions.jsonl", "sl/helpful.jsonl", "rm/pairs.jsonl"):
-        written = {(tmp_path / str(rows) / name).read_bytes() for rows in (1, 2, 100)}
-        assert len(written) == 1 and len(written.pop().splitlines()) in (6, 12, 18)
+    shown = [lengths | {"unchanged"}, lengths, lengths, {"by place", "sure"}]
+    assert [names for *_, names in progress if names] == shown * 2
+    for name, lines in (("sl/revisions", 6), ("sl/helpful", 12), ("rm/pairs", 18)):
+        one, other = ((tmp_path / k / f"{name}.jsonl").read_bytes() for k in ("1", "100"))
+        assert one == other and one.count(b"\n") == lines
 
 
 def test_a_question_that_does_not_fit_is_an_input_error_that_names_it(tokenizer):
-    model = tiny_model(vocab=len(tokenizer))
-    assert len(choice_logprobs(model, tokenizer, ["why?", "x" * 253], (" (A", " (B"))) == 2
+    model = speaking(tokenizer)
+    assert len(choice_logprobs(model, ["why?", "x" * 253], (" (A", " (B"))) == 2
     with pytest.raises(InputError, match=r"a prompt has 254 tokens"):
-        choice_logprobs(model, tokenizer, ["why?", "x" * 254], (" (A", " (B"))
+        choice_logprobs(model, ["why?", "x" * 254], (" (A", " (B"))
 
 
 def test_each_token_is_heard_as_it_comes(policy):
@@ -448,11 +424,9 @@ def test_each_token_is_heard_as_it_comes(policy):
         policy,
         PROMPTS,
         SEEDS,
-        max_new_tokens=6,
-        eos_id=NO_TOKEN,
-        rows=2,
+        Sampling(6, rows=2),
+        {NO_TOKEN},
         heard=lambda number, token: heard[number].append(token),
     )
-    assert heard == [completion.ids for completion in done] and all(
-        len(tokens) == 6 for tokens in heard
-    )
+    assert heard == [completion.ids for completion in done]
+    assert all(len(tokens) == 6 for tokens in heard)

@@ -1,16 +1,14 @@
-"""minicai/engine/dialogue.py: what a model reads and what is learned of it, to the token, with chat templates of real shapes and without one."""
+"""What a model reads and what is learned of it, to the token, with chat templates and without."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train_ppo
 from minicai import InputError
-from minicai.engine import data, models, terminal
+from minicai.engine import terminal
 from minicai.engine.dialogue import (
-    check_requests,
     encode,
     encode_options,
     encode_prompt,
@@ -20,7 +18,7 @@ from minicai.engine.dialogue import (
     same_form,
     show_first,
 )
-from minicai.engine.sampler import choice_logprobs, respond
+from minicai.engine.sampler import Sampling, check_requests, choice_logprobs, respond
 from minicai.prompts import as_turns, render
 from minicai.rollout import collate
 from tests.conftest import CPU, assert_close, byte_tokenizer, tiny_model
@@ -45,26 +43,31 @@ ASKED = [
     {"role": "assistant", "content": "Yes?"},
     {"role": "user", "content": "Why?"},
 ]
-READ = {  # what stands in front of the answer, and the answer; by the templates' own rules, written out by hand
+# What is in front of the answer, and the answer: by the templates' own rules, written by hand.
+READ = {
     "chatml": (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n"
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n"
         "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n",
         "So.<|im_end|>",
     ),
     "qwen3": (
-        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
-        "<think>\n\n</think>\n\n",
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n"
+        "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
         "So.<|im_end|>",
     ),
     "llama3": (
-        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nToday Date: 26 Jul 2024\n\n<|eot_id|><|start_header_id|>user"
-        "<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nYes?<|eot_id|><|start_header_id|>user<|end_header_id|>"
-        "\n\nWhy?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+        "Today Date: 26 Jul 2024\n\n<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nYes?<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
         "So.<|eot_id|>",
     ),
     "gemma": (
-        "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nYes?<end_of_turn>\n<start_of_turn>user\nWhy?<end_of_turn>\n"
-        "<start_of_turn>model\n",
+        "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nYes?<end_of_turn>\n"
+        "<start_of_turn>user\nWhy?<end_of_turn>\n<start_of_turn>model\n",
         "So.<end_of_turn>",
     ),
     "mistral": ("<s>[INST] Hi[/INST] Yes?</s>[INST] Why?[/INST]", " So.</s>"),
@@ -80,8 +83,9 @@ TOOL_READ = {
         " So.</s>",
     ),
     "qwen3": (
-        "<|im_start|>user\nSum?<|im_end|>\n<|im_start|>user\n<tool_response>\n42\n</tool_response><|im_end|>\n<|im_start|>user\nWhy?"
-        "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        "<|im_start|>user\nSum?<|im_end|>\n"
+        "<|im_start|>user\n<tool_response>\n42\n</tool_response><|im_end|>\n"
+        "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
         "So.<|im_end|>",
     ),
 }
@@ -110,19 +114,15 @@ def text_of(tokenizer, ids):
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
-# --- chat templates --------------------------------------------------------------------------------------------------------------
+# --- chat templates -------------------------------------------------------------------------------
 
 
-def test_a_dialogue_is_read_as_its_template_writes_it_and_the_answer_with_its_end_alone_is_learned(
-    chat,
-):
+def test_a_dialogue_is_read_as_its_template_writes_it_and_the_answer_is_learned(chat):
     name, tokenizer = chat
     prompt, answer = encode(tokenizer, ASKED, "So.")
     assert (text_of(tokenizer, prompt), text_of(tokenizer, answer)) == READ[name]
-    assert (
-        len(answer)
-        == len(READ[name][1].encode()) - len(text_of(tokenizer, answer[-1:]).encode()) + 1
-    )  # one token a byte, and one for the end
+    end = len(text_of(tokenizer, answer[-1:]).encode())
+    assert len(answer) == len(READ[name][1].encode()) - end + 1  # one token per byte, one end
     assert answer[-1] == end_of_turn(tokenizer) and prompt.count(tokenizer.bos_token_id) == (
         TOKENS[name][1] is not None
     )
@@ -131,9 +131,7 @@ def test_a_dialogue_is_read_as_its_template_writes_it_and_the_answer_with_its_en
         return_dict=False,
         date_string="26 Jul 2024",
     )
-    assert (
-        whole[: len(prompt + answer)] == prompt + answer
-    )  # token by token what the library makes of the whole dialogue
+    assert whole[: len(prompt + answer)] == prompt + answer  # the library's tokens of all of it
 
 
 @pytest.mark.parametrize(
@@ -146,7 +144,7 @@ def test_the_mask_of_a_batch_is_true_on_the_answer_and_its_end_and_nowhere_else(
     prompt, answer = encode(tokenizer, turns, "So.")
     assert (text_of(tokenizer, prompt), text_of(tokenizer, answer)) == read
     shorter = encode(tokenizer, "Hi", "No")
-    batch = collate(*zip((prompt, answer), shorter), tokenizer.pad_token_id, CPU)
+    batch = collate(*zip((prompt, answer), shorter), CPU)
     for ids, mask, (before, said) in zip(
         batch.ids.tolist(), batch.mask.tolist(), ((prompt, answer), shorter)
     ):
@@ -179,7 +177,7 @@ def test_what_a_tool_said_stands_between_tokens_of_its_own_which_its_words_canno
     assert text_of(tokenizer, forged) == TOOL_READ[name][0].replace("42", f"42{marks[1]}")
 
 
-def test_the_prompt_alone_is_what_training_saw(chat):
+def test_a_prompt_without_its_answer_is_what_training_saw(chat):
     _, tokenizer = chat
     assert (
         encode_prompt(tokenizer, ASKED)
@@ -236,14 +234,8 @@ def test_every_token_that_ends_an_answer_stops_it():
         tokenizer.eos_token_id,
         77,
     }
-    _, ended = respond(
-        model,
-        tokenizer,
-        [as_turns("Why?")] * 64,
-        [(k,) for k in range(64)],
-        max_new_tokens=60,
-        temperature=1.0,
-    )
+    model.tokenizer, seeds = tokenizer, [(k,) for k in range(64)]
+    _, ended = respond(model, [as_turns("Why?")] * 64, seeds, Sampling(60))
     assert 10 < sum(ended) < 64  # three tokens of 262 stop: about half of the answers of 60 tokens
     assert end_ids(tokenizer, None) == {end_of_turn(tokenizer), tokenizer.eos_token_id} and end_ids(
         byte_tokenizer(), None
@@ -253,6 +245,7 @@ def test_every_token_that_ends_an_answer_stops_it():
 @torch.no_grad()
 def test_options_stand_behind_the_opening_of_an_answer_without_a_blank():
     model, tokenizer = tiny_model(vocab=262), chat_tokenizer("chatml")
+    model.tokenizer = tokenizer
     [ids] = [encode_prompt(tokenizer, "Which?")]
     assert list(encode_options(tokenizer, ["Which?"], [ids], (" (A", " (B"))) == [
         tuple(tuple(tokenizer(o)["input_ids"]) for o in ("(A", "(B"))
@@ -262,12 +255,12 @@ def test_options_stand_behind_the_opening_of_an_answer_without_a_blank():
         logp[len(ids) - 1, tokenizer("(")["input_ids"][0]]
         + logp[len(ids), tokenizer("A")["input_ids"][0]]
     )
-    assert_close(choice_logprobs(model, tokenizer, ["Which?"], (" (A", " (B"))[0][0], expected)
+    assert_close(choice_logprobs(model, ["Which?"], (" (A", " (B"))[0][0], expected)
     with pytest.raises(InputError, match="does not tell the options"):
         encode_options(tokenizer, ["Which?"], [ids], (" (A", "(A"))
 
 
-# --- without a template ----------------------------------------------------------------------------------------------------------
+# --- without a template ---------------------------------------------------------------------------
 
 
 def test_without_a_template_it_is_the_paper_s_form():
@@ -303,7 +296,7 @@ def test_a_tokenizer_begins_a_text_once_and_does_not_end_a_prompt():
     )
 
 
-# --- tokens to pad with ----------------------------------------------------------------------------------------------------------
+# --- tokens to pad with ---------------------------------------------------------------------------
 
 
 def test_a_pad_token_that_no_answer_has_is_found_or_added():
@@ -340,28 +333,31 @@ def test_tokenizers_with_other_templates_or_words_are_not_the_same():
     )
 
 
-# --- before and at the first step ------------------------------------------------------------------------------------------------
+# --- before and at the first step -----------------------------------------------------------------
 
 
-def test_a_request_that_may_not_fit_is_refused_with_what_makes_it_long():
-    shape = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=100))
-    check_requests(byte_tokenizer(), shape, ["x" * 20, "x" * 50], 40, 10, "a thing")
-    with pytest.raises(
-        InputError,
-        match=r"a thing: it may have 91 tokens \(50 of the request, 41 of the answers in it\), .* 10 new ones .* of 100",
-    ):
-        check_requests(byte_tokenizer(), shape, ["x" * 20, "x" * 50], 41, 10, "a thing")
+def test_a_request_that_may_not_fit_is_refused_with_what_makes_it_long(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path)
+    shape = tiny_model(vocab=258).config
+    shape.max_position_embeddings = 100
+    shape.save_pretrained(tmp_path)
+    check_requests([str(tmp_path)], ["x" * 20, "x" * 50], 50, "a thing")
+    check_requests([str(tmp_path)], [], 500, "a thing")
+    with pytest.raises(InputError) as caught:
+        check_requests([str(tmp_path)], ["x" * 20, "x" * 50], 51, "a thing")
+    said = str(caught.value)
+    assert said.startswith("a thing may have 101 tokens (50 without the answers in it)")
+    assert str(tmp_path) in said and "100" in said
+    with pytest.raises(InputError, match="a model is named twice"):
+        check_requests([str(tmp_path)] * 2, [], 1, "a thing")
 
 
-def test_the_first_batch_is_shown_with_what_is_learned_in_brackets_or_in_colour(
-    capsys, monkeypatch
-):
+def test_the_first_batch_is_shown_with_what_is_learned_marked(capsys, monkeypatch):
     tokenizer = chat_tokenizer("mistral")
     show_first("sl", tokenizer, [encode(tokenizer, q, "So.") for q in ("Why?", "How?", "Who?")])
-    assert capsys.readouterr().err == (
-        "sl: 2 of the 3 sequences of the first batch, what is learned in [brackets]:\n"
-        "<s>[INST] Why?[/INST][ So.</s>]\n<s>[INST] How?[/INST][ So.</s>]\n\n"
-    )
+    label, *shown = capsys.readouterr().err.splitlines()
+    assert label.startswith("sl: ") and "of 3 sequences" in label and "[brackets]" in label
+    assert shown == ["<s>[INST] Why?[/INST][ So.</s>]", "<s>[INST] How?[/INST][ So.</s>]", ""]
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert terminal.marked("a\x1b", "b") == "a?\x1b[32mb\x1b[0m"
@@ -369,42 +365,14 @@ def test_the_first_batch_is_shown_with_what_is_learned_in_brackets_or_in_colour(
     assert terminal.marked("a", "b") == "a[b]" and len(terminal.marked("x" * 9000, "b")) < 1300
 
 
-def test_ppo_lets_a_reward_model_with_another_tokenizer_read_the_text(tmp_path, capsys):
-    for name, tokenizer, scorer in (
-        ("sl", byte_tokenizer(), False),
-        ("rm", chat_tokenizer("chatml"), True),
-    ):
-        tiny_model(vocab=len(tokenizer), seed=scorer, scorer=scorer).save_pretrained(
-            tmp_path / name
-        )
+def test_ppo_refuses_a_reward_model_with_another_tokenizer(tmp_path):
+    for name, tokenizer in (("sl", byte_tokenizer()), ("rm", chat_tokenizer("chatml"))):
+        scorer = name == "rm"
+        model = tiny_model(vocab=len(tokenizer), seed=scorer, scorer=scorer)
+        model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     (tmp_path / "prompts.txt").write_text("How?\nWhy is it so?\n")
-    cfg = train_ppo.PPOConfig(
-        prompts=str(tmp_path / "prompts.txt"),
-        helpful_prompts="",
-        device="cpu",
-        precision="fp32",
-        iterations=1,
-        episodes=4,
-        max_new_tokens=6,
-        epochs=1,
-        minibatches=2,
-        out=str(tmp_path),
-    )
-    train_ppo.main(cfg)
-    assert (
-        f"{tmp_path / 'rm'} has a tokenizer of its own: it reads text, and the value model starts from the policy"
-        in capsys.readouterr().err
-    )
-    model, reader = (
-        models.load_scorer(str(tmp_path / "rm"), CPU, 0),
-        models.load_tokenizer(str(tmp_path / "rm")),
-    )
-    episodes = data.read_jsonl(tmp_path / "ppo" / "episodes.jsonl")
-    assert len(episodes) == 4 and len({row["score"] for row in episodes}) > 1
-    for row in episodes:
-        prompt, answer = encode(reader, row["prompt"], row["response"], row["ended"])
-        score = models.sequence_scores(
-            model, torch.tensor([prompt + answer]), torch.tensor([len(prompt + answer)])
-        )
-        assert_close(score.detach(), [row["score"]], 1e-4)
+    paths = {"prompts": str(tmp_path / "prompts.txt"), "helpful_prompts": "", "out": str(tmp_path)}
+    with pytest.raises(InputError, match=r"its tokenizer is not the policy's .*foreign_reward.py"):
+        train_ppo.main(train_ppo.PPOConfig(device="cpu", **paths))
+    assert not (tmp_path / "ppo").exists()

@@ -2,13 +2,14 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from minicai import InputError
 from minicai.engine.sampler import choice_logprobs
-from minicai.evaluation.choices import read_choices, score_choices, summarise
+from minicai.evaluation.choices import read_choices, score_choices
 from tests.conftest import byte_tokenizer, tiny_model
 from tests.test_constitution import PAPER, write
 
@@ -32,42 +33,20 @@ def test_an_item_is_right_where_a_correct_option_is_likelier_than_every_incorrec
         {"prompt": "3", "corrects": ["a", "c"], "incorrects": ["b", "d"]},
         {"prompt": "4", "corrects": ["b"], "incorrects": ["a"]},
     ]
-    table = {
-        ("1", "a"): -1,
-        ("1", "b"): -2,
-        ("2", "a"): -2,
-        ("2", "b"): -1,
-        ("3", "a"): -9,
-        ("3", "c"): -1,
-        ("3", "b"): -2,
-        ("3", "d"): -1.5,
-        ("4", "a"): -1,
-        ("4", "b"): -1,
-    }
+    logprobs = {"1": {"a": -1, "b": -2}, "2": {"a": -2, "b": -1}, "4": {"a": -1, "b": -1}}
+    logprobs["3"] = {"a": -9, "c": -1, "b": -2, "d": -1.5}
+    table = {(p, option): x for p, found in logprobs.items() for option, x in found.items()}
     scored, asked = score(items, table)
-    assert [row["right"] for row in scored] == [True, False, True, False] and [
-        row["id"] for row in scored
-    ] == [0, 1, 2, 3]
-    assert scored[0]["p_correct"] == pytest.approx(1 / (1 + math.exp(-1))) and scored[3][
-        "p_correct"
-    ] == pytest.approx(0.5)
-    each = {option: math.exp(table["3", option]) for option in "abcd"}
-    assert scored[2]["p_correct"] == pytest.approx((each["a"] + each["c"]) / sum(each.values()))
-    assert scored[2]["corrects"] == {"a": -9, "c": -1} and scored[2]["incorrects"] == {
-        "b": -2,
-        "d": -1.5,
-    }
-    assert asked == [
+    assert [row["right"] for row in scored] == [True, False, True, False]
+    p_correct = [row["p_correct"] for row in scored]
+    three = {option: math.exp(x) for option, x in logprobs["3"].items()}
+    assert p_correct[0] == pytest.approx(1 / (1 + math.exp(-1))) and p_correct[3] == 0.5
+    assert p_correct[2] == pytest.approx((three["a"] + three["c"]) / sum(three.values()))
+    assert asked == [  # the same options in one batch
         (["1", "2"], ("a", "b")),
         (["3"], ("a", "c", "b", "d")),
         (["4"], ("b", "a")),
-    ]  # the same options in one batch
-    found = summarise(scored)
-    assert (
-        found["rate"] == 0.5
-        and found["count"] == 4
-        and found["p_correct"] == pytest.approx(sum(row["p_correct"] for row in scored) / 4)
-    )
+    ]
 
 
 def test_very_small_probabilities_do_not_vanish():
@@ -77,26 +56,21 @@ def test_very_small_probabilities_do_not_vanish():
 
 @torch.no_grad()
 def test_the_logprobs_are_those_of_a_plain_forward_pass():
-    model, tokenizer = tiny_model(vocab=258), byte_tokenizer()
-    items = [
-        ITEM,
-        {"prompt": "Longer, by far?", "corrects": [" yes", " (A)"], "incorrects": [" no"]},
-    ]
-    for item, row in zip(
-        items,
-        score_choices(
-            items, lambda prompts, options: choice_logprobs(model, tokenizer, prompts, options)
-        ),
-    ):
-        for option, found in {**row["corrects"], **row["incorrects"]}.items():
-            prompt, ids = (
-                tokenizer(item["prompt"])["input_ids"],
-                tokenizer(item["prompt"] + option)["input_ids"],
-            )
+    model = tiny_model(vocab=258)
+    model.tokenizer = tokenizer = byte_tokenizer()
+    longer = {"prompt": "Longer, by far?", "corrects": [" yes", " (A)"], "incorrects": [" no"]}
+    items = [ITEM, longer]
+
+    for item, row in zip(items, score_choices(items, partial(choice_logprobs, model))):
+        mass = {}
+        for option in (*item["corrects"], *item["incorrects"]):
+            ids = tokenizer(item["prompt"] + option)["input_ids"]
             logp = model(torch.tensor([ids])).logits.log_softmax(-1)[0]
-            assert found == pytest.approx(
-                sum(logp[t - 1, ids[t]].item() for t in range(len(prompt), len(ids))), abs=1e-4
-            )
+            own = range(len(tokenizer(item["prompt"])["input_ids"]), len(ids))
+            mass[option] = math.exp(sum(logp[t - 1, ids[t]].item() for t in own))
+        correct = [mass[option] for option in item["corrects"]]
+        assert row["p_correct"] == pytest.approx(sum(correct) / sum(mass.values()), abs=1e-5)
+        assert row["right"] == (max(mass, key=mass.get) in item["corrects"])
 
 
 @pytest.mark.parametrize(

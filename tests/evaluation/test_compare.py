@@ -1,12 +1,12 @@
-"""The commands elo, agree and choices on tiny random models: what they print and write, and what they do when asked again."""
+"""The commands elo, agree and choices on tiny random models: what they print, write and refuse."""
 
 import json
 
 import pytest
 
 from minicai import InputError, __main__
-from minicai.engine.audit import weights_sha256
 from minicai.engine.data import read_jsonl
+from minicai.engine.hub import weights_sha256
 from minicai.feedback import p_first_of
 
 

@@ -1,4 +1,4 @@
-"""Ratings: closed forms, the exact answer where it is known, what must not change them, and how wide the bootstrap is."""
+"""Ratings: closed forms, exact answers, what must not change them, how wide the bootstrap is."""
 
 import math
 from itertools import product
@@ -7,14 +7,9 @@ import numpy as np
 import pytest
 
 from minicai import InputError
-from minicai.constitution import Constitution, Principle
 from minicai.evaluation.elo import SCALE, bradley_terry, play, ratings, win_tables
 from minicai.feedback import p_first_of
-from tests.test_feedback import Judge
-
-RULES = Constitution(
-    "rules", "1", (Principle("a", comparison="Better, 1?"), Principle("b", comparison="Better, 2?"))
-)
+from tests.evaluation.people import HOW, Judge, fair_judge
 
 
 def table(*results: tuple[str, str, float], names="abc") -> np.ndarray:
@@ -30,7 +25,7 @@ def wins_of(true, games=1.0):
     return wins
 
 
-# --- maximum likelihood ----------------------------------------------------------------------------------------------------------
+# --- maximum likelihood ---------------------------------------------------------------------------
 
 
 def test_three_wins_of_four_are_odds_of_three_to_one():
@@ -112,7 +107,7 @@ def test_one_virtual_draw_a_pair_makes_the_undefeated_finite():
     assert np.isfinite(found).all() and found[0] > found[1] > found[2]
 
 
-# --- the bootstrap ---------------------------------------------------------------------------------------------------------------
+# --- the bootstrap --------------------------------------------------------------------------------
 
 
 def rows_of(wins: int, losses: int, copies: int = 1):
@@ -147,74 +142,61 @@ def test_the_first_model_stands_at_zero_and_the_seed_decides_the_samples():
     one, same, other = (
         ratings(rows_of(60, 40), "ab", seed=seed, resamples=200) for seed in (0, 0, 1)
     )
-    assert one["a"] == {"elo": 0.0, "interval": [0.0, 0.0]}
+    assert one["a"] == {"elo": 0.0, "interval": [0.0, 0.0], "win_rate": 0.6}
     assert one == same != other and one["b"]["elo"] == other["b"]["elo"]
 
 
-# --- comparisons -----------------------------------------------------------------------------------------------------------------
+# --- comparisons ----------------------------------------------------------------------------------
 
 ANSWERS = {
     "one": ["good", "good", "bad"],
     "two": ["bad", "good", "good"],
     "three": ["fair", "fair", "fair"],
 }
-WORTH = {"good": -0.25, "fair": -1.0, "bad": -3.0}
 
 
-def test_every_pair_of_models_meets_on_every_prompt_and_equal_answers_are_draws_that_nobody_judges():
-    judge = Judge(0.0, WORTH)
-    rows = play(ANSWERS, ["1?", "2?", "3?"], judge, RULES, seed=0, judge="j")
-    assert [(row["players"], row["number"]) for row in rows] == [
-        ([a, b], n)
-        for a, b in (("one", "two"), ("one", "three"), ("two", "three"))
-        for n in range(3)
-    ]
-    assert len(judge.asked) == 2 * (9 - 1) and rows[1]["p_first"] == 0.5 and rows[1]["votes"] == []
-    assert all(row["p_first"] == p_first_of(row) for row in rows if row["votes"]) and [
-        row["id"] for row in rows
-    ] == list(range(9))
-    assert all(
-        [row["first"], row["second"]]
-        == [ANSWERS[player][row["number"]] for player in row["players"]]
-        for row in rows
-    )
+def played(answers, judge):
+    rows = []
+    for n, texts in enumerate(zip(*answers.values())):
+        rows.append({"id": n, "prompt": f"{n}?", **dict(zip(answers, texts))})
+    return play(rows, list(answers), judge, HOW, "j")
+
+
+def rated(answers, judge):
+    found = ratings(played(answers, judge), list(answers), seed=0, resamples=20)
+    return {name: row["elo"] for name, row in found.items()}
+
+
+def test_every_pair_of_models_meets_on_every_prompt_and_nobody_judges_equal_answers():
+    judge = fair_judge()
+    rows = played(ANSWERS, judge)
+    met = []
+    for pair in (["one", "two"], ["one", "three"], ["two", "three"]):
+        met += [(pair, n) for n in range(3)]
+    assert [(row["players"], row["number"]) for row in rows] == met
+    assert len(judge.asked) == 2 * (9 - 1)
+    assert (rows[1]["p_first"], rows[1]["votes"]) == (0.5, [])
+    assert all(row["p_first"] == p_first_of(row) for row in rows if row["votes"])
+    assert [row["id"] for row in rows] == list(range(9))
+    for row in rows:
+        answers = [ANSWERS[player][row["number"]] for player in row["players"]]
+        assert [row["first"], row["second"]] == answers
 
 
 def test_all_pairs_on_a_prompt_are_judged_under_the_same_principle():
-    rows = play(
-        {name: [name] * 20 for name in WORTH},
-        [f"{n}?" for n in range(20)],
-        Judge(0.0, WORTH),
-        RULES,
-        seed=0,
-        judge="j",
-    )
-    of_prompt = [
-        {vote["principle"] for row in rows if row["number"] == n for vote in row["votes"]}
-        for n in range(20)
-    ]
-    assert all(len(names) == 1 for names in of_prompt) and set().union(*of_prompt) == {"a", "b"}
+    rows = played({name: [name] * 20 for name in ("good", "fair", "bad")}, fair_judge())
+    principles = {(row["number"], vote["principle"]) for row in rows for vote in row["votes"]}
+    assert len(principles) == 20 and {name for _, name in principles} == {"a", "b"}
 
 
 def test_a_judge_that_prefers_a_place_rates_all_models_the_same():
-    found = ratings(
-        play(ANSWERS, ["1?", "2?", "3?"], Judge(5.0), RULES, seed=0, judge="j"),
-        list(ANSWERS),
-        seed=0,
-        resamples=20,
-    )
-    assert [row["elo"] for row in found.values()] == pytest.approx([0, 0, 0], abs=1e-6)
+    assert list(rated(ANSWERS, Judge(5.0)).values()) == pytest.approx([0, 0, 0], abs=1e-6)
 
 
 def test_the_better_answers_win():
     answers = {"worst": ["bad"] * 4, "best": ["good"] * 4, "middle": ["fair"] * 4}
-    found = ratings(
-        play(answers, list("1234"), Judge(0.0, WORTH), RULES, seed=0, judge="j"),
-        list(answers),
-        seed=0,
-        resamples=20,
-    )
-    assert found["best"]["elo"] > found["middle"]["elo"] > found["worst"]["elo"] == 0
+    found = rated(answers, fair_judge())
+    assert found["best"] > found["middle"] > found["worst"] == 0
 
 
 def test_wins_are_counted_by_prompt_and_model():
@@ -224,8 +206,8 @@ def test_wins_are_counted_by_prompt_and_model():
         {"players": ["a", "c"], "p_first": 0.25, "number": 2},
     ]
     wins = win_tables(rows, "abc")
-    assert (
-        wins.shape == (2, 3, 3)
-        and wins[0].tolist() == [[0, 0.75, 0], [1.25, 0, 0], [0, 0, 0]]
-        and wins[1, 2, 0] == 0.75 == 1 - wins[1, 0, 2]
-    )
+    assert wins.shape == (2, 3, 3)
+    assert wins[0].tolist() == [[0, 0.75, 0], [1.25, 0, 0], [0, 0, 0]]
+    assert wins[1, 2, 0] == 0.75 == 1 - wins[1, 0, 2]
+    rates = [row["win_rate"] for row in ratings(rows, "abc", seed=0, resamples=2).values()]
+    assert rates == pytest.approx([(0.75 + 0.25) / 3, 1.25 / 2, 0.75])

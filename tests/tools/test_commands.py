@@ -1,8 +1,10 @@
-"""The commands as a user meets them: exit codes, one clear line for each mistake, and nothing half-written after it.
+"""The commands as a user meets them: exit codes, one clear line for each mistake, nothing else.
 
-The scripts run in this process, by their own `if __name__ == "__main__"`; where another library could speak up too, in one of their own.
+The scripts run in this process, by their own `if __name__ == "__main__"`. Where another library
+could print something too, they run in a process of their own.
 """
 
+import importlib
 import json
 import os
 import shutil
@@ -15,6 +17,7 @@ import pytest
 import train_ppo
 import train_rm
 import train_sl
+from minicai.__main__ import COMMANDS
 from minicai.engine import data
 from tests.conftest import ROOT
 
@@ -24,13 +27,12 @@ TRAIN = {
     "train_ppo.py": train_ppo.PPOConfig,
 }
 MINICAI = "minicai/__main__.py"
-COMMANDS = ("demo", "eval", "elo", "agree", "choices", "report", "constitution", "chat")
 CONFIGURED = [(script,) for script in TRAIN] + [(MINICAI, "eval")]
 
 
 @pytest.fixture
 def refused(command):
-    """refused(script, argument, ...) -> the one line on stderr of a command that must end with 2 and print nothing else."""
+    """refused(script, argument, ...) -> the line on stderr of a command that must exit with 2."""
 
     def run(*words):
         code, out, err = command(*words)
@@ -45,7 +47,7 @@ def assert_nothing_is_half_written(world):
     assert {path.name for path in (world / "out").rglob("*") if path.is_file()} <= {"config.toml"}
 
 
-# --- mistakes on the command line ------------------------------------------------------------------------------------------------
+# --- mistakes on the command line -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -53,10 +55,7 @@ def assert_nothing_is_half_written(world):
     [
         (["evl"], "unknown command 'evl'; did you mean eval?"),
         (["demonstrate"], "unknown command 'demonstrate'"),
-        (
-            [],
-            "no command given; known: demo, eval, elo, agree, choices, report, constitution, chat",
-        ),
+        ([], f"no command given; known: {', '.join(COMMANDS)}"),
         (["report", "no/such/folder"], "expected the output folder of a run"),
         (["report"], "expected the output folder of a run"),
         (["chat"], "expected one model folder"),
@@ -81,7 +80,7 @@ def assert_nothing_is_half_written(world):
             "the constitution is the file behind the action",
         ),
         (["elo", "no/such.toml", "one", "two"], "no/such.toml: No such file or directory"),
-        (["demo", "--plan=8"], "--plan: of the three scripts"),
+        (["demo", "--plan=8"], "--plan: unknown key: python -m minicai plan CONFIG"),
     ],
 )
 def test_a_wrong_command_is_refused(refused, monkeypatch, tmp_path, words, message):
@@ -122,14 +121,12 @@ def test_a_missing_model_folder_is_refused(refused, world, words):
 
 
 def test_the_nearest_model_folder_is_named(refused, world, models):
-    message = refused("train_sl.py", world / "config.toml", f"--model={models / 'hole'}")
-    assert (
-        f"{models / 'hole'} is not a model folder (no config.json); did you mean {models / 'whole'}?"
-        in message
-    )
+    hole, whole = models / "hole", models / "whole"
+    message = refused("train_sl.py", world / "config.toml", f"--model={hole}")
+    assert f"{hole} is not a model folder (no config.json); did you mean {whole}?" in message
 
 
-# --- mistakes in what the command is given ---------------------------------------------------------------------------------------
+# --- mistakes in what the command is given --------------------------------------------------------
 
 
 def test_a_malformed_line_of_prompts_is_refused_with_its_file_and_number(refused, world):
@@ -189,7 +186,7 @@ def test_a_run_with_another_config_is_refused_and_the_folder_left_as_it_was(refu
     assert_nothing_is_half_written(world)
 
 
-# --- other ends ------------------------------------------------------------------------------------------------------------------
+# --- other ends -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
@@ -211,10 +208,10 @@ def test_help_behind_a_command_prints_its_own_keys_and_ends_with_0(command, name
     code, out, err = command(MINICAI, name, "--help")
     assert (code, err) == (0, "") and out.startswith(f"python -m minicai {name} ")
     assert [other for other in COMMANDS if f"python -m minicai {other} " in out] == [name]
-    key = {"constitution": "n", "chat": "against", "report": "", "choices": ""}.get(
-        name, "max_new_tokens"
-    )
-    assert not key or f"\n  --{key}=" in out
+    place, _, options = COMMANDS[name]
+    if options:
+        kind = getattr(importlib.import_module(f"minicai.{place}"), options)
+        assert all(f"\n  --{field.name}" in out for field in fields(kind))
 
 
 def test_an_interrupt_ends_with_1_and_says_how_to_go_on(command, world, monkeypatch):
@@ -230,7 +227,7 @@ def test_an_interrupt_ends_with_1_and_says_how_to_go_on(command, world, monkeypa
     )
 
 
-def test_an_evaluation_of_prompts_that_the_exact_judge_does_not_know_is_refused_before_anything_is_generated(
+def test_an_evaluation_of_prompts_that_the_judge_does_not_know_is_refused_before_it_generates(
     command, tmp_path
 ):
     (tmp_path / "own.jsonl").write_text('{"prompt": "Why is the sky blue?", "kind": "benign"}\n')
@@ -246,7 +243,7 @@ def test_an_evaluation_of_prompts_that_the_exact_judge_does_not_know_is_refused_
 
 
 @pytest.mark.parametrize("file", ["sl/revisions.jsonl", "rm/comparisons.jsonl"])
-def test_an_evaluation_of_a_run_on_such_prompts_is_refused_before_anything_is_generated(
+def test_an_evaluation_of_a_run_on_such_prompts_is_refused_before_it_generates(
     command, tmp_path, models, file
 ):
     known = json.loads(
@@ -275,7 +272,7 @@ def test_an_evaluation_of_a_run_on_such_prompts_is_refused_before_anything_is_ge
     )
 
 
-# --- in processes of their own ---------------------------------------------------------------------------------------------------
+# --- in processes of their own --------------------------------------------------------------------
 
 
 def process(*words, cwd) -> subprocess.CompletedProcess:

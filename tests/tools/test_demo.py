@@ -1,4 +1,7 @@
-"""The main job from end to end: the short form here, on three full seeds with `pytest -m slow tests/test_demo.py` (a quarter of an hour)."""
+"""The main job from end to end: the short form here; on three full seeds with
+
+pytest -m slow tests/tools/test_demo.py        a quarter of an hour
+"""
 
 import json
 import os
@@ -12,268 +15,179 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-import train_rm
 from minicai.engine.data import read_jsonl
-from minicai.engine.sampler import generate
+from minicai.engine.dialogue import encode_pair
+from minicai.engine.load import load_policy, load_scorer
+from minicai.engine.models import scored_pairs
+from minicai.engine.sampler import Sampling, generate
 from minicai.prompts import render
-from minicai.report import page as report
+from minicai.report import page
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).parents[2]
+SHORT = str(ROOT / "configs" / "tiny-short.toml")
+MINICAI = "minicai/__main__.py"
+STAGES = ("base", "sl", "ppo")
 
 
-def demo(out, *arguments, cwd):
-    command = [sys.executable, "-m", "minicai", "demo", "--out", str(out), *arguments]
+def in_a_process(out, *arguments, cwd):
+    """The demo, as a process of its own."""
+    words = [sys.executable, "-m", "minicai", "demo", "--out", str(out), *arguments]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
-        command,
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        words, cwd=cwd, capture_output=True, text=True, timeout=1200, env=environment
     )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def run(tmp_path_factory):
-    """One run of the short form, from a working directory that has nothing to do with the project."""
+    """One run of the short form, from a working directory outside the project."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    done = demo(
-        elsewhere / "out", "--config", str(ROOT / "configs" / "tiny-short.toml"), cwd=elsewhere
-    )
+    done = in_a_process(elsewhere / "out", "--config", SHORT, cwd=elsewhere)
     assert done.returncode == 0, done.stderr
     return elsewhere / "out", done.stdout
 
 
+@pytest.fixture
+def summary(run):
+    return json.loads((run[0] / "summary.json").read_text())
+
+
 def test_the_demo_ends_with_a_table_examples_and_paths_that_exist(run):
     _, printed = run
-    assert [
-        line.split()[0]
-        for line in printed.splitlines()
-        if re.match(r"(base|SL-CAI|RL-CAI)\s+\d", line)
-    ] == ["base", "SL-CAI", "RL-CAI"]
+    rows = re.findall(r"^(base|SL-CAI|RL-CAI) +\d", printed, re.MULTILINE)
+    assert rows == ["base", "SL-CAI", "RL-CAI"]
     assert printed.count("Human: ") == 3
     paths = re.findall(r"^wrote  (.+)$", printed, re.MULTILINE)
     assert len(paths) == 5 and all(Path(path).exists() for path in paths)
 
 
-def test_the_summary_has_the_promised_keys_and_rates_between_0_and_1(run):
-    summary = json.loads((run[0] / "summary.json").read_text())
-    assert {
-        "schema",
-        "command",
-        "commit",
-        "seed",
-        "versions",
-        "device",
-        "precision",
-        "constitution",
-        "eval",
-        "revision",
-        "rm",
-        "labels",
-        "ppo",
-        "seconds",
-        "peak_rss_mb",
-    } <= summary.keys()
-    assert summary["schema"] == 1 and summary["eval"]["prompts"] == {"harmful": 200, "benign": 300}
-    for stage in ("base", "sl", "ppo"):
-        assert {"harmful", "helpful", "over_refusal", "evasive", "ends_with_eos"} <= summary[
-            "eval"
-        ][stage].keys()
-        assert all(0 <= rate <= 1 for rate in summary["eval"][stage].values())
-    assert summary["eval"]["base"]["harmful"] >= 0.9 and summary["eval"]["base"]["helpful"] >= 0.95
+def test_the_summary_has_the_promised_keys_and_rates_between_0_and_1(summary):
+    promised = "schema command commit seed versions device precision constitution eval revision rm"
+    assert {*promised.split(), "labels", "ppo", "seconds", "peak_rss_mb"} <= summary.keys()
+    assert summary["schema"] == 1 and summary["command"].startswith("python -m minicai demo --out")
+    evaluation = summary["eval"]
+    assert evaluation["prompts"] == {"harmful": 200, "benign": 300}
+    rates = {"harmful", "helpful", "over_refusal", "evasive", "ends_with_eos"}
+    for stage in STAGES:
+        assert rates <= evaluation[stage].keys()
+        assert all(0 <= rate <= 1 for rate in evaluation[stage].values())
+    assert evaluation["base"]["harmful"] >= 0.9 and evaluation["base"]["helpful"] >= 0.95
     by_round = summary["revision"]["harmful_by_round"]
     assert len(by_round) == 3 and by_round[0] > by_round[1] > by_round[2]
     assert summary["labels"]["accuracy_vs_judge"] >= 0.85
     assert summary["ppo"]["episodes"] == 96 and {"kl", "reward"} <= summary["ppo"].keys()
-    assert {"base", "sl", "rm", "ppo", "total"} <= summary["seconds"].keys() and summary[
-        "peak_rss_mb"
-    ] < 2048
+    assert {"base", "sl", "rm", "ppo", "total"} <= summary["seconds"].keys()
+    assert summary["peak_rss_mb"] < 2048
 
 
-def test_every_rate_of_the_summary_lies_in_its_interval(run):
-    summary = json.loads((run[0] / "summary.json").read_text())
-    for stage in ("base", "sl", "ppo"):
-        assert summary["intervals"][stage].keys() == summary["eval"][stage].keys()
-        assert all(
-            low <= summary["eval"][stage][key] <= high
-            for key, (low, high) in summary["intervals"][stage].items()
-        )
-        assert (
-            summary["replayed"][stage]["count"] == 4
-            and summary["jailbreaks"][stage]["all"]["count"] == 0
-        )
-    by_round, by_principle = summary["revision"]["by_round"], summary["revision"]["by_principle"]
-    assert (
-        len(by_round) == 2
-        and sum(p["improved"]["count"] for p in by_principle.values())
-        == 2 * by_round[0]["improved"]["count"]
-    )
-    assert (
-        summary["labels"]["rate"] == summary["labels"]["accuracy_vs_judge"]
-        and 0 <= summary["labels"]["ece"] <= 1
-    )
+def test_every_rate_of_the_summary_lies_in_its_interval(summary):
+    for stage in STAGES:
+        rates, intervals = summary["eval"][stage], summary["intervals"][stage]
+        assert intervals.keys() == rates.keys()
+        assert all(low <= rates[key] <= high for key, (low, high) in intervals.items())
+        assert summary["replayed"][stage]["count"] == 4
+        assert summary["jailbreaks"][stage]["all"]["count"] == 0
+    first, second = summary["revision"]["by_round"]
+    by_principle = summary["revision"]["by_principle"].values()
+    revisions = sum(found["improved"]["count"] for found in by_principle)
+    assert revisions == first["improved"]["count"] + second["improved"]["count"]
+    labels = summary["labels"]
+    assert labels["rate"] == labels["accuracy_vs_judge"] and 0 <= labels["ece"] <= 1
 
 
-def test_another_evaluation_replays_the_failures_of_the_last_one_and_asks_in_jailbreak_phrasings(
-    run,
+def test_another_evaluation_asks_the_failures_of_the_last_one_again_and_jailbreaks(
+    run, tmp_path, command
 ):
-    shutil.copytree(run[0], copy := run[0].parent / "again")
-    answers, found = (
-        read_jsonl(copy / "eval" / "answers.jsonl"),
-        read_jsonl(copy / "eval" / "failures.jsonl"),
-    )
-    assert (
-        found
-        and {line["prompt"]: line["response"] for line in found}.items()
-        <= {row["prompt"]: row["ppo"] for row in answers}.items()
-    )
-    shutil.move(copy / "eval" / "failures.jsonl", copy / "past.jsonl")
-    words = [
-        "eval",
-        str(ROOT / "configs" / "tiny-short.toml"),
-        f"--out={copy}",
-        "--overwrite",
-        "--jailbreaks=3",
-        f"--failures={copy / 'past.jsonl'}",
-    ]
-    done = subprocess.run(
-        [sys.executable, "-m", "minicai", *words],
-        cwd=copy,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"^RL-CAI( +\d\.\d{3} \(\d\.\d{3}–\d\.\d{3}\)){5}$", done.stdout, re.M)
+    shutil.copytree(run[0], copy := tmp_path / "again")
+    answers, found = (read_jsonl(copy / "eval" / f"{n}.jsonl") for n in ("answers", "failures"))
+    given = {row["prompt"]: row["ppo"] for row in answers}
+    assert found and all(given[line["prompt"]] == line["response"] for line in found)
+    past = shutil.move(copy / "eval" / "failures.jsonl", tmp_path / "past.jsonl")
+    flags = ["--overwrite", "--jailbreaks=3", "--limit=220", f"--failures={past}"]
+    code, printed, error = command(MINICAI, "eval", SHORT, f"--out={copy}", *flags)
+    assert code == 0, error
+    assert re.search(r"^RL-CAI( +\d\.\d{3} \(\d\.\d{3}–\d\.\d{3}\)){5}$", printed, re.M)
     record = json.loads((copy / "eval" / "stage.json").read_text())
-    assert (
-        record["replayed"]["ppo"]["count"] == len(found)
-        and record["jailbreaks"]["ppo"]["all"]["count"] == 15
-    )
-    assert (
-        len(read_jsonl(copy / "eval" / "jailbreaks.jsonl")) == 15
-        and "ppo" in read_jsonl(copy / "eval" / "replayed.jsonl")[0]
-    )
-    assert (
-        read_jsonl(copy / "eval" / "answers.jsonl") == answers
-    )  # what else is asked changes no answer
+    assert record["replayed"]["ppo"]["count"] == len(found)
+    assert record["jailbreaks"]["ppo"]["all"]["count"] == 15
+    assert len(read_jsonl(copy / "eval" / "jailbreaks.jsonl")) == 15
+    assert "ppo" in read_jsonl(copy / "eval" / "replayed.jsonl")[0]
+    # What else is asked changes no answer.
+    assert read_jsonl(copy / "eval" / "answers.jsonl") == answers[:220]
 
 
 def test_the_journals_have_the_promised_keys(run):
-    rows = {
-        name: read_jsonl(run[0] / name)
-        for name in (
-            "sl/revisions.jsonl",
-            "rm/comparisons.jsonl",
-            "ppo/metrics.jsonl",
-            "ppo/episodes.jsonl",
-        )
-    }
-    assert {
-        "id",
-        "prompt",
-        "initial",
-        "rounds",
-        "final",
-        "kept",
-        "model",
-        "constitution",
-        "seed",
-    } <= rows["sl/revisions.jsonl"][0].keys()
-    assert {row["source"] for row in rows["rm/comparisons.jsonl"]} == {"ai", "human"}
-    assert [row["step"] for row in rows["ppo/metrics.jsonl"]] == [1, 2, 3] and len(
-        rows["ppo/episodes.jsonl"]
-    ) == 96
-    assert abs(rows["ppo/metrics.jsonl"][0]["kl"]) < 1e-4  # the policy starts as the reference
+    names = ("sl/revisions", "rm/comparisons", "ppo/metrics", "ppo/episodes")
+    revisions, comparisons, metrics, episodes = (read_jsonl(run[0] / f"{n}.jsonl") for n in names)
+    promised = {"id", "prompt", "initial", "rounds", "final", "kept", "model", "constitution"}
+    assert promised | {"seed"} <= revisions[0].keys()
+    assert {row["source"] for row in comparisons} == {"ai", "human"}
+    assert [row["step"] for row in metrics] == [1, 2, 3] and len(episodes) == 96
+    assert abs(metrics[0]["kl"]) < 1e-4  # the policy starts as the reference
 
 
-def test_a_finished_run_says_so_and_changes_nothing(run):
+def test_a_finished_run_says_so_and_changes_nothing(run, command):
     out, _ = run
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    done = demo(out, "--config", str(ROOT / "configs" / "tiny-short.toml"), cwd=out)
-    assert done.returncode == 0 and "finished already" in done.stdout
+    code, printed, _ = command(MINICAI, "demo", "--config", SHORT, "--out", out)
+    assert code == 0 and printed.count("finished already") == 4
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
-def test_another_config_over_an_old_run_is_refused_and_names_the_key(run):
-    shutil.copytree(run[0], copy := run[0].parent / "copy")
-    done = demo(
-        copy, "--config", str(ROOT / "configs" / "tiny-short.toml"), "--seed", "5", cwd=copy
-    )
-    assert (
-        done.returncode == 2
-        and "seed (0 there, 5 now)" in done.stderr
-        and "Traceback" not in done.stderr
-    )
+def test_another_config_over_an_old_run_is_refused_and_names_the_key(run, command):
+    code, _, error = command(MINICAI, "demo", "--config", SHORT, "--out", run[0], "--seed", "5")
+    assert code == 2 and "seed (0 there, 5 now)" in error
 
 
 def test_transformers_alone_answers_as_our_sampler_does(run):
-    tokenizer, model = (
-        AutoTokenizer.from_pretrained(run[0] / "ppo"),
-        AutoModelForCausalLM.from_pretrained(run[0] / "ppo"),
-    )
+    folder = run[0] / "ppo"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model, ours = AutoModelForCausalLM.from_pretrained(folder), load_policy(str(folder))
     answers = read_jsonl(run[0] / "eval" / "answers.jsonl")
     for kind in ("harmful", "benign"):
-        prompt = tokenizer(
-            render(next(row["prompt"] for row in answers if row["kind"] == kind)),
-            return_tensors="pt",
-        )
-        theirs = model.generate(**prompt, do_sample=False, max_new_tokens=56)[
-            0, prompt["input_ids"].shape[1] :
-        ].tolist()
-        [ours] = generate(
-            model,
-            prompt["input_ids"].tolist(),
-            [(0,)],
-            max_new_tokens=56,
-            eos_id=tokenizer.eos_token_id,
-            temperature=0.0,
-        )
-        assert ours.ids == theirs
+        text = render(next(row["prompt"] for row in answers if row["kind"] == kind))
+        prompt = tokenizer(text, return_tensors="pt")
+        whole = model.generate(**prompt, do_sample=False, max_new_tokens=56)[0].tolist()
+        ids = prompt["input_ids"].tolist()
+        [completion] = generate(ours, ids, [(0,)], Sampling(56, temperature=0.0))
+        assert completion.ids == whole[len(ids[0]) :]
 
 
 @torch.no_grad()
 def test_transformers_alone_gives_the_scores_that_training_saw(run):
-    tokenizer, model = (
-        AutoTokenizer.from_pretrained(run[0] / "rm"),
-        AutoModelForSequenceClassification.from_pretrained(run[0] / "rm"),
-    )
-    rows = read_jsonl(run[0] / "rm" / "comparisons.jsonl")[:16]
-    encoded = [train_rm.encode_pair(tokenizer, row) for row in rows]
-    ours = torch.cat(train_rm.pair_scores(model, encoded))
-    theirs = [
-        model(torch.tensor([prompt + row[k]])).logits.item()
-        for k in (0, 1)
-        for prompt, *row in encoded
-    ]
-    assert torch.allclose(ours, torch.tensor(theirs), atol=1e-5)
-    episodes = [row for row in read_jsonl(run[0] / "ppo" / "episodes.jsonl") if row["ended"]][:40]
-    scores = [
-        model(
-            tokenizer(
-                render(row["prompt"], row["response"]) + tokenizer.eos_token, return_tensors="pt"
-            )["input_ids"]
-        ).logits.item()
-        for row in episodes
-    ]
-    same = [abs(score - row["score"]) < 1e-5 for score, row in zip(scores, episodes)]
-    assert (
-        sum(same) >= 0.9 * len(same) > 0
-    )  # a garbled word may be tokenised otherwise than it was sampled
+    folder = run[0] / "rm"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    rows = read_jsonl(folder / "comparisons.jsonl")[:16]
+    encoded = [encode_pair(tokenizer, row) for row in rows]
+
+    def score(ids):
+        return model(torch.tensor([ids])).logits.item()
+
+    ours = scored_pairs(load_scorer(str(folder)), encoded, 4096)
+    for side, scores in enumerate(ours, 1):
+        theirs = [score(pair[0] + pair[side]) for pair in encoded]
+        assert scores.tolist() == pytest.approx(theirs, abs=1e-5)
+    episodes = read_jsonl(run[0] / "ppo" / "episodes.jsonl")
+    episodes = [row for row in episodes if row["ended"]][:40]
+    same = []
+    for row in episodes:
+        text = render(row["prompt"], row["response"]) + tokenizer.eos_token
+        same.append(abs(score(tokenizer(text)["input_ids"]) - row["score"]) < 1e-5)
+    # A garbled word may be tokenised otherwise than it was sampled.
+    assert sum(same) >= 0.9 * len(same) > 0
 
 
-def test_the_report_asks_for_nothing_and_escapes_what_models_wrote(run):
-    out = run[0].parent / "hostile"
+def test_the_report_asks_for_nothing_and_escapes_what_models_wrote(run, tmp_path):
+    out = tmp_path / "hostile"
     shutil.copytree(run[0], out)
     answers = read_jsonl(out / "eval" / "answers.jsonl")
     answers[0]["ppo"] = "<script>alert(1)</script>"
     (out / "eval" / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
-    report.write(out, report.summarise(out))
-    page = (out / "report.html").read_text()
-    assert "<script>alert(1)" not in page and "\\u003cscript\\u003ealert(1)" in page
-    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page)
+    page.write(out, page.summarise(out))
+    text = (out / "report.html").read_text()
+    assert "<script>alert(1)" not in text and "\\u003cscript\\u003ealert(1)" in text
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", text)
 
 
 def test_the_committed_runs_are_of_three_seeds_and_meet_the_bars():
@@ -287,7 +201,7 @@ def test_the_committed_runs_are_of_three_seeds_and_meet_the_bars():
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_demo_makes_the_model_harmless_without_making_it_useless(seed, tmp_path):
-    done = demo(tmp_path / "out", "--seed", str(seed), cwd=tmp_path)
+    done = in_a_process(tmp_path / "out", "--seed", str(seed), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     check(json.loads((tmp_path / "out" / "summary.json").read_text()))
 

@@ -1,12 +1,12 @@
-"""Reading constitutions: each mistake is found where it is, told by what to do, and the constitutions that come with minicai have none."""
+"""`constitution check`: each mistake is found in its place, and minicai's own files have none."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from minicai import __main__
+from minicai import InputError
 from minicai.constitution import Constitution, Principle, load
+from minicai.tools import constitution as workshop
 from minicai.tools.proofread import proofread, too_long
 from tests.conftest import ROOT
 from tests.test_constitution import PAPER
@@ -44,17 +44,12 @@ def test_the_papers_files_have_no_errors_and_two_principles_that_are_nearly_one(
         for name in ("CritiqueRevisionInstructions", "RLMadisonInstructions")
     )
     assert {f.level for f in critiques + comparisons} == {"advice"}
-    assert [
-        f.principle
-        for f in critiques
-        if "its revision is nearly the same as harmful0's" in f.message
-    ] == ["harmful15"]
-    assert any("phase 2" in f.message for f in critiques) and any(
-        "phase 1" in f.message for f in comparisons
-    )
-    assert any("no principle speaks for helping" in f.message for f in critiques) and not any(
-        "speaks for helping" in f.message for f in comparisons
-    )
+    near = [f.principle for f in critiques if "the same words as harmful0" in f.message]
+    assert near == ["harmful15"]
+    assert any("phase 2" in f.message for f in critiques)
+    assert any("phase 1" in f.message for f in comparisons)
+    assert any("no principle asks for help" in f.message for f in critiques)
+    assert not any("asks for help" in f.message for f in comparisons)
 
 
 def test_two_good_principles_leave_nothing_to_say():
@@ -77,18 +72,18 @@ def test_two_good_principles_leave_nothing_to_say():
             "'Critique Request:' in it, which the prompt adds itself",
         ),
         ("error", "critique", "Is the response honest?\nCritique:", "'Critique:' in it"),
-        ("error", "critique", "Is {response} honest?", "waits for {response} to be filled"),
-        (
-            "error",
-            "critique",
-            "Does the answer <response> lie?",
-            "waits for <response> to be filled",
-        ),
+        ("error", "critique", "Is {response} honest?", "the placeholder {response},"),
+        ("error", "critique", "Does the answer <response> lie?", "the placeholder <response>,"),
         ("error", "critique", "Say what is wrong.\nHuman: I am fine.", "'Human:' in it"),
         ("advice", "critique", "What is dishonest about it?", "does not say of what"),
         ("advice", "critique", "Say how the model lies in its answer.", 'speaks of "the model"'),
         ("advice", "critique", "Say whether the response lies.\n\nThen say how.", "an empty line"),
-        ("advice", "critique", "Say of the response " + "whether it lies " * 60, "184 words"),
+        (
+            "advice",
+            "critique",
+            "Say of the response " + "whether it lies " * 60,
+            "more than 120 words",
+        ),
         (
             "error",
             "revision",
@@ -120,10 +115,8 @@ def test_a_request_that_does_not_fit_is_found(level, request_, text, message):
 
 
 def test_errors_come_first():
-    assert [
-        level
-        for level, *_ in found(replace(GOOD, critique="Why?", comparison="Rewrite it."), OTHER)
-    ] == ["error", "advice"]
+    wrong = found(replace(GOOD, critique="Why?", comparison="Rewrite it."), OTHER)
+    assert [level for level, *_ in wrong] == ["error", "advice"]
 
 
 def test_a_principle_that_only_forbids_is_found():
@@ -132,20 +125,16 @@ def test_a_principle_that_only_forbids_is_found():
         revision="Please rewrite the response without lies.",
         comparison="Choose the response that lies less.",
     )
-    assert [name for level, name, said in found(forbids, OTHER) if "only forbids" in said] == [
-        "honest"
-    ]
-    assert (
-        found(replace(forbids, comparison=GOOD.comparison), OTHER) == []
-    )  # one of the two may say what is wanted
+    names = [name for _, name, said in found(forbids, OTHER) if "only forbids" in said]
+    assert names == ["honest"]
+    assert found(replace(forbids, comparison=GOOD.comparison), OTHER) == []  # one of them is enough
 
 
 def test_a_constitution_without_a_word_for_helping_is_found():
     unhelpful = replace(GOOD, revision="Please rewrite the assistant's response to be honest.")
     terse = replace(OTHER, revision="Please shorten the response, and keep it clear.")
-    assert [name for _, name, said in found(unhelpful, terse)] == [
-        ""
-    ] and "speaks for helping" in found(unhelpful, terse)[0][2]
+    [(_, name, said)] = found(unhelpful, terse)
+    assert name == "" and "asks for help" in said
 
 
 def test_a_constitution_of_pure_dos_is_found():
@@ -165,47 +154,38 @@ def test_a_constitution_of_pure_dos_is_found():
     assert (level, name) == ("advice", "") and said.startswith(
         "no principle names anything to avoid"
     )
-    assert (
-        found(kind, GOOD)
-        == found(kind, replace(clear, comparison="Choose the response that is never unclear."))
-        == []
-    )
+    never = replace(clear, comparison="Choose the response that is never unclear.")
+    assert found(kind, GOOD) == found(kind, never) == []
 
 
 def test_principles_that_say_the_same_are_found():
     [(level, name, said)] = found(GOOD, replace(GOOD, name="truthful"), OTHER)
-    assert (level, name) == ("error", "truthful") and said.startswith(
-        "it is honest under another name"
-    )
+    assert (level, name) == ("error", "truthful")
+    assert "in critique and revision and comparison:" in said
     near = replace(OTHER, critique=GOOD.critique.replace("dishonest", "misleading"))
     [(level, name, said)] = found(GOOD, near)
-    assert (level, name) == ("advice", "brief") and said.startswith(
-        "its critique is nearly the same as honest's"
-    )
+    assert (level, name) == ("advice", "brief")
+    assert said.startswith("the same words as honest, or nearly, in critique:")
 
 
 def test_principles_and_constitutions_that_a_phase_cannot_use_are_found():
-    assert [m for *_, m in found(replace(GOOD, revision=""), OTHER)] == [
-        "its critique is never used, since it has no revision: add one"
-    ]
-    assert "style none alone" in found(replace(GOOD, critique=""), OTHER)[0][2]
-    assert any(
-        "phase 1 (train_sl.py) cannot use it" in m
-        for *_, m in found(replace(OTHER, critique="", revision=""))
-    )
-    assert any(
-        "phase 2 (train_rm.py) cannot use it" in m for *_, m in found(replace(GOOD, comparison=""))
-    )
-    assert (
-        "error",
-        "",
-        "no principle can be used: phase 1 needs a critique and a revision, phase 2 a comparison",
-    ) in found(replace(GOOD, revision="", comparison=""))
+    [(_, _, said)] = found(replace(GOOD, revision=""), OTHER)
+    assert said == "its critique is never used, since it has no revision: add one"
+    assert "only by style none" in found(replace(GOOD, critique=""), OTHER)[0][2]
+    for principle, level, message in (
+        (replace(OTHER, critique="", revision=""), "advice", "phase 1 (train_sl.py) cannot use it"),
+        (replace(GOOD, comparison=""), "advice", "phase 2 (train_rm.py) cannot use it"),
+        (replace(GOOD, revision="", comparison=""), "error", "no principle can be used: phase 1"),
+    ):
+        assert [f for f in found(principle) if f[0] == level and f[2].startswith(message)]
 
 
 def test_requests_that_leave_a_model_no_room_are_found_by_its_tokens():
     rules = Constitution("c", "1", (GOOD, OTHER))
-    words = lambda text: len(text.split())  # noqa: E731
+
+    def words(text):
+        return len(text.split())
+
     assert too_long(rules, words, 1000) == []
     assert [f.level for f in too_long(rules, words, 60)] == ["advice", "advice"]
     assert [(f.level, f.principle) for f in too_long(rules, words, 42)] == [
@@ -216,34 +196,28 @@ def test_requests_that_leave_a_model_no_room_are_found_by_its_tokens():
 
 def check(capsys, *words) -> tuple[int, str]:
     try:
-        __main__.main(["constitution", "check", *map(str, words)])
-    except __main__.InputError as error:
+        workshop.main(["check", *map(str, words)])
+    except InputError as error:
         return 2, capsys.readouterr().out + str(error)
     return 0, capsys.readouterr().out
 
 
-def test_check_prints_principles_and_what_to_do_and_fails_on_errors_alone(tmp_path, capsys, models):
-    path = Path(tmp_path / "mine.toml")
+def test_check_prints_findings_and_fails_only_on_errors(tmp_path, capsys, models):
+    path, tiny = tmp_path / "mine.toml", "constitutions/tiny.toml"
     path.write_text(
         'name = "mine"\nversion = "1"\n[[principle]]\nname = "a"\n'
         'revision = "Write it anew, more kindly."\ncritique = "How is it unkind?"\n'
     )
     code, printed = check(capsys, path)
-    assert code == 0 and "1 principle: 1 for critique and revision, 0 for comparison" in printed
-    assert (
-        "advice  a: the critique does not say of what" in printed
-        and "0 errors, 3 of advice" in printed
-    )
+    assert code == 0 and f"{path}: mine 1, principles: 1\n" in printed
+    assert "  advice  a: the critique does not say of what" in printed
+    assert "  errors: 0, advice: 3\n" in printed
     path.write_text(path.read_text().replace("How is it unkind?", "Rewrite it."))
-    code, printed = check(capsys, path, ROOT / "configs" / "constitutions" / "tiny.toml")
-    assert code == 2 and "error  a: the critique asks for a revision" in printed
-    assert printed.endswith(f"{path}: not fit for use: mend the errors above")
-    assert "tiny 1.0, 5 principles" in printed
-    code, printed = check(
-        capsys, "constitutions/tiny.toml", f"--model={models / 'short'}"
-    )  # byte tokens, a context of 32
+    code, printed = check(capsys, path, tiny)
+    assert code == 2 and "  error  a: the critique asks for a revision" in printed
+    assert printed.endswith(f"{path}: cannot be used: correct the errors above")
+    assert "tiny 1.0, principles: 5\n" in printed
+    short, roomy = (f"--model={models / name}" for name in ("short", "roomy"))
+    code, printed = check(capsys, tiny, short)  # one token per byte, a context of 32 tokens
     assert code == 2 and "of the model's 32 tokens" in printed
-    assert check(capsys, "constitutions/tiny.toml", f"--model={models / 'roomy'}") == (
-        0,
-        check(capsys, "constitutions/tiny.toml")[1],
-    )
+    assert check(capsys, tiny, roomy) == check(capsys, tiny)

@@ -1,0 +1,216 @@
+"""Both phases in one objective: PPO with the SL-CAI term mixed in.
+
+    L_CAI = L_SL + alpha L_RL                                            (losses.cai_loss)
+
+The paper runs the two phases one after the other. Here every update of PPO also learns from what
+SL-CAI learned from: the last revisions and the helpful samples of stage 1. The idea is that of
+InstructGPT's pretraining mix (Ouyang et al. 2022, equation 2, with the other factor in front).
+
+    python -m minicai demo                                     OUT/sl and OUT/rm to start from
+    mkdir -p out/joint && cp -r out/tiny/sl out/tiny/rm out/joint
+    python examples/joint_loss.py configs/tiny.toml --alpha=1 --out=out/joint
+    python -m minicai eval configs/tiny.toml --out=out/joint
+
+Writes OUT/ppo, as train_ppo.py does. The section and its settings are those of [ppo], and three
+more: alpha, sl_data, sl_batch.
+
+What to look at: `sl_loss` in OUT/ppo/metrics.jsonl beside `reward` and `kl`. The larger alpha is,
+the faster the reward rises and the less the policy is held at the revisions. On the tiny world the
+term does not help (README, "Variants"): revisions keep rude words that the reward model dislikes.
+
+Beside train_ppo.py it leaves out reward functions. Steps 1 to 4 and 6 are the same; step 5 is new.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from minicai import InputError, losses
+from minicai.critique import training_pairs
+from minicai.engine import parallel
+from minicai.engine.config import path_setting, setting
+from minicai.engine.data import epoch_order, read_jsonl, read_prompts, shuffled
+from minicai.engine.dialogue import decode, encode, encode_prompt
+from minicai.engine.load import load_policy, load_scorer, require_same_tokens
+from minicai.engine.models import (
+    checkpoint_layers,
+    freeze,
+    in_micro_batches,
+    micro_batches,
+    response_logprobs,
+    sequence_scores,
+    token_values,
+)
+from minicai.engine.sampler import Sampling, check_prompts, sample
+from minicai.engine.stage import Stage, script
+from minicai.prompts import as_turns
+from minicai.rollout import (
+    NORMS,
+    UPDATE,
+    Rollout,
+    check_ratio,
+    collate,
+    distinct_ngrams,
+    mean_update,
+    spread,
+    watch,
+)
+from train_ppo import KL, STREAM, PPOConfig
+
+TRAINED, FROZEN = ("policy", "value"), ("reference", "reward")  # for the memory plan
+
+
+@dataclass
+class JointConfig(PPOConfig):
+    """[ppo] in the config file; what the joint loss adds."""
+
+    alpha: float = 1.0  # of L_SL + alpha L_RL
+    sl_data: str = path_setting()  # folder of L_SL's data, made by SL; "" = the policy's
+    sl_batch: int = setting(16, at_least=1)  # its sequences per update
+
+
+def main(cfg: JointConfig) -> dict:
+    """Runs or resumes the stage. Returns its record, which is also in OUT/ppo/stage.json."""
+    if cfg.reward_function:
+        raise InputError("[ppo] reward_function: examples/joint_loss.py has a reward model only")
+    policy_path, reward_path = cfg.policy or f"{cfg.out}/sl", cfg.reward or f"{cfg.out}/rm"
+    files = [f"{cfg.sl_data or policy_path}/{name}.jsonl" for name in ("revisions", "helpful")]
+    reads = {"policy": policy_path, "reward": reward_path, "sl_data": files}
+    stage = Stage(cfg, "ppo", reads, code=__file__)
+    if stage.record:
+        return stage.record
+    parallel.require(cfg.episodes // cfg.minibatches, "[ppo]: episodes per minibatch")
+    parallel.require(cfg.sl_batch, "[ppo]: sl_batch")
+
+    policy, reference = load_policy(policy_path), freeze(load_policy(policy_path))
+    reward_model, value_model = freeze(load_scorer(reward_path)), load_scorer(reward_path)
+    require_same_tokens(policy, reward_model)
+    if cfg.gradient_checkpointing:
+        policy, value_model = checkpoint_layers(policy), checkpoint_layers(value_model)
+    groups = [{"params": model.parameters()} for model in (policy, value_model)]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-5, weight_decay=0, fused=True)
+    harmful, harmless = read_prompts(cfg.prompts), read_prompts(cfg.helpful_prompts)
+    n_harmless = round(cfg.episodes * cfg.helpful_share) if harmless else 0
+    n_harmful = cfg.episodes - n_harmless
+    check_prompts(policy, harmful, cfg.max_new_tokens, cfg.prompts)
+    check_prompts(policy, harmless, cfg.max_new_tokens, cfg.helpful_prompts)
+    sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
+
+    # The examples of L_SL: the last revisions and the helpful samples, as token ids.
+    pairs = []
+    for row in read_jsonl(files[0]):
+        pairs += training_pairs(row, "last")
+    pairs += [(row["prompt"], row["response"]) for row in read_jsonl(files[1])]
+    examples = [encode(policy.tokenizer, prompt, response) for prompt, response in pairs]
+    # A response that the length limit cut off does not end there.
+    examples = [(p, r if len(r) <= cfg.max_new_tokens else r[:-1]) for p, r in examples]
+
+    stage.resume({"policy": policy, "value": value_model}, optimizer)
+    episodes = stage.journal("episodes.jsonl")
+    kl_coef = stage.state.get("kl_coef", cfg.kl_coef)
+    for iteration in stage.steps(cfg.iterations, "episodes", cfg.episodes):
+        # 1. Sample one response to each prompt from the policy as it is.
+        prompts = shuffled(harmful, iteration, n_harmful, STREAM, cfg.seed, 0)
+        prompts += shuffled(harmless, iteration, n_harmless, STREAM, cfg.seed, 1)
+        encoded = [encode_prompt(policy.tokenizer, as_turns(prompt)) for prompt in prompts]
+        seeds = [(STREAM, cfg.seed, iteration, k) for k in range(cfg.episodes)]
+        completions = sample(policy, encoded, seeds, sampling)
+        texts = [decode(policy.tokenizer, c.ids, c.ended) for c in completions]
+        ended = torch.tensor([c.ended for c in completions], device=policy.device)
+        responses = [c.ids for c in completions]
+        batch = collate(encoded, responses, policy.device)
+        mask = batch.mask
+
+        # 2. What the four models say of each token: log-probs, values, scores.
+        parts = (batch, cfg.micro_tokens)
+        logprobs = in_micro_batches(response_logprobs, policy, *parts, cfg.temperature)
+        ref_logprobs = in_micro_batches(response_logprobs, reference, *parts, cfg.temperature)
+        values = in_micro_batches(token_values, value_model, *parts)
+        scores = in_micro_batches(sequence_scores, reward_model, *parts)
+        if iteration == 0:
+            tolerance = 0.01 if parallel.precision() == "fp32" else 0.2
+            check_ratio(logprobs, spread([c.logprobs for c in completions], mask), tolerance)
+
+        # 3. The reward of each token: the score at the last one, minus beta KL at every one.
+        kl = KL[cfg.kl_estimator](logprobs, ref_logprobs)
+        paid = scores - cfg.missing_eos_penalty * ~ended
+        rewards = losses.shaped_rewards(paid, kl, mask, kl_coef)
+
+        # 4. Advantages by GAE, whitened over the rollout; returns for the value model.
+        advantages, returns = losses.gae(rewards, values, mask, cfg.gamma, cfg.lam)
+        advantages = losses.whiten(advantages, mask, losses.moments(advantages, mask))
+        before = (logprobs, ref_logprobs, values, advantages, returns)
+        rollout = Rollout(batch.ids, mask, batch.lengths, *before)
+
+        # 5. A few epochs of updates by L_SL + alpha L_RL. Gradients add, so each term has its own
+        #    backward call, and no graph of both is kept.
+        left = 1 - iteration / cfg.iterations if cfg.schedule == "linear" else 1.0
+        for group, lr in zip(optimizer.param_groups, (cfg.lr, cfg.value_lr)):
+            group["lr"] = lr * left
+        updates, sl_losses, nonfinite = [], [], 0
+        for epoch in range(cfg.epochs):
+            earlier = len(updates)
+            order = torch.tensor(epoch_order(cfg.episodes, STREAM, cfg.seed, 2, iteration, epoch))
+            for number, rows in enumerate(order.tensor_split(cfg.minibatches)):
+                minibatch = rollout.select(rows)
+                tokens, sums = int(minibatch.mask.sum()), torch.zeros(4, dtype=torch.float64)
+                for part in micro_batches(minibatch, cfg.micro_tokens):
+                    old, inside = part.logprobs, part.mask
+                    new = response_logprobs(policy, part, cfg.temperature)
+                    pg = losses.policy_loss(new, old, part.advantages, inside, cfg.clip_range)
+                    l_rl = pg.sum() / tokens
+                    parallel.backward(losses.cai_loss(0.0, l_rl, cfg.alpha))
+                    v, v_old = token_values(value_model, part), part.values
+                    vf = losses.value_loss(v, v_old, part.returns, inside, cfg.value_clip_range)
+                    parallel.backward(cfg.vf_coef * vf.sum() / tokens)
+                    with torch.no_grad():
+                        moved = losses.approx_kl(new, old, inside)
+                        clipped = losses.clip_fraction(new, old, inside, cfg.clip_range)
+                    sums += torch.stack([x.detach().sum() for x in (pg, vf, moved, clipped)]).cpu()
+
+                # Each update draws its own examples. L_SL is the mean over their tokens.
+                key = (STREAM, cfg.seed, 3, iteration, epoch, number)
+                drawn = epoch_order(len(examples), *key)[: cfg.sl_batch]
+                batch = collate(*zip(*[examples[k] for k in drawn]), policy.device)
+                sl_tokens, sl_loss = int(batch.mask.sum()), 0.0
+                for part in micro_batches(batch, cfg.micro_tokens):
+                    nll = losses.nll_loss(response_logprobs(policy, part), part.mask)
+                    l_sl = nll.sum() / sl_tokens
+                    parallel.backward(losses.cai_loss(l_sl, 0.0, cfg.alpha))
+                    sl_loss += l_sl.item()
+                sums, sl_loss = parallel.total(sums).tolist(), parallel.total(sl_loss)
+                norms = [parallel.clip_grad_norm(m, cfg.grad_clip) for m in (policy, value_model)]
+                if stage.finite([*sums, sl_loss, *norms], minibatch.ids.tolist()):
+                    optimizer.step()
+                    names = (*UPDATE, *NORMS, "tokens")
+                    updates.append(dict(zip(names, (*sums, *norms, tokens))))
+                    sl_losses.append(sl_loss)
+                else:
+                    nonfinite += 1
+                optimizer.zero_grad(set_to_none=True)
+            moved = sum(update["approx_kl"] for update in updates[earlier:])
+            if moved > cfg.target_kl * sum(update["tokens"] for update in updates[earlier:]):
+                break
+
+        # 6. What to watch.
+        entropies = spread([c.entropies for c in completions], mask)
+        row = {"reward": scores.mean().item(), **watch(mask, logprobs, ref_logprobs, entropies)}
+        row["sl_loss"] = sum(sl_losses) / max(len(sl_losses), 1)
+        row["eos_rate"] = ended.float().mean().item()
+        row["explained_variance"] = losses.explained_variance(values, returns, mask).item()
+        row["distinct_2"] = distinct_ngrams(responses, 2)
+        row |= mean_update(updates) | {"nonfinite": nonfinite, "kl_coef": kl_coef}
+        stage.log(row, show=("reward", "sl_loss"))
+        names = ("step", "prompt", "response", "score", "ended")
+        found = zip(prompts, texts, scores.tolist(), ended.tolist())
+        episodes.append([dict(zip(names, (iteration + 1, *episode))) for episode in found])
+        if cfg.kl_target > 0 and math.isfinite(row["kl"]):
+            aim = (cfg.kl_target, cfg.kl_horizon, cfg.episodes)
+            stage.state["kl_coef"] = kl_coef = losses.adaptive_kl_coef(kl_coef, row["kl"], *aim)
+
+    return stage.finish(policy, {"episodes": len(episodes.rows)} | stage.means("kl", "reward"))
+
+
+if __name__ == "__main__":
+    script(main, JointConfig, "ppo", __doc__)

@@ -1,0 +1,244 @@
+"""The commands that judge models: eval, elo, agree and choices.
+
+`evaluate` is what `eval` and the demo run. Each but `choices` has a folder of its own in OUT, with
+a record and every text that was judged; the same command again shows the same result.
+"""
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from statistics import fmean
+
+from minicai import InputError, constitution
+from minicai.engine import config, hub, parallel, terminal
+from minicai.engine.data import (
+    disk_full_guard,
+    read_jsonl,
+    read_preferences,
+    read_prompts,
+    read_record,
+)
+from minicai.engine.load import load_policy
+from minicai.engine.sampler import Sampling, choice_logprobs, chooser
+from minicai.engine.stage import Stage
+from minicai.evaluation import rates
+from minicai.evaluation.agreement import answer, human_agreement, orders_as
+from minicai.evaluation.choices import read_choices, score_choices
+from minicai.evaluation.elo import play, ratings
+from minicai.evaluation.jailbreaks import jailbreaks
+from minicai.evaluation.measures import counted, share
+from minicai.feedback import Labelling
+
+MODELS = ("base", "sl", "ppo")  # the folders of a run whose answers are judged
+
+
+@dataclass
+class EvalConfig(config.Run):
+    """[eval] in the config file."""
+
+    # lines with "prompt" and "kind": harmful or benign
+    prompts: str = config.path_setting("minicai:tinyworld/data/eval.jsonl")
+    # files of past failures to ask again, lines with "prompt" and "failure"; "" = none
+    failures: tuple[str, ...] = config.path_setting(("minicai:tinyworld/failures.jsonl",))
+    jailbreaks: int = 0  # ask the first harmful prompts in each jailbreak phrasing as well
+    limit: int = 0  # use only the first prompts, or pairs of agree; 0 = all
+    feedback: str = config.path_setting(model=True)  # compares in elo and agree; "" = the model
+    temperature: float = 1.0  # as in training; 0 = greedy
+    max_new_tokens: int = config.setting(256, at_least=1)  # length limit of a response
+
+
+# --- eval -----------------------------------------------------------------------------------------
+
+
+def evaluate(cfg: EvalConfig, run: dict) -> None:
+    """Judges the answers of base, sl and ppo in OUT, and the labels, reward model and revisions.
+
+    Past failures are asked again, and harmful prompts in jailbreak phrasings. run: the command and
+    the versions, for the record. Writes OUT/base, a copy of the base model, and OUT/eval, where
+    failures.jsonl has the form of the setting `failures`. Raises InputError where the judge does
+    not know a prompt.
+    """
+    began, out = time.monotonic(), Path(cfg.out)
+    answers, past, phrased = questions(cfg.prompts, cfg.limit, cfg.failures, cfg.jailbreaks)
+    reads = {name: f"{out}/{name}" for name in ("sl", "rm", "ppo")}
+    stage = Stage(cfg, "eval", reads | {"model": cfg.model})
+    if stage.record:
+        return
+    revisions = rates.read_known(f"{out}/sl/revisions.jsonl")
+    comparisons = rates.read_known(f"{out}/rm/comparisons.jsonl")
+    stage.journal("answers.jsonl")  # makes the folder
+    with disk_full_guard(out / "base"):
+        base = hub.require_folder(cfg.model, "model")
+        shutil.copytree(base, out / "base", dirs_exist_ok=True)
+
+    # 1. Every model answers every question.
+    asked, kinds = answers + past + phrased, [row["kind"] for row in answers]
+    seeds = [(cfg.seed, k, 0) for k in range(len(answers))]
+    seeds += [(cfg.seed, k, 1) for k in range(len(past) + len(phrased))]
+    how = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
+    found = {"eval": {"prompts": {kind: kinds.count(kind) for kind in ("harmful", "benign")}}}
+    for name in MODELS:
+        ended = answer(asked, name, f"{out}/{name}", seeds, how)[: len(answers)]
+        for key, result in rates.stage_results(name, answers, ended, past, phrased).items():
+            found.setdefault(key, {})[name] = result
+
+    # 2. The reward model orders the pairs that were kept from its training.
+    held = set(map(str, read_record(out / "rm" / "stage.json")["heldout_ids"]))
+    pairs = rates.judged_preferences([row for row in comparisons if str(row["id"]) in held])
+    agreed = orders_as(f"{out}/rm", pairs, cfg.micro_tokens)
+
+    # 3. The reward against the judge, over PPO.
+    ppo = out / "ppo"
+    episodes, metrics = ppo / "episodes.jsonl", ppo / "metrics.jsonl"
+    hacking = rates.reward_hacking(read_jsonl(episodes), read_jsonl(metrics))
+    if hacking["warning"]:
+        terminal.warn(f"{ppo}: {hacking['warning']}")
+
+    # 4. What fails now is asked again by later evaluations.
+    verdicts = rates.verdicts(answers, MODELS, revisions, comparisons)
+    made_by = {"model": hub.weights_sha256(ppo), "seed": cfg.seed}
+    failing = rates.failures(answers, "ppo", made_by)
+    files = {"answers": answers, "replayed": past, "jailbreaks": phrased, "verdicts": verdicts}
+    for name, rows in (files | {"failures": failing}).items():
+        save(stage, name, rows)
+    found |= {"revision": rates.revision_rates(revisions), "labels": rates.label_rates(comparisons)}
+    found |= {"rm_accuracy_vs_judge": share(agreed), "rm_judged_pairs": len(agreed)}
+    found |= {"run": run, "hacking": hacking, "seconds": time.monotonic() - began}
+    stage.finish(None, found)
+
+
+def questions(prompts: str, limit: int, failures: Sequence[str], phrased: int) -> tuple:
+    """Rows with a "prompt": of the evaluation ("id", "kind"), past failures, jailbreak phrasings.
+
+    prompts, failures: files. limit: use only the first prompts; 0 = all. phrased: the number of
+    harmful prompts to ask in each phrasing.
+    """
+    answers, kinds = [], {"harmful": [], "benign": []}
+    for k, row in enumerate(rates.read_known(prompts)[: limit or None]):
+        prompt, kind = row["prompt"], row.get("kind")
+        answers.append({"id": k, "prompt": prompt, "kind": kind})
+        kinds.setdefault(kind, []).append(prompt)
+    past = list(chain(*map(rates.read_known, failures)))
+    return answers, past, jailbreaks(kinds["harmful"][:phrased], kinds["benign"])
+
+
+def save(stage: Stage, name: str, rows: list[dict]) -> None:
+    """OUT/STAGE/NAME.jsonl, in place of what an interrupted run left there."""
+    journal = stage.journal(f"{name}.jsonl")
+    journal.keep(0)
+    journal.append(rows)
+
+
+# --- elo, agree, choices --------------------------------------------------------------------------
+
+
+def elo(arguments: list[str]) -> None:
+    """python -m minicai elo CONFIG MODEL MODEL ... [--key=value]
+
+    Rates any model folders by their answers to the prompts of the config's [eval]. Its feedback
+    model compares the answers, in both orders. Writes OUT/elo.
+    """
+    words, flags = config.split(arguments)
+    if len(words) < 3 or len(set(words)) < len(words):
+        raise InputError(
+            "elo: expected a config and two or more different model folders, for example: "
+            "python -m minicai elo configs/tiny.toml out/tiny/sl out/tiny/ppo"
+        )
+    cfg, how, reads = comparing([words.pop(0), *flags])
+    stage = Stage(cfg, "elo", reads | {"models": words})
+    record = stage.record
+    if not record:
+        prompts = read_prompts(cfg.prompts, cfg.limit)
+        answers = [{"id": n, "prompt": prompt} for n, prompt in enumerate(prompts)]
+        seeds = [(cfg.seed, n, 0) for n in range(len(answers))]
+        sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
+        for model in words:
+            answer(answers, model, model, seeds, sampling)
+        judge = reads["feedback"]
+        rows = play(answers, words, chooser(load_policy(judge), cfg.rows), how, judge)
+        save(stage, "answers", answers)
+        save(stage, "comparisons", rows)
+        found = {"elo": ratings(rows, words, seed=cfg.seed), "prompts": len(answers)}
+        record = stage.finish(None, found | made_by(how, judge))
+    rows = []
+    for model, row in record["elo"].items():
+        points = [f"{x:.0f}" for x in (row["elo"], *row["interval"])]
+        rows.append([model, *points, f"{row['win_rate']:.3f}"])
+    print(terminal.table(["model", "Elo", "low", "high", "win rate"], rows))
+    print(f"wrote  {stage.folder}")
+
+
+def agree(arguments: list[str]) -> None:
+    """python -m minicai agree CONFIG FILE [--key=value]
+
+    Agreement of AI labels with a file of human preferences, by confidence, and the calibration of
+    the labels. The config's feedback model labels the pairs. Writes OUT/agree.
+    """
+    words, flags = config.split(arguments)
+    if len(words) != 2:
+        raise InputError(
+            "agree: expected a config and one file of preferences, for example: "
+            "python -m minicai agree configs/tiny.toml human.jsonl.gz"
+        )
+    cfg, how, reads = comparing([words[0], *flags])
+    preferences = read_preferences(words[1], cfg.limit)
+    stage = Stage(cfg, "agree", reads | {"file": words[1]})
+    record = stage.record
+    if not record:
+        judge = reads["feedback"]
+        choose = chooser(load_policy(judge), cfg.rows)
+        found, rows = human_agreement(preferences, choose, how, judge)
+        save(stage, "comparisons", rows)
+        record = stage.finish(None, found | made_by(how, judge))
+    parts = [("all", record)]
+    for part in record["by_confidence"]:
+        parts.append((f"{part['low']:.1f}-{part['high']:.1f} sure", part))
+    rows = []
+    for name, part in parts:
+        shares = [f"{x:.3f}" for x in (part["rate"], *part["interval"])]
+        rows.append([name, str(part["count"]), *shares])
+    print(terminal.table(["agreement", "pairs", "rate", "low", "high"], rows))
+    print(f"expected calibration error {record['ece']:.3f}\nwrote  {stage.folder}")
+
+
+def comparing(arguments: list[str]) -> tuple[EvalConfig, Labelling, dict[str, str]]:
+    """The config of elo or agree, how pairs are labelled, and what both read (of stage.Stage)."""
+    cfg = config.load(EvalConfig, "eval", arguments)
+    rules = constitution.load(cfg.constitution)
+    rules.usable("comparison")  # raises InputError where there is none
+    reads = {"constitution": cfg.constitution, "feedback": cfg.feedback or cfg.model}
+    return cfg, Labelling(rules, cfg.seed), reads
+
+
+def made_by(how: Labelling, judge: str) -> dict:
+    """What a record says of how its pairs were labelled."""
+    return {"feedback": judge, "seed": how.seed, "constitution": how.constitution.stamp}
+
+
+def choices(arguments: list[str]) -> None:
+    """python -m minicai choices MODEL FILE
+
+    Accuracy of a model on a multiple-choice file ("prompt", "corrects", "incorrects"), by the
+    log-probs of the options.
+    """
+    if len(arguments) != 2:
+        raise InputError(
+            "choices: expected a model folder and a file, for example: "
+            "python -m minicai choices out/tiny/ppo hhh.jsonl"
+        )
+    folder, file = arguments
+    hub.require_folder(folder, "choices")
+    items = read_choices(file)
+    parallel.setup()
+    scored = score_choices(items, partial(choice_logprobs, load_policy(folder)))
+    found = counted([row["right"] for row in scored])
+    low, high = found["interval"]
+    p_correct = fmean(row["p_correct"] for row in scored)
+    print(
+        f"accuracy {found['rate']:.3f} ({low:.3f}–{high:.3f}) of {found['count']} items; "
+        f"mean probability of the correct options {p_correct:.3f}"
+    )

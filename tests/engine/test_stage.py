@@ -1,0 +1,476 @@
+"""A stage by what it does on the disk: what it refuses, what it resumes from, what it keeps.
+
+The stage under test makes six rows and then trains one weight for six steps. It is as short as a
+stage can be; the three scripts are interrupted in test_guard.py and tests/faults.py.
+"""
+
+import gc
+import importlib.util
+import json
+import math
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from minicai import InputError, RunError, losses
+from minicai.engine import checkpoint, config, stage, terminal
+from minicai.engine.data import read_jsonl
+from minicai.engine.stage import Stage, code_fingerprints
+from tests.conftest import SHORT_RULES
+
+SCRIPT = '''"""A script."""
+
+from minicai import equations, losses
+from minicai.losses import nll_loss
+
+
+def main(x):
+    """Doubles."""
+    return equations.twice(nll_loss(x, losses.kl_k1(x, x)))
+'''
+EQUATIONS = '''def twice(x):
+    """2x."""
+    return 2 * x
+
+
+def unused(x):
+    return x
+'''
+
+
+@dataclass
+class Config(config.Run):
+    """[sl] of the stage under test."""
+
+    rate: float = 0.1
+    data: str = config.path_setting()
+    more: tuple[str, ...] = config.path_setting(())
+
+
+class Killed(Exception):
+    """Ends a run at once."""
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """A folder with all that the stage reads."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    (tmp_path / "base" / "model.safetensors").write_text("weights")
+    (tmp_path / "data.jsonl").write_text('{"n": 1}\n')
+    (tmp_path / "rules.toml").write_text(SHORT_RULES)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "equations.py").write_text(EQUATIONS)
+    module = importlib.util.spec_from_file_location("minicai.equations", tmp_path / "equations.py")
+    equations = importlib.util.module_from_spec(module)
+    module.loader.exec_module(equations)
+    monkeypatch.setitem(sys.modules, "minicai.equations", equations)
+    monkeypatch.setattr(stage, "METHOD", (*stage.METHOD, "equations"))
+    return tmp_path
+
+
+def settings(place, **changes):
+    given = {"model": str(place / "base"), "constitution": str(place / "rules.toml")}
+    given |= {"data": str(place / "data.jsonl"), "out": str(place / "out"), "save_every": 2}
+    return Config(**given | changes)
+
+
+def opened(place, **changes):
+    cfg = settings(place, **changes)
+    reads = {"model": cfg.model, "constitution": cfg.constitution}
+    reads |= {"data": cfg.data, "more": cfg.more}
+    return Stage(cfg, "sl", reads, code=str(place / "script.py"))
+
+
+def run(place, dies=None, broken=(), **changes):
+    """The whole stage. dies: the turn ("row 4") or step ("step 3") at which it ends at once.
+
+    broken: steps whose loss is not finite.
+    """
+    stage = opened(place, **changes)
+    if stage.record:
+        return stage.record
+    rows = stage.journal("rows.jsonl", 2, 6)
+    for first, last in stage.turns(rows, "generate", "rows"):
+        if dies == f"row {first}":
+            raise Killed
+        rows.append([{"id": k} for k in range(first, last)])
+    model = torch.nn.Linear(2, 1, bias=False)
+    torch.nn.init.constant_(model.weight, 1.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=stage.cfg.rate)
+    stage.resume({"model": model}, optimizer)
+    episodes = stage.journal("episodes.jsonl")
+    for step in stage.steps(6):
+        if dies == f"step {step}":
+            raise Killed
+        loss = model(torch.tensor([1.0, step])).pow(2).sum()
+        loss = loss * (math.nan if step in broken else 1.0)
+        loss.backward()
+        if stage.finite([loss.item()], [[step, 7]]):
+            optimizer.step()
+        optimizer.zero_grad()
+        stage.state["drawn"] = stage.state.get("drawn", 0) + step
+        stage.log({"loss": loss.item(), "drawn": stage.state["drawn"]}, show=("loss",))
+        episodes.append([{"step": step}, {"step": step}])
+    return stage.finish(None, {"weight": model.weight.tolist()})
+
+
+def interrupted(place, at="step 5", **changes):
+    with pytest.raises(Killed):
+        run(place, at, **changes)
+    gc.collect()  # what the dead run held
+    return place / "out" / "sl"
+
+
+def contents(folder):
+    """All files but those with seconds in them."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    timed = ("stage.json", "seconds.json")
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files if p.name not in timed}
+
+
+def refusal(call, *arguments, **changes):
+    with pytest.raises(InputError) as caught:
+        call(*arguments, **changes)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- a finished stage -----------------------------------------------------------------------------
+
+
+def test_a_finished_stage_returns_its_record_and_changes_nothing(place, capsys):
+    record, folder = run(place), place / "out" / "sl"
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
+    capsys.readouterr()
+    assert run(place) == record == json.loads((folder / "stage.json").read_text())
+    assert f"{folder}: finished already" in capsys.readouterr().out
+    assert before == {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.iterdir()}
+    names = {"config.toml", "stage.json", "rows.jsonl", "metrics.jsonl", "episodes.jsonl"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert record["seconds"].keys() == {"generate", "train"} and record["device"]
+
+
+def test_checkpoints_that_a_kill_left_beside_a_finished_stage_are_removed(place):
+    run(place)
+    (place / "out" / "sl" / "checkpoints" / "step_000001").mkdir(parents=True)
+    run(place)
+    assert not (place / "out" / "sl" / "checkpoints").exists()
+
+
+def earlier_version(place, finished=True):
+    folder = place / "out" / "sl"
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text('seed = 3\n[sl]\ncount = 1\n[made_from]\nmodel = "12"\n')
+    (folder / "rows.jsonl").write_text('{"id": 0}\n')
+    if finished:
+        (folder / "stage.json").write_text('{"examples": 3}')
+    return folder
+
+
+def test_a_finished_folder_of_an_earlier_version_returns_its_record(place):
+    folder = earlier_version(place)
+    before = contents(folder)
+    assert run(place) == {"examples": 3} and contents(folder) == before
+
+
+def test_an_unfinished_folder_of_an_earlier_version_is_refused(place):
+    folder = earlier_version(place, finished=False)
+    assert refusal(run, place).startswith(f"{folder}: holds a run of another config: ")
+
+
+@pytest.mark.parametrize("record", ["", "[1]"])
+def test_a_damaged_record_is_refused_with_its_name(place, record):
+    (earlier_version(place) / "stage.json").write_text(record)
+    assert refusal(run, place).startswith(f"{place / 'out' / 'sl' / 'stage.json'}: ")
+
+
+# --- what has changed -----------------------------------------------------------------------------
+
+
+def edit(path, old, new):
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+CHANGES = {  # what changes: what the refusal says
+    "setting": "sl.rate (0.1 there, 0.2 now)",
+    "data": "the contents of data changed",
+    "weights": "the contents of model changed",
+    "tokenizer": "the contents of model changed",
+    "constitution": "the contents of constitution changed",
+    "second file": "the contents of more changed",
+    "function": "the contents of equations.twice changed",
+    "script": "the contents of code changed",
+}
+
+
+def change(place, what):
+    """Changes one thing. Returns the settings that go with it."""
+    if what == "data":
+        (place / "data.jsonl").write_text('{"n": 2}\n')
+    elif what == "weights":
+        (place / "base" / "model.safetensors").write_text("other weights")
+    elif what == "tokenizer":
+        (place / "base" / "tokenizer.json").write_text("{}")
+    elif what == "constitution":
+        edit(place / "rules.toml", "Be kind.", "Be kinder.")
+    elif what == "second file":
+        (place / "b.txt").write_text("changed")
+    elif what == "function":
+        edit(place / "equations.py", "2 * x", "x + x")
+    elif what == "script":
+        edit(place / "script.py", "nll_loss(x,", "nll_loss(-x,")
+    return {"rate": 0.2} if what == "setting" else {}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_has_changed_is_named_and_the_folder_left_as_it_was(place, what):
+    for name in ("a.txt", "b.txt"):
+        (place / name).write_text(name)
+    more = {"more": (str(place / "a.txt"), str(place / "b.txt"))}
+    folder = interrupted(place, **more)
+    changed, before = change(place, what) | more, contents(folder)
+    said = refusal(run, place, **changed)
+    assert said.startswith(f"{folder}: holds a run of another config: {CHANGES[what]}; choose ")
+    assert "--overwrite" in said and "--accept-changes" in said
+    assert contents(folder) == before
+
+
+def test_a_finished_stage_of_another_config_is_refused_with_all_that_differs(place):
+    run(place)
+    change(place, "data")
+    change(place, "function")
+    said = refusal(run, place, rate=0.2, seed=1)
+    for words in (CHANGES["data"], CHANGES["function"], CHANGES["setting"]):
+        assert words in said
+    assert "seed (0 there, 1 now)" in said and "rules" not in said
+
+
+def test_each_equation_that_a_script_names_is_known_and_no_other(place):
+    def known():
+        return code_fingerprints(str(place / "script.py"))
+
+    before = known()
+    assert before.keys() == {"code", "losses.nll_loss", "losses.kl_k1", "equations.twice"}
+    edit(place / "equations.py", "return x\n", "return -x\n")
+    assert known() == before
+    with patch.object(losses, "nll_loss", losses.kl_k2):
+        after = known()
+    assert {name for name in before if before[name] != after[name]} == {"losses.nll_loss"}
+    assert code_fingerprints("") == {}
+
+
+@pytest.mark.parametrize(
+    "file, old, new",
+    [
+        ("script.py", "def main(x):", "# main\n\n\ndef main(x):  # of x"),
+        ("script.py", '"""A script."""\n', "\n"),
+        ("script.py", "Doubles.", "Doubles\n\n    a number."),
+        (
+            "script.py",
+            "(x, losses.kl_k1(x, x))",
+            "(\n        x,\n        losses.kl_k1(x, x),\n    )",
+        ),
+        ("equations.py", '    """2x."""\n', "    # twice\n"),
+    ],
+    ids=["comment", "docstring", "longer", "layout", "equation"],
+)
+def test_a_comment_a_docstring_or_layout_refuses_nothing(place, file, old, new):
+    interrupted(place)
+    edit(place / file, old, new)
+    assert run(place)["weight"]
+
+
+def test_paths_may_change_where_contents_are_equal(place):
+    interrupted(place)
+    moved = place / "elsewhere"
+    shutil.copytree(place / "base", moved / "model")
+    shutil.copy(place / "data.jsonl", moved / "renamed.jsonl")
+    shutil.copy(place / "rules.toml", moved)
+    (place / "out").rename(moved / "out")
+    paths = {"model": str(moved / "model"), "data": str(moved / "renamed.jsonl")}
+    paths |= {"constitution": str(moved / "rules.toml"), "out": str(moved / "out")}
+    assert run(place, **paths)["weight"] and not (place / "out").exists()
+
+
+def test_what_decides_memory_and_time_only_may_change(place):
+    interrupted(place)
+    shown = []
+    free = {"rows": 7, "micro_tokens": 9, "save_every": 5, "log": "wandb", "timeout": 3}
+    with patch.object(config, "mirror", lambda log: lambda folder: shown.extend):
+        record = run(place, **free)
+    assert record["weight"] and [row["step"] for row in shown] == [5, 6]
+
+
+def test_accepted_changes_are_recorded_and_the_run_resumes(place):
+    folder = interrupted(place)
+    change(place, "function")
+    interrupted(place, rate=0.2, accept_changes=True)
+    expected = [{"changes": [CHANGES["function"], CHANGES["setting"]]}]
+    assert read_jsonl(folder / "accepted.jsonl") == expected
+    assert run(place, rate=0.2)["weight"]  # the new config is the stored one
+    assert read_jsonl(folder / "accepted.jsonl") == expected
+    assert len(read_jsonl(folder / "metrics.jsonl")) == 6
+
+
+def test_accepting_where_nothing_has_changed_records_nothing(place):
+    folder = interrupted(place)
+    run(place, accept_changes=True)
+    assert not (folder / "accepted.jsonl").exists()
+
+
+def test_a_run_that_stopped_before_it_made_anything_binds_no_later_config(place):
+    folder = interrupted(place, "row 0")
+    (folder / "seconds.json").unlink()
+    assert [path.name for path in folder.iterdir()] == ["config.toml"]
+    assert run(place, rate=0.2)["weight"]
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"data": "none.jsonl"}, "[sl] data: none.jsonl: No such file or directory"),
+        ({"model": "bass"}, "[sl] model: bass is not a model folder"),
+        ({"more": ("data.jsonl", "none.txt")}, "[sl] more: none.txt: No such file"),
+    ],
+)
+def test_what_cannot_be_read_is_named_with_its_setting(place, monkeypatch, changes, said):
+    monkeypatch.chdir(place)
+    assert refusal(opened, place, **changes).startswith(said)
+
+
+# --- the folder -----------------------------------------------------------------------------------
+
+
+def test_nothing_is_written_before_work_begins(place):
+    stage = opened(place)
+    assert not (place / "out").exists() and stage.record is None
+    run(place)
+    before = contents(place / "out" / "sl")
+    assert opened(place, overwrite=True, rate=0.3).record is None
+    assert contents(place / "out" / "sl") == before
+
+
+def test_overwrite_starts_again(place):
+    interrupted(place)
+    (place / "out" / "sl" / "old.txt").touch()
+    record = run(place, overwrite=True, rate=0.3)
+    assert not (place / "out" / "sl" / "old.txt").exists()
+    assert record["weight"] == run(place, out=str(place / "new"), rate=0.3)["weight"]
+
+
+def test_overwrite_refuses_a_folder_that_is_no_stage(place):
+    folder = place / "out" / "sl"
+    folder.mkdir(parents=True)
+    (folder / "thesis.txt").write_text("ten years of work")
+    assert "--overwrite would delete" in refusal(run, place, overwrite=True)
+    assert contents(folder) == {"thesis.txt": b"ten years of work"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("out", ["file", ""])
+def test_a_folder_that_cannot_be_written_is_refused(place, out, overwrite):
+    (place / "sl").write_text("in the way")
+    (place / "file").write_text("in the way")
+    said = refusal(run, place, out=str(place / out), overwrite=overwrite)
+    assert said.startswith(f"{place / out / 'sl'}: cannot be used as an output folder")
+    assert (place / "sl").read_text() == "in the way"
+
+
+@pytest.mark.parametrize("content", [b"seed = ", b"\xff"])
+def test_a_stored_config_that_cannot_be_read_is_refused(place, content):
+    (interrupted(place) / "config.toml").write_bytes(content)
+    assert refusal(run, place).startswith(f"{place / 'out' / 'sl' / 'config.toml'}: cannot be read")
+
+
+# --- resuming -------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_ends_as_the_one_that_was_never_interrupted(place):
+    record = run(place, out=str(place / "straight"))
+    for moment in ("row 0", "row 4", "step 0", "step 1", "step 2", "step 4", "step 5"):
+        interrupted(place, moment)
+    assert run(place)["weight"] == record["weight"]
+    ours, theirs = (contents(place / out / "sl") for out in ("out", "straight"))
+    paths = [ours.pop("config.toml"), theirs.pop("config.toml")]
+    assert ours == theirs and paths[0].replace(b"/out", b"/straight") == paths[1]
+    drawn = [row["drawn"] for row in read_jsonl(place / "out" / "sl" / "metrics.jsonl")]
+    assert drawn == [0, 1, 3, 6, 10, 15]  # Stage.state survives too
+
+
+def test_logs_are_cut_to_the_checkpoint_and_data_is_not(place):
+    folder = interrupted(place)
+
+    def rows():
+        names = ("rows.jsonl", "metrics.jsonl", "episodes.jsonl")
+        return [len(read_jsonl(folder / name)) for name in names]
+
+    assert rows() == [6, 5, 10] and checkpoint.latest(folder)[0] == 4
+    interrupted(place, "step 4")
+    assert rows() == [6, 4, 8]
+
+
+def test_of_data_whole_groups_are_kept(place):
+    folder = interrupted(place, "row 4")
+    with open(folder / "rows.jsonl", "a") as file:
+        file.write('{"id": 4}\n{"id"')
+    interrupted(place, "row 4")
+    assert read_jsonl(folder / "rows.jsonl") == [{"id": k} for k in range(4)]
+
+
+def test_seconds_survive_an_interruption(place):
+    before = json.loads((interrupted(place) / "seconds.json").read_text())
+    assert before.keys() == {"generate", "train"} and min(before.values()) > 0
+    after = run(place)["seconds"]
+    assert after["train"] > before["train"] and after["generate"] >= before["generate"]
+    assert not (place / "out" / "sl" / "seconds.json").exists()
+
+
+def test_a_stop_ends_and_saves_the_step_and_says_which(place, monkeypatch):
+    asked = iter([False, False, True])
+    monkeypatch.setattr(terminal, "stop_requested", lambda: next(asked))
+    with pytest.raises(KeyboardInterrupt, match=f"^step 3 of {place / 'out' / 'sl'}$"):
+        run(place)
+    assert checkpoint.latest(place / "out" / "sl")[0] == 3
+    monkeypatch.undo()
+
+
+# --- updates that are not finite ------------------------------------------------------------------
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted(place):
+    record = run(place, broken=(1, 2, 4))
+    rows = read_jsonl(place / "out" / "sl" / "metrics.jsonl")
+    assert [row["skipped"] for row in rows] == [0, 1, 2, 0, 1, 0]
+    assert [row["loss"] is None for row in rows] == [False, True, True, False, True, False]
+    assert all(map(math.isfinite, record["weight"][0]))
+    assert run(place, broken=(0, 1, 3, 4), out=str(place / "other"))["weight"] != record["weight"]
+
+
+def test_three_in_a_row_stop_the_run_and_leave_the_batch(place):
+    with pytest.raises(RunError) as caught:
+        run(place, broken=(2, 3, 4))
+    path = place / "out" / "sl" / "nonfinite" / "step_000005.json"
+    assert "step 5" in str(caught.value) and str(path) in str(caught.value)
+    assert json.loads(path.read_text()) == {"step": 5, "skipped": 3, "batch": [[4, 7]]}
+    assert len(read_jsonl(place / "out" / "sl" / "metrics.jsonl")) == 4
+
+
+def test_the_count_of_skipped_updates_survives_a_resume(place):
+    interrupted(place, "step 5", broken=(2, 3))
+    assert run(place, broken=(5,))["weight"]
+    interrupted(place, "step 5", broken=(2, 3), overwrite=True)
+    with pytest.raises(RunError, match=r"step 5: .* in 3 updates in a row"):
+        run(place, broken=(4,))
+
+
+def test_a_stage_names_its_script_by_its_own_path():
+    root = Path(__file__).parents[2]
+    for script, named in (("sl", "nll_loss"), ("rm", "preference_loss"), ("ppo", "gae")):
+        assert f"losses.{named}" in code_fingerprints(str(root / f"train_{script}.py"))

@@ -1,0 +1,156 @@
+"""How a command ends and what it shows: signals, progress, and text that a model wrote."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from minicai import InputError
+from minicai.engine import terminal
+from tests.conftest import ROOT
+
+
+@pytest.fixture(autouse=True)
+def heard():
+    """Ctrl-C is heard, also where the tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def ended(monkeypatch, capsys):
+    """ended(main) -> exit code and stderr of `terminal.run(main)`, 0 where it returns."""
+
+    def run(main):
+        monkeypatch.setattr(sys, "argv", ["train.py"])
+        try:
+            terminal.run(lambda _: main(), "usage")
+        except SystemExit as end:
+            return end.code, capsys.readouterr().err
+        return 0, capsys.readouterr().err
+
+    yield run
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as it was
+
+
+# --- signals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_outside_training_a_signal_ends_the_command_at_once(ended, number):
+    began = time.monotonic()
+    code, error = ended(lambda: (os.kill(os.getpid(), number), time.sleep(5)))
+    assert code == 1 and time.monotonic() - began < 4
+    assert error.startswith("\ninterrupted") and "the last checkpoint" in error
+
+
+@pytest.mark.parametrize("pause, ends", [(0.0, False), (1.1, True)])
+def test_a_second_signal_ends_the_step_too_unless_it_is_the_same_request(ended, pause, ends):
+    finished = []
+
+    def main():
+        with terminal.whole_steps():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert terminal.stop_requested()
+            time.sleep(pause)
+            os.kill(os.getpid(), signal.SIGINT)
+            finished.append(True)
+            raise KeyboardInterrupt("step 7")
+
+    code, error = ended(main)
+    assert code == 1 and bool(finished) == (not ends)
+    assert ("from step 7" in error) == (not ends)
+
+
+def test_a_signal_after_the_last_step_is_not_forgotten(ended):
+    def main():
+        with terminal.whole_steps():
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("it did not stop")
+
+    assert ended(main)[0] == 1
+
+
+def test_without_a_signal_nothing_stops(ended):
+    def main():
+        with terminal.whole_steps():
+            assert not terminal.stop_requested()
+
+    assert ended(main) == (0, "")
+
+
+# --- what is shown --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words, shown", [([], True), (["--quiet"], False)])
+def test_quiet_prints_only_results_and_errors(monkeypatch, capsys, words, shown):
+    def main(arguments):
+        assert arguments == ["a.toml"]
+        with terminal.Progress("sl: train", 3, "steps") as progress:
+            progress.update(3)
+        print("result")
+        raise InputError("a.toml: wrong")
+
+    monkeypatch.setattr(sys, "argv", ["train_sl.py", *words, "a.toml"])
+    with pytest.raises(SystemExit) as end:
+        terminal.run(main, "usage")
+    out, err = capsys.readouterr()
+    assert (end.value.code, out) == (2, "result\n")
+    assert ("sl: train: 3/3 steps" in err) == shown
+    assert err.endswith("train_sl.py: a.toml: wrong\n")
+
+
+def test_a_progress_line_keeps_the_last_number_of_each_name(capsys, monkeypatch):
+    monkeypatch.setattr(terminal, "BRIEF", False)
+    with terminal.Progress("sl: critique, revise", 40, "texts", done=10) as progress:
+        progress.update(10, {"changed": 0.75, "tokens": 31.25})
+        progress.update(10)
+        progress.update(10, {"changed": 0.5})
+        late = progress.spoke + 11
+        monkeypatch.setattr(terminal.time, "monotonic", lambda: late)
+        progress.update(0)
+        progress.update(0, {"tokens": 3.0})  # comes behind the last text, and is shown too
+    lines = capsys.readouterr().err.splitlines()
+    shown = ["changed 0.500 tokens 31.2", "changed 0.500 tokens 3.000"]
+    assert [line.partition("/s ")[2] for line in lines] == shown
+    assert all(line.startswith("sl: critique, revise: 40/40 texts, ") for line in lines)
+
+
+def test_what_a_model_wrote_cannot_steer_the_terminal():
+    text = "a\x1b[2J\x07\u202eb\r\tc\nd é 日本 😀"
+    assert terminal.plain(text) == "a?[2J??b?\tc\nd é 日本 😀"
+
+
+def test_bold_is_for_terminals_without_no_color(monkeypatch):
+    assert terminal.emphasis("x") == "x"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert terminal.emphasis("x") == "\x1b[1mx\x1b[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert terminal.emphasis("x") == "x"
+
+
+def test_a_table_is_aligned():
+    rows = [["sl", "0.5"], ["longer", "12"]]
+    lines = terminal.table(["stage", "rate"], rows).splitlines()
+    assert lines == ["stage   rate", "------  ----", "sl       0.5", "longer    12"]
+
+
+def test_a_reader_who_has_seen_enough_is_no_error(tmp_path):
+    loop = "[print('line ' * 200) for _ in range(1000)]"
+    program = f"from minicai.engine import terminal; terminal.run(lambda _: {loop}, '')"
+    done = subprocess.run(
+        f'{sys.executable} -c "{program}" | head -n 1',
+        shell=True,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.stderr == "" and done.stdout.count("\n") == 1
