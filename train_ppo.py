@@ -193,7 +193,7 @@ def main(cfg: PPOConfig) -> dict:
                     sums += torch.stack([x.detach().sum() for x in (pg, vf, moved, clipped)]).cpu()
                 sums = parallel.total(sums).tolist()
                 norms = [parallel.clip_grad_norm(m, cfg.grad_clip) for m in (policy, value_model)]
-                if stage.finite(sums + norms, minibatch.ids.tolist()):
+                if stage.finite(sums + norms, minibatch.texts()):
                     optimizer.step()
                     names = (*UPDATE, *NORMS, "tokens")
                     updates.append(dict(zip(names, (*sums, *norms, tokens))))

@@ -122,8 +122,7 @@ def main(cfg: SLConfig) -> dict:
             who = [responder(m, sampling, STREAM, stage.progress) for m in (model, critic, reviser)]
             rows = critique.critique_and_revise(prompts[first:last], first, how, *who)
             revisions.append(parallel.joined([row | made_by for row in rows]))
-            found = critique.hygiene(rows)
-            stage.shown = {"unchanged": found["unchanged"] / max(found["revisions"], 1)}
+            stage.shown = critique.hygiene(rows)
     del reviser, critic  # their memory is needed for training
 
     # 2. Answer harmless prompts, so that the model does not unlearn to help: helpful.jsonl.
