@@ -85,7 +85,6 @@ CURVES = {  # by stage: the keys of metrics.jsonl
     },
     "ppo": {
         "reward": "learned reward",
-        "judge": "score by a held-out judge",
         "exact_judge": "score by the exact judge",
         "kl": "KL from SL-CAI, nats per response",
         "kl_k3": "the same KL by the k3 estimate",
