@@ -60,8 +60,8 @@ class PPOConfig(Run):
     # models and data
     policy: str = path_setting(model=True)  # policy and reference; "" = OUT/sl (4.1)
     reward: str = path_setting(model=True)  # reward and value model; "" = OUT/rm
-    prompts: str = path_setting("minicai:tinyworld/data/red_team.jsonl")  # 4.2
-    helpful_prompts: str = path_setting("minicai:tinyworld/data/helpful.jsonl")  # 4.2
+    prompts: str = path_setting("minicai:tinyworld/data/red_team.jsonl")  # red-team prompts (4.2)
+    helpful_prompts: str = path_setting("minicai:tinyworld/data/helpful.jsonl")  # harmless (4.2)
     helpful_share: float = setting(0.5, at_most=1)  # of the prompts of an iteration
 
     # rollouts
@@ -193,7 +193,7 @@ def main(cfg: PPOConfig) -> dict:
                     sums += torch.stack([x.detach().sum() for x in (pg, vf, moved, clipped)]).cpu()
                 sums = parallel.total(sums).tolist()
                 norms = [parallel.clip_grad_norm(m, cfg.grad_clip) for m in (policy, value_model)]
-                if stage.finite(sums + norms, minibatch.ids.tolist()):
+                if stage.finite(sums + norms, minibatch.texts()):
                     optimizer.step()
                     names = (*UPDATE, *NORMS, "tokens")
                     updates.append(dict(zip(names, (*sums, *norms, tokens))))

@@ -68,6 +68,7 @@ def prepared(work: str, count: int, folder: str):
         changes = {"prompts": path, "helpful_prompts": "", "iterations": count // cfg.episodes}
     changes |= {} if name == "sl" else {"policy": cfg.model}
     changes |= {"reward": cfg.model} if name == "ppo" else {}
+    changes |= {"revision_pairs": 0} if name == "rm" else {}
 
     parallel.setup("cpu", "fp32")
     policies, scorers = [], []

@@ -58,8 +58,8 @@ def labels(work: Work) -> Result:
 def sl(work: Work) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         settings = _common(work) | sl_settings(Path(folder), work.items)
-        cfg = train_sl.SLConfig(**settings, batch_size=work.batch, lr=1e-4, warmup=0)
-        seconds, rows = run_stage(train_sl, cfg, "sl")
+        settings |= {"batch_size": work.batch, "max_new_tokens": 512, "lr": 1e-4, "warmup": 0}
+        seconds, rows = run_stage(train_sl, train_sl.SLConfig(**settings), "sl")
     encoded = [encode(load_tokenizer(work.policy), p, r) for p, r in work.items]
     targets = sum(row["tokens"] for row in rows)
     flops = 6 * (work.body * sum(len(p) + len(r) for p, r in encoded) + work.head * targets)

@@ -228,15 +228,21 @@ def sl_settings(folder: Path, pairs: list[tuple]) -> dict:
     """Settings with which train_sl.py learns these prompts and responses, and samples nothing."""
     prompts = write(folder / "prompts.jsonl", [{"prompt": p} for p, _ in pairs])
     write(folder / "sl" / "helpful.jsonl", [{"prompt": p, "response": r} for p, r in pairs])
-    settings = {"out": str(folder), "prompts": "", "rounds": 0, "max_new_tokens": 512}
+    settings = {"out": str(folder), "prompts": "", "rounds": 0}
     return settings | {"helpful_prompts": prompts, "helpful_samples": 1}
 
 
 def rm_settings(folder: Path, pairs: list[tuple]) -> dict:
-    """Settings with which train_rm.py learns these (prompt, better, worse), and labels nothing."""
+    """Settings with which train_rm.py learns these (prompt, better, worse), and labels nothing.
+
+    It wants a prompt. Its two responses are given and equal: nothing is sampled or labelled.
+    """
     rows = [{"prompt": p, "chosen": a, "rejected": b} for p, a, b in pairs]
     preferences = write(folder / "preferences.jsonl", rows)
-    return {"out": str(folder), "prompts": "", "preferences": preferences, "heldout": 0.0}
+    prompts = write(folder / "prompts.jsonl", [{"prompt": "Why?"}])
+    same = {"id": 0, "prompt": "Why?", "first": "So.", "second": "So."}
+    write(folder / "rm" / "pairs.jsonl", [same])
+    return {"out": str(folder), "prompts": prompts, "preferences": preferences, "heldout": 0.0}
 
 
 def run_stage(script: ModuleType, cfg, name: str, **exchanged) -> tuple[float, list[dict]]:
@@ -244,7 +250,7 @@ def run_stage(script: ModuleType, cfg, name: str, **exchanged) -> tuple[float, l
 
     exchanged: functions of the script in the place of its own.
     """
-    times = {}
+    times = {"began": clock()}
 
     def timed(function):
         def load_model(*arguments, **settings):
@@ -266,5 +272,6 @@ def run_stage(script: ModuleType, cfg, name: str, **exchanged) -> tuple[float, l
         for function, other in exchanged.items():
             stack.enter_context(patch.object(script, function, other))
         script.main(cfg)
-    rows = read_jsonl(Path(cfg.out) / name / "metrics.jsonl")
-    return times["ended"] - times.get("began", 0.0), rows
+    metrics = Path(cfg.out) / name / "metrics.jsonl"
+    rows = read_jsonl(metrics) if metrics.exists() else []  # without a step there are none
+    return times["ended"] - times["began"], rows

@@ -44,6 +44,10 @@ class Batch:
         chosen = [getattr(self, field.name)[rows] for field in fields(self)]
         return type(self)(*(x[:, :width] if x.ndim == 2 else x for x in chosen))
 
+    def texts(self) -> list[list[int]]:
+        """The token ids of each row, without padding."""
+        return [row[:n] for row, n in zip(self.ids.tolist(), self.lengths.tolist())]
+
 
 def collate(
     prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], device: torch.device

@@ -396,7 +396,6 @@ def test_updates_that_are_not_finite_are_skipped_and_counted_over_rollouts(base)
     assert len(stored_batch(base, "stopped")) == 3
 
 
-@pytest.mark.xfail(strict=True, reason="train_ppo.py gives Stage.finite its rows with the padding")
 def test_the_batch_that_is_left_behind_has_no_padding(base):
     with (
         broken("value_loss", 1, 2, 3),

@@ -111,8 +111,8 @@ def pair_scores(
     first = [[*prompt, *response] for prompt, response, _ in pairs]
     second = [[*prompt, *response] for prompt, _, response in pairs]
     hidden_ND, rows = shared_hidden_states(model, first + second)
-    ends = rows.last.chunk(2)  # chunks of the scores would be views: see sequence_scores
-    first, second = (apply_head(model.score, hidden_ND[end]).sum(-1) for end in ends)
+    scores = apply_head(model.score, hidden_ND[rows.last]).sum(-1)
+    first, second = (half.clone() for half in scores.chunk(2))  # no views: see sequence_scores
     return first, second
 
 
