@@ -158,7 +158,7 @@ def so_far(out: Path) -> dict:
         raise InputError(f"{out}: no stage of a run has begun here (it has no sl/config.toml)")
     found = records(out)
     evaluation = found.get("eval", {})
-    parts = {stage: _some(record, FIELDS[stage]) for stage, record in found.items()}
+    parts = {stage: _some(stage, record) for stage, record in found.items()}
     summary = {"schema": 1, **evaluation.get("run", {}), "seed": seeds[0]}
     summary |= parts.pop("sl", {}) | parts.pop("eval", {}) | parts
     if "rm" in found:
@@ -184,9 +184,9 @@ def seconds_of(seconds: dict) -> dict[str, float]:
     return {k: sum(s.values()) if isinstance(s, dict) else s for k, s in seconds.items()}
 
 
-def _some(record: dict, keys: Iterable[str]) -> dict:
-    """The fields `keys` of a record, and its tables "by_...", which a script may add."""
-    return {key: found for key, found in record.items() if key in keys or key.startswith("by_")}
+def _some(stage: str, record: dict) -> dict:
+    """Its FIELDS of a record, and all tables "by_...", which a script may add."""
+    return {k: v for k, v in record.items() if k in FIELDS[stage] or k.startswith("by_")}
 
 
 def _named(out: Path, ratings: dict[str, dict]) -> dict[str, dict]:
