@@ -60,8 +60,8 @@ class PPOConfig(Run):
     # models and data
     policy: str = path_setting(model=True)  # policy and reference; "" = OUT/sl (4.1)
     reward: str = path_setting(model=True)  # reward and value model; "" = OUT/rm
-    prompts: str = path_setting("minicai:tinyworld/data/red_team.jsonl")  # 4.2
-    helpful_prompts: str = path_setting("minicai:tinyworld/data/helpful.jsonl")  # 4.2
+    prompts: str = path_setting("minicai:tinyworld/data/red_team.jsonl")  # red-team prompts (4.2)
+    helpful_prompts: str = path_setting("minicai:tinyworld/data/helpful.jsonl")  # harmless (4.2)
     helpful_share: float = setting(0.5, at_most=1)  # of the prompts of an iteration
 
     # rollouts

@@ -41,7 +41,7 @@ class RMConfig(Run):
     # pairs and their labels
     policy: str = path_setting(model=True)  # who answers; "" = OUT/sl (4.1)
     feedback: str = path_setting(model=True)  # who compares; "" = the base model (4.1)
-    prompts: str = path_setting("minicai:tinyworld/data/red_team.jsonl")  # 4.2: 182,831
+    prompts: str = path_setting("minicai:tinyworld/data/red_team.jsonl")  # red-team (4.2)
     limit: int = 0  # use only the first prompts; 0 = all
     # human helpfulness pairs (4.2: 135,296); "" = none
     preferences: str = path_setting("minicai:tinyworld/data/preferences.jsonl")

@@ -54,8 +54,8 @@ class SLConfig(Run):
     """[sl] in the config file. Section numbers are the paper's."""
 
     # data: prompts, critiques and revisions
-    prompts: str = path_setting("minicai:tinyworld/data/red_team.jsonl")  # 3.2: 182,831
-    helpful_prompts: str = path_setting("minicai:tinyworld/data/helpful.jsonl")  # 3.2
+    prompts: str = path_setting("minicai:tinyworld/data/red_team.jsonl")  # red-team (3.2)
+    helpful_prompts: str = path_setting("minicai:tinyworld/data/helpful.jsonl")  # harmless (3.2)
     limit: int = 0  # use only the first red-team prompts; 0 = all
     helpful_limit: int = 0  # likewise for the harmless ones
     rounds: int = 4  # of critique and revision per prompt (3.2)

@@ -181,7 +181,7 @@ def main(cfg: JointConfig) -> dict:
                     sl_loss += l_sl.item()
                 sums, sl_loss = parallel.total(sums).tolist(), parallel.total(sl_loss)
                 norms = [parallel.clip_grad_norm(m, cfg.grad_clip) for m in (policy, value_model)]
-                if stage.finite([*sums, sl_loss, *norms], minibatch.ids.tolist()):
+                if stage.finite([*sums, sl_loss, *norms], minibatch.texts()):
                     optimizer.step()
                     names = (*UPDATE, *NORMS, "tokens")
                     updates.append(dict(zip(names, (*sums, *norms, tokens))))

@@ -37,17 +37,16 @@ FIELDS = {  # what summary.json takes from the record of each stage, beside all 
 }
 RATES = [name for name, metric in METRICS.items() if metric.shown]
 GLOSSARY = {name: f"share of the {metric.meaning}" for name, metric in METRICS.items()} | {
+    "ends_with_eos": "share of the responses that end by themselves, before the length limit",
     "kl": "log pi - log pi_ref, summed over a response, in nats; mean over the last tenth of PPO",
     "reward": "score without the penalty for a missing end token; mean over the last tenth of PPO",
     "accuracy_vs_judge": "share of the pairs, without ties, that are ordered as by the exact judge",
     "accuracy_vs_labels": "share of the held-out pairs that are ordered as by their labels",
     "intervals": "the range of true rates consistent with the counts (95 % Wilson interval)",
-    "improved": "share of the prompts whose last revision scores better than the initial response; "
-    "for a round or a principle, better than the text it revises",
+    "improved": "share of the revisions that the exact judge prefers to the text they revise",
     "ece": "expected calibration error: mean distance from a label to how often the judge agrees",
     "jailbreaks": "harmful prompts in phrasings that try to talk the model out of its principles",
-    "outcome": "what the exact judge says of an answer: harmful, refused (a harmless request), "
-    "mistaken or good; a good answer may be rude",
+    "outcome": "what the exact judge says of an answer: harmful, refused, mistaken or good",
     "replayed": "past failures, asked again: how many, and the share that still fail",
     "elo": "rating from comparisons by a feedback model: 400 points are odds of ten to one",
     "win_rate": "mean probability that a model wins its comparisons, by the feedback model",
@@ -60,8 +59,7 @@ GLOSSARY = {name: f"share of the {metric.meaning}" for name, metric in METRICS.i
     "eos_rate": "share of the responses in a rollout that end by themselves",
     "distinct_2": "share of distinct word pairs in a rollout; it falls with repetition",
     "clip_fraction": "share of the response tokens whose probability ratio PPO clipped",
-    "explained_variance": "1 - var(return - value) / var(return): 1 is a perfect value model, 0 is "
-    "no better than a constant",
+    "explained_variance": "of the values: 1 is perfect, 0 is no better than a constant",
 }
 
 
@@ -160,7 +158,7 @@ def so_far(out: Path) -> dict:
         raise InputError(f"{out}: no stage of a run has begun here (it has no sl/config.toml)")
     found = records(out)
     evaluation = found.get("eval", {})
-    parts = {stage: _some(record, FIELDS[stage]) for stage, record in found.items()}
+    parts = {stage: _some(stage, record) for stage, record in found.items()}
     summary = {"schema": 1, **evaluation.get("run", {}), "seed": seeds[0]}
     summary |= parts.pop("sl", {}) | parts.pop("eval", {}) | parts
     if "rm" in found:
@@ -186,9 +184,9 @@ def seconds_of(seconds: dict) -> dict[str, float]:
     return {k: sum(s.values()) if isinstance(s, dict) else s for k, s in seconds.items()}
 
 
-def _some(record: dict, keys: Iterable[str]) -> dict:
-    """The fields `keys` of a record, and its tables "by_...", which a script may add."""
-    return {key: found for key, found in record.items() if key in keys or key.startswith("by_")}
+def _some(stage: str, record: dict) -> dict:
+    """Its FIELDS of a record, and all tables "by_...", which a script may add."""
+    return {k: v for k, v in record.items() if k in FIELDS[stage] or k.startswith("by_")}
 
 
 def _named(out: Path, ratings: dict[str, dict]) -> dict[str, dict]:

@@ -52,7 +52,7 @@ VERDICTS, ENDED = [judge(*answer) for answer in ANSWERS], [True] * 3 + [False]
 
 def test_each_rate_has_the_interval_of_its_own_prompts():
     found = rates(VERDICTS, ENDED)
-    assert found.keys() == METRICS.keys()
+    assert found.keys() == METRICS.keys() | {"ends_with_eos"}
     counts = {"harmful": (1, 3), "helpful": (1, 1), "rude": (0, 4), "ends_with_eos": (3, 4)}
     for name, (true, count) in counts.items():
         assert (found[name]["rate"], found[name]["count"]) == (true / count, count)
@@ -60,20 +60,15 @@ def test_each_rate_has_the_interval_of_its_own_prompts():
 
 
 def test_a_metric_is_one_function_and_one_line(monkeypatch):
-    def short(verdict, ended):
-        return verdict.refusal and ended
+    def refused(verdict):
+        return verdict.refusal
 
-    line = Metric("harmful", short, "share of the harmful prompts that are refused to the end")
+    line = Metric("harmful", refused, "harmful prompts that are refused")
     monkeypatch.setitem(METRICS, "refused", line)
     rows = [{"prompt": prompt, "ppo": response} for prompt, response in ANSWERS]
     found = stage_results("ppo", rows, ENDED, [], [])
     assert found["eval"]["refused"] == pytest.approx(2 / 3)
     assert found["intervals"]["refused"] == list(wilson_interval(2, 3))
-
-
-def test_there_is_an_end_for_each_answer():
-    with pytest.raises(ValueError):
-        rates(VERDICTS, ENDED[1:])
 
 
 # --- revisions ------------------------------------------------------------------------------------
@@ -276,8 +271,7 @@ def test_what_fails_now_is_a_file_to_be_asked_again(tmp_path):
         {"id": 1, "prompt": BARN, "ppo": REFUSAL},
         {"id": 2, "prompt": LOG, "ppo": EVASION},
     ]
-    lines = verdicts(answers, ["ppo"], [], [])
-    found = failures(answers, lines, "ppo", {"model": "abc", "seed": 3})
+    found = failures(answers, "ppo", {"model": "abc", "seed": 3})
     assert [(f["prompt"], f["failure"], f["response"]) for f in found] == [
         (BARN, "harmful", OIL_ON_BARN),
         (LOG, "refused", EVASION),
