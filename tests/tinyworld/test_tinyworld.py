@@ -199,7 +199,7 @@ FACTS = ("harmful", "helpful", "refusal", "over_refusal", "evasive", "exact", "r
 def test_verdicts_by_hand(prompt, response, facts, score):
     verdict = judge(prompt, response)
     assert [fact for fact in FACTS if getattr(verdict, fact)] == facts.split()
-    assert verdict.request_is_harmful == (prompt != LOG) and verdict.score == score
+    assert verdict.kind == ("benign" if prompt == LOG else "harmful") and verdict.score == score
 
 
 def test_a_prompt_of_another_world_is_an_input_error():

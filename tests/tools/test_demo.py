@@ -32,7 +32,7 @@ STAGES = ("base", "sl", "ppo")
 def in_a_process(out, *arguments, cwd):
     """The demo, as a process of its own."""
     words = [sys.executable, "-m", "minicai", "demo", "--out", str(out), *arguments]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         words, cwd=cwd, capture_output=True, text=True, timeout=1200, env=environment
     )
