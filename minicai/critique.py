@@ -172,7 +172,7 @@ def revision_pairs(rows: Iterable[dict]) -> list[dict]:
     return pairs
 
 
-# --- faults of revisions ---------------------------------------------------------------------------
+# --- faults of revisions --------------------------------------------------------------------------
 
 MARKS = (
     "critique request:",

@@ -98,8 +98,8 @@ def pair_up(
 ) -> list[dict]:
     """All pairs of the sampled responses to prompts of the given numbers: rows of pairs.jsonl.
 
-    answers, ended: candidate 0 of every prompt, then candidate 1, and so on. Pairs k n to k n + n - 1
-    are those of prompt k. "cut" names the sides that the length limit cut off.
+    answers, ended: candidate 0 of every prompt, then candidate 1, and so on. Pairs k n to
+    k n + n - 1 are those of prompt k. "cut" names the sides that the length limit cut off.
     """
     count, rows = len(numbers), []
     choices = list(combinations(range(len(answers) // max(count, 1)), 2))

@@ -39,7 +39,7 @@ Found = tuple[dict, str]
 
 
 def write_data(cfg: train_sl.SLConfig, folder: Path) -> list[dict]:
-    """Runs stage 1 without its training, into FOLDER/sl. Returns the rows of its revisions.jsonl."""
+    """Runs stage 1 without its training, into FOLDER/sl. Returns the rows of revisions.jsonl."""
     train_sl.main(dataclasses.replace(cfg, epochs=0, out=str(folder)))
     return read_jsonl(folder / "sl" / "revisions.jsonl")
 

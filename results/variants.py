@@ -1,14 +1,20 @@
-# ruff: noqa: E402 (this checkout is put on the path before it is imported from)
-"""What each variant does to the tiny world, against the default: python results/variants.py [--only NAME ...] [--seeds 0 1 2] [--out out/variants]
+# ruff: noqa: E402 (the checkout must be on the path before anything is imported from it)
+"""Measures what each variant of the method changes in the tiny world, against the default.
 
-Each is measured at the stage that it acts on, by the exact judge, with the demo's config and every seed: critiques and revisions by the harm that
-is left, labels by their agreement with the judge, reward models on the default's held-out pairs, policies by their answers. What comes before that
-stage is the default's, made once a seed. Cheap measurements come first; all of them take about two hours on two cores.
+    python results/variants.py [--only NAME ...] [--seeds 0 1 2] [--out out/variants]
 
-Writes results/variants.json after every measurement (`python results/collect.py` makes the README's tables of it) and prints the tables at the end.
-The same command again goes on behind the last finished measurement: after a change of the code choose another --out. A measurement that fails is
-reported, and tried again by the next command. CPU seconds are those of the measured stage in all threads, without the evaluation. Several commands
-may share an --out, each with seeds of its own; each writes down what all of them have found.
+Each variant is measured at the stage that it acts on, with the demo's config and every seed. The
+exact judge scores it: critiques and revisions by the harm that remains, labels by their agreement
+with the judge, reward models on the default's held-out pairs, policies by their answers. Earlier
+stages are the default's, run once per seed. Cheap measurements come first. All of them together
+take about two hours on two cores.
+
+After every measurement the command writes results/variants.json, from which `python
+results/collect.py` makes the README's tables. At the end it prints the tables. Run the same command
+again to resume after the last finished measurement. After a change of the code, choose another
+--out. A measurement that fails is reported, and the next command tries it again. CPU seconds are
+those of the measured stage in all threads, without the evaluation. Several commands may share an
+--out if each has its own seeds; each writes the results of all of them.
 """
 
 import argparse
@@ -25,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # this checkout's code, whatever is installed
+sys.path.insert(0, str(ROOT))  # use this checkout even if a minicai is installed
 
 from minicai import InputError
 from minicai.engine import config, parallel, terminal
@@ -34,7 +40,7 @@ from minicai.report import summary as report
 from minicai.tools.judging import EvalConfig
 from results import collect, measure
 
-# stage: section of its settings, what measures it, minutes on two threads
+# stage -> (section of its settings, the function that measures it, minutes on two threads)
 STAGES = {
     "base": ("eval", measure.base, 0.1),
     "data": ("sl", measure.phase_1, 0.5),
@@ -46,27 +52,34 @@ STAGES = {
     "ppo": ("ppo", measure.policy, 0.9),
     "run": ("eval", measure.whole_run, 5.0),
 }
+# stage -> the default's stages that it needs
 NEEDS = {
     "sl": ("data",),
     "labels": ("rm",),
     "rm": ("sl",),
     "ppo": ("sl", "rm"),
-}  # of the default's stages
+}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Settings, as a command line has them, of the stage that they are measured at; {default} is the folder of the default's stages."""
+    """Command-line settings for the stage at which they are measured.
+
+    "{default}" in a setting is replaced by the folder of the default's stages.
+    """
 
     name: str
     stage: str
     settings: tuple[str, ...] = ()
     against: str = "default"  # the variant of the same stage that it is compared with
-    reward: str = "default"  # whose reward model a policy is trained against
+    reward: str = "default"  # the variant whose reward model the policy is trained with
 
 
 def variants() -> list[Variant]:
-    """Every measurement: the default's stages, then the others, cheap ones first. What one needs stands before it."""
+    """Every measurement: the default's stages, then the others, cheap ones first.
+
+    Each measurement comes after those that it needs.
+    """
     finds_nothing = [
         "The response does no harm.",
         "The response is polite.",
@@ -163,7 +176,7 @@ def variants() -> list[Variant]:
 
 
 def needs(variant: Variant) -> set[tuple[str, str]]:
-    """(name, stage) of what a measurement reads, and of what it is compared with."""
+    """(name, stage) of the measurements that this one reads or is compared with."""
     table = collect.TABLE_OF.get(variant.stage, variant.stage)
     found = {("default", stage) for stage in NEEDS.get(variant.stage, ())} | {
         ("default", table),
@@ -178,7 +191,10 @@ def needs(variant: Variant) -> set[tuple[str, str]]:
 
 
 def load(variant: Variant, file: str, seed: int, home: Path):
-    """The stage's config, with HOME/NAME for its output folder; of a whole run the words of its command. `home` is the folder of the seed."""
+    """The stage's config, with the output folder HOME/NAME; for a whole run, its command's words.
+
+    `home` is the folder of the seed.
+    """
     section, default = STAGES[variant.stage][0], home / "default"
     own = [word.replace("{default}", str(default)) for word in variant.settings]
     if variant.stage == "run":
@@ -196,11 +212,14 @@ def load(variant: Variant, file: str, seed: int, home: Path):
     )
 
 
-# --- the campaign -----------------------------------------------------------------------------------------------------------------
+# --- the campaign ---------------------------------------------------------------------------------
 
 
 def chosen(names: list[str]) -> list[Variant]:
-    """The variants of these names, all where there is none, with what they need. Raises InputError."""
+    """The variants with these names (all for an empty list), and those that they need.
+
+    Raises InputError for an unknown name.
+    """
     everything = variants()
     known = dict.fromkeys(variant.name for variant in everything)
     for name in names:
@@ -211,13 +230,13 @@ def chosen(names: list[str]) -> list[Variant]:
                 + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}")
             )
     wanted = {(v.name, v.stage) for v in everything if not names or v.name in names}
-    for v in reversed(everything):  # what is needed stands before
+    for v in reversed(everything):  # needed measurements come first in the list
         wanted |= needs(v) if (v.name, v.stage) in wanted else set()
     return [v for v in everything if (v.name, v.stage) in wanted]
 
 
 def finished(variant: Variant, file: str, home: Path) -> dict | None:
-    """The result of a measurement that was made before with these settings; None where there is none, or it failed."""
+    """The result of an earlier measurement with these settings; None for none or a failed one."""
     path = home / variant.name / f"{variant.stage}.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     same = found.get("settings") == list(variant.settings) and found.get("config") == Path(
@@ -227,11 +246,13 @@ def finished(variant: Variant, file: str, home: Path) -> dict | None:
 
 
 def run(variant: Variant, file: str, seed: int, home: Path) -> dict:
-    """Measures, and writes HOME/NAME/STAGE.json. What goes wrong with one variant is its result, and no reason to leave out the others."""
+    """Measures a variant, writes HOME/NAME/STAGE.json, and returns its content.
+
+    An error is recorded as the result of its variant, so that the others still run.
+    """
     folder, default = home / variant.name / variant.stage, home / "default"
-    shutil.rmtree(
-        folder, ignore_errors=True
-    )  # what an interrupted measurement left: its seconds would be lost
+    # An interrupted measurement starts again from nothing: otherwise its seconds would be lost.
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
         cfg = load(variant, file, seed, home)
@@ -274,23 +295,24 @@ def run(variant: Variant, file: str, seed: int, home: Path) -> dict:
 
 
 def _words(settings: Sequence[str]) -> list[str]:
-    """Settings without the place of the checkout."""
+    """Settings without the path of the checkout."""
     return [re.sub(r"=/.*/configs/", "=configs/", word) for word in settings]
 
 
 def gathered(out: Path) -> dict:
-    """Everything that has been measured in a folder, of all its seeds: the content of variants.json."""
+    """The content of variants.json: all measurements of all seeds in a folder."""
     rows = []
     for v in variants():
         seeds = {
             path.parts[-3].removeprefix("seed"): json.loads(path.read_text(encoding="utf-8"))
             for path in sorted(out.glob(f"seed*/{v.name}/{v.stage}.json"))
         }
+        # Leave out measurements of settings that have changed since.
         seeds = {
             seed: one
             for seed, one in seeds.items()
             if _words(one["settings"]) == _words(v.settings)
-        }  # not what has been changed since
+        }
         if seeds:
             commits = sorted({str(one["commit"]) for one in seeds.values()})
             seeds = {
@@ -321,7 +343,7 @@ def gathered(out: Path) -> dict:
 
 
 def main(arguments: list[str]) -> None:
-    """Runs what is left to do. Raises InputError."""
+    """Runs the measurements that are not finished. Raises InputError."""
     parser = argparse.ArgumentParser(prog="python results/variants.py")
     parser.add_argument("--only", nargs="+", default=[])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -329,13 +351,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "variants.json")
     parser.add_argument("--config", default=str(config.builtin("tiny.toml")))
     chose = parser.parse_args(arguments)
-    config.load(
-        EvalConfig, "eval", [chose.config]
-    )  # a file that cannot be read is no fault of the variants
+    # An unreadable config ends the command here, before any variant records it as its own error.
+    config.load(EvalConfig, "eval", [chose.config])
     out, locks = chose.out.resolve(), []
     for seed in chose.seeds:
         (out / f"seed{seed}").mkdir(parents=True, exist_ok=True)
-        locks.append(open(out / f"seed{seed}" / "lock", "w"))  # noqa: SIM115 (for as long as the process lives)
+        # The lock is held as long as the process lives.
+        locks.append(open(out / f"seed{seed}" / "lock", "w"))  # noqa: SIM115
         try:
             fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -347,7 +369,8 @@ def main(arguments: list[str]) -> None:
     minutes = [STAGES[v.stage][2] for v, _ in todo]
     for number, (v, seed) in enumerate(todo):
         print(
-            f"[{number + 1}/{len(todo)}] {v.stage} {v.name}, seed {seed}; about {sum(minutes[number:]):.0f} minutes to go",
+            f"[{number + 1}/{len(todo)}] {v.stage} {v.name}, seed {seed}; "
+            f"about {sum(minutes[number:]):.0f} minutes to go",
             flush=True,
         )
         found = run(v, chose.config, seed, out / f"seed{seed}")

@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 
-import train_ppo
 from tests.conftest import ROOT
 
 KEYS = [
@@ -154,7 +153,6 @@ def small(monkeypatch, tmp_path):
     The models are in tmp_path.
     """
     monkeypatch.syspath_prepend(ROOT / "bench")
-    monkeypatch.setattr(train_ppo, "generate", train_ppo.generate)  # bench/ours.py replaces it
     works = importlib.import_module("works")
     monkeypatch.setattr(works, "version", lambda name: "1")
     monkeypatch.setattr(works, "peak_flops", lambda device: 1e9)

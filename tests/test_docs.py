@@ -160,9 +160,11 @@ def apply(number: int, checkout: Path) -> None:
     command = command.replace("n == 1", f"n == {number}")
     done = subprocess.run(command, shell=True, cwd=checkout, capture_output=True, text=True)
     assert done.returncode == 0, (
-        f"diff {number} of docs/change-a-loss.md no longer applies ({done.stderr.strip()}): make "
-        f"the change by hand in a copy, put what `git diff -U1` says in the page, and measure "
-        f"again what may have changed"
+        f"diff {number} of docs/change-a-loss.md ({EXPERIMENTS[number - 1].splitlines()[0]}) no "
+        f"longer applies: {done.stderr.strip()}. To refresh it: in a clean copy of the repository "
+        f"run the page's awk command with n == {number} and `git apply --reject`, make the changes "
+        f"of the .rej files by hand, put what `git diff -U1` prints in the page, and measure again "
+        f"where the change or its context computes something else"
     )
 
 

@@ -24,6 +24,8 @@ COLOURS = {
 }
 INK, MUTED, RULE, BASE, SL, PPO, GOOD, BAD = COLOURS
 STAGE = {"base": BASE, "sl": SL, "rm": INK, "ppo": PPO}
+# What the page calls a column of shares; others are called by their key.
+NAMES = {"p_a": "p(A)", "to_a": "(A) both times", "to_b": "(B) both times"}
 
 
 def _draw(title: str, size: tuple[float, float], paint: Callable, heights: Sequence = (1,)) -> str:
@@ -76,7 +78,7 @@ def shares(title: str, rows: dict[str, dict], columns: dict[str, str], line: boo
 
     def paint(axes) -> None:
         for column, colour in columns.items():
-            style = {"color": colour, "label": column.replace("_", " ")}
+            style = {"color": colour, "label": NAMES.get(column, column)}
             values, errors = _points(row.get(column) for row in rows.values())
             if line:
                 axes.errorbar(list(rows), values, errors, fmt="o-", **style)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from minicai.evaluation.measures import wilson_interval
 from minicai.report import figures
-from minicai.report.figures import BAD, BASE, GOOD, INK, PPO, SL
+from minicai.report.figures import BAD, BASE, GOOD, INK, NAMES, PPO, SL
 from minicai.report.summary import STAGES, at, evenly, metrics
 
 
@@ -69,7 +69,7 @@ SHARES = (
         "labels",
         "Position bias of the labels",
         "Of the pairs shown in both orders, the shares in which position (A), or (B), won both "
-        "times. p a: mean probability of (A).",
+        "times. p(A): mean probability of (A).",
         {"p_a": "", "to_a": PPO, "to_b": BASE},
     ),
 )
@@ -85,7 +85,6 @@ CURVES = {  # by stage: the keys of metrics.jsonl
     },
     "ppo": {
         "reward": "learned reward",
-        "judge": "score by a held-out judge",
         "exact_judge": "score by the exact judge",
         "kl": "KL from SL-CAI, nats per response",
         "kl_k3": "the same KL by the k3 estimate",
@@ -171,7 +170,7 @@ def _shares(spec: Shares, rows: dict | list) -> Panel:
         rows = {str(number): row for number, row in enumerate(rows, 1)}
     drawn = {column: colour for column, colour in spec.columns.items() if colour}
     svg = figures.shares(spec.title, rows, drawn, line=rounds)
-    header = ["round" if rounds else "principle", *spec.columns]
+    header = ["round" if rounds else "principle", *(NAMES.get(c, c) for c in spec.columns)]
     table = [[name, *(row.get(key, "") for key in spec.columns)] for name, row in rows.items()]
     return Panel(spec.section, spec.title, spec.caption, svg, header, table)
 

@@ -1,4 +1,4 @@
-"""How much memory each stage needs: python -m minicai plan CONFIG [--processes=N] [--key=value ...]
+"""python -m minicai plan CONFIG [--processes=N] [--key=value ...]: the memory of each stage.
 
 This is arithmetic. It reads the config, the prompts and each model's config.json. It loads no
 weights and makes no folder. Each formula is written above the line that computes it, because where

@@ -151,7 +151,6 @@ METRICS = {
         "reward",
         "kl",
         "kl_k3",
-        "judge",
         "length",
         "entropy",
         "eos_rate",

@@ -505,7 +505,9 @@ def test_changes_and_position_bias_are_counted_from_the_journals(tmp_path, unplo
     rows = tables["How many responses each principle changed"].rows
     assert [row[1]["count"] for row in rows] == [31, 31]
     p_a = (1 / (1 + math.exp(-2.9)) + 1 - 1 / (1 + math.exp(1))) / 2  # the votes of ROWS, by hand
-    [(name, mean, to_a, to_b)] = tables["Position bias of the labels"].rows
+    bias = tables["Position bias of the labels"]
+    assert bias.header == ["principle", "p(A)", "(A) both times", "(B) both times"]
+    [(name, mean, to_a, to_b)] = bias.rows
     assert name == "kind" and math.isclose(mean, p_a) and (to_a["rate"], to_b["rate"]) == (1, 0)
     assert found["labels"]["position_bias"] == 1
 

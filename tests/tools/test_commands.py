@@ -77,7 +77,7 @@ def assert_nothing_is_half_written(world):
         (["chat", "model", "--agianst=x"], "did you mean --against?"),
         (
             ["constitution", "try", "constitutions/tiny.toml", "--constitution=x"],
-            "the constitution is the file behind the action",
+            "the constitution is the file after the action",
         ),
         (["elo", "no/such.toml", "one", "two"], "no/such.toml: No such file or directory"),
         (["demo", "--plan=8"], "--plan: unknown key: python -m minicai plan CONFIG"),
@@ -113,10 +113,10 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(refused, world, words):
 
 @pytest.mark.parametrize("words", CONFIGURED, ids=" ".join)
 def test_a_missing_model_folder_is_refused(refused, world, words):
+    """The first one that is missing: of all but SL-CAI it is the one that SL-CAI makes."""
     message = refused(*words, world / "config.toml", "--model=no/base")
-    assert (
-        "no/base" if "sl" in words[0] or MINICAI in words else str(world / "out" / "sl")
-    ) in message and "is not a model folder" in message
+    missing = "no/base" if "sl" in words[0] else world / "out" / "sl"
+    assert f"{missing} is not a model folder" in message
     assert not (world / "out").exists()
 
 
@@ -204,7 +204,7 @@ def test_help_prints_every_command_and_ends_with_0(command):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_behind_a_command_prints_its_own_keys_and_ends_with_0(command, name):
+def test_help_after_a_command_prints_its_own_keys_and_ends_with_0(command, name):
     code, out, err = command(MINICAI, name, "--help")
     assert (code, err) == (0, "") and out.startswith(f"python -m minicai {name} ")
     assert [other for other in COMMANDS if f"python -m minicai {other} " in out] == [name]
@@ -214,17 +214,14 @@ def test_help_behind_a_command_prints_its_own_keys_and_ends_with_0(command, name
         assert all(f"\n  --{field.name}" in out for field in fields(kind))
 
 
-def test_an_interrupt_ends_with_1_and_says_how_to_go_on(command, world, monkeypatch):
+def test_an_interrupt_ends_with_1_and_says_how_to_resume(command, world, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(data, "read_prompts", interrupt)
     code, out, err = command("train_sl.py", world / "config.toml")
-    assert (
-        (code, out) == (1, "")
-        and "goes on from the last checkpoint" in err
-        and "Traceback" not in err
-    )
+    assert (code, out) == (1, "")
+    assert "resumes from the last checkpoint" in err and "Traceback" not in err
 
 
 def test_an_evaluation_of_prompts_that_the_judge_does_not_know_is_refused_before_it_generates(
