@@ -45,7 +45,8 @@ def disk_full_guard(path: Path, temporary: Path | None = None) -> Iterator[None]
         elif temporary:
             temporary.unlink(missing_ok=True)
         raise_interrupt(error)
-        said = "".join(traceback.format_exception(error))
+        wrapped = [inner for inner, _ in getattr(error, "failures", {}).values()]
+        said = "".join("".join(traceback.format_exception(e)) for e in (error, *wrapped))
         reasons = [reason for reason in FULL if reason in said]
         if reasons and not isinstance(error, RunError):
             raise RunError(

@@ -51,6 +51,8 @@ def model_folder(path: str, weights: bool = True) -> Path:
 
 def data_file(path: str | Path) -> Path:
     """The path itself, or where the cache has `hub:owner/name/path`. Raises InputError."""
+    if str(path).startswith("minicai:"):
+        return PACKAGE / str(path).removeprefix("minicai:")
     if not str(path).startswith("hub:"):
         return Path(path)
     owner, name, file = [*str(path).removeprefix("hub:").split("/", 2), "", ""][:3]

@@ -53,7 +53,8 @@ class Progress:
     def _numbers(self) -> str:
         shown = []
         for key, value in self.numbers.items():
-            shown.append(f"{key} {value:.{1 if abs(value) >= 10 else 3}f}")
+            digits = 0 if isinstance(value, int) else 1 if abs(value) >= 10 else 3
+            shown.append(f"{key} {value:.{digits}f}")
         return " ".join(shown)
 
     def _say(self) -> None:

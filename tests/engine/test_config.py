@@ -414,7 +414,7 @@ def test_a_config_for_a_real_model_says_why_of_every_key(name):
         keys[section, key] = reason
         again = re.match(r"as in \[(\w+)\]", reason)
         assert not again or (again[1], key) in keys, f"{where}: [{again[1]}] has no {key} above"
-    assert {section for section, _ in keys} == {"", *config.SECTIONS} and len(keys) > 40
+    assert {section for section, _ in keys} == {"", *config.SECTIONS} and len(keys) > 35
 
 
 # --- help -----------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 import train_rm
 import train_sl
-from minicai import InputError
+from minicai import InputError, critique
 from minicai.engine import config, parallel, sampler, terminal
 from minicai.engine.models import response_logprobs
 from minicai.engine.sampler import Sampling, check_lengths, choice_logprobs, draw, generate
@@ -404,7 +404,8 @@ def test_a_data_phase_writes_the_same_whatever_the_number_of_slots(folder, tmp_p
     assert handed == small + large
     assert all(done == total for done, total, _ in progress)
     lengths = {"ended", "tokens"}
-    shown = [lengths | {"unchanged"}, lengths, lengths, {"by place", "sure"}]
+    hygiene = {"revisions", *critique.FAULTS, "stopped"}
+    shown = [lengths | hygiene, lengths, lengths, {"by place", "sure"}]
     assert [names for *_, names in progress if names] == shown * 2
     for name, lines in (("sl/revisions", 6), ("sl/helpful", 12), ("rm/pairs", 18)):
         one, other = ((tmp_path / k / f"{name}.jsonl").read_bytes() for k in ("1", "100"))
