@@ -228,7 +228,7 @@ def test_without_javascript_there_are_tables_and_plots_and_where_the_transcripts
             and "needs JavaScript" in text
             and "sl/revisions.jsonl" in text
         )
-        assert len(browser.find_elements("css selector", "figure svg")) == 20
+        assert len(browser.find_elements("css selector", "figure svg")) == 19
         assert not browser.find_element("id", "browser").is_displayed()
     finally:
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})

@@ -65,7 +65,7 @@ def by_title(out, found):
 def test_a_finished_run_gets_every_part(drawn):
     for part in SECTIONS:
         assert f'<section id="{part}">' in drawn
-    assert drawn.count("<svg ") == 1 + 4 + 2 + 3 + 10
+    assert drawn.count("<svg ") == 1 + 4 + 2 + 3 + 9
     assert "not finished" not in drawn and "data-live" not in drawn
     said = words(drawn)
     assert "base answers 100 % harmfully, SL-CAI 25.0 %, RL-CAI 0 %." in said
@@ -96,7 +96,7 @@ def test_without_matplotlib_the_page_has_tables_in_place_of_plots(tmp_path, monk
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     text = page.page(out, summary.summarise(out))
     assert "<svg" not in text and "pip install -e" in text
-    assert text.count("<details open>") == text.count("<figure>") == 19
+    assert text.count("<details open>") == text.count("<figure>") == 18
     assert "<td>kind</td><td>0.250 (0.110–0.470) of 20</td>" in text
 
 
