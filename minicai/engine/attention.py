@@ -352,10 +352,7 @@ def through(model: PreTrainedModel, ids: Tensor, rows: Packed | Shared | Slots) 
 
 
 def last_hidden(
-    model: PreTrainedModel,
-    slots: Slots,
-    starts: Sequence[int],
-    feeds: Sequence[Sequence[int]],
+    model: PreTrainedModel, slots: Slots, starts: Sequence[int], feeds: Sequence[Sequence[int]]
 ) -> Tensor:
     """Feeds token ids feeds[b] to row b, at positions starts[b] and after.
 

@@ -199,10 +199,7 @@ def generate(
 
 
 def sample(
-    model: PreTrainedModel,
-    prompts: Sequence[Ids],
-    seeds: Sequence[Ids],
-    how: Sampling,
+    model: PreTrainedModel, prompts: Sequence[Ids], seeds: Sequence[Ids], how: Sampling
 ) -> list[Completion]:
     """generate, with the prompts divided among all processes. Each gets all completions."""
     with parallel.gathered(model):
