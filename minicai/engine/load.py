@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -164,14 +163,14 @@ def _check_packing(model: PreTrainedModel) -> None:
     short, long = ids[12:].tolist(), ids[:12].tolist()
 
     @parallel.forward_pass
-    def alone(model: PreTrainedModel, row: list[int]) -> Tensor:
+    def alone(model, row):
         row = torch.tensor([row], device=model.device)
         if head:
             return model(input_ids=row).logits[0]
         return model.base_model(input_ids=row).last_hidden_state[0]
 
     @parallel.forward_pass
-    def packed_and_decoded(model: PreTrainedModel) -> Tensor:
+    def packed_and_decoded(model):
         rows = Packed([7, 12], model.device)
         packed = through(model, ids.roll(7), rows)
         slots = Slots(2, 12)  # first 5 and 11 tokens of the two rows, then the others

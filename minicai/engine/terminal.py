@@ -34,9 +34,8 @@ class Progress:
     def __init__(self, label: str, total: int, unit: str, done: int = 0):
         self.label, self.total, self.unit, self.done, self.first = label, total, unit, done, done
         self.began = self.spoke = time.monotonic()
-        self.numbers: dict[str, float] = {}
-        self.said: tuple[int, str] = (done, "")  # what the last line was about
-        self.bar = None
+        self.numbers, self.bar = {}, None
+        self.said = done, ""  # what the last line was about
         if sys.stderr.isatty() and not hushed():
             self.bar = tqdm(total=total, initial=done, desc=f"{label:<22}", unit=f" {unit}")
 

@@ -87,7 +87,7 @@ def test_a_new_scorer_gets_a_pad_token_that_no_answer_has(tmp_path):
     byte_tokenizer(pad="<eos>").save_pretrained(tmp_path)
     model = load.load_scorer(str(tmp_path), seed=0)
     pad = model.tokenizer.pad_token_id
-    assert pad == model.config.pad_token_id == 258 and pad not in end_ids(model.tokenizer)
+    assert pad == model.config.pad_token_id == 258 and pad not in end_ids(model.tokenizer, None)
     assert model.get_input_embeddings().weight.shape[0] == 259
     assert (model.get_input_embeddings().weight[258] == 0).all()
 
