@@ -139,9 +139,7 @@ def _load(
     try:
         with parallel.computing_in(parallel.weight_precision()), parallel.autocast():
             _check_packing(model.eval())
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # a model's own code may raise anything
         if isinstance(error, torch.OutOfMemoryError) or parallel.lost_peer(error):
             raise
         raise InputError(
@@ -155,7 +153,7 @@ def _load(
 def _check_packing(model: PreTrainedModel) -> None:
     """Puts our attention into the model and checks it on two rows, packed and decoded.
 
-    They must give what the model gave for each row by itself. Raises InputError where they do not:
+    They must give what the model gave for each row by itself. Raises ValueError where they do not:
     some models do more with logits than apply a head, or mix tokens outside attention.
     """
     head = model.get_output_embeddings()
@@ -184,10 +182,7 @@ def _check_packing(model: PreTrainedModel) -> None:
     theirs = expected[[*range(19), 4, 17, 6, 18]]
     difference = (packed_and_decoded(model) - theirs).abs().max().item()
     if not difference <= TOLERANCE[parallel.precision()] * max(1.0, expected.abs().max().item()):
-        raise InputError(
-            f"{type(model).__name__} is a kind of model that cannot be packed: its logits differ "
-            f"by {difference:.2g} from those of each row by itself"
-        )
+        raise ValueError(f"its logits differ by {difference:.2g} from those of each row by itself")
 
 
 def require_same_tokens(policy: PreTrainedModel, reward_model: PreTrainedModel) -> None:

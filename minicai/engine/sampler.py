@@ -84,11 +84,6 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor, temperature: float) -> tuple[Ten
 # --- does it fit the model's context? -------------------------------------------------------------
 
 
-def _context(config: PretrainedConfig) -> float:
-    """Tokens that a model can read; infinite where its config names no number."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or float("inf")
-
-
 def check_lengths(
     config: PretrainedConfig, prompts: Sequence[Ids], new_tokens: int, source: str = ""
 ) -> None:
@@ -97,12 +92,13 @@ def check_lengths(
     new_tokens: the most that may follow, the end of sequence included.
     source: the file of the prompts, for the message.
     """
-    sizes, context = [len(prompt) for prompt in prompts], _context(config)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    sizes = [len(prompt) for prompt in prompts]
     name = f"{source}: prompt" if source else "prompt"
     if 0 in sizes:
         raise InputError(f"{name} {sizes.index(0) + 1} has no tokens")
     longest = max(sizes, default=0)
-    if sizes and longest + new_tokens > context:
+    if sizes and context and longest + new_tokens > context:
         name = f"{name} {sizes.index(longest) + 1}" if source else "a prompt"
         raise InputError(
             f"{name} has {longest} tokens, which with {new_tokens} new ones exceeds the model's "
@@ -136,14 +132,10 @@ def check_requests(
     if len(set(paths)) < len(paths):
         raise InputError(f"{what}: a model is named twice among {', '.join(paths)}")
     for path in paths:
-        tokenizer, context = load_tokenizer(path), _context(load_config(path))
-        longest = max([len(encode_prompt(tokenizer, request)) for request in requests], default=0)
-        if longest + new_tokens > context:
-            raise InputError(
-                f"{what} may have {longest + new_tokens} tokens ({longest} without the answers in "
-                f"it), and the context of {path} is {context}: lower max_new_tokens, or shorten "
-                f"examples, principles or prompts"
-            )
+        tokenizer = load_tokenizer(path)
+        encoded = [encode_prompt(tokenizer, request) for request in requests]
+        source = f"{what} to {path}, with its examples and principles"
+        check_lengths(load_config(path), encoded, new_tokens, source)
 
 
 # --- sampling -------------------------------------------------------------------------------------
@@ -385,12 +377,15 @@ def _option_logprobs(
 
     Options with the same head (all but the last token) share one forward pass, as " (A" and " (B".
     """
+    output = model.get_output_embeddings()
     found = torch.zeros(len(prompts), len(options), device=model.device)
     for head in dict.fromkeys(option[:-1] for option in options):
         texts = [[*prompt, *head] for prompt in prompts]
         order = sorted(range(len(texts)), key=texts.__getitem__)  # neighbours begin alike
         for batch in torch.tensor(order).split(rows):
-            logp_BTV = final_logprobs(model, [texts[k] for k in batch], len(head) + 1)
+            hidden, tree = shared_hidden_states(model, [texts[k] for k in batch])
+            logits_BTV = apply_head(output, hidden[tree.tails(len(head) + 1)])
+            logp_BTV = logits_BTV.log_softmax(-1)
             logp_B = torch.zeros(len(batch), device=model.device)  # of the head
             for t, token in enumerate(head):
                 logp_B = logp_B + logp_BTV[:, t, token]
@@ -398,9 +393,3 @@ def _option_logprobs(
                 if option[:-1] == head:
                     found[batch, column] = logp_B + logp_BTV[:, -1, option[-1]]
     return found
-
-
-def final_logprobs(model: PreTrainedModel, texts: Sequence[Ids], count: int) -> Tensor:
-    """Log-probs [B, count, V], float32 nats, after each of the last `count` tokens of a text."""
-    hidden, rows = shared_hidden_states(model, texts)
-    return apply_head(model.get_output_embeddings(), hidden[rows.tails(count)]).log_softmax(-1)

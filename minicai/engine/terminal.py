@@ -83,11 +83,9 @@ def hushed() -> bool:
 def table(header: list[str], rows: list[list[str]]) -> str:
     """Aligned columns: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows)]
-    lines = []
-    for first, *others in (header, ["-" * width for width in widths], *rows):
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]))
-    return "\n".join(lines)
+    line = "  ".join(["{:<%d}", *["{:>%d}"] * (len(widths) - 1)]) % tuple(widths)
+    rule = ["-" * width for width in widths]
+    return "\n".join(line.format(*cells) for cells in (header, rule, *rows))
 
 
 def warn(text: str) -> None:
