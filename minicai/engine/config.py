@@ -31,6 +31,7 @@ from minicai.engine.hub import PACKAGE, is_name
 
 SECTIONS = ("sl", "rm", "ppo", "eval", "try")
 ALONE = ("overwrite", "accept_changes")  # flags that need no value
+FIELD = re.compile(r"^((?:    # .*\n)*)    (\w+): .*?(?:  # (.*))?$", re.MULTILINE)
 WRAPPED = {"subsequent_indent": " " * 30, "break_long_words": False, "break_on_hyphens": False}
 TYPES = {  # of settings, in words
     str: "a text",
@@ -158,7 +159,7 @@ def load(kind: type, section: str, arguments: list[str]):
         near = difflib.get_close_matches(path.name, names, 1, 0.4)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise InputError(f"{path}: {error.strerror}{hint}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise InputError(f"{path}: not valid TOML: {error}") from error
     values = _from_table(table, section, kind, str(path))
     for argument in arguments:
@@ -179,7 +180,7 @@ def load(kind: type, section: str, arguments: list[str]):
 
 def options(kind: type, flags: list[str]):
     """`--key=value` flags as dataclass `kind`, of a command without a config file."""
-    values: dict = {}
+    values = {}
     for flag in flags:
         values |= _from_flag(flag, "", kind)
     return _made(kind, values)
@@ -187,9 +188,7 @@ def options(kind: type, flags: list[str]):
 
 def split(arguments: list[str]) -> tuple[list[str], list[str]]:
     """A command line as its words and its flags; `--key value` becomes `--key=value`."""
-    words: list[str] = []
-    flags: list[str] = []
-    waiting = False
+    words, flags, waiting = [], [], False
     for argument in arguments:
         if argument.startswith("--"):
             flags.append(argument)
@@ -305,8 +304,8 @@ def _check(value, allowed: typing.Mapping, name: str) -> None:
 
 def function(name: str) -> Callable:
     """The Python function "module:function". Raises InputError. The only import by name."""
-    module, colon, attribute = name.partition(":")
-    if not (module and colon and attribute.isidentifier()):
+    module, _, attribute = name.partition(":")
+    if not (module and attribute.isidentifier()):
         raise InputError(f"reward_function must be written module:function, not {name!r}")
     if module.startswith("minicai.tinyworld"):
         raise InputError(
@@ -319,11 +318,11 @@ def function(name: str) -> Callable:
         found = importlib.import_module(module)
     except ImportError as error:
         raise InputError(f"reward_function {name}: {error}") from error
-    if not callable(getattr(found, attribute, None)):
-        functions = {key for key, value in vars(found).items() if callable(value)}
-        hint = _instead(attribute, functions)
+    functions = {key: value for key, value in vars(found).items() if callable(value)}
+    if attribute not in functions:
+        hint = nearest(attribute, sorted(functions))
         raise InputError(f"reward_function {name}: {module} has no function {attribute!r}{hint}")
-    return getattr(found, attribute)
+    return functions[attribute]
 
 
 def source_file(name: str) -> str:
@@ -411,11 +410,8 @@ def usage(doc: str, kind: type) -> str:
 
 def _comments(source: str) -> dict[str, str]:
     """{field: its comment}, which is behind the field or in the lines above it."""
-    found, above = {}, []
-    for line in source.splitlines():
-        field = re.match(r"    (\w+): .*?(?:  # (.*))?$", line)
-        if field:
-            found[field[1]] = field[2] or " ".join(above)
-        comment = re.match(r"    # (.*)", line)
-        above = [*above, comment[1]] if comment else []
+    found = {}
+    for above, name, behind in FIELD.findall(source):
+        lines = [line.strip("# ") for line in above.splitlines()]
+        found[name] = behind or " ".join(lines)
     return found

@@ -203,7 +203,7 @@ def _object(line: str | bytes, where: str) -> dict:
     try:
         row = json.loads(line)
         json.dumps(row, ensure_ascii=False).encode()  # JSON can spell half a surrogate pair
-    except (json.JSONDecodeError, UnicodeError) as error:
+    except ValueError as error:
         raise InputError(f"{where}: not valid JSON ({getattr(error, 'msg', error)})") from error
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object {{...}}, found {type(row).__name__}")
@@ -219,7 +219,7 @@ def _text(path: str | Path) -> str:
             return file.read()
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
 
 
@@ -230,8 +230,8 @@ def _rows(path: str | Path) -> Iterator[tuple[int, str, dict]]:
     if text.lstrip().startswith("["):
         try:
             lines, kind = map(json.dumps, json.loads(text)), "item"
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}: not a valid JSON list ({error.msg})") from error
+        except ValueError as error:
+            raise InputError(f"{path}: not a valid JSON list ({error})") from error
     for number, line in enumerate(lines, 1):
         if line.strip():
             where = f"{path}, {kind} {number}"

@@ -60,9 +60,7 @@ class Stage:
         parallel.setup(cfg.device, cfg.precision, cfg.timeout)
         self.cfg, self.name, self.folder = cfg, name, Path(cfg.out) / name
         self.step, self.state, self.skipped, self.accepted = 0, {}, 0, []
-        self.journals: dict[str, Journal] = {}
-        self.shown: dict[str, float] = {}
-        self.progress: terminal.Progress | None = None
+        self.journals, self.shown, self.progress = {}, {}, None
         reads, section = config.paths(cfg) | reads, name.partition("/")[0]  # [try] of OUT/try/NAME
         found = parallel.once(fingerprints, section, reads)
         self.sums, inputs = {}, {"format": "2"} | code_fingerprints(code)
