@@ -114,10 +114,7 @@ class _Padded:
     again: the places that hold a token once more, and the numbers of these tokens.
     """
 
-    shapes: list[tuple[int, int]]
-    source: Tensor
-    kept: Tensor
-    again: tuple[Tensor, Tensor] | None = None
+    again = None
 
     def attend(self, layer: int, qkv: list, scale: float | None, window: int | None) -> Tensor:
         """Causal attention of each row: queries, keys, values [N, H, D] -> [N, H, D]."""
@@ -217,7 +214,7 @@ class Shared(_Padded):
     def __init__(self, texts: Sequence[Sequence[int]], device: torch.device):
         whole = Packed([len(text) for text in texts], device)
         # (number of the token before, token) -> number, in the order of appearance
-        tree: dict[tuple[int, int], int] = {}
+        tree = {}
         numbers, new = [], []  # of each token of all rows; whether it appears for the first time
         for text in sorted(texts, key=len):
             number = -1
@@ -255,8 +252,8 @@ class Slots:
 
     def __init__(self, count: int, capacity: int):
         self.count, self.capacity = count, capacity
-        # {layer: (keys, values)}, [S, C, H, D] each, made when their size and type are known
-        self.layers: dict[int, list[Tensor]] = {}
+        # {layer: [keys, values]}, [S, C, H, D] each, made when their size and type are known
+        self.layers = {}
 
     def place(self, starts: Sequence[int], counts: Sequence[int], device: torch.device) -> None:
         """Prepares a forward pass of counts[b] tokens of row b, at positions starts[b] and after.
@@ -269,7 +266,7 @@ class Slots:
             positions += range(start, start + n)
         self._row, self.positions = torch.tensor([rows, positions], device=device)
         self.last = torch.tensor(counts, device=device).cumsum(0) - 1
-        self._masks: dict[int | None, list[Tensor]] = {}
+        self._masks = {}  # {window: masks of the parts}
 
         # Each part is read at once: (queries [B, T], slots, positions of the queries, keys read).
         # First the last token of every row.
@@ -352,10 +349,7 @@ def through(model: PreTrainedModel, ids: Tensor, rows: Packed | Shared | Slots) 
 
 
 def last_hidden(
-    model: PreTrainedModel,
-    slots: Slots,
-    starts: Sequence[int],
-    feeds: Sequence[Sequence[int]],
+    model: PreTrainedModel, slots: Slots, starts: Sequence[int], feeds: Sequence[Sequence[int]]
 ) -> Tensor:
     """Feeds token ids feeds[b] to row b, at positions starts[b] and after.
 

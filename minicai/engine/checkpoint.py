@@ -61,7 +61,8 @@ def save(
     temporary = folder / "checkpoints" / f"step_{step:06d}.tmp"
     with disk_full_guard(temporary.with_suffix(""), None if parallel.rank() else temporary):
         parallel.once(_fresh, temporary)
-        state, _ = _tensors(torch.nn.ModuleDict(models), optimizer)
+        weights, found = get_state_dict(torch.nn.ModuleDict(models), optimizer)
+        state = {"models": weights, "optimizer": found["state"]}
         dcp.save(state, checkpoint_id=temporary, no_dist=parallel.world() == 1)
         parallel.once(_publish, temporary, json.dumps(extra))
 
@@ -78,15 +79,6 @@ def _publish(temporary: Path, extra: str) -> None:
     os.rename(temporary, final)
     for old in sorted(final.parent.glob("step_??????"))[:-KEPT]:
         shutil.rmtree(old)
-
-
-def _tensors(
-    models: torch.nn.ModuleDict, optimizer: torch.optim.Optimizer
-) -> tuple[dict, list[dict]]:
-    """Weights and optimizer state by name, and the optimizer's settings, which the config gives."""
-    weights, optimizer_state = get_state_dict(models, optimizer)
-    tensors = {"models": weights, "optimizer": optimizer_state["state"]}
-    return tensors, optimizer_state["param_groups"]
 
 
 def latest(folder: Path) -> tuple[int, Path] | None:
@@ -109,18 +101,14 @@ def resume(folder: Path, models: Models, optimizer: torch.optim.Optimizer) -> tu
             known = _Plain(file).load().state_dict_metadata
         extra = json.loads((path / "extra.json").read_text(encoding="utf-8"))
         whole = torch.nn.ModuleDict(models)
-        state, settings = _tensors(whole, optimizer)
+        weights, found = get_state_dict(whole, optimizer)  # the settings are the config's
         # A parameter without a gradient so far has no optimizer state in the checkpoint.
         had = {key.removeprefix("optimizer.").rpartition(".")[0] for key in known}
-        state["optimizer"] = {name: x for name, x in state["optimizer"].items() if name in had}
+        found["state"] = {name: x for name, x in found["state"].items() if name in had}
+        state = {"models": weights, "optimizer": found["state"]}
         dcp.load(state, checkpoint_id=path, no_dist=parallel.world() == 1)
-        set_state_dict(
-            whole,
-            optimizer,
-            model_state_dict=state["models"],
-            optim_state_dict={"state": state["optimizer"], "param_groups": settings},
-            options=StateDictOptions(strict=False),
-        )
+        states = {"model_state_dict": weights, "optim_state_dict": found}
+        set_state_dict(whole, optimizer, **states, options=StateDictOptions(strict=False))
     except (Exception, dcp.CheckpointException) as error:  # the second is a BaseException
         if parallel.lost_peer(error):
             raise
@@ -151,43 +139,35 @@ def export(folder: Path, model: PreTrainedModel) -> None:
     RuntimeError where they do not.
     """
     vocabulary = model.config.get_text_config().vocab_size
-    probe = torch.arange(2, 10, device=model.device)[None] % vocabulary
-    with parallel.computing_in(parallel.weight_precision()):
-        tolerance = TOLERANCE[parallel.precision()]
-        with parallel.autocast():
-            expected = model(input_ids=probe).logits.float().cpu()
+    probe = torch.arange(2, 10)[None] % vocabulary
+    with parallel.computing_in(parallel.weight_precision()), parallel.autocast():
+        expected = model(input_ids=probe.to(model.device)).logits.float().cpu()
+        limit = TOLERANCE[parallel.precision()] * max(1.0, expected.abs().max().item())
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(model, options=options)
-    parallel.once(_export, folder, model, weights, probe.cpu(), expected, tolerance)
-
-
-def _export(
-    folder: Path,
-    model: PreTrainedModel,
-    weights: dict,
-    probe: torch.Tensor,
-    expected: torch.Tensor,
-    tolerance: float,
-) -> None:
     kind = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
-    with torch.device("meta"):
-        whole = kind._from_config(model.config, dtype=torch.float32)
-    whole.load_state_dict(weights, assign=True)
-    whole.tie_weights()
-    if whole.can_generate():
-        whole.generation_config = ending(model.generation_config, model.tokenizer)
     temporary = folder / "export.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    with disk_full_guard(folder, temporary):
-        whole.save_pretrained(temporary)
-        model.tokenizer.save_pretrained(temporary)
-    found = kind.from_pretrained(temporary, dtype=torch.float32, trust_remote_code=False).eval()
-    difference = (found(input_ids=probe).logits - expected).abs().max().item()
-    if not difference <= tolerance * max(1.0, expected.abs().max().item()):
-        raise RuntimeError(
-            f"{temporary}: the exported model's logits differ by {difference:.2g} from those of "
-            f"the model that was trained"
-        )
-    for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
-        os.replace(file, folder / file.name)
-    temporary.rmdir()
+
+    def write() -> None:
+        with torch.device("meta"):
+            whole = kind._from_config(model.config, dtype=torch.float32)
+        whole.load_state_dict(weights, assign=True)
+        whole.tie_weights()
+        if whole.can_generate():
+            whole.generation_config = ending(model.generation_config, model.tokenizer)
+        shutil.rmtree(temporary, ignore_errors=True)
+        with disk_full_guard(folder, temporary):
+            whole.save_pretrained(temporary)
+            model.tokenizer.save_pretrained(temporary)
+        found = kind.from_pretrained(temporary, dtype=torch.float32, trust_remote_code=False)
+        difference = (found.eval()(input_ids=probe).logits - expected).abs().max().item()
+        if not difference <= limit:
+            raise RuntimeError(
+                f"{temporary}: the exported model's logits differ by {difference:.2g} from those "
+                f"of the model that was trained"
+            )
+        for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
+            os.replace(file, folder / file.name)
+        temporary.rmdir()
+
+    parallel.once(write)

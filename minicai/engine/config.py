@@ -22,6 +22,7 @@ import textwrap
 import tomllib
 import typing
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,15 @@ from minicai.engine.hub import PACKAGE, is_name
 
 SECTIONS = ("sl", "rm", "ppo", "eval", "try")
 ALONE = ("overwrite", "accept_changes")  # flags that need no value
+FIELD = re.compile(r"^((?:    # .*\n)*)    (\w+): .*?(?:  # (.*))?$", re.MULTILINE)
+WRAPPED = {"subsequent_indent": " " * 30, "break_long_words": False, "break_on_hyphens": False}
+TYPES = {  # of settings, in words
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    tuple[str, ...]: "a list of texts",
+}
 _top = "it is at the top level of the file now, shared by all stages"
 MOVED = {  # settings of earlier versions -> what to do instead
     "plan": "python -m minicai plan CONFIG prints what each stage takes of memory",
@@ -98,6 +108,8 @@ class Run:
     accept_changes: bool = False  # resume although settings, inputs or code have changed
 
 
+TOP = {field.name for field in dataclasses.fields(Run)}
+
 # --- paths ----------------------------------------------------------------------------------------
 
 
@@ -115,18 +127,19 @@ def builtin(name: str) -> Path:
     return checkout if checkout.exists() else PACKAGE / "configs" / name
 
 
-def _resolved(path: str, beside: Path, model: bool) -> str:
-    """An absolute path. What is on the hub keeps its name."""
+def _resolved(path: str | tuple[str, ...], beside: Path, model: bool) -> str | tuple[str, ...]:
+    """An absolute path, or several. What is on the hub keeps its name, and "" is no path."""
+    if isinstance(path, tuple):
+        return tuple(_resolved(one, beside, model) for one in path)
     found = locate(path, beside)
     on_hub = path.startswith("hub:") or (model and not found.exists() and is_name(path))
-    return path if on_hub else os.path.abspath(found)
+    return os.path.abspath(found) if path and not on_hub else path
 
 
 def paths(config) -> dict[str, str | tuple[str, ...]]:
     """{field: its path or paths} of all fields of the own section that name files or folders."""
-    top = {field.name for field in dataclasses.fields(Run)}
-    own = [f for f in dataclasses.fields(config) if f.metadata.get("path") and f.name not in top]
-    return {field.name: getattr(config, field.name) for field in own}
+    own = [f.name for f in dataclasses.fields(config) if "path" in f.metadata]
+    return {name: getattr(config, name) for name in own if name not in TOP}
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -146,22 +159,20 @@ def load(kind: type, section: str, arguments: list[str]):
         near = difflib.get_close_matches(path.name, names, 1, 0.4)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise InputError(f"{path}: {error.strerror}{hint}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise InputError(f"{path}: not valid TOML: {error}") from error
     values = _from_table(table, section, kind, str(path))
     for argument in arguments:
         if argument.startswith("--"):
             values |= _from_flag(argument, section, kind)
-    config = _made(kind, values, lambda key: f"{path}: {key}")
+    config = _made(kind, values)
     if not os.path.dirname(config.out):
         config.out = os.path.abspath(config.out)  # OUT/sl must not read as a name on the hub
     for field in dataclasses.fields(kind):
-        value = getattr(config, field.name)
-        if value and field.metadata.get("path"):
-            paths = (value,) if isinstance(value, str) else value
-            model = field.metadata.get("model", False)
-            found = tuple(_resolved(p, path.parent, model) for p in paths)
-            setattr(config, field.name, found[0] if isinstance(value, str) else found)
+        if "path" in field.metadata:
+            given = getattr(config, field.name)
+            found = _resolved(given, path.parent, field.metadata["model"])
+            setattr(config, field.name, found)
     if config.log:
         mirror("require")(config.log)
     return config
@@ -169,17 +180,15 @@ def load(kind: type, section: str, arguments: list[str]):
 
 def options(kind: type, flags: list[str]):
     """`--key=value` flags as dataclass `kind`, of a command without a config file."""
-    values: dict = {}
+    values = {}
     for flag in flags:
         values |= _from_flag(flag, "", kind)
-    return _made(kind, values, lambda key: f"--{key}")
+    return _made(kind, values)
 
 
 def split(arguments: list[str]) -> tuple[list[str], list[str]]:
     """A command line as its words and its flags; `--key value` becomes `--key=value`."""
-    words: list[str] = []
-    flags: list[str] = []
-    waiting = False
+    words, flags, waiting = [], [], False
     for argument in arguments:
         if argument.startswith("--"):
             flags.append(argument)
@@ -195,8 +204,7 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def _from_table(table: dict, section: str, kind: type, path: str) -> dict:
     """{key: (value, where)} of the top level and of the stage's own section."""
-    top = {field.name for field in dataclasses.fields(Run)}
-    own = {field.name for field in dataclasses.fields(kind)} - top
+    own = {field.name for field in dataclasses.fields(kind)} - TOP
     values = {}
     for key, value in table.items():
         if key in SECTIONS and not isinstance(value, dict):
@@ -204,13 +212,13 @@ def _from_table(table: dict, section: str, kind: type, path: str) -> dict:
         if key == section:
             for name, inner in value.items():
                 if name not in own:
-                    unknown = f"{path}: unknown key {name!r} in [{section}]"
-                    raise InputError(unknown + _instead(name, own))
+                    hint = _instead(name, own)
+                    raise InputError(f"{path}: unknown key {name!r} in [{section}]{hint}")
                 values[name] = (inner, f"{path}: [{section}]")
-        elif key in top:
+        elif key in TOP:
             values[key] = (value, path)
         elif key not in (*SECTIONS, "made_from"):  # the second: of a config that a stage stored
-            raise InputError(f"{path}: unknown key {key!r}" + _instead(key, top | set(SECTIONS)))
+            raise InputError(f"{path}: unknown key {key!r}{_instead(key, TOP.union(SECTIONS))}")
     return values
 
 
@@ -219,21 +227,21 @@ def _from_flag(argument: str, section: str, kind: type) -> dict:
     key, equals, text = argument.removeprefix("--").partition("=")
     prefix, dot, name = key.replace("-", "_").rpartition(".")
     hints = typing.get_type_hints(kind)
-    known = set(hints) - {f.name for f in dataclasses.fields(Run)} if dot else set(hints)
-    if dot and prefix in SECTIONS and prefix != section:
+    known = set(hints) - TOP if dot else set(hints)
+    foreign = dot and prefix != section
+    if foreign and prefix in SECTIONS:
         return {}
-    if name not in known or (dot and prefix != section):
-        raise InputError(f"--{key}: unknown key" + _instead(name, known, "--"))
+    if foreign or name not in known:
+        raise InputError(f"--{key}: unknown key{_instead(name, known, '--')}")
+    value = text
     if not equals:
+        value = True
         if hints[name] is not bool:
             raise InputError(f"{argument}: write --key=value")
-        text = "true"
-    if hints[name] is str and not text.startswith(('"', "'")):
-        return {name: (text, f"--{key}")}  # a text needs no quotes: --out=7
-    try:
-        return {name: (tomllib.loads(f"v = {text}")["v"], f"--{key}")}
-    except tomllib.TOMLDecodeError:
-        return {name: (text, f"--{key}")}  # a bare word
+    elif hints[name] is not str or text.startswith(('"', "'")):  # --out=7 is a text
+        with suppress(tomllib.TOMLDecodeError):  # a bare word
+            value = tomllib.loads(f"v = {text}")["v"]
+    return {name: (value, f"--{key}")}
 
 
 def _instead(word: str, known: set[str], dashes: str = "") -> str:
@@ -252,34 +260,32 @@ def nearest(word: str, known: Collection[str], dashes: str = "") -> str:
 # --- checking -------------------------------------------------------------------------------------
 
 
-def _made(kind: type, values: dict, name_of: Callable[[str], str]):
-    """The dataclass, its types and values checked. name_of: a key as the user knows it."""
-    hints = typing.get_type_hints(kind)
-    typed = {k: _typed(value, hints[k], f"{where}: {k}") for k, (value, where) in values.items()}
-    config = kind(**typed)
-    for field in dataclasses.fields(kind):
-        _check(getattr(config, field.name), field.metadata, name_of(field.name))
-    return config
+def _made(kind: type, values: dict):
+    """The dataclass with the values {key: (value, where)}, their types and values checked."""
+    hints, typed = typing.get_type_hints(kind), {}
+    for key, (value, where) in values.items():
+        typed[key] = _typed(value, hints[key], f"{where}: {key}")
+        _check(typed[key], kind.__dataclass_fields__[key].metadata, f"{where}: {key}")
+    return kind(**typed)
 
 
-def _typed(value, kind: type, where: str):
+def _typed(value, kind: type, name: str):
+    """The value as the type of its field. One text is a list of one, an empty text of none."""
     if kind is float and type(value) is int:
-        return float(value)
-    if kind is float and isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"{where} must be a finite number, not {value}")
-    if kind == tuple[str, ...]:  # one text is a list of one, an empty text a list of none
-        value = [value] * bool(value) if isinstance(value, str) else value
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            found = json.dumps(value, default=str)
-            raise InputError(f"{where} must be a list of texts, not {found}")
-        return tuple(value)
-    if type(value) is not kind:
-        names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
-        raise InputError(f"{where} must be {names[kind]}, not {json.dumps(value, default=str)}")
-    return value
+        value = float(value)
+    if kind == tuple[str, ...] and isinstance(value, str):
+        value = [value] * bool(value)
+    right = type(value) is kind
+    if kind == tuple[str, ...]:
+        right = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if not right:
+        raise InputError(f"{name} must be {TYPES[kind]}, not {json.dumps(value, default=str)}")
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _check(value, allowed: typing.Mapping, name: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{name} must be a finite number, not {value}")
     if "choices" in allowed and value not in allowed["choices"]:
         words = ", ".join(word or "empty" for word in allowed["choices"])
         raise InputError(f"{name} must be one of {words}, not {value!r}")
@@ -298,8 +304,8 @@ def _check(value, allowed: typing.Mapping, name: str) -> None:
 
 def function(name: str) -> Callable:
     """The Python function "module:function". Raises InputError. The only import by name."""
-    module, colon, attribute = name.partition(":")
-    if not (module and colon and attribute.isidentifier()):
+    module, _, attribute = name.partition(":")
+    if not (module and attribute.isidentifier()):
         raise InputError(f"reward_function must be written module:function, not {name!r}")
     if module.startswith("minicai.tinyworld"):
         raise InputError(
@@ -312,11 +318,11 @@ def function(name: str) -> Callable:
         found = importlib.import_module(module)
     except ImportError as error:
         raise InputError(f"reward_function {name}: {error}") from error
-    if not callable(getattr(found, attribute, None)):
-        functions = {key for key, value in vars(found).items() if callable(value)}
-        hint = _instead(attribute, functions)
+    functions = {key: value for key, value in vars(found).items() if callable(value)}
+    if attribute not in functions:
+        hint = nearest(attribute, sorted(functions))
         raise InputError(f"reward_function {name}: {module} has no function {attribute!r}{hint}")
-    return getattr(found, attribute)
+    return functions[attribute]
 
 
 def source_file(name: str) -> str:
@@ -340,11 +346,10 @@ def mirror(log: str) -> Callable:
 
 def dump(config, section: str, made_from: dict[str, str]) -> str:
     """The resolved config as TOML, which a stage stores and compares when it is run again."""
-    top = {field.name for field in dataclasses.fields(Run)}
     values = dataclasses.asdict(config)
     values = {k: json.dumps(v, ensure_ascii=False) for k, v in values.items() if k not in ALONE}
-    lines = [f"{k} = {v}" for k, v in values.items() if k in top]
-    lines += ["", f"[{section}]"] + [f"{k} = {v}" for k, v in values.items() if k not in top]
+    lines = [f"{k} = {v}" for k, v in values.items() if k in TOP]
+    lines += ["", f"[{section}]"] + [f"{k} = {v}" for k, v in values.items() if k not in TOP]
     lines += ["", "[made_from]"] + [f'"{k}" = {json.dumps(v)}' for k, v in made_from.items()]
     return redact("\n".join(lines)) + "\n"
 
@@ -352,17 +357,15 @@ def dump(config, section: str, made_from: dict[str, str]) -> str:
 def differences(old: dict, new: dict, kind: type) -> list[str]:
     """What has changed between two stored configs, fields that are free to change left out."""
     free = {field.name for field in dataclasses.fields(kind) if field.metadata.get("free")}
-    before, after = ({**t.pop("made_from", {})} for t in (old, new))
-    changes = []
-    for name in sorted(before.keys() | after.keys()):
-        if before.get(name) != after.get(name):
-            changes.append(f"the contents of {name} changed")
-    flat_old, flat_new = _flat(old), _flat(new)
+    contents, settings, flat_old, flat_new = [], [], _flat(old), _flat(new)
     for name in sorted(flat_old.keys() | flat_new.keys()):
         was, now = flat_old.get(name), flat_new.get(name)
-        if was != now and name.rpartition(".")[2] not in free:
-            changes.append(f"{name} ({was!r} there, {now!r} now)")
-    return changes
+        section, _, key = name.partition(".")
+        if was != now and section == "made_from":
+            contents.append(f"the contents of {key} changed")
+        elif was != now and (key or section) not in free:
+            settings.append(f"{name} ({was!r} there, {now!r} now)")
+    return contents + settings
 
 
 def _flat(table: dict) -> dict:
@@ -395,26 +398,20 @@ def usage(doc: str, kind: type) -> str:
             if field.name not in comments:
                 continue  # another class's
             default = field.default
-            default = json.dumps(list(default)) if isinstance(default, tuple) else str(default)
-            flag = f"  --{field.name}" + ("" if field.default is False else f"={default}")
+            default = json.dumps(list(default)) if isinstance(default, tuple) else default
+            flag = f"  --{field.name}" + ("" if default is False else f"={default}")
             words = [" | ".join(field.metadata.get("choices", ()))]
             words += [", ".join(field.metadata.get("each", ())), comments[field.name]]
             text = "; ".join(filter(None, words))
-            said = textwrap.wrap(text, width - 30, break_long_words=False, break_on_hyphens=False)
-            beside = said[:1] if len(flag) < 29 else []
-            lines.append(f"{flag:<30}{''.join(beside)}".rstrip())
-            lines += [" " * 30 + line for line in said[len(beside) :]]
+            lines += textwrap.wrap(f"{flag:<28}  {text}", width, **WRAPPED)
     lines += ["", "  --quiet                     print only results and errors"]
     return "\n".join([*lines, "  --help                      print this text"])
 
 
 def _comments(source: str) -> dict[str, str]:
     """{field: its comment}, which is behind the field or in the lines above it."""
-    found, above = {}, []
-    for line in source.splitlines():
-        field = re.match(r"    (\w+): .*?(?:  # (.*))?$", line)
-        if field:
-            found[field[1]] = field[2] or " ".join(above)
-        comment = re.match(r"    # (.*)", line)
-        above = [*above, comment[1]] if comment else []
+    found = {}
+    for above, name, behind in FIELD.findall(source):
+        lines = [line.strip("# ") for line in above.splitlines()]
+        found[name] = behind or " ".join(lines)
     return found

@@ -174,8 +174,7 @@ def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     budgets of 512, 1,024, 2,048, 4,096 and 8,192: 4,700, 5,550, 5,980, 7,560 and 6,730 target
     tokens/s.
     """
-    batches: list[list[int]] = []
-    left = 0  # tokens of the budget
+    batches, left = [], 0  # tokens of the budget
     for k in sorted(range(len(lengths)), key=lengths.__getitem__):
         if lengths[k] > left:
             batches.append([])
@@ -190,7 +189,7 @@ def split(rows: list[dict], share: float, seed: int) -> tuple[list[dict], list[d
 
     share: of the prompts, that which is held out, in expectation.
     """
-    sides: tuple[list[dict], list[dict]] = [], []
+    sides = [], []
     for row in rows:
         held = random.Random(f"{seed} {render(row['prompt'])}").random() < share
         sides[held].append(row)
@@ -205,40 +204,39 @@ def _object(line: str | bytes, where: str) -> dict:
     try:
         row = json.loads(line)
         json.dumps(row, ensure_ascii=False).encode()  # JSON can spell half a surrogate pair
-    except (json.JSONDecodeError, UnicodeError) as error:
+    except ValueError as error:
         raise InputError(f"{where}: not valid JSON ({getattr(error, 'msg', error)})") from error
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object {{...}}, found {type(row).__name__}")
     return row
 
 
-def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """(number, text) of each line that is not blank, of a plain or gzipped file."""
+def _text(path: str | Path) -> str:
+    """The text of a plain or gzipped file."""
     path = hub.data_file(path)
     opened = gzip.open if path.suffix == ".gz" else open
     try:
         with opened(path, "rt", encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, line
+            return file.read()
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
 
 
 def _rows(path: str | Path) -> Iterator[tuple[int, str, dict]]:
     """(number, where, object) of each line; or of each item, where the file is one JSON list."""
-    lines, kind = list(_lines(path)), "line"
-    if lines and lines[0][1].lstrip().startswith("["):
+    text, kind = _text(path), "line"
+    lines = text.split("\n")
+    if text.lstrip().startswith("["):
         try:
-            items = json.loads("\n".join(line for _, line in lines))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}: not a valid JSON list ({error.msg})") from error
-        lines, kind = [(k, json.dumps(item)) for k, item in enumerate(items, 1)], "item"
-    for number, line in lines:
-        where = f"{path}, {kind} {number}"
-        yield number, where, _object(line, where)
+            lines, kind = map(json.dumps, json.loads(text)), "item"
+        except ValueError as error:
+            raise InputError(f"{path}: not a valid JSON list ({error})") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            where = f"{path}, {kind} {number}"
+            yield number, where, _object(line, where)
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
@@ -258,7 +256,8 @@ def read_prompts(path: str | Path, limit: int = 0) -> list[Prompt]:
     if not path:
         return []
     if Path(path).suffix == ".txt":
-        prompts: list[Prompt] = [line.strip() for _, line in _lines(path)]
+        lines = map(str.strip, _text(path).split("\n"))
+        prompts = list(filter(None, lines))
     else:
         prompts = [_asked(row, where) for _, where, row in _rows(path)]
     if not prompts:
@@ -268,11 +267,12 @@ def read_prompts(path: str | Path, limit: int = 0) -> list[Prompt]:
 
 def _asked(row: dict, where: str) -> Prompt:
     """The prompt of a row in any of these forms."""
-    if "prompt" not in row and isinstance(row.get("chosen"), str):
-        return split_transcript(row["chosen"], where)[0]
-    if "prompt" not in row and isinstance(row.get("transcript"), str):
-        first = re.match(r"\s*Human:(.*?)(\n\nAssistant:|$)", row["transcript"], re.DOTALL)
-        return _prompt({"prompt": first[1].strip()} if first else row, where)
+    chosen, attempt = row.get("chosen"), row.get("transcript")
+    if "prompt" not in row and isinstance(chosen, str):
+        return split_transcript(chosen, where)[0]
+    if "prompt" not in row and isinstance(attempt, str):
+        first = re.match(r"\s*Human:(.*?)(\n\nAssistant:|$)", attempt, re.DOTALL)
+        row = {"prompt": first[1].strip()} if first else row
     return _prompt(row, where)
 
 

@@ -21,6 +21,7 @@ from minicai import InputError
 from minicai.engine import terminal
 from minicai.prompts import Prompt, as_turns, render
 
+Pair = tuple[list[int], list[int], list[int]]  # ids: a prompt, the first and the second response
 Asked = str | list[dict]  # a text to continue, or a dialogue to answer (prompts.as_turns)
 # Llama 3's templates write today's date, and a run that is resumed tomorrow must see the same
 # prompts. Qwen 3's think aloud unless told not to: here a critique is asked for by itself.
@@ -113,9 +114,7 @@ def encode(
     return ids, [*answer, end_of_turn(tokenizer)] if ended else answer
 
 
-def encode_pair(
-    tokenizer: PreTrainedTokenizerBase, row: dict
-) -> tuple[list[int], list[int], list[int]]:
+def encode_pair(tokenizer: PreTrainedTokenizerBase, row: dict) -> Pair:
     """Token ids of the prompt, the first and the second response of a row of comparisons.jsonl.
 
     A sampled response that the length limit cut off (row["cut"]) has no end, as in PPO.
@@ -145,19 +144,17 @@ def encode_options(
     """
     if template_of(tokenizer):
         options = [option.lstrip() for option in options]
-    found, groups = {}, {}
-    for k, (prompt, ids) in enumerate(zip(prompts, encoded)):
-        end = tuple(ids[-8:])
-        if end not in found:
-            answers = [encode_answer(tokenizer, prompt, ids, option) for option in options]
-            found[end] = tuple(map(tuple, answers))
-            if not all(answers) or len(set(found[end])) < len(options):
-                names = ", ".join(map(repr, options))
-                raise InputError(
-                    f"{tokenizer.name_or_path}: the tokenizer does not tell the options {names} "
-                    f"apart"
-                )
-        groups.setdefault(found[end], []).append(k)
+    ends, groups = {}, {}
+    for k, ids in enumerate(encoded):
+        ends.setdefault(tuple(ids[-8:]), []).append(k)
+    for k, *others in ends.values():
+        answers = [encode_answer(tokenizer, prompts[k], encoded[k], option) for option in options]
+        if not all(answers) or len(set(map(tuple, answers))) < len(options):
+            raise InputError(
+                f"{tokenizer.name_or_path}: the tokenizer does not tell the options "
+                f"{', '.join(map(repr, options))} apart"
+            )
+        groups.setdefault(tuple(map(tuple, answers)), []).extend([k, *others])
     return groups
 
 
@@ -185,14 +182,11 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
     return tokenizer.eos_token_id
 
 
-def end_ids(
-    tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig | None = None
-) -> set[int]:
+def end_ids(tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig | None) -> set[int]:
     """Every token that ends an answer: end of turn, end of sequence, and those of the settings."""
     named = getattr(settings, "eos_token_id", None)
-    named = [] if named is None else named
-    ends = {end_of_turn(tokenizer), tokenizer.eos_token_id}
-    return ends.union(named if isinstance(named, list) else [named])
+    named = named if isinstance(named, list) else [named]
+    return {end_of_turn(tokenizer), tokenizer.eos_token_id, *named} - {None}
 
 
 def ending(settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
@@ -200,9 +194,8 @@ def ending(settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> Ge
 
     With them any program stops where the model has learned to end.
     """
-    ends, named = end_ids(tokenizer, settings), settings.eos_token_id
-    if ends != set(named if isinstance(named, list) else [named]):
-        settings.eos_token_id = sorted(ends) if len(ends) > 1 else min(ends)
+    ends = sorted(end_ids(tokenizer, settings))
+    settings.eos_token_id = ends if len(ends) > 1 else ends[0]
     if settings.pad_token_id is None:
         settings.pad_token_id = tokenizer.pad_token_id
     try:
@@ -224,29 +217,25 @@ def give_pad(tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> None:
     taken, template = ends | {tokenizer.bos_token_id}, template_of(tokenizer)
     if tokenizer.pad_token_id not in taken | {None}:
         return
-    names = [
-        added.content
-        for token, added in sorted(tokenizer.added_tokens_decoder.items())
-        if token not in taken and added.content not in template
-    ]
+    added = sorted(tokenizer.added_tokens_decoder.items())
+    names = [token.content for k, token in added if k not in taken]
+    spare = []
     for kind in SPARE:
-        for name in names:
-            if re.search(kind, name, re.IGNORECASE):
-                tokenizer.pad_token = name
-                return
+        spare += [name for name in names if re.search(kind, name, re.IGNORECASE)]
+    spare = [name for name in spare if name not in template]
     if tokenizer.unk_token_id not in taken | {None}:
-        tokenizer.pad_token = tokenizer.unk_token
+        spare.append(tokenizer.unk_token)
+    if spare:
+        tokenizer.pad_token = spare[0]
     else:
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
 
 
 def same_form(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
     """Whether both make the same ids of the same dialogue. They may differ in a pad token."""
-    forms = []
+    forms, pads = [], {one.pad_token, other.pad_token}
     for tokenizer in (one, other):
-        ids = tokenizer.get_vocab()
-        for pad in (one.pad_token, other.pad_token):
-            ids.pop(pad, None)
+        ids = {name: k for name, k in tokenizer.get_vocab().items() if name not in pads}
         forms.append((ids, template_of(tokenizer), end_of_turn(tokenizer)))
     return forms[0] == forms[1]
 
@@ -264,11 +253,9 @@ def show_first(
     if terminal.hushed():
         return
     how = "in colour" if terminal.colours() else "in [brackets]"
-    print(
-        f"{label}: the first of {len(rows)} sequences of the first batch, trained tokens {how}:",
-        file=sys.stderr,
-    )
-    for prompt, response in rows[:2]:
-        shown = terminal.marked(tokenizer.decode(prompt), tokenizer.decode(response))
-        print(shown, file=sys.stderr)
-    print(file=sys.stderr)
+    lines = [
+        f"{label}: the first of {len(rows)} sequences of the first batch, trained tokens {how}:"
+    ]
+    for ids in rows[:2]:
+        lines.append(terminal.marked(*map(tokenizer.decode, ids)))
+    print(*lines, "", sep="\n", file=sys.stderr)

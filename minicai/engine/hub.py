@@ -36,10 +36,11 @@ def model_folder(path: str, weights: bool = True) -> Path:
     if not is_name(path):
         return Path(path)
     name = MODEL.fullmatch(path)
-    what = {"repo_id": name["repo"], "revision": name["revision"], "ignore_patterns": list(COPIES)}
-    what["allow_patterns"] = [*SETTINGS, *(["*.safetensors"] if weights else [])]
+    wanted = [*SETTINGS, "*.safetensors"] if weights else list(SETTINGS)
+    what = {"repo_id": name["repo"], "revision": name["revision"]}
+    what |= {"allow_patterns": wanted, "ignore_patterns": list(COPIES)}
 
-    def complete(folder: Path) -> bool:  # another program may have cached the config only
+    def complete(folder):  # another program may have cached the config only
         return _has_weights(folder, weights) and any(any(folder.glob(p)) for p in TOKENIZER)
 
     found = _fetch(f"{path} is not a model folder", what, complete)

@@ -4,12 +4,10 @@ A model and its tokenizer are one object: `model.tokenizer`. Weights are read fr
 float32, onto the device of the process; several processes each read their own part.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,10 +24,10 @@ from transformers.utils import logging
 
 from minicai import InputError
 from minicai.engine import parallel
-from minicai.engine.attention import Slots, last_hidden, prepared
+from minicai.engine.attention import Packed, Slots, last_hidden, through
 from minicai.engine.dialogue import end_ids, give_pad, same_form
-from minicai.engine.hub import require_folder, weight_files, weights_sha256
-from minicai.engine.models import apply_head, hidden_states
+from minicai.engine.hub import require_folder, weight_files
+from minicai.engine.models import apply_head
 
 logging.disable_progress_bar()  # commands show their own progress and complaints
 logging.set_verbosity_error()
@@ -72,12 +70,10 @@ def load_config(path: str) -> PretrainedConfig:
         raise InputError(f"{path}: its config.json cannot be read: {_first_line(error)}") from error
 
 
-def load_generation(path: str) -> GenerationConfig | None:
+def _generation(folder: Path) -> GenerationConfig | None:
     """A folder's generation_config.json, if any: it names the tokens at which to stop."""
-    folder = require_folder(path, "model", weights=False)
-    if (folder / "generation_config.json").exists():
-        return GenerationConfig.from_pretrained(folder)
-    return None
+    stored = (folder / "generation_config.json").exists()
+    return GenerationConfig.from_pretrained(folder) if stored else None
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -89,7 +85,7 @@ def load_policy(path: str) -> PreTrainedModel:
     It is in eval mode for good: dropout would make the first PPO ratio differ from 1. Several
     processes each hold a part of it (parallel.shard).
     """
-    return _load(AutoModelForCausalLM, path, load_tokenizer(path), {})
+    return _load(AutoModelForCausalLM, path, load_tokenizer(path))
 
 
 def load_scorer(path: str, seed: int | None = None) -> PreTrainedModel:
@@ -98,14 +94,15 @@ def load_scorer(path: str, seed: int | None = None) -> PreTrainedModel:
     Without `seed` it is a reward model's folder. With it, a policy's folder gets a new head, drawn
     from N(0, 1/(D + 1)) (Stiennon et al. 2020), and a pad token that no answer has (give_pad).
     """
-    tokenizer = load_tokenizer(path)
-    if seed is not None:
-        give_pad(tokenizer, end_ids(tokenizer, load_generation(path)))
-    pad = tokenizer.pad_token_id
+    tokenizer, new_head = load_tokenizer(path), seed is not None
+    if new_head:
+        generation = _generation(require_folder(path, "model"))
+        give_pad(tokenizer, end_ids(tokenizer, generation))
+    pad, settings = tokenizer.pad_token_id, {"num_labels": 1}
     new_pad = pad >= load_config(path).get_text_config().vocab_size  # give_pad had to add a token
-    settings = {"num_labels": 1} if new_pad else {"num_labels": 1, "pad_token_id": pad}
-    new_head = seed is not None
-    model = _load(AutoModelForSequenceClassification, path, tokenizer, settings, new_head)
+    if not new_pad:
+        settings["pad_token_id"] = pad
+    model = _load(AutoModelForSequenceClassification, path, tokenizer, new_head, **settings)
     if new_pad:
         if parallel.world() > 1:
             raise InputError(
@@ -117,27 +114,24 @@ def load_scorer(path: str, seed: int | None = None) -> PreTrainedModel:
             model.resize_token_embeddings(pad + 1, mean_resizing=False).weight[-1] = 0
         model.config.pad_token_id = pad
     if new_head:
+        part, where = parallel.local_part(model.score.weight)
         width = model.score.weight.shape[1]
         drawn = torch.randn(1, width, generator=torch.Generator().manual_seed(seed))
-        part, where = parallel.local_part(model.score.weight)
         with torch.no_grad():
             part.copy_((drawn / (width + 1) ** 0.5)[where])
     return model
 
 
 def _load(
-    auto: type,
-    path: str,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: dict,
-    new_head: bool = False,
+    auto: type, path: str, tokenizer: PreTrainedTokenizerBase, new_head: bool = False, **settings
 ) -> PreTrainedModel:
     folder = require_folder(path, "model")
     try:
         model, missing = _read(auto, folder, settings)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: the model cannot be loaded: {_first_line(error)}") from error
-    missing = [key for key in missing if not (new_head and key.startswith("score."))]
+    if new_head:
+        missing = [key for key in missing if not key.startswith("score.")]
     if missing:
         hint = "; it is not a reward model" if missing[0].startswith("score.") else ""
         raise InputError(f"{path}: the weights of {', '.join(missing[:3])} are missing{hint}")
@@ -145,9 +139,7 @@ def _load(
     try:
         with parallel.computing_in(parallel.weight_precision()), parallel.autocast():
             _check_packing(model.eval())
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # a model's own code may raise anything
         if isinstance(error, torch.OutOfMemoryError) or parallel.lost_peer(error):
             raise
         raise InputError(
@@ -161,44 +153,36 @@ def _load(
 def _check_packing(model: PreTrainedModel) -> None:
     """Puts our attention into the model and checks it on two rows, packed and decoded.
 
-    They must give what the model gave for each row by itself. Raises InputError where they do not:
+    They must give what the model gave for each row by itself. Raises ValueError where they do not:
     some models do more with logits than apply a head, or mix tokens outside attention.
     """
     head = model.get_output_embeddings()
-    starts = torch.tensor([[0], [7]], device=model.device)
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = (torch.arange(12, device=model.device) + starts) % vocabulary
-    long, short = ids[0], ids[1, :7]
+    ids = torch.arange(19, device=model.device) % model.config.get_text_config().vocab_size
+    short, long = ids[12:].tolist(), ids[:12].tolist()
 
     @parallel.forward_pass
-    def body_alone(model: PreTrainedModel, row: Tensor) -> Tensor:
-        return model.base_model(input_ids=row[None]).last_hidden_state[0]
+    def alone(model, row):
+        row = torch.tensor([row], device=model.device)
+        if head:
+            return model(input_ids=row).logits[0]
+        return model.base_model(input_ids=row).last_hidden_state[0]
 
     @parallel.forward_pass
-    def packed_and_decoded(model: PreTrainedModel) -> list[Tensor]:
-        lengths = torch.tensor([12, 7], device=model.device)
-        packed, _ = hidden_states(prepared(model), ids, lengths)
+    def packed_and_decoded(model):
+        rows = Packed([7, 12], model.device)
+        packed = through(model, ids.roll(7), rows)
         slots = Slots(2, 12)  # first 5 and 11 tokens of the two rows, then the others
-        first = last_hidden(model, slots, [0, 0], [short[:5].tolist(), long[:11].tolist()])
-        second = last_hidden(model, slots, [5, 11], [short[5:].tolist(), long[11:].tolist()])
-        decoded = torch.stack([first, second], 1).flatten(0, 1)
-        return [apply_head(head, x) if head else x for x in (packed, decoded)]
+        first = last_hidden(model, slots, [0, 0], [short[:5], long[:11]])
+        second = last_hidden(model, slots, [5, 11], [short[5:], long[11:]])
+        hidden = torch.cat([packed, first, second])
+        return apply_head(head, hidden) if head else hidden
 
-    def logits_alone(model: PreTrainedModel, row: Tensor) -> Tensor:
-        return model(input_ids=row[None]).logits[0]
-
-    alone = logits_alone if head else body_alone
-    expected = torch.cat([alone(model, row) for row in (short, long)])  # the shorter row is first
-    packed, decoded = packed_and_decoded(model)
-    fed = expected[[4, 6, 17, 18]]  # the last tokens that were fed to the slots
-    limit = TOLERANCE[parallel.precision()] * max(1.0, expected.abs().max().item())
-    for ours, theirs in ((packed, expected), (decoded, fed)):
-        difference = (ours - theirs).abs().max().item()
-        if not difference <= limit:
-            raise InputError(
-                f"{type(model).__name__} is a kind of model that cannot be packed: its logits "
-                f"differ by {difference:.2g} from those of each row by itself"
-            )
+    expected = torch.cat([alone(model, row) for row in (short, long)])
+    # The last tokens that were fed to the slots are numbers 4, 17, 6 and 18.
+    theirs = expected[[*range(19), 4, 17, 6, 18]]
+    difference = (packed_and_decoded(model) - theirs).abs().max().item()
+    if not difference <= TOLERANCE[parallel.precision()] * max(1.0, expected.abs().max().item()):
+        raise ValueError(f"its logits differ by {difference:.2g} from those of each row by itself")
 
 
 def require_same_tokens(policy: PreTrainedModel, reward_model: PreTrainedModel) -> None:
@@ -232,29 +216,31 @@ def _read(auto: type, folder: Path, settings: dict) -> tuple[PreTrainedModel, li
     with torch.device("meta"):
         shape = AutoConfig.from_pretrained(folder, trust_remote_code=False, **settings)
         model = auto.from_config(shape, dtype=torch.float32)
-    if (folder / "generation_config.json").exists() and model.can_generate():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if model.can_generate():
+        model.generation_config = _generation(folder) or model.generation_config
     places = _places(model, folder)  # before the model is cut: that changes the names of classes
     parallel.shard(model.eval()).to_empty(device=parallel.device())
-    zeros, ones = _make_buffers(model, 0), _make_buffers(model, 1)
-    unknown = [name for name in zeros if not torch.equal(zeros[name], ones[name])]
-    if unknown:
-        raise ValueError(f"several processes cannot make its {', '.join(unknown)}")
+    _make_buffers(model)
     return model, _fill(model, places)
 
 
 @torch.no_grad()
-def _make_buffers(model: PreTrainedModel, value: int) -> dict[str, Tensor]:
+def _make_buffers(model: PreTrainedModel) -> None:
     """Lets the model compute the tables that no file holds, such as rotary frequencies.
 
-    A buffer that the model does not compute keeps `value`.
+    Raises ValueError where a buffer keeps what was in it before: 0 at first, and then 1.
     """
-    for buffer in model.buffers():
-        buffer.fill_(value)
-    for module in model.modules():
-        if module._non_persistent_buffers_set:
-            model._init_weights(module)
-    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+    buffers, made = dict(model.named_buffers()), []
+    for value in (0, 1):
+        for buffer in buffers.values():
+            buffer.fill_(value)
+        for module in model.modules():
+            if module._non_persistent_buffers_set:
+                model._init_weights(module)
+        made.append([buffer.clone() for buffer in buffers.values()])
+    unknown = [name for name, *pair in zip(buffers, *made) if not torch.equal(*pair)]
+    if unknown:
+        raise ValueError(f"several processes cannot make its {', '.join(unknown)}")
 
 
 def _places(model: PreTrainedModel, folder: Path) -> dict[str, tuple[Path, str]]:
@@ -285,34 +271,17 @@ def _places(model: PreTrainedModel, folder: Path) -> dict[str, tuple[Path, str]]
 @torch.no_grad()
 def _fill(model: PreTrainedModel, places: dict[str, tuple[Path, str]]) -> list[str]:
     """Reads this rank's part of each parameter. Returns the names of those that no file has."""
-    missing: dict[torch.nn.Parameter, str] = {}
-    parameters = list(model.named_parameters(remove_duplicate=False))
-    for name, parameter in parameters:
+    parameters, filled = dict(model.named_parameters(remove_duplicate=False)), set()
+    for name, parameter in parameters.items():
         if name not in places:
-            missing.setdefault(parameter, name)
-    for name, parameter in parameters:
-        if name in places:
-            missing.pop(parameter, None)  # a tied parameter may be stored under either name
-            file, key = places[name]
-            with safe_open(file, "pt") as tensors:
-                stored = tensors.get_slice(key)
-                if list(stored.get_shape()) != list(parameter.shape):
-                    shapes = f"{stored.get_shape()} and not {list(parameter.shape)}"
-                    raise ValueError(f"{key} has the shape {shapes}")
-                part, where = parallel.local_part(parameter)
-                if part.numel():
-                    part.copy_(stored[where])
-    return sorted(missing.values())
-
-
-# --- what a model was, to the byte ----------------------------------------------------------------
-
-
-def models_record(folders: Iterable[str]) -> dict[str, str]:
-    """{folder: weights_sha256} of the models that took part. The first process reads them."""
-    return parallel.once(lambda: {path: weights_sha256(path) for path in folders if path})
-
-
-def stamp(*folders: str) -> dict[str, dict[str, str]]:
-    """What a journal line says of its models: {"models": {folder: 12 digits of its sha256}}."""
-    return {"models": {path: sha[:12] for path, sha in models_record(folders).items()}}
+            continue
+        file, key = places[name]
+        with safe_open(file, "pt") as tensors:
+            stored, shape = tensors.get_slice(key), list(parameter.shape)
+            if stored.get_shape() != shape:
+                raise ValueError(f"{key} has the shape {stored.get_shape()} and not {shape}")
+            part, where = parallel.local_part(parameter)
+            if part.numel():
+                part.copy_(stored[where])
+        filled.add(parameter)  # a tied parameter may be stored under either name
+    return sorted(name for name, parameter in parameters.items() if parameter not in filled)

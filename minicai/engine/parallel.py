@@ -72,10 +72,8 @@ def setup(device: str = "auto", precision: str = "auto", timeout: int = 1800) ->
     if processes > 1 and device == "cuda":
         local, here = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= here:
-            processes = os.environ["LOCAL_WORLD_SIZE"]
-            raise InputError(
-                f"{processes} processes on a host with {here} CUDA devices: each needs its own"
-            )
+            many = f"{os.environ['LOCAL_WORLD_SIZE']} processes on a host with {here} CUDA devices"
+            raise InputError(f"{many}: each needs its own")
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
     if processes > 1 and not dist.is_initialized():
@@ -119,7 +117,7 @@ def _join(backend: str, timeout: int) -> None:
     if dist.get_rank():
         terminal.QUIET, sys.stdout = True, open(os.devnull, "w")  # noqa: SIM115
 
-    def stop(kind: type, error: BaseException, trace) -> None:
+    def stop(kind, error, trace):
         sys.__excepthook__(kind, error, trace)
         reason = kind.__name__
         if lost_peer(error):
@@ -293,14 +291,15 @@ def shard(model: torch.nn.Module) -> torch.nn.Module:
             f"{type(model).__name__}: several processes cannot share this kind of model: "
             f"it does not name its layers"
         )
-    policy, mesh = MixedPrecisionPolicy(), _mesh(device().type)
+    # By default the outermost group would stay whole after a forward pass without a backward pass:
+    # an optimizer made then holds parameters that never change. Nothing raises an error.
+    how = {"mesh": _mesh(device().type), "reshard_after_forward": True}
+    policy = MixedPrecisionPolicy()
     if precision() == "bf16":
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    # By default the outermost group would stay whole after a forward pass without a backward pass:
-    # an optimizer made then holds parameters that never change. Nothing raises an error.
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+        fully_shard(layer, mp_policy=policy, **how)
+    fully_shard(model, **how)
     model.under_hooks = lambda function, *arguments: function(model, *arguments)
     register_fsdp_forward_method(model, "under_hooks")
     return model
@@ -322,7 +321,7 @@ def forward_pass(function: Callable) -> Callable:
     """
 
     @functools.wraps(function)
-    def inside(model: torch.nn.Module, *arguments):
+    def inside(model, *arguments):
         with autocast():
             if isinstance(model, FSDPModule):
                 return model.under_hooks(function, *arguments)

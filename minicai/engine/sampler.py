@@ -84,11 +84,6 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor, temperature: float) -> tuple[Ten
 # --- does it fit the model's context? -------------------------------------------------------------
 
 
-def _context(config: PretrainedConfig) -> float:
-    """Tokens that a model can read; infinite where its config names no number."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or float("inf")
-
-
 def check_lengths(
     config: PretrainedConfig, prompts: Sequence[Ids], new_tokens: int, source: str = ""
 ) -> None:
@@ -97,12 +92,13 @@ def check_lengths(
     new_tokens: the most that may follow, the end of sequence included.
     source: the file of the prompts, for the message.
     """
-    sizes, context = [len(prompt) for prompt in prompts], _context(config)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    sizes = [len(prompt) for prompt in prompts]
     name = f"{source}: prompt" if source else "prompt"
     if 0 in sizes:
         raise InputError(f"{name} {sizes.index(0) + 1} has no tokens")
     longest = max(sizes, default=0)
-    if sizes and longest + new_tokens > context:
+    if sizes and context and longest + new_tokens > context:
         name = f"{name} {sizes.index(longest) + 1}" if source else "a prompt"
         raise InputError(
             f"{name} has {longest} tokens, which with {new_tokens} new ones exceeds the model's "
@@ -135,15 +131,11 @@ def check_requests(
     """
     if len(set(paths)) < len(paths):
         raise InputError(f"{what}: a model is named twice among {', '.join(paths)}")
-    for path in paths if requests else ():
-        tokenizer, context = load_tokenizer(path), _context(load_config(path))
-        longest = max(len(encode_prompt(tokenizer, request)) for request in requests)
-        if longest + new_tokens > context:
-            raise InputError(
-                f"{what} may have {longest + new_tokens} tokens ({longest} without the answers in "
-                f"it), and the context of {path} is {context}: lower max_new_tokens, or shorten "
-                f"examples, principles or prompts"
-            )
+    for path in paths:
+        tokenizer = load_tokenizer(path)
+        encoded = [encode_prompt(tokenizer, request) for request in requests]
+        source = f"{what} to {path}, with its examples and principles"
+        check_lengths(load_config(path), encoded, new_tokens, source)
 
 
 # --- sampling -------------------------------------------------------------------------------------
@@ -157,7 +149,7 @@ def generate(
     how: Sampling,
     ends: Set[int] | None = None,
     progress: Progress | None = None,
-    heard: Callable[[int, int], None] | None = None,
+    heard: Callable[[int, int], object] = lambda number, token: None,
 ) -> list[Completion]:
     """Completes each prompt (token ids). seeds[k]: whole numbers that seed prompt k.
 
@@ -184,25 +176,21 @@ def generate(
             logits_BV = apply_head(model.get_output_embeddings(), hidden_BD)
             drawn = [x.tolist() for x in draw(logits_BV, points_B, how.temperature)]
             for row, token, logprob, entropy in zip(running, *drawn):
-                completion = completions[row.number]
-                completion.ids.append(token)
-                completion.logprobs.append(logprob)
-                completion.entropies.append(entropy)
-                completion.ended = token in ends
+                found = completions[row.number]
+                found.ids.append(token)
+                found.logprobs.append(logprob)
+                found.entropies.append(entropy)
+                found.ended = token in ends
                 row.start, row.feed = row.start + len(row.feed), (token,)
-                row.done = completion.ended or len(completion.ids) == limits[row.number]
-                if heard:
-                    heard(row.number, token)
+                row.done = found.ended or len(found.ids) == limits[row.number]
+                heard(row.number, token)
             if progress:
                 progress.update(sum(row.done for row in running))
     return completions
 
 
 def sample(
-    model: PreTrainedModel,
-    prompts: Sequence[Ids],
-    seeds: Sequence[Ids],
-    how: Sampling,
+    model: PreTrainedModel, prompts: Sequence[Ids], seeds: Sequence[Ids], how: Sampling
 ) -> list[Completion]:
     """generate, with the prompts divided among all processes. Each gets all completions."""
     with parallel.gathered(model):
@@ -250,9 +238,9 @@ class _Schedule:
         self.slots, self.shared = slots, shared
         self.prompts = [tuple(prompt) for prompt in prompts]
         self.waiting = deque(sorted(chosen, key=lambda k: (-len(prompts[k]), self.prompts[k])))
-        self.running: list[_Row] = []  # slot by slot
+        self.running = []  # a _Row for each slot
         # The prompt whose keys and values are in each slot; of equal prompts, in the last one's.
-        self.holds: list[tuple[int, ...] | None] = [None] * slots.count
+        self.holds = [None] * slots.count
 
     def refill(self) -> list[_Row]:
         """The rows of the next step, without those that are done.
@@ -279,11 +267,7 @@ class _Schedule:
             else:
                 entering.add(prompt)
             self.holds[slot] = prompt
-            row = _Row(k, prompt[start:], start)
-            if slot == len(running):
-                running.append(row)
-            else:
-                running[slot] = row
+            running[slot : slot + 1] = [_Row(k, prompt[start:], start)]
         self.waiting.extendleft(reversed(held))
         done = [slot for slot, row in enumerate(running) if row.done]
         while done:
@@ -341,7 +325,7 @@ def responder(
     stream: in front of each seed; it keeps the random numbers of stages apart.
     """
 
-    def complete(asked: Sequence[Asked], seeds: Sequence[Ids]) -> list[str]:
+    def complete(asked, seeds):
         return respond(model, asked, [(stream, *seed) for seed in seeds], how, progress)[0]
 
     return complete
@@ -372,15 +356,13 @@ def choice_logprobs(
     of a pair, and the same pair under other principles.
     """
     encoded = [encode_prompt(model.tokenizer, prompt) for prompt in prompts]
-    results: list[list[float]] = [[] for _ in prompts]
+    results = torch.zeros(len(prompts), len(choices))
     for options, members in encode_options(model.tokenizer, prompts, encoded, choices).items():
         texts = [encoded[k] for k in members]
         check_lengths(model.config, texts, max(map(len, options)))
         with parallel.autocast():
-            found = _option_logprobs(model, texts, options, rows)
-        for k, logprobs in zip(members, found):
-            results[k] = logprobs
-    return results
+            results[members] = _option_logprobs(model, texts, options, rows).cpu()
+    return results.tolist()
 
 
 def chooser(model: PreTrainedModel, rows: int) -> Callable[[Sequence[Asked]], list[list[float]]]:
@@ -390,28 +372,24 @@ def chooser(model: PreTrainedModel, rows: int) -> Callable[[Sequence[Asked]], li
 
 def _option_logprobs(
     model: PreTrainedModel, prompts: Sequence[Ids], options: Sequence[tuple], rows: int
-) -> list[list[float]]:
-    """Log-probs of each option after each prompt, all of them token ids.
+) -> Tensor:
+    """Log-probs [prompts, options] of each option after each prompt, all of them token ids.
 
     Options with the same head (all but the last token) share one forward pass, as " (A" and " (B".
     """
+    output = model.get_output_embeddings()
     found = torch.zeros(len(prompts), len(options), device=model.device)
     for head in dict.fromkeys(option[:-1] for option in options):
         texts = [[*prompt, *head] for prompt in prompts]
         order = sorted(range(len(texts)), key=texts.__getitem__)  # neighbours begin alike
-        for first in range(0, len(order), rows):
-            batch = order[first : first + rows]
-            logp_BTV = final_logprobs(model, [texts[k] for k in batch], len(head) + 1)
+        for batch in torch.tensor(order).split(rows):
+            hidden, tree = shared_hidden_states(model, [texts[k] for k in batch])
+            logits_BTV = apply_head(output, hidden[tree.tails(len(head) + 1)])
+            logp_BTV = logits_BTV.log_softmax(-1)
             logp_B = torch.zeros(len(batch), device=model.device)  # of the head
             for t, token in enumerate(head):
                 logp_B = logp_B + logp_BTV[:, t, token]
             for column, option in enumerate(options):
                 if option[:-1] == head:
                     found[batch, column] = logp_B + logp_BTV[:, -1, option[-1]]
-    return found.tolist()
-
-
-def final_logprobs(model: PreTrainedModel, texts: Sequence[Ids], count: int) -> Tensor:
-    """Log-probs [B, count, V], float32 nats, after each of the last `count` tokens of a text."""
-    hidden, rows = shared_hidden_states(model, texts)
-    return apply_head(model.get_output_embeddings(), hidden[rows.tails(count)]).log_softmax(-1)
+    return found

@@ -43,7 +43,6 @@ from minicai.engine.data import Journal, finite, read_record, write_atomic
 SKIPPED_AT_MOST = 3  # updates in a row whose loss or gradient is not finite; then the run stops
 DATA = (".jsonl", ".json", ".gz", ".txt", ".toml", ".py")  # what is a file, not a model folder
 METHOD = ("losses", "prompts", "constitution", "examples", "critique", "feedback", "rollout")
-DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 
 
 class Stage:
@@ -61,14 +60,13 @@ class Stage:
         parallel.setup(cfg.device, cfg.precision, cfg.timeout)
         self.cfg, self.name, self.folder = cfg, name, Path(cfg.out) / name
         self.step, self.state, self.skipped, self.accepted = 0, {}, 0, []
-        self.journals: dict[str, Journal] = {}
-        self.shown: dict[str, float] = {}
-        self.progress: terminal.Progress | None = None
+        self.journals, self.shown, self.progress = {}, {}, None
         reads, section = config.paths(cfg) | reads, name.partition("/")[0]  # [try] of OUT/try/NAME
         found = parallel.once(fingerprints, section, reads)
-        inputs = {"format": "2"} | {what: " ".join(s.values()) for what, s in found.items()}
-        inputs |= code_fingerprints(code)
-        self.sums = {path: sha for sums in found.values() for path, sha in sums.items()}
+        self.sums, inputs = {}, {"format": "2"} | code_fingerprints(code)
+        for what, sums in found.items():
+            inputs[what] = " ".join(sums.values())
+            self.sums |= sums
         self.text = config.dump(cfg, section, inputs)
         self.record = parallel.once(self._look)
         if self.record:
@@ -100,6 +98,7 @@ class Stage:
     def _begin(self) -> None:
         """Makes the folder, or empties it under --overwrite."""
         folder, stored = self.folder, self.folder / "config.toml"
+        problem = f"{folder}: cannot be used as an output folder"
         try:
             if self.cfg.overwrite and folder.exists():
                 if any(folder.iterdir()) and not stored.exists():
@@ -109,11 +108,10 @@ class Stage:
                     )
                 shutil.rmtree(folder)
             folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(folder, os.W_OK):
-                raise PermissionError(13, "Permission denied")
         except OSError as error:
-            reason = error.strerror
-            raise InputError(f"{folder}: cannot be used as an output folder: {reason}") from error
+            raise InputError(f"{problem}: {error.strerror}") from error
+        if not os.access(folder, os.W_OK):
+            raise InputError(f"{problem}: Permission denied")
         if self.accepted:
             Journal(folder / "accepted.jsonl").append([{"changes": self.accepted}])
         write_atomic(stored, self.text)
@@ -145,26 +143,26 @@ class Stage:
         of progress per row. until: the number of rows to reach, by default all of the journal's.
         """
         until = journal.total if until is None else until
-        label, done = f"{self.name}: {journal.name}", len(journal.rows)
-        self.shown = {}  # not the numbers of the phase before
-        bar = terminal.Progress(label, round(until * each), unit, round(done * each))
-        with bar as self.progress, self._clock(phase):
+        done, self.shown = len(journal.rows), {}  # not the numbers of the phase before
+        units = round(until * each), unit, round(done * each)
+        with self._phase(phase, journal.name, *units):
             for first, last in parallel.turns(done, until, journal.group):
                 yield first, last
                 now = min(round(len(journal.rows) * each), self.progress.total)
                 self.progress.update(now - self.progress.done, self.shown)
 
     @contextmanager
-    def _clock(self, phase: str) -> Iterator[None]:
-        """Adds to the seconds of a phase, which survive an interruption."""
-        path, began = self.folder / "seconds.json", time.monotonic()
+    def _phase(self, phase: str, what: str, *units) -> Iterator[None]:
+        """Shows progress, and adds to the seconds of a phase, which survive an interruption."""
+        began = time.monotonic()
         try:
-            yield
+            with terminal.Progress(f"{self.name}: {what}", *units) as self.progress:
+                yield
         finally:
             seconds = self.seconds()
             seconds[phase] = seconds.get(phase, 0.0) + time.monotonic() - began
             if parallel.rank() == 0 and self.folder.exists():
-                write_atomic(path, json.dumps(seconds))
+                write_atomic(self.folder / "seconds.json", json.dumps(seconds))
 
     def seconds(self) -> dict[str, float]:
         """Seconds by phase so far."""
@@ -194,9 +192,8 @@ class Stage:
         for file, journal in self.journals.items():
             if journal.total is None:  # a log of training, not data made before it
                 journal.keep(self.kept.get(file, 0))
-        label = f"{self.name}: train"
-        bar = terminal.Progress(label, total * each, unit, self.step * each)
-        with bar as self.progress, terminal.whole_steps(), self._clock("train"):
+        units = total * each, unit, self.step * each
+        with self._phase("train", "train", *units), terminal.whole_steps():
             while self.step < total:
                 yield self.step
                 self.step += 1
@@ -247,18 +244,23 @@ class Stage:
         """Means of logged numbers over the last tenth of the steps, without those not finite."""
         rows = self.journals["metrics.jsonl"].rows
         last = rows[-max(1, len(rows) // 10) :]
-        last = [row for row in last if None not in [row[name] for name in names]]
+        last = [row for row in last if None not in map(row.get, names)]
         return {name: sum(row[name] for row in last) / max(len(last), 1) for name in names}
 
     def finish(self, model: PreTrainedModel | None, record: dict) -> dict:
         """Exports the model, writes and returns the record, and removes the checkpoints."""
         if model is not None:
             checkpoint.export(self.folder, model)
-        found = {"seconds": self.seconds(), **record}
-        models = {path: sha for path, sha in self.sums.items() if Path(path).suffix not in DATA}
-        found["models"] = models
-        found |= {"device": parallel.device_name(), "precision": parallel.precision()}
-        found["peak_rss_mb"] = parallel.peak_memory_mb()
+        found = {
+            "seconds": self.seconds(),
+            **record,
+            "models": {
+                path: sha for path, sha in self.sums.items() if Path(path).suffix not in DATA
+            },
+            "device": parallel.device_name(),
+            "precision": parallel.precision(),
+            "peak_rss_mb": parallel.peak_memory_mb(),
+        }
         parallel.once(write_atomic, self.folder / "stage.json", json.dumps(finite(found), indent=1))
         parallel.once(self._tidy)
         return found
@@ -270,9 +272,8 @@ class Stage:
 
 def script(main: Callable, kind: type, section: str, doc: str) -> None:
     """Runs a script's main on the config that its command line names."""
-    terminal.run(
-        lambda arguments: main(config.load(kind, section, arguments)), config.usage(doc, kind)
-    )
+    usage = config.usage(doc, kind)
+    terminal.run(lambda arguments: main(config.load(kind, section, arguments)), usage)
 
 
 # --- fingerprints ---------------------------------------------------------------------------------
@@ -323,6 +324,7 @@ def code_fingerprints(path: str) -> dict[str, str]:
 def _code(source: str) -> str:
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        if documented and ast.get_docstring(node) is not None:
             del node.body[0]
     return ast.unparse(tree)

@@ -34,9 +34,8 @@ class Progress:
     def __init__(self, label: str, total: int, unit: str, done: int = 0):
         self.label, self.total, self.unit, self.done, self.first = label, total, unit, done, done
         self.began = self.spoke = time.monotonic()
-        self.numbers: dict[str, float] = {}
-        self.said: tuple[int, str] = (done, "")  # what the last line was about
-        self.bar = None
+        self.numbers, self.bar = {}, None
+        self.said = done, ""  # what the last line was about
         if sys.stderr.isatty() and not hushed():
             self.bar = tqdm(total=total, initial=done, desc=f"{label:<22}", unit=f" {unit}")
 
@@ -85,11 +84,9 @@ def hushed() -> bool:
 def table(header: list[str], rows: list[list[str]]) -> str:
     """Aligned columns: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows)]
-    lines = []
-    for first, *others in (header, ["-" * width for width in widths], *rows):
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]))
-    return "\n".join(lines)
+    line = "  ".join(["{:<%d}", *["{:>%d}"] * (len(widths) - 1)]) % tuple(widths)
+    rule = ["-" * width for width in widths]
+    return "\n".join(line.format(*cells) for cells in (header, rule, *rows))
 
 
 def warn(text: str) -> None:
