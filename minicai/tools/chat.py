@@ -104,17 +104,11 @@ class Speaker:
         return text
 
 
-def main(arguments: list[str]) -> None:
+def main(flags: list[str], folder: str) -> None:
     """Answers lines from a terminal or a pipe. Raises InputError where a file cannot be used."""
-    words, flags = config.split(arguments)
     options = config.options(ChatOptions, flags)
-    if len(words) != 1:
-        raise InputError(
-            "chat: expected one model folder, for example: "
-            "python -m minicai chat out/tiny/ppo --against=out/tiny/base"
-        )
     parallel.setup()
-    folders, speakers = [*filter(None, [words[0], options.against])], []
+    folders, speakers = [*filter(None, [folder, options.against])], []
     for folder in folders:
         model, name = load_policy(folder), "/".join(Path(folder).absolute().parts[-2:])
         how = Sampling(min(options.max_new_tokens, context(model) // 2), options.temperature)

@@ -22,10 +22,8 @@ from pathlib import Path
 from minicai import InputError
 from minicai.constitution import Constitution, load
 from minicai.engine import config, terminal
-from minicai.engine.data import write_atomic
+from minicai.tools import call
 from minicai.tools.proofread import proofread, too_long
-
-STREAM = 5  # keeps the random numbers apart from those of the stages and the evaluation
 
 
 @dataclass
@@ -50,48 +48,37 @@ class CheckOptions:
     model: str = ""
 
 
-def main(arguments: list[str]) -> None:
+def main(flags: list[str], action: str = "", *files: str) -> None:
     """Runs one action. Raises InputError on wrong usage, and where `check` finds an error."""
-    words, flags = config.split(arguments)
-    action, *files = words or [""]
     if action not in ACTIONS:
-        unknown = f"unknown action {action!r}" if action else "no action given"
-        raise InputError(f"constitution: {unknown}{config.nearest(action, ACTIONS)}")
-    count = {"check": len(files) or 1, "diff": 2}.get(action, 1)
-    if len(files) != count:
-        expected, found = "two files" if count == 2 else "a file", " ".join(files) or "none"
-        raise InputError(f"constitution {action}: expected {expected}, got {found}")
-    if action != "new":
-        files = [str(config.locate(file, Path())) for file in files]
-    ACTIONS[action](files, flags)
+        raise InputError(f"unknown action {action!r}{config.nearest(action, ACTIONS)}")
+    call(f"constitution {action}", ACTIONS[action], [*files, *flags])
 
 
 # --- new, check -----------------------------------------------------------------------------------
 
 
-def new(files: list[str], flags: list[str]) -> None:
+def new(flags: list[str], file: str) -> None:
     """Copies a constitution that comes with minicai, and names it after its new file."""
-    like, path = config.options(NewOptions, flags).like, Path(files[0])
-    builtin = config.builtin("constitutions")
-    known = [file.stem for file in builtin.glob("*.toml")]
-    if like not in known:
-        raise InputError(f"--like={like}: no such constitution{config.nearest(like, known)}")
-    if path.exists():
-        raise InputError(f"{path}: this file exists already; choose another name")
-    text = (builtin / f"{like}.toml").read_text(encoding="utf-8")
+    like, path = config.options(NewOptions, flags).like, Path(file)
+    source = config.builtin(f"constitutions/{like}.toml")
+    load(source)  # raises InputError where there is none, with the nearest name
+    text = source.read_text(encoding="utf-8")
+    text = text.replace(f'name = "{like}"', f"name = {json.dumps(path.stem)}", 1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, text.replace(f'name = "{like}"', f"name = {json.dumps(path.stem)}", 1))
+        with open(path, "x", encoding="utf-8") as written:
+            written.write(text)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
     print(f"wrote  {path}\nedit   it, then: python -m minicai constitution check {path}")
 
 
-def check(files: list[str], flags: list[str]) -> None:
+def check(flags: list[str], *files: str) -> None:
     """Prints the findings of each file. Raises InputError where one of them is an error."""
     model, wrong = config.options(CheckOptions, flags).model, []
     for file in files:
-        rules = load(file)
+        rules = load(config.locate(file, Path()))
         found = [*(_context(rules, model) if model else []), *proofread(rules)]
         print(f"{file}: {rules.name} {rules.version}, principles: {len(rules.principles)}")
         for finding in found:
@@ -116,19 +103,24 @@ def _context(rules: Constitution, model: str) -> list:
 # --- try, diff ------------------------------------------------------------------------------------
 
 
-def attempt(files: list[str], flags: list[str]) -> None:
-    """`try` and `diff`."""
+def attempt(flags: list[str], *files: str) -> None:
+    """`try` of one file, `diff` of two."""
     from minicai.tools import trial  # imports torch
 
-    if any(flag.startswith("--constitution") for flag in flags):
-        raise InputError(
-            "--constitution: the constitution is the file after the action: constitution try FILE"
-        )
-    settings = [flag.removeprefix("--config=") for flag in flags]
-    if settings == flags:
-        settings.append(str(config.builtin("tiny.toml")))
-    cfg = config.load(TryConfig, "try", settings)
+    cfg = config.load(TryConfig, "try", with_config(flags))
+    files = [str(config.locate(file, Path())) for file in files]
     (trial.diff if len(files) == 2 else trial.attempt)(cfg, *files)
 
 
-ACTIONS = {"new": new, "check": check, "try": attempt, "diff": attempt}
+def with_config(flags: list[str]) -> list[str]:
+    """The flags, with the config file of --config=FILE, or the tiny world's, among them."""
+    settings = [flag.removeprefix("--config=") for flag in flags]
+    return settings if settings != flags else [str(config.builtin("tiny.toml")), *flags]
+
+
+ACTIONS = {
+    "new": new,
+    "check": check,
+    "try": lambda flags, file: attempt(flags, file),
+    "diff": lambda flags, old, new: attempt(flags, old, new),
+}

@@ -70,7 +70,6 @@ def evaluate(cfg: EvalConfig, run: dict) -> None:
         return
     revisions = rates.read_known(f"{out}/sl/revisions.jsonl")
     comparisons = rates.read_known(f"{out}/rm/comparisons.jsonl")
-    stage.journal("answers.jsonl")  # makes the folder
     with disk_full_guard(out / "base"):
         base = hub.require_folder(cfg.model, "model")
         shutil.copytree(base, out / "base", dirs_exist_ok=True)
@@ -101,9 +100,9 @@ def evaluate(cfg: EvalConfig, run: dict) -> None:
     # 4. What fails now is asked again by later evaluations.
     verdicts = rates.verdicts(answers, MODELS, revisions, comparisons)
     made_by = {"model": hub.weights_sha256(ppo), "seed": cfg.seed}
-    failing = rates.failures(answers, "ppo", made_by)
     files = {"answers": answers, "replayed": past, "jailbreaks": phrased, "verdicts": verdicts}
-    for name, rows in (files | {"failures": failing}).items():
+    files["failures"] = rates.failures(answers, "ppo", made_by)
+    for name, rows in files.items():
         save(stage, name, rows)
     found |= {"revision": rates.revision_rates(revisions), "labels": rates.label_rates(comparisons)}
     found |= {"rm_accuracy_vs_judge": share(agreed), "rm_judged_pairs": len(agreed)}
@@ -136,34 +135,28 @@ def save(stage: Stage, name: str, rows: list[dict]) -> None:
 # --- elo, agree, choices --------------------------------------------------------------------------
 
 
-def elo(arguments: list[str]) -> None:
+def elo(flags: list[str], file: str, *models: str) -> None:
     """python -m minicai elo CONFIG MODEL MODEL ... [--key=value]
 
     Rates any model folders by their answers to the prompts of the config's [eval]. Its feedback
     model compares the answers, in both orders. Writes OUT/elo.
     """
-    words, flags = config.split(arguments)
-    if len(words) < 3 or len(set(words)) < len(words):
-        raise InputError(
-            "elo: expected a config and two or more different model folders, for example: "
-            "python -m minicai elo configs/tiny.toml out/tiny/sl out/tiny/ppo"
-        )
-    cfg, how, reads = comparing([words.pop(0), *flags])
-    stage = Stage(cfg, "elo", reads | {"models": words})
-    record = stage.record
+    if len(set(models)) < max(2, len(models)):
+        raise InputError("elo: expected two or more different model folders after the config")
+    stage, how = comparing("elo", [file, *flags], {"models": models})
+    cfg, record = stage.cfg, stage.record
     if not record:
         prompts = read_prompts(cfg.prompts, cfg.limit)
         answers = [{"id": n, "prompt": prompt} for n, prompt in enumerate(prompts)]
         seeds = [(cfg.seed, n, 0) for n in range(len(answers))]
         sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
-        for model in words:
+        for model in models:
             answer(answers, model, model, seeds, sampling)
-        judge = reads["feedback"]
-        rows = play(answers, words, chooser(load_policy(judge), cfg.rows), how, judge)
+        choose = chooser(load_policy(cfg.feedback), cfg.rows)
+        rows = play(answers, models, choose, how, cfg.feedback)
         save(stage, "answers", answers)
-        save(stage, "comparisons", rows)
-        found = {"elo": ratings(rows, words, seed=cfg.seed), "prompts": len(answers)}
-        record = stage.finish(None, found | made_by(how, judge))
+        found = {"elo": ratings(rows, models, seed=cfg.seed), "prompts": len(answers)}
+        record = compared(stage, how, rows, found)
     rows = []
     for model, row in record["elo"].items():
         points = [f"{x:.0f}" for x in (row["elo"], *row["interval"])]
@@ -172,73 +165,62 @@ def elo(arguments: list[str]) -> None:
     print(f"wrote  {stage.folder}")
 
 
-def agree(arguments: list[str]) -> None:
+def agree(flags: list[str], file: str, preferences: str) -> None:
     """python -m minicai agree CONFIG FILE [--key=value]
 
     Agreement of AI labels with a file of human preferences, by confidence, and the calibration of
     the labels. The config's feedback model labels the pairs. Writes OUT/agree.
     """
-    words, flags = config.split(arguments)
-    if len(words) != 2:
-        raise InputError(
-            "agree: expected a config and one file of preferences, for example: "
-            "python -m minicai agree configs/tiny.toml human.jsonl.gz"
-        )
-    cfg, how, reads = comparing([words[0], *flags])
-    preferences = read_preferences(words[1], cfg.limit)
-    stage = Stage(cfg, "agree", reads | {"file": words[1]})
-    record = stage.record
+    stage, how = comparing("agree", [file, *flags], {"file": preferences})
+    cfg, record = stage.cfg, stage.record
     if not record:
-        judge = reads["feedback"]
-        choose = chooser(load_policy(judge), cfg.rows)
-        found, rows = human_agreement(preferences, choose, how, judge)
-        save(stage, "comparisons", rows)
-        record = stage.finish(None, found | made_by(how, judge))
-    parts = [("all", record)]
+        pairs = read_preferences(preferences, cfg.limit)
+        choose = chooser(load_policy(cfg.feedback), cfg.rows)
+        found, rows = human_agreement(pairs, choose, how, cfg.feedback)
+        record = compared(stage, how, rows, found)
+    rows = [["all", str(record["count"]), with_interval(record)]]
     for part in record["by_confidence"]:
-        parts.append((f"{part['low']:.1f}-{part['high']:.1f} sure", part))
-    rows = []
-    for name, part in parts:
-        shares = [f"{x:.3f}" for x in (part["rate"], *part["interval"])]
-        rows.append([name, str(part["count"]), *shares])
-    print(terminal.table(["agreement", "pairs", "rate", "low", "high"], rows))
+        name = f"{part['low']:.1f}-{part['high']:.1f} sure"
+        rows.append([name, str(part["count"]), with_interval(part)])
+    print(terminal.table(["agreement", "pairs", "rate (95 % interval)"], rows))
     print(f"expected calibration error {record['ece']:.3f}\nwrote  {stage.folder}")
 
 
-def comparing(arguments: list[str]) -> tuple[EvalConfig, Labelling, dict[str, str]]:
-    """The config of elo or agree, how pairs are labelled, and what both read (of stage.Stage)."""
+def comparing(name: str, arguments: list[str], reads: dict) -> tuple[Stage, Labelling]:
+    """The stage of elo or agree, and how it labels pairs. Its cfg.feedback is the model's name."""
     cfg = config.load(EvalConfig, "eval", arguments)
+    cfg.feedback = cfg.feedback or cfg.model
     rules = constitution.load(cfg.constitution)
     rules.usable("comparison")  # raises InputError where there is none
-    reads = {"constitution": cfg.constitution, "feedback": cfg.feedback or cfg.model}
-    return cfg, Labelling(rules, cfg.seed), reads
+    stage = Stage(cfg, name, reads | {"constitution": cfg.constitution})
+    return stage, Labelling(rules, cfg.seed)
 
 
-def made_by(how: Labelling, judge: str) -> dict:
-    """What a record says of how its pairs were labelled."""
-    return {"feedback": judge, "seed": how.seed, "constitution": how.constitution.stamp}
+def compared(stage: Stage, how: Labelling, rows: list[dict], found: dict) -> dict:
+    """Writes comparisons.jsonl and the record, which it returns, of elo or agree."""
+    save(stage, "comparisons", rows)
+    made_by = {"feedback": stage.cfg.feedback, "constitution": how.constitution.stamp}
+    return stage.finish(None, found | made_by)
 
 
-def choices(arguments: list[str]) -> None:
+def choices(flags: list[str], model: str, file: str) -> None:
     """python -m minicai choices MODEL FILE
 
     Accuracy of a model on a multiple-choice file ("prompt", "corrects", "incorrects"), by the
     log-probs of the options.
     """
-    if len(arguments) != 2:
-        raise InputError(
-            "choices: expected a model folder and a file, for example: "
-            "python -m minicai choices out/tiny/ppo hhh.jsonl"
-        )
-    folder, file = arguments
-    hub.require_folder(folder, "choices")
-    items = read_choices(file)
     parallel.setup()
-    scored = score_choices(items, partial(choice_logprobs, load_policy(folder)))
+    score = partial(choice_logprobs, load_policy(model))
+    scored = score_choices(read_choices(file), score)
     found = counted([row["right"] for row in scored])
-    low, high = found["interval"]
     p_correct = fmean(row["p_correct"] for row in scored)
     print(
-        f"accuracy {found['rate']:.3f} ({low:.3f}–{high:.3f}) of {found['count']} items; "
+        f"accuracy {with_interval(found)} of {found['count']} items; "
         f"mean probability of the correct options {p_correct:.3f}"
     )
+
+
+def with_interval(found: dict) -> str:
+    """A rate of measures.counted with its interval, or a dash where nothing was counted."""
+    low, high = found["interval"]
+    return f"{found['rate']:.3f} ({low:.3f}–{high:.3f})" if found["count"] else "–"

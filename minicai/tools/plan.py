@@ -1,4 +1,4 @@
-"""How much memory each stage needs: python -m minicai plan CONFIG [--processes=N] [--key=value ...]
+"""python -m minicai plan CONFIG [--processes=N] [--key=value ...]: memory that each stage needs.
 
 This is arithmetic. It reads the config, the prompts and each model's config.json. It loads no
 weights and makes no folder. Each formula is written above the line that computes it, because where
@@ -191,19 +191,17 @@ def planned(stage: str, arguments, N) -> dict:
     return phases
 
 
-def main(arguments: list[str]) -> None:
+def main(flags: list[str], file: str) -> None:
     """Prints the plan of all three stages, in GiB per process."""
     parser = argparse.ArgumentParser("minicai", usage=argparse.SUPPRESS)
     parser.add_argument("--processes", type=int, default=1)
-    options, rest = parser.parse_known_args(arguments)
+    options, flags = parser.parse_known_args(flags)
     if options.processes < 1:
         raise InputError("--processes must be at least 1")
     phases = {}
-    rows = []
     for stage in SCRIPTS:
-        phases |= planned(stage, rest, options.processes)
+        phases |= planned(stage, [file, *flags], options.processes)
+    rows = []
     for phase, parts in phases.items():
         rows.append([phase, *(f"{size / 2**30:.3f}" for size in parts.values())])
-    largest = max(phases, key=lambda phase: phases[phase]["total"])
     print(table(["GiB per process", *parts], rows))
-    print(f"\nLargest: {largest}, {phases[largest]['total'] / 2**30:.3f} GiB per process.")
