@@ -37,13 +37,8 @@ PLACEHOLDER = (
     r"\{\{?\s*\w+\s*\}?\}|[<\[](the )?(user )?"
     r"(prompt|question|request|response|answer|input|output|text|critique)[>\]]"
 )
-LONG = r"(\S+\s+){120}\S"  # the longest request of minicai's own constitutions has 56 words
 OPTION = r"(?-i:\([AB]\)|\b(option|response|answer) [AB]\b)"
 REWRITES = r"^(please )?(now )?(re-?write|revise|re-?phrase|re-?word|re-?draft|amend|edit)\b"
-CRITICISES = (
-    r"^(please )?(identify|point out|list|quote|find|critici[sz]e|critique|discuss|explain|"
-    r"describe|say (whether|where|how|if))\b"
-)
 MENDS = (
     r"\b(re-?w(rite|ord|ork)\w*|revis\w+|re-?phrase|re-?draft|amend|edit|write|change|improve|"
     r"correct|make|turn|remove|replace|add|give|shorten|expand|simplify|soften|clarify|put|"
@@ -117,37 +112,6 @@ CHECKS = (
         "the assistant's last response is ...\"",
     ),
     (
-        "error",
-        "revision",
-        CRITICISES,
-        MENDS,
-        'the revision asks for a critique: ask for a new response, as in "Please rewrite the '
-        "assistant's response so that it ...\"",
-    ),
-    (
-        "error",
-        "comparison",
-        REWRITES,
-        NEVER,
-        'the comparison asks for a revision: ask which of two is better, as in "Choose the '
-        'response that is ..."',
-    ),
-    (
-        "advice",
-        REQUESTS,
-        r"\n\n",
-        NEVER,
-        "the {request} has an empty line in it, as between two turns: join its paragraphs",
-    ),
-    (
-        "advice",
-        REQUESTS,
-        LONG,
-        NEVER,
-        "the {request} has more than 120 words, in which models lose the thread: ask for one "
-        "thing, or make two principles of it",
-    ),
-    (
         "advice",
         REQUESTS,
         OTHER_ROLE,
@@ -166,7 +130,7 @@ CHECKS = (
         "advice",
         "revision",
         r"\S",
-        f"{MENDS}|{CRITICISES}",
+        MENDS,
         "the revision does not ask to rewrite: \"Please rewrite the assistant's response so that "
         'it ..."',
     ),
@@ -174,7 +138,7 @@ CHECKS = (
         "advice",
         "comparison",
         r"\S",
-        f"{CHOOSES}|{REWRITES}",
+        CHOOSES,
         'the comparison does not ask to choose between two: "Choose the response that is ..."',
     ),
     (
@@ -211,29 +175,15 @@ CHECKS = (
     ),
     (
         "advice",
-        "parts",
-        "revision",
-        "critique",
-        "its revision is used only by style none, since it has no critique: add one",
-    ),
-    (
-        "error",
         "coverage",
         r"\S",
-        "critique revision|comparison",
-        "no principle can be used: phase 1 needs a critique and a revision, phase 2 a comparison",
-    ),
-    (
-        "advice",
-        "coverage",
-        "comparison",
         "critique revision",
         "phase 1 (train_sl.py) cannot use it: no principle has a critique and a revision",
     ),
     (
         "advice",
         "coverage",
-        "critique revision",
+        r"\S",
         "comparison",
         "phase 2 (train_rm.py) cannot use it: no principle has a comparison",
     ),
@@ -290,8 +240,7 @@ def too_long(rules: Constitution, count: Callable[[str], int], context: int) -> 
         if longest > context // 2:
             message = (
                 f"its requests take {longest} of the model's {context} tokens, which conversation, "
-                f"responses and critique share: shorten them"
+                "responses and critique share: shorten them"
             )
-            level = "error" if longest >= context else "advice"
-            found.append(Finding(level, p.name, message))
+            found.append(Finding("advice", p.name, message))
     return found
