@@ -84,7 +84,7 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor, temperature: float) -> tuple[Ten
 # --- does it fit the model's context? -------------------------------------------------------------
 
 
-def _context(config: PretrainedConfig) -> float:
+def context_length(config: PretrainedConfig) -> float:
     """Tokens that a model can read; infinite where its config names no number."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or float("inf")
 
@@ -97,7 +97,7 @@ def check_lengths(
     new_tokens: the most that may follow, the end of sequence included.
     source: the file of the prompts, for the message.
     """
-    sizes, context = [len(prompt) for prompt in prompts], _context(config)
+    sizes, context = [len(prompt) for prompt in prompts], context_length(config)
     name = f"{source}: prompt" if source else "prompt"
     if 0 in sizes:
         raise InputError(f"{name} {sizes.index(0) + 1} has no tokens")
@@ -136,7 +136,7 @@ def check_requests(
     if len(set(paths)) < len(paths):
         raise InputError(f"{what}: a model is named twice among {', '.join(paths)}")
     for path in paths if requests else ():
-        tokenizer, context = load_tokenizer(path), _context(load_config(path))
+        tokenizer, context = load_tokenizer(path), context_length(load_config(path))
         longest = max(len(encode_prompt(tokenizer, request)) for request in requests)
         if longest + new_tokens > context:
             raise InputError(

@@ -29,7 +29,7 @@ from minicai.constitution import Constitution, Principle, load
 from minicai.engine import config, parallel
 from minicai.engine.dialogue import Asked, decode, encode_prompt
 from minicai.engine.load import load_policy
-from minicai.engine.sampler import Sampling, generate
+from minicai.engine.sampler import Sampling, context_length, generate
 from minicai.engine.terminal import emphasis, plain
 from minicai.prompts import render_critique, render_revision
 from minicai.report import summary
@@ -69,7 +69,7 @@ class Speaker:
 
         The oldest question and its answer are dropped first. The last turn stays in any case.
         """
-        room = context(self.model) - texts * self.how.max_new_tokens
+        room = context_length(self.model.config) - texts * self.how.max_new_tokens
         while len(turns) > 2 and len(encode_prompt(self.model.tokenizer, shown(turns))) > room:
             turns = turns[2:]
         return turns
@@ -107,23 +107,24 @@ def main(flags: list[str], folder: str) -> None:
     """Answers lines from a terminal or a pipe. Raises InputError where a file cannot be used."""
     options = config.options(ChatOptions, flags)
     parallel.setup()
-    folders, speakers = [*filter(None, [folder, options.against])], []
-    for folder in folders:
-        model, name = load_policy(folder), "/".join(Path(folder).absolute().parts[-2:])
-        how = Sampling(min(options.max_new_tokens, context(model) // 2), options.temperature)
+    speakers = []
+    for path in filter(None, [folder, options.against]):
+        model, name = load_policy(path), "/".join(Path(path).absolute().parts[-2:])
+        limit = int(min(options.max_new_tokens, context_length(model.config) / 2))
+        how = Sampling(limit, options.temperature)
         label = f"{name}: " if options.against else ""
         speakers.append(Speaker(label, model, how, options.seed))
     stored = summary.config(Path(folder).absolute().parent, "sl")
     rules = options.constitution or stored.get("constitution", "none")
     terminal = sys.stdin.isatty()
-    roomy = min(context(speaker.model) for speaker in speakers) >= ROOMY
+    roomy = min(context_length(speaker.model.config) for speaker in speakers) >= ROOMY
     history = options.history
     if history == "auto":
         history = "on" if terminal and roomy else "off"
     if terminal:
         with suppress(ImportError):
             import readline  # noqa: F401 (arrow keys and earlier lines)
-        print(f"{' and '.join(folders)}; history {history}; /help lists the commands")
+        print(f"history {history}; /help lists the commands")
     sys.stdin.reconfigure(errors="replace")  # a pipe may hold bytes that are not UTF-8
     with suppress(EOFError, KeyboardInterrupt):
         while (line := input("you: " if terminal else "").strip()) != "/quit":
@@ -134,11 +135,6 @@ def main(flags: list[str], folder: str) -> None:
                     if history == "off":
                         speaker.turns = []
                     ask(speaker, line)
-
-
-def context(model: PreTrainedModel) -> int:
-    """Tokens that a model can read and write in all; 8,192 if its config does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 8192
 
 
 # --- questions and commands -----------------------------------------------------------------------

@@ -94,10 +94,10 @@ def check(flags: list[str], *files: str) -> None:
 def _context(rules: Constitution, model: str) -> list:
     from minicai.engine.dialogue import encode_prompt  # the rest of `check` needs no torch
     from minicai.engine.load import load_config, load_tokenizer
+    from minicai.engine.sampler import context_length
 
-    tokenizer, sizes = load_tokenizer(model), load_config(model).get_text_config()
-    context = getattr(sizes, "max_position_embeddings", None)
-    return too_long(rules, lambda text: len(encode_prompt(tokenizer, text)), context or 10**9)
+    tokenizer, tokens = load_tokenizer(model), context_length(load_config(model))
+    return too_long(rules, lambda text: len(encode_prompt(tokenizer, text)), tokens)
 
 
 # --- try, diff ------------------------------------------------------------------------------------

@@ -10,9 +10,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import train_ppo
-import train_rm
-import train_sl
 from minicai.engine import config, terminal
 from minicai.engine.data import read_jsonl, read_prompts
 from minicai.evaluation.rates import require_known
@@ -20,12 +17,8 @@ from minicai.report import page, summary
 from minicai.tools import judging
 from minicai.tools.constitution import with_config
 from minicai.tools.judging import EvalConfig
+from minicai.tools.plan import SCRIPTS
 
-SCRIPTS = {
-    "sl": (train_sl, train_sl.SLConfig),
-    "rm": (train_rm, train_rm.RMConfig),
-    "ppo": (train_ppo, train_ppo.PPOConfig),
-}
 WRITTEN = ("report.html", "summary.json", "sl/revisions.jsonl", "rm/comparisons.jsonl", "ppo")
 
 
@@ -42,8 +35,6 @@ def main(flags: list[str]) -> None:
     flags = with_config(flags)
     cfg = config.load(EvalConfig, "eval", flags)
     out = Path(cfg.out)
-    if not terminal.hushed():
-        print(f"model   {cfg.model}\noutput  {out.resolve()}", flush=True)
     planned, before = [], None
     for turn in range(1, cfg.alternate + 1):
         here = out if turn == cfg.alternate else out / f"round{turn}"

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from statistics import fmean
 
 from minicai import InputError, constitution
 from minicai.engine import config, hub, parallel, terminal
@@ -105,8 +104,12 @@ def evaluate(cfg: EvalConfig, run: dict) -> None:
     for name, rows in files.items():
         save(stage, name, rows)
     found |= {"revision": rates.revision_rates(revisions), "labels": rates.label_rates(comparisons)}
-    found |= {"rm_accuracy_vs_judge": share(agreed), "rm_judged_pairs": len(agreed)}
-    found |= {"run": run, "hacking": hacking, "seconds": time.monotonic() - began}
+    found |= {
+        "rm_accuracy_vs_judge": share(agreed),
+        "run": run,
+        "hacking": hacking,
+        "seconds": time.monotonic() - began,
+    }
     stage.finish(None, found)
 
 
@@ -213,11 +216,7 @@ def choices(flags: list[str], model: str, file: str) -> None:
     score = partial(choice_logprobs, load_policy(model))
     scored = score_choices(read_choices(file), score)
     found = counted([row["right"] for row in scored])
-    p_correct = fmean(row["p_correct"] for row in scored)
-    print(
-        f"accuracy {with_interval(found)} of {found['count']} items; "
-        f"mean probability of the correct options {p_correct:.3f}"
-    )
+    print(f"accuracy {with_interval(found)} of {found['count']} items")
 
 
 def with_interval(found: dict) -> str:

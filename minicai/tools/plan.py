@@ -37,7 +37,11 @@ from minicai.engine.models import CHUNK
 from minicai.engine.terminal import table
 from minicai.prompts import as_turns, render_revision
 
-SCRIPTS = {"sl": train_sl, "rm": train_rm, "ppo": train_ppo}
+SCRIPTS = {
+    "sl": (train_sl, train_sl.SLConfig),
+    "rm": (train_rm, train_rm.RMConfig),
+    "ppo": (train_ppo, train_ppo.PPOConfig),
+}
 # The config's key for the folder of a model, where it differs from the model's name.
 STARTS = {"model": "policy", "reference": "policy", "value": "reward"}
 
@@ -87,8 +91,8 @@ def planned(stage: str, arguments, N) -> dict:
     stage: "sl", "rm" or "ppo"; arguments: a config file and its --key=value overrides. Phases are
     named after the model that generates or labels in them, or "training".
     """
-    script = SCRIPTS[stage]
-    cfg = config.load(getattr(script, f"{stage.upper()}Config"), stage, arguments)
+    script, kind = SCRIPTS[stage]
+    cfg = config.load(kind, stage, arguments)
     parallel.setup(cfg.device, cfg.precision)
     b = 2 if parallel.precision() == "bf16" else 4
     models = {name: shape(cfg, name) for name in script.TRAINED + script.FROZEN}

@@ -228,7 +228,7 @@ def _alike(principles: tuple[Principle, ...]) -> Iterator[Finding]:
             yield Finding("error" if same else "advice", b.name, message)
 
 
-def too_long(rules: Constitution, count: Callable[[str], int], context: int) -> list[Finding]:
+def too_long(rules: Constitution, count: Callable[[str], int], context: float) -> list[Finding]:
     """Principles that take more than half of a model's context.
 
     count: the tokens of a text. context: the tokens that the model can read and write in all.
@@ -237,7 +237,7 @@ def too_long(rules: Constitution, count: Callable[[str], int], context: int) -> 
     for p in rules.principles:
         prompts = [render_revision("", "", "", p), render_comparison("", "", "", p)]
         longest = max(map(count, prompts))
-        if longest > context // 2:
+        if longest > context / 2:
             message = (
                 f"its requests take {longest} of the model's {context} tokens, which conversation, "
                 "responses and critique share: shorten them"

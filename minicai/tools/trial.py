@@ -62,9 +62,8 @@ def run(cfg, file: str) -> tuple[Path, list[dict], list[dict]]:
     how = Revising(rules, cfg.seed, rounds=1, choose=in_turn)
     count = len(how.principles)
     prompts = [prompts[k] for k in epoch_order(len(prompts), STREAM, cfg.seed)[: cfg.n]]
-    reads = {"model": cfg.model, "feedback": cfg.feedback, "prompts": cfg.prompts}
     name = f"try/{Path(file).stem}-{rules.sha256[:12]}"
-    stage = Stage(replace(cfg, constitution=file), name, reads)
+    stage = Stage(replace(cfg, constitution=file), name, {"model": cfg.model})
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
 
     def generate(asked, seeds) -> list[str]:
