@@ -34,7 +34,6 @@ from minicai.engine.terminal import emphasis, plain
 from minicai.prompts import render_critique, render_revision
 from minicai.report import summary
 
-COMMANDS = ("/new", "/principle", "/why", "/help", "/quit")
 ROOMY = 1024  # tokens; a smaller context has no room for a conversation
 STREAM = 6  # keeps the random numbers apart from those of the stages
 
@@ -56,7 +55,7 @@ class ChatOptions:
 class Speaker:
     """A model in a conversation."""
 
-    label: str  # "NAME: " before all that it says; "" for a single model
+    label: str  # "FOLDER: " before all that it says; "" for a single model
     model: PreTrainedModel
     how: Sampling
     seed: int
@@ -109,10 +108,10 @@ def main(flags: list[str], folder: str) -> None:
     parallel.setup()
     speakers = []
     for path in filter(None, [folder, options.against]):
-        model, name = load_policy(path), "/".join(Path(path).absolute().parts[-2:])
+        model = load_policy(path)
         limit = int(min(options.max_new_tokens, context_length(model.config) / 2))
         how = Sampling(limit, options.temperature)
-        label = f"{name}: " if options.against else ""
+        label = f"{path}: " if options.against else ""
         speakers.append(Speaker(label, model, how, options.seed))
     stored = summary.config(Path(folder).absolute().parent, "sl")
     rules = options.constitution or stored.get("constitution", "none")
@@ -169,7 +168,7 @@ def obey(line: str, speakers: list[Speaker], constitution: str) -> None:
         except InputError as error:
             note(f"{error}; name one with --constitution=FILE")
     else:
-        note(f"unknown command {command}{config.nearest(command, COMMANDS)}")
+        note(f"unknown command {command}; /help lists the commands")
 
 
 def principle(speakers: list[Speaker], rules: Constitution, name: str) -> None:
@@ -195,7 +194,7 @@ def revise(speaker: Speaker, principle: Principle) -> None:
         request = render_revision(turns, answer, critique, principle)
         revision = speaker.speak(request, "revision: ")
         if revision:
-            speaker.turns = [*before, {"role": "assistant", "content": revision}]
+            last["content"] = revision
             speaker.why.append(plain(speaker.label + label + critique))
 
 

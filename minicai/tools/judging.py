@@ -6,7 +6,7 @@ a record and every text that was judged; the same command again shows the same r
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -29,7 +29,7 @@ from minicai.evaluation.agreement import answer, human_agreement, orders_as
 from minicai.evaluation.choices import read_choices, score_choices
 from minicai.evaluation.elo import play, ratings
 from minicai.evaluation.jailbreaks import jailbreaks
-from minicai.evaluation.measures import counted, share
+from minicai.evaluation.measures import counted, grouped, share
 from minicai.feedback import Labelling
 
 MODELS = ("base", "sl", "ppo")  # the folders of a run whose answers are judged
@@ -119,11 +119,10 @@ def questions(prompts: str, limit: int, failures: Sequence[str], phrased: int) -
     prompts, failures: files. limit: use only the first prompts; 0 = all. phrased: the number of
     harmful prompts to ask in each phrasing.
     """
-    answers, kinds = [], {"harmful": [], "benign": []}
-    for k, row in enumerate(rates.read_known(prompts)[: limit or None]):
-        prompt, kind = row["prompt"], row.get("kind")
-        answers.append({"id": k, "prompt": prompt, "kind": kind})
-        kinds.setdefault(kind, []).append(prompt)
+    rows = enumerate(rates.read_known(prompts)[: limit or None])
+    answers = [{"id": k, "prompt": row["prompt"], "kind": row.get("kind")} for k, row in rows]
+    kinds = {"harmful": [], "benign": []}
+    kinds |= grouped((row["kind"], row["prompt"]) for row in answers)
     past = list(chain(*map(rates.read_known, failures)))
     return answers, past, jailbreaks(kinds["harmful"][:phrased], kinds["benign"])
 
@@ -146,26 +145,27 @@ def elo(flags: list[str], file: str, *models: str) -> None:
     """
     if len(set(models)) < max(2, len(models)):
         raise InputError("elo: expected two or more different model folders after the config")
-    stage, how = comparing("elo", [file, *flags], {"models": models})
-    cfg, record = stage.cfg, stage.record
-    if not record:
+
+    def compare(stage: Stage, how: Labelling) -> tuple[dict, list[dict]]:
+        cfg = stage.cfg
         prompts = read_prompts(cfg.prompts, cfg.limit)
         answers = [{"id": n, "prompt": prompt} for n, prompt in enumerate(prompts)]
         seeds = [(cfg.seed, n, 0) for n in range(len(answers))]
         sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
         for model in models:
             answer(answers, model, model, seeds, sampling)
+        save(stage, "answers", answers)
         choose = chooser(load_policy(cfg.feedback), cfg.rows)
         rows = play(answers, models, choose, how, cfg.feedback)
-        save(stage, "answers", answers)
-        found = {"elo": ratings(rows, models, seed=cfg.seed), "prompts": len(answers)}
-        record = compared(stage, how, rows, found)
+        return {"elo": ratings(rows, models, seed=cfg.seed), "prompts": len(answers)}, rows
+
+    folder, record = judged("elo", [file, *flags], {"models": models}, compare)
     rows = []
     for model, row in record["elo"].items():
         points = [f"{x:.0f}" for x in (row["elo"], *row["interval"])]
         rows.append([model, *points, f"{row['win_rate']:.3f}"])
     print(terminal.table(["model", "Elo", "low", "high", "win rate"], rows))
-    print(f"wrote  {stage.folder}")
+    print(f"wrote  {folder}")
 
 
 def agree(flags: list[str], file: str, preferences: str) -> None:
@@ -174,36 +174,42 @@ def agree(flags: list[str], file: str, preferences: str) -> None:
     Agreement of AI labels with a file of human preferences, by confidence, and the calibration of
     the labels. The config's feedback model labels the pairs. Writes OUT/agree.
     """
-    stage, how = comparing("agree", [file, *flags], {"file": preferences})
-    cfg, record = stage.cfg, stage.record
-    if not record:
+
+    def compare(stage: Stage, how: Labelling) -> tuple[dict, list[dict]]:
+        cfg = stage.cfg
         pairs = read_preferences(preferences, cfg.limit)
         choose = chooser(load_policy(cfg.feedback), cfg.rows)
-        found, rows = human_agreement(pairs, choose, how, cfg.feedback)
-        record = compared(stage, how, rows, found)
+        return human_agreement(pairs, choose, how, cfg.feedback)
+
+    folder, record = judged("agree", [file, *flags], {"file": preferences}, compare)
     rows = [["all", str(record["count"]), with_interval(record)]]
     for part in record["by_confidence"]:
         name = f"{part['low']:.1f}-{part['high']:.1f} sure"
         rows.append([name, str(part["count"]), with_interval(part)])
     print(terminal.table(["agreement", "pairs", "rate (95 % interval)"], rows))
-    print(f"expected calibration error {record['ece']:.3f}\nwrote  {stage.folder}")
+    print(f"expected calibration error {record['ece']:.3f}\nwrote  {folder}")
 
 
-def comparing(name: str, arguments: list[str], reads: dict) -> tuple[Stage, Labelling]:
-    """The stage of elo or agree, and how it labels pairs. Its cfg.feedback is the model's name."""
+def judged(
+    name: str, arguments: list[str], reads: dict, compare: Callable[..., tuple[dict, list[dict]]]
+) -> tuple[Path, dict]:
+    """Runs elo or agree, unless an earlier run did. Returns its folder and its record.
+
+    compare: makes what is recorded, and the rows of comparisons.jsonl, from the stage, whose
+    cfg.feedback names the model that compares, and from how it labels pairs.
+    """
     cfg = config.load(EvalConfig, "eval", arguments)
     cfg.feedback = cfg.feedback or cfg.model
     rules = constitution.load(cfg.constitution)
     rules.usable("comparison")  # raises InputError where there is none
     stage = Stage(cfg, name, reads | {"constitution": cfg.constitution})
-    return stage, Labelling(rules, cfg.seed)
-
-
-def compared(stage: Stage, how: Labelling, rows: list[dict], found: dict) -> dict:
-    """Writes comparisons.jsonl and the record, which it returns, of elo or agree."""
-    save(stage, "comparisons", rows)
-    made_by = {"feedback": stage.cfg.feedback, "constitution": how.constitution.stamp}
-    return stage.finish(None, found | made_by)
+    record = stage.record
+    if not record:
+        found, rows = compare(stage, Labelling(rules, cfg.seed))
+        save(stage, "comparisons", rows)
+        made_by = {"feedback": cfg.feedback, "constitution": rules.stamp}
+        record = stage.finish(None, found | made_by)
+    return stage.folder, record
 
 
 def choices(flags: list[str], model: str, file: str) -> None:

@@ -46,7 +46,6 @@ MENDS = (
 )
 CHOOSES = r"\b(choose|pick|select|prefer|which|compare|decide|rank)\b"
 SUBJECT = r"\b(assistant|response|answer|reply|conversation|dialogue|human|user)"
-OTHER_ROLE = r"\b(the|this|an?) (ai|model|language model|llm|chat-?bot|bot)\b"
 FORBIDS = (
     r"\b(not|never|no|avoid\w*|without|remov\w+|refrain\w*|less|least|stop|delete|omit|leave out|"
     r"free of)\b"
@@ -77,8 +76,8 @@ NEVER = r"(?!)"
 # --- checks ---------------------------------------------------------------------------------------
 
 # (level, texts, a pattern that a text has, one that it lacks, message). The texts of a principle:
-# its three requests; "aims", revision and comparison; "parts", the names of the requests it has.
-# Those of a constitution: "everything", all requests; "coverage", the parts of each principle.
+# its three requests, and "aims", revision and comparison.
+# Those of a constitution: "everything", all requests; "coverage", the names of the requests of each principle.
 CHECKS = (
     (
         "error",
@@ -110,14 +109,6 @@ CHECKS = (
         NEVER,
         'the critique asks for a revision: ask what is wrong, as in "Identify any way in which '
         "the assistant's last response is ...\"",
-    ),
-    (
-        "advice",
-        REQUESTS,
-        OTHER_ROLE,
-        "assistant",
-        'the {request} speaks of "{found}", but the conversation is between Human and Assistant: '
-        'write "the assistant"',
     ),
     (
         "advice",
@@ -168,13 +159,6 @@ CHECKS = (
     ),
     (
         "advice",
-        "parts",
-        "critique",
-        "revision",
-        "its critique is never used, since it has no revision: add one",
-    ),
-    (
-        "advice",
         "coverage",
         r"\S",
         "critique revision",
@@ -197,8 +181,7 @@ def proofread(rules: Constitution) -> list[Finding]:
         requests = {request: getattr(p, request) for request in REQUESTS}
         texts += requests.values()
         parts.append(" ".join(filter(requests.get, REQUESTS)))
-        aims = f"{p.revision} {p.comparison}"
-        found += _matches(p.name, requests | {"aims": aims, "parts": parts[-1]})
+        found += _matches(p.name, requests | {"aims": f"{p.revision} {p.comparison}"})
     found += _matches("", {"everything": "\n".join(texts), "coverage": "\n".join(parts)})
     return sorted(found, key=lambda finding: finding.level != "error")
 
@@ -215,17 +198,12 @@ def _matches(name: str, texts: dict[str, str]) -> Iterator[Finding]:
 
 def _alike(principles: tuple[Principle, ...]) -> Iterator[Finding]:
     """Principles that count twice, since their words are the same, or nearly."""
-    for a, b in combinations(principles, 2):
-        near = []
-        for request in REQUESTS:
-            words, others = getattr(a, request).split(), getattr(b, request).split()
-            if words and get_close_matches(words, [others], 1, NEAR):
-                near.append(request)
-        if near:
-            where = f"the same words as {a.name}, or nearly, in {' and '.join(near)}"
-            message = f"{where}: remove one of the two, or say how they differ"
-            same = replace(a, name=b.name) == b
-            yield Finding("error" if same else "advice", b.name, message)
+    for (a, b), request in product(combinations(principles, 2), REQUESTS):
+        words, others = getattr(a, request).split(), getattr(b, request).split()
+        if words and get_close_matches(words, [others], 1, NEAR):
+            level = "error" if replace(a, name=b.name) == b else "advice"
+            message = f"the {request} has the same words as that of {a.name}, or nearly: change one"
+            yield Finding(level, b.name, message)
 
 
 def too_long(rules: Constitution, count: Callable[[str], int], context: float) -> list[Finding]:

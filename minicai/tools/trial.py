@@ -36,9 +36,7 @@ def attempt(cfg, file: str) -> None:
 def diff(cfg, *files: str) -> None:
     """`diff`: prints which lines of the files changed, and how this changes the revisions."""
     (old, old_rows, _), (new, new_rows, _) = (run(cfg, file) for file in files)
-    # run() has compared the other inputs with those of earlier runs
-    reads = {"old": f"{old}/revisions.jsonl", "new": f"{new}/revisions.jsonl"}
-    stage = Stage(cfg, f"diff/{old.name}_{new.name}", reads)
+    stage = Stage(cfg, f"diff/{old.name}_{new.name}", {"model": cfg.model})
     rows = against(old_rows, new_rows)
     if not stage.record:
         judge(cfg, stage, rows, [*map(load, files)])
