@@ -48,7 +48,6 @@ class ChatOptions:
     history: str = config.setting("auto", choices=("auto", "on", "off"))
     temperature: float = 0.0  # 0 = the most likely token each time
     max_new_tokens: int = config.setting(256, at_least=1)  # of an answer; at most half the context
-    seed: int = 0  # of the sampling at a temperature above 0
 
 
 @dataclass
@@ -58,10 +57,9 @@ class Speaker:
     label: str  # "FOLDER: " before all that it says; "" for a single model
     model: PreTrainedModel
     how: Sampling
-    seed: int
     turns: list[dict] = field(default_factory=list)  # the last one is the model's
     why: list[str] = field(default_factory=list)  # the critiques that led to it
-    said: int = 0  # texts so far; with the seed it decides their random numbers
+    said: int = 0  # texts so far; it decides their random numbers
 
     def latest(self, turns: list[dict], shown: Callable[[list[dict]], Asked], texts: int = 1):
         """The latest turns that fit into the context, with new texts after what is shown of them.
@@ -89,7 +87,7 @@ class Speaker:
             printed = max(printed, whole)
 
         self.said += 1
-        ids, seeds = encode_prompt(tokenizer, prompt), (STREAM, self.seed, self.said)
+        ids, seeds = encode_prompt(tokenizer, prompt), (STREAM, self.said)
         print(emphasis(self.label + label), end="", flush=True)
         try:
             generate(self.model, [ids], [seeds], self.how, heard=hear)
@@ -112,11 +110,11 @@ def main(flags: list[str], folder: str) -> None:
         limit = int(min(options.max_new_tokens, context_length(model.config) / 2))
         how = Sampling(limit, options.temperature)
         label = f"{path}: " if options.against else ""
-        speakers.append(Speaker(label, model, how, options.seed))
+        speakers.append(Speaker(label, model, how))
     stored = summary.config(Path(folder).absolute().parent, "sl")
     rules = options.constitution or stored.get("constitution", "none")
     terminal = sys.stdin.isatty()
-    roomy = min(context_length(speaker.model.config) for speaker in speakers) >= ROOMY
+    roomy = context_length(speakers[0].model.config) >= ROOMY
     history = options.history
     if history == "auto":
         history = "on" if terminal and roomy else "off"

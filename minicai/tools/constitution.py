@@ -2,7 +2,7 @@
 
   new FILE [--like=NAME]                 write a constitution to start from. NAME: first, general,
                                          redteam, customer_service, medical, finance or tiny
-  check FILE ... [--model=DIR]           find errors (exit code 2) and give advice. With a model,
+  check FILE [--model=DIR]               find errors (exit code 2) and give advice. With a model,
                                          also check that the principles fit into its context
   try FILE [--prompts=FILE] [--n=20]     let the model answer n prompts, then criticise and revise
                                          each answer under each principle: how often it changes,
@@ -12,7 +12,7 @@
 
 `try` and `diff` take [--config=FILE] (default: configs/tiny.toml) and the settings below. They
 write OUT/try/NAME-FINGERPRINT and OUT/diff/...: all texts are in revisions.jsonl, all votes in
-comparisons.jsonl. Run the same command again to resume, or to print the results again.
+comparisons.jsonl. Run the same command again to print the results again.
 """
 
 import json
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minicai import InputError
-from minicai.constitution import Constitution, load
+from minicai.constitution import load
 from minicai.engine import config, terminal
 from minicai.tools import call
 from minicai.tools.proofread import proofread, too_long
@@ -74,30 +74,26 @@ def new(flags: list[str], file: str) -> None:
     print(f"wrote  {path}\nedit   it, then: python -m minicai constitution check {path}")
 
 
-def check(flags: list[str], *files: str) -> None:
-    """Prints the findings of each file. Raises InputError where one of them is an error."""
-    model, wrong = config.options(CheckOptions, flags).model, []
-    for file in files:
-        rules = load(config.locate(file, Path()))
-        found = [*(_context(rules, model) if model else []), *proofread(rules)]
-        print(f"{file}: {rules.name} {rules.version}, principles: {len(rules.principles)}")
-        for finding in found:
-            name = finding.principle or rules.name
-            print(f"  {terminal.emphasis(finding.level)}  {name}: {finding.message}")
-        errors = sum(finding.level == "error" for finding in found)
-        print(f"  errors: {errors}, advice: {len(found) - errors}")
-        wrong += [file] * bool(errors)
-    if wrong:
-        raise InputError(f"{', '.join(wrong)}: cannot be used: correct the errors above")
+def check(flags: list[str], file: str) -> None:
+    """Prints the findings. Raises InputError where one of them is an error."""
+    model = config.options(CheckOptions, flags).model
+    rules = load(config.locate(file, Path()))
+    found = proofread(rules)
+    if model:
+        from minicai.engine.dialogue import encode_prompt  # the rest needs no torch
+        from minicai.engine.load import load_config, load_tokenizer
+        from minicai.engine.sampler import context_length
 
-
-def _context(rules: Constitution, model: str) -> list:
-    from minicai.engine.dialogue import encode_prompt  # the rest of `check` needs no torch
-    from minicai.engine.load import load_config, load_tokenizer
-    from minicai.engine.sampler import context_length
-
-    tokenizer, tokens = load_tokenizer(model), context_length(load_config(model))
-    return too_long(rules, lambda text: len(encode_prompt(tokenizer, text)), tokens)
+        tokenizer, context = load_tokenizer(model), context_length(load_config(model))
+        found += too_long(rules, lambda text: len(encode_prompt(tokenizer, text)), context)
+    print(f"{file}: {rules.name} {rules.version}, principles: {len(rules.principles)}")
+    for finding in found:
+        name = finding.principle or rules.name
+        print(f"  {terminal.emphasis(finding.level)}  {name}: {finding.message}")
+    errors = sum(finding.level == "error" for finding in found)
+    print(f"  errors: {errors}, advice: {len(found) - errors}")
+    if errors:
+        raise InputError(f"{file}: cannot be used: correct the errors above")
 
 
 # --- try, diff ------------------------------------------------------------------------------------

@@ -146,7 +146,7 @@ def elo(flags: list[str], file: str, *models: str) -> None:
     if len(set(models)) < max(2, len(models)):
         raise InputError("elo: expected two or more different model folders after the config")
 
-    def compare(stage: Stage, how: Labelling) -> tuple[dict, list[dict]]:
+    def compare(stage: Stage, how: Labelling) -> tuple:
         cfg = stage.cfg
         prompts = read_prompts(cfg.prompts, cfg.limit)
         answers = [{"id": n, "prompt": prompt} for n, prompt in enumerate(prompts)]
@@ -162,9 +162,8 @@ def elo(flags: list[str], file: str, *models: str) -> None:
     folder, record = judged("elo", [file, *flags], {"models": models}, compare)
     rows = []
     for model, row in record["elo"].items():
-        points = [f"{x:.0f}" for x in (row["elo"], *row["interval"])]
-        rows.append([model, *points, f"{row['win_rate']:.3f}"])
-    print(terminal.table(["model", "Elo", "low", "high", "win rate"], rows))
+        rows.append([model, *(f"{x:.0f}" for x in (row["elo"], *row["interval"]))])
+    print(terminal.table(["model", "Elo", "low", "high"], rows))
     print(f"wrote  {folder}")
 
 
@@ -175,7 +174,7 @@ def agree(flags: list[str], file: str, preferences: str) -> None:
     the labels. The config's feedback model labels the pairs. Writes OUT/agree.
     """
 
-    def compare(stage: Stage, how: Labelling) -> tuple[dict, list[dict]]:
+    def compare(stage: Stage, how: Labelling) -> tuple:
         cfg = stage.cfg
         pairs = read_preferences(preferences, cfg.limit)
         choose = chooser(load_policy(cfg.feedback), cfg.rows)
@@ -190,9 +189,7 @@ def agree(flags: list[str], file: str, preferences: str) -> None:
     print(f"expected calibration error {record['ece']:.3f}\nwrote  {folder}")
 
 
-def judged(
-    name: str, arguments: list[str], reads: dict, compare: Callable[..., tuple[dict, list[dict]]]
-) -> tuple[Path, dict]:
+def judged(name: str, arguments: list[str], reads: dict, compare: Callable) -> tuple[Path, dict]:
     """Runs elo or agree, unless an earlier run did. Returns its folder and its record.
 
     compare: makes what is recorded, and the rows of comparisons.jsonl, from the stage, whose

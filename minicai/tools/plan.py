@@ -202,10 +202,8 @@ def main(flags: list[str], file: str) -> None:
     options, flags = parser.parse_known_args(flags)
     if options.processes < 1:
         raise InputError("--processes must be at least 1")
-    phases = {}
-    for stage in SCRIPTS:
-        phases |= planned(stage, [file, *flags], options.processes)
     rows = []
-    for phase, parts in phases.items():
-        rows.append([phase, *(f"{size / 2**30:.3f}" for size in parts.values())])
+    for stage in SCRIPTS:
+        for phase, parts in planned(stage, [file, *flags], options.processes).items():
+            rows.append([phase, *(f"{size / 2**30:.3f}" for size in parts.values())])
     print(table(["GiB per process", *parts], rows))

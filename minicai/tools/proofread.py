@@ -76,8 +76,8 @@ NEVER = r"(?!)"
 # --- checks ---------------------------------------------------------------------------------------
 
 # (level, texts, a pattern that a text has, one that it lacks, message). The texts of a principle:
-# its three requests, and "aims", revision and comparison.
-# Those of a constitution: "everything", all requests; "coverage", the names of the requests of each principle.
+# its three requests, and "aims", revision and comparison. Those of a constitution: "everything",
+# all requests; "coverage", a line for each principle with the names of its requests.
 CHECKS = (
     (
         "error",
@@ -175,7 +175,7 @@ CHECKS = (
 
 
 def proofread(rules: Constitution) -> list[Finding]:
-    """All errors, then all advice, each in the order of the principles."""
+    """Errors and advice about each principle, and then about the whole constitution."""
     found, texts, parts = [*_alike(rules.principles)], [], []
     for p in rules.principles:
         requests = {request: getattr(p, request) for request in REQUESTS}
@@ -183,7 +183,7 @@ def proofread(rules: Constitution) -> list[Finding]:
         parts.append(" ".join(filter(requests.get, REQUESTS)))
         found += _matches(p.name, requests | {"aims": f"{p.revision} {p.comparison}"})
     found += _matches("", {"everything": "\n".join(texts), "coverage": "\n".join(parts)})
-    return sorted(found, key=lambda finding: finding.level != "error")
+    return found
 
 
 def _matches(name: str, texts: dict[str, str]) -> Iterator[Finding]:
@@ -206,12 +206,11 @@ def _alike(principles: tuple[Principle, ...]) -> Iterator[Finding]:
             yield Finding(level, b.name, message)
 
 
-def too_long(rules: Constitution, count: Callable[[str], int], context: float) -> list[Finding]:
+def too_long(rules: Constitution, count: Callable[[str], int], context: float) -> Iterator[Finding]:
     """Principles that take more than half of a model's context.
 
     count: the tokens of a text. context: the tokens that the model can read and write in all.
     """
-    found = []
     for p in rules.principles:
         prompts = [render_revision("", "", "", p), render_comparison("", "", "", p)]
         longest = max(map(count, prompts))
@@ -220,5 +219,4 @@ def too_long(rules: Constitution, count: Callable[[str], int], context: float) -
                 f"its requests take {longest} of the model's {context} tokens, which conversation, "
                 "responses and critique share: shorten them"
             )
-            found.append(Finding("advice", p.name, message))
-    return found
+            yield Finding("advice", p.name, message)

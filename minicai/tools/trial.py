@@ -16,9 +16,9 @@ from minicai.constitution import Constitution, load
 from minicai.critique import Generate, Revising, critique_and_revise, faults, in_turn
 from minicai.engine.data import epoch_order, read_jsonl, read_prompts
 from minicai.engine.load import load_policy
-from minicai.engine.sampler import Sampling, chooser, respond
+from minicai.engine.sampler import Sampling, chooser, responder
 from minicai.engine.stage import Stage
-from minicai.engine.terminal import emphasis, plain, table
+from minicai.engine.terminal import Progress, emphasis, plain, table
 from minicai.evaluation.measures import counted, grouped
 from minicai.feedback import Choose, Labelling, label_pairs
 from minicai.prompts import Prompt, as_turns
@@ -58,23 +58,18 @@ def run(cfg, file: str) -> tuple[Path, list[dict], list[dict]]:
     """
     rules, prompts = load(file), read_prompts(cfg.prompts)
     how = Revising(rules, cfg.seed, rounds=1, choose=in_turn)
-    count = len(how.principles)
     prompts = [prompts[k] for k in epoch_order(len(prompts), STREAM, cfg.seed)[: cfg.n]]
     name = f"try/{Path(file).stem}-{rules.sha256[:12]}"
     stage = Stage(replace(cfg, constitution=file), name, {"model": cfg.model})
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
-
-    def generate(asked, seeds) -> list[str]:
-        return respond(model, asked, seeds, sampling, stage.progress)[0]
-
     if not stage.record:
-        journal = stage.journal("revisions.jsonl", cfg.rows * count, len(prompts) * count)
-        model = load_policy(cfg.model)
-        for first, last in stage.turns(journal, "generate", "texts", each=2 + 1 / count):
-            first, last = first // count, last // count  # prompts
-            journal.append(each_principle(prompts[first:last], first, generate, how))
-        del model  # the judge may need its memory
-        judge(cfg, stage, journal.rows, [rules])
+        texts = len(prompts) * (2 * len(how.principles) + 1)
+        with Progress(f"try: {rules.name}", texts, "texts") as progress:
+            generate = responder(load_policy(cfg.model), sampling, STREAM, progress)
+            rows = each_principle(prompts, generate, how)
+        del generate  # the judge may need its memory
+        save(stage, "revisions", rows)
+        judge(cfg, stage, rows, [rules])
     rows = read_jsonl(stage.folder / "revisions.jsonl")
     return stage.folder, rows, read_jsonl(stage.folder / "comparisons.jsonl")
 
@@ -91,10 +86,8 @@ def judge(cfg, stage: Stage, rows: Sequence[dict], versions: Sequence[Constituti
 # --- rows of the journals -------------------------------------------------------------------------
 
 
-def each_principle(
-    prompts: Sequence[Prompt], first: int, generate: Generate, how: Revising
-) -> list[dict]:
-    """Makes the rows of revisions.jsonl for prompts number first, first + 1, ...
+def each_principle(prompts: Sequence[Prompt], generate: Generate, how: Revising) -> list[dict]:
+    """Makes the rows of revisions.jsonl.
 
     P principles make P rows per prompt: row i has prompt i // P and principle i % P. The answer of
     a prompt is sampled once, and its random numbers do not depend on the principle. Thus a
@@ -104,14 +97,14 @@ def each_principle(
     count = len(how.principles)
 
     def per_prompt(asked, seeds) -> list[str]:
-        return generate(asked, [(STREAM, seed, i // count, step) for seed, i, step in seeds])
+        return generate(asked, [(seed, i // count, step) for seed, i, step in seeds])
 
     def once(asked, seeds) -> list[str]:
         answers = per_prompt(asked[::count], seeds[::count])
         return [answer for answer in answers for _ in range(count)]
 
     asked = [prompt for prompt in prompts for _ in range(count)]
-    rows = critique_and_revise(asked, first * count, how, once, per_prompt, per_prompt)
+    rows = critique_and_revise(asked, 0, how, once, per_prompt, per_prompt)
     for row in rows:
         row["principle"] = row["rounds"][0]["principle"]
         row["id"] = f"{row['id'] // count} {row['principle']}"
