@@ -150,7 +150,7 @@ def ask(speaker: Speaker, question: str) -> None:
 
 def obey(line: str, speakers: list[Speaker], constitution: str) -> None:
     """Runs a /command. constitution: a file."""
-    command, name = [*line.split(maxsplit=1), ""][:2]
+    command, _, name = line.partition(" ")
     if command == "/help":
         note(__doc__.partition("\n\n")[2])
     elif command == "/new":

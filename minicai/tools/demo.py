@@ -62,8 +62,7 @@ def closing(out: Path) -> str:
     found = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     rows = read_jsonl(out / "eval" / "answers.jsonl")
     lines = ["", summary.headline(found), ""]
-    harmful, benign = ([row for row in rows if row["kind"] == k] for k in ("harmful", "benign"))
-    for row in harmful[:2] + benign[:1]:
+    for row in rows[:2] + rows[-1:]:  # harmful prompts come first in the tiny world's file
         lines.append(f"Human: {row['prompt']}")
         for key, name in summary.STAGES.items():
             lines.append(f"  {name:<7} {terminal.plain(row[key])}")
