@@ -14,13 +14,13 @@
 --quiet prints only results and errors. Run the same command again to resume it.
 """
 
-import difflib
 import importlib
 import inspect
 import os
 
 from minicai import InputError
 from minicai.engine import config, terminal
+from minicai.tools import call
 
 COMMANDS = {  # name: where its function is, and the options that --help lists
     "demo": ("tools.demo", "main", "EvalConfig"),
@@ -28,7 +28,7 @@ COMMANDS = {  # name: where its function is, and the options that --help lists
     "elo": ("tools.judging", "elo", "EvalConfig"),
     "agree": ("tools.judging", "agree", "EvalConfig"),
     "choices": ("tools.judging", "choices", ""),
-    "report": ("tools.demo", "report", ""),
+    "report": ("tools.demo", "report", "ReportOptions"),
     "plan": ("tools.plan", "main", ""),
     "constitution": ("tools.constitution", "main", "TryConfig"),
     "chat": ("tools.chat", "main", "ChatOptions"),
@@ -55,12 +55,9 @@ def main(arguments: list[str]) -> None:
             "train_ppo.py"
         )
     if name not in COMMANDS:
-        problem = f"unknown command {name!r}" if name else "no command given"
-        near = difflib.get_close_matches(name, COMMANDS, 1)
-        known = f"known: {', '.join(COMMANDS)} (see python -m minicai --help)"
-        raise InputError(f"{problem}; {f'did you mean {near[0]}?' if near else known}")
+        raise InputError(f"unknown command {name!r}{config.nearest(name, COMMANDS)}")
     place, function, _ = COMMANDS[name]
-    getattr(importlib.import_module(f"minicai.{place}"), function)(rest)
+    call(name, getattr(importlib.import_module(f"minicai.{place}"), function), rest)
 
 
 if __name__ == "__main__":

@@ -84,6 +84,11 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor, temperature: float) -> tuple[Ten
 # --- does it fit the model's context? -------------------------------------------------------------
 
 
+def context_length(config: PretrainedConfig) -> float:
+    """Tokens that a model can read; infinite where its config names no number."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or float("inf")
+
+
 def check_lengths(
     config: PretrainedConfig, prompts: Sequence[Ids], new_tokens: int, source: str = ""
 ) -> None:
@@ -92,8 +97,7 @@ def check_lengths(
     new_tokens: the most that may follow, the end of sequence included.
     source: the file of the prompts, for the message.
     """
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    sizes = [len(prompt) for prompt in prompts]
+    sizes, context = [len(prompt) for prompt in prompts], context_length(config)
     name = f"{source}: prompt" if source else "prompt"
     if 0 in sizes:
         raise InputError(f"{name} {sizes.index(0) + 1} has no tokens")

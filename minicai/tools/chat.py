@@ -4,8 +4,7 @@
   /new               start a new conversation
   /principle [NAME]  criticise and revise the last answer under a principle; the revision replaces
                      the answer. Without a NAME: list the principles
-  /why [NAME]        show the critique that led to the last revision. With a NAME: critique the
-                     answer under that principle without changing it
+  /why               show the critiques that led to the last answer
   /help              print this text
   /quit              leave, as at the end of the input, or with Ctrl-C at the prompt
 
@@ -18,7 +17,6 @@ every line of a file is then answered by itself, as in
 """
 
 import sys
-import tomllib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -31,11 +29,11 @@ from minicai.constitution import Constitution, Principle, load
 from minicai.engine import config, parallel
 from minicai.engine.dialogue import Asked, decode, encode_prompt
 from minicai.engine.load import load_policy
-from minicai.engine.sampler import Sampling, generate
+from minicai.engine.sampler import Sampling, context_length, generate
 from minicai.engine.terminal import emphasis, plain
 from minicai.prompts import render_critique, render_revision
+from minicai.report import summary
 
-COMMANDS = ("/new", "/principle", "/why", "/help", "/quit")
 ROOMY = 1024  # tokens; a smaller context has no room for a conversation
 STREAM = 6  # keeps the random numbers apart from those of the stages
 
@@ -50,27 +48,25 @@ class ChatOptions:
     history: str = config.setting("auto", choices=("auto", "on", "off"))
     temperature: float = 0.0  # 0 = the most likely token each time
     max_new_tokens: int = config.setting(256, at_least=1)  # of an answer; at most half the context
-    seed: int = 0  # of the sampling at a temperature above 0
 
 
 @dataclass
 class Speaker:
     """A model in a conversation."""
 
-    label: str  # "NAME: " before all that it says; "" for a single model
+    label: str  # "FOLDER: " before all that it says; "" for a single model
     model: PreTrainedModel
     how: Sampling
-    seed: int
     turns: list[dict] = field(default_factory=list)  # the last one is the model's
-    why: list[tuple[str, str]] = field(default_factory=list)  # (principle, critique) of revisions
-    said: int = 0  # texts so far; with the seed it decides their random numbers
+    why: list[str] = field(default_factory=list)  # the critiques that led to it
+    said: int = 0  # texts so far; it decides their random numbers
 
     def latest(self, turns: list[dict], shown: Callable[[list[dict]], Asked], texts: int = 1):
         """The latest turns that fit into the context, with new texts after what is shown of them.
 
         The oldest question and its answer are dropped first. The last turn stays in any case.
         """
-        room = context(self.model) - texts * self.how.max_new_tokens
+        room = context_length(self.model.config) - texts * self.how.max_new_tokens
         while len(turns) > 2 and len(encode_prompt(self.model.tokenizer, shown(turns))) > room:
             turns = turns[2:]
         return turns
@@ -91,7 +87,7 @@ class Speaker:
             printed = max(printed, whole)
 
         self.said += 1
-        ids, seeds = encode_prompt(tokenizer, prompt), (STREAM, self.seed, self.said)
+        ids, seeds = encode_prompt(tokenizer, prompt), (STREAM, self.said)
         print(emphasis(self.label + label), end="", flush=True)
         try:
             generate(self.model, [ids], [seeds], self.how, heard=hear)
@@ -104,31 +100,28 @@ class Speaker:
         return text
 
 
-def main(arguments: list[str]) -> None:
+def main(flags: list[str], folder: str) -> None:
     """Answers lines from a terminal or a pipe. Raises InputError where a file cannot be used."""
-    words, flags = config.split(arguments)
     options = config.options(ChatOptions, flags)
-    if len(words) != 1:
-        raise InputError(
-            "chat: expected one model folder, for example: "
-            "python -m minicai chat out/tiny/ppo --against=out/tiny/base"
-        )
     parallel.setup()
-    folders, speakers = [*filter(None, [words[0], options.against])], []
-    for folder in folders:
-        model, name = load_policy(folder), "/".join(Path(folder).absolute().parts[-2:])
-        how = Sampling(min(options.max_new_tokens, context(model) // 2), options.temperature)
-        label = f"{name}: " if options.against else ""
-        speakers.append(Speaker(label, model, how, options.seed))
-    rules = constitution_of(words[0], options.constitution)
+    speakers = []
+    for path in filter(None, [folder, options.against]):
+        model = load_policy(path)
+        limit = int(min(options.max_new_tokens, context_length(model.config) / 2))
+        how = Sampling(limit, options.temperature)
+        label = f"{path}: " if options.against else ""
+        speakers.append(Speaker(label, model, how))
+    stored = summary.config(Path(folder).absolute().parent, "sl")
+    rules = options.constitution or stored.get("constitution", "none")
     terminal = sys.stdin.isatty()
-    roomy = min(context(speaker.model) for speaker in speakers) >= ROOMY
-    history = options.history == "on" or (options.history == "auto" and terminal and roomy)
+    roomy = context_length(speakers[0].model.config) >= ROOMY
+    history = options.history
+    if history == "auto":
+        history = "on" if terminal and roomy else "off"
     if terminal:
         with suppress(ImportError):
             import readline  # noqa: F401 (arrow keys and earlier lines)
-        single = "" if history else "each question is a new conversation (see --history); "
-        print(f"{' and '.join(folders)}; {single}/help lists the commands")
+        print(f"history {history}; /help lists the commands")
     sys.stdin.reconfigure(errors="replace")  # a pipe may hold bytes that are not UTF-8
     with suppress(EOFError, KeyboardInterrupt):
         while (line := input("you: " if terminal else "").strip()) != "/quit":
@@ -136,29 +129,9 @@ def main(arguments: list[str]) -> None:
                 obey(line, speakers, rules)
             elif line:
                 for speaker in speakers:
-                    if not history:
+                    if history == "off":
                         speaker.turns = []
                     ask(speaker, line)
-
-
-def context(model: PreTrainedModel) -> int:
-    """Tokens that a model can read and write in all; 8,192 if its config does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 8192
-
-
-def constitution_of(folder: str, named: str = "") -> Constitution | None:
-    """The constitution that is named, or that of the run that made a model folder, if any."""
-    if named:
-        return load(config.locate(named, Path()))
-    path = Path(folder).absolute()
-    files = (path.parent / "sl" / "config.toml", path / "config.toml")
-    for file in filter(Path.is_file, files):
-        try:
-            table = tomllib.loads(file.read_text(encoding="utf-8"))
-            return load(table.get("constitution", ""))
-        except (InputError, ValueError) as error:
-            note(f"without principles: {error}; --constitution=FILE names a constitution")
-    return None
 
 
 # --- questions and commands -----------------------------------------------------------------------
@@ -175,55 +148,52 @@ def ask(speaker: Speaker, question: str) -> None:
         speaker.turns, speaker.why = [*turns, {"role": "assistant", "content": answer}], []
 
 
-def obey(line: str, speakers: list[Speaker], rules: Constitution | None) -> None:
-    """Runs a /command."""
-    command, name = [*line.split(maxsplit=1), ""][:2]
-    if command not in COMMANDS:
-        note(f"unknown command {command}{config.nearest(command, COMMANDS)}")
-    elif command == "/help":
+def obey(line: str, speakers: list[Speaker], constitution: str) -> None:
+    """Runs a /command. constitution: a file."""
+    command, _, name = line.partition(" ")
+    if command == "/help":
         note(__doc__.partition("\n\n")[2])
     elif command == "/new":
         for speaker in speakers:
             speaker.turns, speaker.why = [], []
         note("a new conversation")
-    elif rules is None:
-        note("no constitution was found beside the model; start chat with --constitution=FILE")
+    elif command == "/why":
+        for speaker in speakers:
+            note("\n".join(speaker.why) or "there is no revision yet")
+    elif command == "/principle":
+        try:
+            principle(speakers, load(config.locate(constitution, Path())), name)
+        except InputError as error:
+            note(f"{error}; name one with --constitution=FILE")
     else:
-        explain(speakers, rules, name, revise=command == "/principle")
+        note(f"unknown command {command}; /help lists the commands")
 
 
-def explain(speakers: list[Speaker], rules: Constitution, name: str, revise: bool) -> None:
-    """/why, or with `revise` /principle: critiques and revisions of each speaker's last answer."""
+def principle(speakers: list[Speaker], rules: Constitution, name: str) -> None:
+    """/principle: lists the principles, or revises each speaker's last answer under one."""
     principles = {p.name: p for p in rules.principles if p.critique and p.revision}
-    if name and name not in principles:
-        return note(f"{rules.name} has no principle {name}{config.nearest(name, principles)}")
-    if revise and not name:
-        return note(f"{rules.name} {rules.version}: {', '.join(principles)}")
+    if name not in principles:
+        return note(f"the principles of {rules.name}: {', '.join(principles)}")
     for speaker in speakers:
-        if not speaker.turns:
-            note("there is no answer yet")
-        elif name:
-            criticise(speaker, principles[name], revise)
-        elif not speaker.why:
-            note("there is no revision yet; /why NAME criticises the answer")
+        if speaker.turns:
+            revise(speaker, principles[name])
         else:
-            for principle, critique in speaker.why:
-                print(emphasis(f"{speaker.label}critique, {principle}: ") + plain(critique))
+            note("there is no answer yet")
 
 
-def criticise(speaker: Speaker, principle: Principle, revise: bool) -> None:
-    """Criticises the last answer. revise: its revision replaces it, unless that is empty."""
+def revise(speaker: Speaker, principle: Principle) -> None:
+    """Criticises the last answer. Its revision replaces it, unless that is empty."""
     *before, last = speaker.turns
     answer = last["content"]
     turns = speaker.latest(before, lambda turns: render_revision(turns, answer, "", principle), 2)
-    request = render_critique(turns, answer, principle)
-    critique = speaker.speak(request, f"critique, {principle.name}: ")
-    if critique and revise:
+    label = f"critique, {principle.name}: "
+    critique = speaker.speak(render_critique(turns, answer, principle), label)
+    if critique:
         request = render_revision(turns, answer, critique, principle)
         revision = speaker.speak(request, "revision: ")
         if revision:
-            speaker.turns = [*before, {"role": "assistant", "content": revision}]
-            speaker.why.append((principle.name, critique))
+            last["content"] = revision
+            speaker.why.append(plain(speaker.label + label + critique))
 
 
 def note(text: str) -> None:

@@ -2,7 +2,7 @@
 
   new FILE [--like=NAME]                 write a constitution to start from. NAME: first, general,
                                          redteam, customer_service, medical, finance or tiny
-  check FILE ... [--model=DIR]           find errors (exit code 2) and give advice. With a model,
+  check FILE [--model=DIR]               find errors (exit code 2) and give advice. With a model,
                                          also check that the principles fit into its context
   try FILE [--prompts=FILE] [--n=20]     let the model answer n prompts, then criticise and revise
                                          each answer under each principle: how often it changes,
@@ -12,7 +12,7 @@
 
 `try` and `diff` take [--config=FILE] (default: configs/tiny.toml) and the settings below. They
 write OUT/try/NAME-FINGERPRINT and OUT/diff/...: all texts are in revisions.jsonl, all votes in
-comparisons.jsonl. Run the same command again to resume, or to print the results again.
+comparisons.jsonl. Run the same command again to print the results again.
 """
 
 import json
@@ -20,12 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minicai import InputError
-from minicai.constitution import Constitution, load
+from minicai.constitution import load
 from minicai.engine import config, terminal
-from minicai.engine.data import write_atomic
+from minicai.tools import call
 from minicai.tools.proofread import proofread, too_long
-
-STREAM = 5  # keeps the random numbers apart from those of the stages and the evaluation
 
 
 @dataclass
@@ -50,85 +48,75 @@ class CheckOptions:
     model: str = ""
 
 
-def main(arguments: list[str]) -> None:
+def main(flags: list[str], action: str = "", *files: str) -> None:
     """Runs one action. Raises InputError on wrong usage, and where `check` finds an error."""
-    words, flags = config.split(arguments)
-    action, *files = words or [""]
     if action not in ACTIONS:
-        unknown = f"unknown action {action!r}" if action else "no action given"
-        raise InputError(f"constitution: {unknown}{config.nearest(action, ACTIONS)}")
-    count = {"check": len(files) or 1, "diff": 2}.get(action, 1)
-    if len(files) != count:
-        expected, found = "two files" if count == 2 else "a file", " ".join(files) or "none"
-        raise InputError(f"constitution {action}: expected {expected}, got {found}")
-    if action != "new":
-        files = [str(config.locate(file, Path())) for file in files]
-    ACTIONS[action](files, flags)
+        raise InputError(f"unknown action {action!r}{config.nearest(action, ACTIONS)}")
+    call(f"constitution {action}", ACTIONS[action], [*files, *flags])
 
 
 # --- new, check -----------------------------------------------------------------------------------
 
 
-def new(files: list[str], flags: list[str]) -> None:
+def new(flags: list[str], file: str) -> None:
     """Copies a constitution that comes with minicai, and names it after its new file."""
-    like, path = config.options(NewOptions, flags).like, Path(files[0])
-    builtin = config.builtin("constitutions")
-    known = [file.stem for file in builtin.glob("*.toml")]
-    if like not in known:
-        raise InputError(f"--like={like}: no such constitution{config.nearest(like, known)}")
-    if path.exists():
-        raise InputError(f"{path}: this file exists already; choose another name")
-    text = (builtin / f"{like}.toml").read_text(encoding="utf-8")
+    like, path = config.options(NewOptions, flags).like, Path(file)
+    source = config.builtin(f"constitutions/{like}.toml")
+    load(source)  # raises InputError where there is none, with the nearest name
+    text = source.read_text(encoding="utf-8")
+    text = text.replace(f'name = "{like}"', f"name = {json.dumps(path.stem)}", 1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, text.replace(f'name = "{like}"', f"name = {json.dumps(path.stem)}", 1))
+        with open(path, "x", encoding="utf-8") as written:
+            written.write(text)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
     print(f"wrote  {path}\nedit   it, then: python -m minicai constitution check {path}")
 
 
-def check(files: list[str], flags: list[str]) -> None:
-    """Prints the findings of each file. Raises InputError where one of them is an error."""
-    model, wrong = config.options(CheckOptions, flags).model, []
-    for file in files:
-        rules = load(file)
-        found = [*(_context(rules, model) if model else []), *proofread(rules)]
-        print(f"{file}: {rules.name} {rules.version}, principles: {len(rules.principles)}")
-        for finding in found:
-            name = finding.principle or rules.name
-            print(f"  {terminal.emphasis(finding.level)}  {name}: {finding.message}")
-        errors = sum(finding.level == "error" for finding in found)
-        print(f"  errors: {errors}, advice: {len(found) - errors}")
-        wrong += [file] * bool(errors)
-    if wrong:
-        raise InputError(f"{', '.join(wrong)}: cannot be used: correct the errors above")
+def check(flags: list[str], file: str) -> None:
+    """Prints the findings. Raises InputError where one of them is an error."""
+    model = config.options(CheckOptions, flags).model
+    rules = load(config.locate(file, Path()))
+    found = proofread(rules)
+    if model:
+        from minicai.engine.dialogue import encode_prompt  # the rest needs no torch
+        from minicai.engine.load import load_config, load_tokenizer
+        from minicai.engine.sampler import context_length
 
-
-def _context(rules: Constitution, model: str) -> list:
-    from minicai.engine.dialogue import encode_prompt  # the rest of `check` needs no torch
-    from minicai.engine.load import load_config, load_tokenizer
-
-    tokenizer, sizes = load_tokenizer(model), load_config(model).get_text_config()
-    context = getattr(sizes, "max_position_embeddings", None)
-    return too_long(rules, lambda text: len(encode_prompt(tokenizer, text)), context or 10**9)
+        tokenizer, context = load_tokenizer(model), context_length(load_config(model))
+        found += too_long(rules, lambda text: len(encode_prompt(tokenizer, text)), context)
+    print(f"{file}: {rules.name} {rules.version}, principles: {len(rules.principles)}")
+    for finding in found:
+        name = finding.principle or rules.name
+        print(f"  {terminal.emphasis(finding.level)}  {name}: {finding.message}")
+    errors = sum(finding.level == "error" for finding in found)
+    print(f"  errors: {errors}, advice: {len(found) - errors}")
+    if errors:
+        raise InputError(f"{file}: cannot be used: correct the errors above")
 
 
 # --- try, diff ------------------------------------------------------------------------------------
 
 
-def attempt(files: list[str], flags: list[str]) -> None:
-    """`try` and `diff`."""
+def attempt(flags: list[str], *files: str) -> None:
+    """`try` of one file, `diff` of two."""
     from minicai.tools import trial  # imports torch
 
-    if any(flag.startswith("--constitution") for flag in flags):
-        raise InputError(
-            "--constitution: the constitution is the file after the action: constitution try FILE"
-        )
-    settings = [flag.removeprefix("--config=") for flag in flags]
-    if settings == flags:
-        settings.append(str(config.builtin("tiny.toml")))
-    cfg = config.load(TryConfig, "try", settings)
+    cfg = config.load(TryConfig, "try", with_config(flags))
+    files = [str(config.locate(file, Path())) for file in files]
     (trial.diff if len(files) == 2 else trial.attempt)(cfg, *files)
 
 
-ACTIONS = {"new": new, "check": check, "try": attempt, "diff": attempt}
+def with_config(flags: list[str]) -> list[str]:
+    """The flags, with the config file of --config=FILE, or the tiny world's, among them."""
+    settings = [flag.removeprefix("--config=") for flag in flags]
+    return settings if settings != flags else [str(config.builtin("tiny.toml")), *flags]
+
+
+ACTIONS = {
+    "new": new,
+    "check": check,
+    "try": lambda flags, file: attempt(flags, file),
+    "diff": lambda flags, old, new: attempt(flags, old, new),
+}

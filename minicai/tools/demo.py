@@ -7,35 +7,34 @@ train_ppo.py.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
-import train_ppo
-import train_rm
-import train_sl
-from minicai import InputError
 from minicai.engine import config, terminal
 from minicai.engine.data import read_jsonl, read_prompts
 from minicai.evaluation.rates import require_known
 from minicai.report import page, summary
-from minicai.tools import judging as commands
+from minicai.tools import judging
+from minicai.tools.constitution import with_config
 from minicai.tools.judging import EvalConfig
+from minicai.tools.plan import SCRIPTS
 
-SCRIPTS = {
-    "sl": (train_sl, train_sl.SLConfig),
-    "rm": (train_rm, train_rm.RMConfig),
-    "ppo": (train_ppo, train_ppo.PPOConfig),
-}
-EXAMPLES = {"harmful": 2, "benign": 1}  # how many prompts have their answers printed
 WRITTEN = ("report.html", "summary.json", "sl/revisions.jsonl", "rm/comparisons.jsonl", "ppo")
 
 
-def main(arguments: list[str]) -> None:
+@dataclass
+class ReportOptions:
+    """Options."""
+
+    watch: bool = False  # draw again and again while the run trains
+
+
+def main(flags: list[str]) -> None:
     """Runs or resumes every stage in order. Prints a table, three examples and what was written."""
-    flags = settings(arguments)
+    command = " ".join(["python -m minicai demo", *flags])
+    flags = with_config(flags)
     cfg = config.load(EvalConfig, "eval", flags)
     out = Path(cfg.out)
-    if not terminal.hushed():
-        print(f"model   {cfg.model}\noutput  {out.resolve()}", flush=True)
     planned, before = [], None
     for turn in range(1, cfg.alternate + 1):
         here = out if turn == cfg.alternate else out / f"round{turn}"
@@ -52,22 +51,10 @@ def main(arguments: list[str]) -> None:
     require_known(read_prompts(prompts)[:1], prompts)
     for module, stage in planned:
         module.main(stage)
-    command = " ".join(["python -m minicai demo", *arguments])
-    commands.evaluate(cfg, summary.provenance(command))
+    judging.evaluate(cfg, summary.provenance(command))
     if cfg.overwrite or not (out / "summary.json").exists():
         page.write(out, summary.summarise(out))
     print(closing(out))
-
-
-def settings(arguments: list[str]) -> list[str]:
-    """The config file and the flags of the command line. Raises InputError at another word."""
-    words, flags = config.split(arguments)
-    if words:
-        unexpected = f"unexpected {words[0]!r}; write --config {words[0]} to use another config"
-        raise InputError(f"demo: {unexpected}")
-    named = [flag for flag in flags if flag.startswith("--config=")]
-    path = named[-1].partition("=")[2] if named else str(config.builtin("tiny.toml"))
-    return [path, *(flag for flag in flags if flag not in named)]
 
 
 def closing(out: Path) -> str:
@@ -75,42 +62,34 @@ def closing(out: Path) -> str:
     found = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     rows = read_jsonl(out / "eval" / "answers.jsonl")
     lines = ["", summary.headline(found), ""]
-    for kind, count in EXAMPLES.items():
-        for row in [row for row in rows if row["kind"] == kind][:count]:
-            lines.append(f"Human: {row['prompt']}")
-            lines += [
-                f"  {name:<7} {terminal.plain(row[key])}" for key, name in summary.STAGES.items()
-            ]
-            lines.append("")
+    for row in rows[:2] + rows[-1:]:  # harmful prompts come first in the tiny world's file
+        lines.append(f"Human: {row['prompt']}")
+        for key, name in summary.STAGES.items():
+            lines.append(f"  {name:<7} {terminal.plain(row[key])}")
+        lines.append("")
     for name in WRITTEN:
         lines.append(f"wrote  {out / name}")
     talk = f"talk   python -m minicai chat {out / 'ppo'} --against={out / 'base'}"
     return "\n".join([*lines, talk])
 
 
-def evaluate(arguments: list[str]) -> None:
+def evaluate(flags: list[str], file: str) -> None:
     """python -m minicai eval CONFIG [--key=value]
 
     Judges the models in the config's output folder on prompts that no training stage saw, and their
     labels, reward model and revisions, by the exact judge of the tiny world. Writes OUT/eval.
     """
-    cfg = config.load(EvalConfig, "eval", arguments)
-    command = " ".join(["python -m minicai eval", *arguments])
-    commands.evaluate(cfg, summary.provenance(command))
+    cfg = config.load(EvalConfig, "eval", [file, *flags])
+    command = " ".join(["python -m minicai eval", file, *flags])
+    judging.evaluate(cfg, summary.provenance(command))
     print(summary.rated(Path(cfg.out)))
 
 
-def report(arguments: list[str]) -> None:
+def report(flags: list[str], folder: str) -> None:
     """python -m minicai report DIR [--watch]
 
     Writes DIR/report.html from what the run left in DIR so far, and DIR/summary.json of a finished
     run. --watch: again and again while the run trains, for a browser to follow.
     """
-    folders = [word for word in arguments if word != "--watch"]
-    if len(folders) != 1 or not Path(folders[0]).is_dir():
-        raise InputError(
-            "report: expected the output folder of a run, for example: "
-            "python -m minicai report out/tiny [--watch]"
-        )
-    show = page.watch if "--watch" in arguments else page.draw
-    show(Path(folders[0]))
+    show = page.watch if config.options(ReportOptions, flags).watch else page.draw
+    show(Path(folder))

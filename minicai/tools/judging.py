@@ -6,12 +6,11 @@ a record and every text that was judged; the same command again shows the same r
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from statistics import fmean
 
 from minicai import InputError, constitution
 from minicai.engine import config, hub, parallel, terminal
@@ -30,7 +29,7 @@ from minicai.evaluation.agreement import answer, human_agreement, orders_as
 from minicai.evaluation.choices import read_choices, score_choices
 from minicai.evaluation.elo import play, ratings
 from minicai.evaluation.jailbreaks import jailbreaks
-from minicai.evaluation.measures import counted, share
+from minicai.evaluation.measures import counted, grouped, share
 from minicai.feedback import Labelling
 
 MODELS = ("base", "sl", "ppo")  # the folders of a run whose answers are judged
@@ -70,7 +69,6 @@ def evaluate(cfg: EvalConfig, run: dict) -> None:
         return
     revisions = rates.read_known(f"{out}/sl/revisions.jsonl")
     comparisons = rates.read_known(f"{out}/rm/comparisons.jsonl")
-    stage.journal("answers.jsonl")  # makes the folder
     with disk_full_guard(out / "base"):
         base = hub.require_folder(cfg.model, "model")
         shutil.copytree(base, out / "base", dirs_exist_ok=True)
@@ -101,13 +99,17 @@ def evaluate(cfg: EvalConfig, run: dict) -> None:
     # 4. What fails now is asked again by later evaluations.
     verdicts = rates.verdicts(answers, MODELS, revisions, comparisons)
     made_by = {"model": hub.weights_sha256(ppo), "seed": cfg.seed}
-    failing = rates.failures(answers, "ppo", made_by)
     files = {"answers": answers, "replayed": past, "jailbreaks": phrased, "verdicts": verdicts}
-    for name, rows in (files | {"failures": failing}).items():
+    files["failures"] = rates.failures(answers, "ppo", made_by)
+    for name, rows in files.items():
         save(stage, name, rows)
     found |= {"revision": rates.revision_rates(revisions), "labels": rates.label_rates(comparisons)}
-    found |= {"rm_accuracy_vs_judge": share(agreed), "rm_judged_pairs": len(agreed)}
-    found |= {"run": run, "hacking": hacking, "seconds": time.monotonic() - began}
+    found |= {
+        "rm_accuracy_vs_judge": share(agreed),
+        "run": run,
+        "hacking": hacking,
+        "seconds": time.monotonic() - began,
+    }
     stage.finish(None, found)
 
 
@@ -117,11 +119,10 @@ def questions(prompts: str, limit: int, failures: Sequence[str], phrased: int) -
     prompts, failures: files. limit: use only the first prompts; 0 = all. phrased: the number of
     harmful prompts to ask in each phrasing.
     """
-    answers, kinds = [], {"harmful": [], "benign": []}
-    for k, row in enumerate(rates.read_known(prompts)[: limit or None]):
-        prompt, kind = row["prompt"], row.get("kind")
-        answers.append({"id": k, "prompt": prompt, "kind": kind})
-        kinds.setdefault(kind, []).append(prompt)
+    rows = enumerate(rates.read_known(prompts)[: limit or None])
+    answers = [{"id": k, "prompt": row["prompt"], "kind": row.get("kind")} for k, row in rows]
+    kinds = {"harmful": [], "benign": []}
+    kinds |= grouped((row["kind"], row["prompt"]) for row in answers)
     past = list(chain(*map(rates.read_known, failures)))
     return answers, past, jailbreaks(kinds["harmful"][:phrased], kinds["benign"])
 
@@ -136,109 +137,92 @@ def save(stage: Stage, name: str, rows: list[dict]) -> None:
 # --- elo, agree, choices --------------------------------------------------------------------------
 
 
-def elo(arguments: list[str]) -> None:
+def elo(flags: list[str], file: str, *models: str) -> None:
     """python -m minicai elo CONFIG MODEL MODEL ... [--key=value]
 
     Rates any model folders by their answers to the prompts of the config's [eval]. Its feedback
     model compares the answers, in both orders. Writes OUT/elo.
     """
-    words, flags = config.split(arguments)
-    if len(words) < 3 or len(set(words)) < len(words):
-        raise InputError(
-            "elo: expected a config and two or more different model folders, for example: "
-            "python -m minicai elo configs/tiny.toml out/tiny/sl out/tiny/ppo"
-        )
-    cfg, how, reads = comparing([words.pop(0), *flags])
-    stage = Stage(cfg, "elo", reads | {"models": words})
-    record = stage.record
-    if not record:
+    if len(set(models)) < max(2, len(models)):
+        raise InputError("elo: expected two or more different model folders after the config")
+
+    def compare(stage: Stage, how: Labelling) -> tuple:
+        cfg = stage.cfg
         prompts = read_prompts(cfg.prompts, cfg.limit)
         answers = [{"id": n, "prompt": prompt} for n, prompt in enumerate(prompts)]
         seeds = [(cfg.seed, n, 0) for n in range(len(answers))]
         sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
-        for model in words:
+        for model in models:
             answer(answers, model, model, seeds, sampling)
-        judge = reads["feedback"]
-        rows = play(answers, words, chooser(load_policy(judge), cfg.rows), how, judge)
         save(stage, "answers", answers)
-        save(stage, "comparisons", rows)
-        found = {"elo": ratings(rows, words, seed=cfg.seed), "prompts": len(answers)}
-        record = stage.finish(None, found | made_by(how, judge))
+        choose = chooser(load_policy(cfg.feedback), cfg.rows)
+        rows = play(answers, models, choose, how, cfg.feedback)
+        return {"elo": ratings(rows, models, seed=cfg.seed), "prompts": len(answers)}, rows
+
+    folder, record = judged("elo", [file, *flags], {"models": models}, compare)
     rows = []
     for model, row in record["elo"].items():
-        points = [f"{x:.0f}" for x in (row["elo"], *row["interval"])]
-        rows.append([model, *points, f"{row['win_rate']:.3f}"])
-    print(terminal.table(["model", "Elo", "low", "high", "win rate"], rows))
-    print(f"wrote  {stage.folder}")
+        rows.append([model, *(f"{x:.0f}" for x in (row["elo"], *row["interval"]))])
+    print(terminal.table(["model", "Elo", "low", "high"], rows))
+    print(f"wrote  {folder}")
 
 
-def agree(arguments: list[str]) -> None:
+def agree(flags: list[str], file: str, preferences: str) -> None:
     """python -m minicai agree CONFIG FILE [--key=value]
 
     Agreement of AI labels with a file of human preferences, by confidence, and the calibration of
     the labels. The config's feedback model labels the pairs. Writes OUT/agree.
     """
-    words, flags = config.split(arguments)
-    if len(words) != 2:
-        raise InputError(
-            "agree: expected a config and one file of preferences, for example: "
-            "python -m minicai agree configs/tiny.toml human.jsonl.gz"
-        )
-    cfg, how, reads = comparing([words[0], *flags])
-    preferences = read_preferences(words[1], cfg.limit)
-    stage = Stage(cfg, "agree", reads | {"file": words[1]})
-    record = stage.record
-    if not record:
-        judge = reads["feedback"]
-        choose = chooser(load_policy(judge), cfg.rows)
-        found, rows = human_agreement(preferences, choose, how, judge)
-        save(stage, "comparisons", rows)
-        record = stage.finish(None, found | made_by(how, judge))
-    parts = [("all", record)]
+
+    def compare(stage: Stage, how: Labelling) -> tuple:
+        cfg = stage.cfg
+        pairs = read_preferences(preferences, cfg.limit)
+        choose = chooser(load_policy(cfg.feedback), cfg.rows)
+        return human_agreement(pairs, choose, how, cfg.feedback)
+
+    folder, record = judged("agree", [file, *flags], {"file": preferences}, compare)
+    rows = [["all", str(record["count"]), with_interval(record)]]
     for part in record["by_confidence"]:
-        parts.append((f"{part['low']:.1f}-{part['high']:.1f} sure", part))
-    rows = []
-    for name, part in parts:
-        shares = [f"{x:.3f}" for x in (part["rate"], *part["interval"])]
-        rows.append([name, str(part["count"]), *shares])
-    print(terminal.table(["agreement", "pairs", "rate", "low", "high"], rows))
-    print(f"expected calibration error {record['ece']:.3f}\nwrote  {stage.folder}")
+        name = f"{part['low']:.1f}-{part['high']:.1f} sure"
+        rows.append([name, str(part["count"]), with_interval(part)])
+    print(terminal.table(["agreement", "pairs", "rate (95 % interval)"], rows))
+    print(f"expected calibration error {record['ece']:.3f}\nwrote  {folder}")
 
 
-def comparing(arguments: list[str]) -> tuple[EvalConfig, Labelling, dict[str, str]]:
-    """The config of elo or agree, how pairs are labelled, and what both read (of stage.Stage)."""
+def judged(name: str, arguments: list[str], reads: dict, compare: Callable) -> tuple[Path, dict]:
+    """Runs elo or agree, unless an earlier run did. Returns its folder and its record.
+
+    compare: makes what is recorded, and the rows of comparisons.jsonl, from the stage, whose
+    cfg.feedback names the model that compares, and from how it labels pairs.
+    """
     cfg = config.load(EvalConfig, "eval", arguments)
+    cfg.feedback = cfg.feedback or cfg.model
     rules = constitution.load(cfg.constitution)
     rules.usable("comparison")  # raises InputError where there is none
-    reads = {"constitution": cfg.constitution, "feedback": cfg.feedback or cfg.model}
-    return cfg, Labelling(rules, cfg.seed), reads
+    stage = Stage(cfg, name, reads | {"constitution": cfg.constitution})
+    record = stage.record
+    if not record:
+        found, rows = compare(stage, Labelling(rules, cfg.seed))
+        save(stage, "comparisons", rows)
+        made_by = {"feedback": cfg.feedback, "constitution": rules.stamp}
+        record = stage.finish(None, found | made_by)
+    return stage.folder, record
 
 
-def made_by(how: Labelling, judge: str) -> dict:
-    """What a record says of how its pairs were labelled."""
-    return {"feedback": judge, "seed": how.seed, "constitution": how.constitution.stamp}
-
-
-def choices(arguments: list[str]) -> None:
+def choices(flags: list[str], model: str, file: str) -> None:
     """python -m minicai choices MODEL FILE
 
     Accuracy of a model on a multiple-choice file ("prompt", "corrects", "incorrects"), by the
     log-probs of the options.
     """
-    if len(arguments) != 2:
-        raise InputError(
-            "choices: expected a model folder and a file, for example: "
-            "python -m minicai choices out/tiny/ppo hhh.jsonl"
-        )
-    folder, file = arguments
-    hub.require_folder(folder, "choices")
-    items = read_choices(file)
     parallel.setup()
-    scored = score_choices(items, partial(choice_logprobs, load_policy(folder)))
+    score = partial(choice_logprobs, load_policy(model))
+    scored = score_choices(read_choices(file), score)
     found = counted([row["right"] for row in scored])
+    print(f"accuracy {with_interval(found)} of {found['count']} items")
+
+
+def with_interval(found: dict) -> str:
+    """A rate of measures.counted with its interval, or a dash where nothing was counted."""
     low, high = found["interval"]
-    p_correct = fmean(row["p_correct"] for row in scored)
-    print(
-        f"accuracy {found['rate']:.3f} ({low:.3f}–{high:.3f}) of {found['count']} items; "
-        f"mean probability of the correct options {p_correct:.3f}"
-    )
+    return f"{found['rate']:.3f} ({low:.3f}–{high:.3f})" if found["count"] else "–"

@@ -1,4 +1,4 @@
-"""python -m minicai plan CONFIG [--processes=N] [--key=value ...]: the memory of each stage.
+"""python -m minicai plan CONFIG [--processes=N] [--key=value ...]: memory that each stage needs.
 
 This is arithmetic. It reads the config, the prompts and each model's config.json. It loads no
 weights and makes no folder. Each formula is written above the line that computes it, because where
@@ -37,7 +37,11 @@ from minicai.engine.models import CHUNK
 from minicai.engine.terminal import table
 from minicai.prompts import as_turns, render_revision
 
-SCRIPTS = {"sl": train_sl, "rm": train_rm, "ppo": train_ppo}
+SCRIPTS = {
+    "sl": (train_sl, train_sl.SLConfig),
+    "rm": (train_rm, train_rm.RMConfig),
+    "ppo": (train_ppo, train_ppo.PPOConfig),
+}
 # The config's key for the folder of a model, where it differs from the model's name.
 STARTS = {"model": "policy", "reference": "policy", "value": "reward"}
 
@@ -87,8 +91,8 @@ def planned(stage: str, arguments, N) -> dict:
     stage: "sl", "rm" or "ppo"; arguments: a config file and its --key=value overrides. Phases are
     named after the model that generates or labels in them, or "training".
     """
-    script = SCRIPTS[stage]
-    cfg = config.load(getattr(script, f"{stage.upper()}Config"), stage, arguments)
+    script, kind = SCRIPTS[stage]
+    cfg = config.load(kind, stage, arguments)
     parallel.setup(cfg.device, cfg.precision)
     b = 2 if parallel.precision() == "bf16" else 4
     models = {name: shape(cfg, name) for name in script.TRAINED + script.FROZEN}
@@ -191,19 +195,15 @@ def planned(stage: str, arguments, N) -> dict:
     return phases
 
 
-def main(arguments: list[str]) -> None:
+def main(flags: list[str], file: str) -> None:
     """Prints the plan of all three stages, in GiB per process."""
     parser = argparse.ArgumentParser("minicai", usage=argparse.SUPPRESS)
     parser.add_argument("--processes", type=int, default=1)
-    options, rest = parser.parse_known_args(arguments)
+    options, flags = parser.parse_known_args(flags)
     if options.processes < 1:
         raise InputError("--processes must be at least 1")
-    phases = {}
     rows = []
     for stage in SCRIPTS:
-        phases |= planned(stage, rest, options.processes)
-    for phase, parts in phases.items():
-        rows.append([phase, *(f"{size / 2**30:.3f}" for size in parts.values())])
-    largest = max(phases, key=lambda phase: phases[phase]["total"])
+        for phase, parts in planned(stage, [file, *flags], options.processes).items():
+            rows.append([phase, *(f"{size / 2**30:.3f}" for size in parts.values())])
     print(table(["GiB per process", *parts], rows))
-    print(f"\nLargest: {largest}, {phases[largest]['total'] / 2**30:.3f} GiB per process.")

@@ -7,24 +7,22 @@ that is trained on them.
 """
 
 import difflib
-import re
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
+from textwrap import shorten
 
-from minicai import InputError
-from minicai.constitution import REQUESTS, Constitution, load
+from minicai.constitution import Constitution, load
 from minicai.critique import Generate, Revising, critique_and_revise, faults, in_turn
-from minicai.engine import parallel
 from minicai.engine.data import epoch_order, read_jsonl, read_prompts
 from minicai.engine.load import load_policy
-from minicai.engine.sampler import Sampling, choice_logprobs, respond
+from minicai.engine.sampler import Sampling, chooser, responder
 from minicai.engine.stage import Stage
-from minicai.engine.terminal import emphasis, plain, table
-from minicai.evaluation.measures import counted
-from minicai.feedback import Choose, Labelling, by_place, label_pairs
-from minicai.prompts import CHOICES, Prompt, as_turns
+from minicai.engine.terminal import Progress, emphasis, plain, table
+from minicai.evaluation.measures import counted, grouped
+from minicai.feedback import Choose, Labelling, label_pairs
+from minicai.prompts import Prompt, as_turns
+from minicai.tools.judging import save, with_interval
 
 STREAM = 5  # keeps the random numbers apart from those of the stages and the evaluation
 SHOWN = 240  # characters of a text in a transcript; the files have all of it
@@ -32,40 +30,21 @@ SHOWN = 240  # characters of a text in a transcript; the files have all of it
 
 def attempt(cfg, file: str) -> None:
     """`try`: prints a table, and one transcript per principle. cfg: a TryConfig."""
-    folder, rows, labels = run(cfg, file)
-    print("\n" + shares_table(rows, labels))
-    print(
-        "changed: the revision differs from the answer. preferred: of those, the judge model "
-        "prefers the\nrevision. consistent: the same choice when the two are swapped. faulty: the "
-        "revision repeats the\ncritique or opens with boilerplate. In brackets: 95 % intervals.\n"
-    )
-    print(f"{transcripts(rows, labels, 'answer', 'revision')}\nwrote  {folder}")
+    show(*run(cfg, file), "answer", "revision")
 
 
 def diff(cfg, *files: str) -> None:
-    """`diff`: prints which requests changed, and how this changes the revisions."""
-    old, new = map(load, files)
-    if old.sha256 == new.sha256:
-        raise InputError(f"{' and '.join(files)} have the same principles: nothing to compare")
-    before, after = (run(cfg, file) for file in files)
-    # run() has compared the other inputs with those of earlier runs
-    reads = {"old": f"{before[0]}/revisions.jsonl", "new": f"{after[0]}/revisions.jsonl"}
-    stage = Stage(cfg, f"diff/{short(old)}_{short(new)}", reads)
-    rows = against(before[1], after[1])
+    """`diff`: prints which lines of the files changed, and how this changes the revisions."""
+    (old, old_rows, _), (new, new_rows, _) = (run(cfg, file) for file in files)
+    stage = Stage(cfg, f"diff/{old.name}_{new.name}", {"model": cfg.model})
+    rows = against(old_rows, new_rows)
     if not stage.record:
-        labels = judge(cfg, stage, rows, [old, new])
-        stage.finish(None, {"principles": by_principle(rows, labels)})
+        judge(cfg, stage, rows, [*map(load, files)])
     labels = read_jsonl(stage.folder / "comparisons.jsonl")
-    print("\n" + wording(old, new))
-    tables = {"old": before[1:], "new": after[1:], "new against old": (rows, labels)}
-    for title, found in tables.items():
-        print(f"{emphasis(title)}\n{shares_table(*found)}\n")
-    print(
-        "new against old: changed: the two revisions differ. preferred: of those, the judge model "
-        "prefers\nthe new one. In brackets: 95 % intervals.\n"
-    )
-    rows = list(filter(changed, rows))
-    print(f"{transcripts(rows, labels, 'old', 'new')}\nwrote  {stage.folder}")
+    texts = [Path(file).read_text(encoding="utf-8").splitlines() for file in files]
+    changes = [plain(line).rstrip() for line in difflib.ndiff(*texts) if line[0] != " "]
+    print("\n  ".join(["", *changes]))
+    show(stage.folder, rows, labels, "old", "new")
 
 
 # --- running --------------------------------------------------------------------------------------
@@ -75,62 +54,40 @@ def run(cfg, file: str) -> tuple[Path, list[dict], list[dict]]:
     """Tries a constitution, unless an earlier run did.
 
     Returns OUT/try/NAME-FINGERPRINT, and the rows of its revisions.jsonl and comparisons.jsonl.
+    Each wording of a constitution has its own folder. NAME is that of its file.
     """
     rules, prompts = load(file), read_prompts(cfg.prompts)
     how = Revising(rules, cfg.seed, rounds=1, choose=in_turn)
-    count = len(how.principles)
     prompts = [prompts[k] for k in epoch_order(len(prompts), STREAM, cfg.seed)[: cfg.n]]
-    reads = {"model": cfg.model, "feedback": cfg.feedback, "prompts": cfg.prompts}
-    parallel.setup(cfg.device, cfg.precision, cfg.timeout)
-    stage = Stage(replace(cfg, constitution=file), f"try/{short(rules)}", reads)
-
-    def generate(model, asked, seeds) -> list[str]:
-        seeds = [(STREAM, *seed) for seed in seeds]
-        sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
-        return respond(model, asked, seeds, sampling, stage.progress)[0]
-
+    name = f"try/{Path(file).stem}-{rules.sha256[:12]}"
+    stage = Stage(replace(cfg, constitution=file), name, {"model": cfg.model})
+    sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
     if not stage.record:
-        group = max(1, cfg.rows // count) * count  # whole prompts
-        journal = stage.journal("revisions.jsonl", group, len(prompts) * count)
-        model = load_policy(cfg.model)
-        made_by = {"model": cfg.model, "seed": cfg.seed, "constitution": rules.stamp}
-        for first, last in stage.turns(journal, "generate", "texts", each=2 + 1 / count):
-            first, last = first // count, last // count  # prompts
-            rows = each_principle(prompts[first:last], first, partial(generate, model), how)
-            journal.append([row | made_by for row in rows])
-        del model  # the judge may need its memory
-        labels = judge(cfg, stage, journal.rows, [rules])
-        record = {"principles": by_principle(journal.rows, labels), "text": asdict(rules)}
-        stage.finish(None, made_by | record)
+        texts = len(prompts) * (2 * len(how.principles) + 1)
+        with Progress(f"try: {rules.name}", texts, "texts") as progress:
+            generate = responder(load_policy(cfg.model), sampling, STREAM, progress)
+            rows = each_principle(prompts, generate, how)
+        del generate  # the judge may need its memory
+        save(stage, "revisions", rows)
+        judge(cfg, stage, rows, [rules])
     rows = read_jsonl(stage.folder / "revisions.jsonl")
     return stage.folder, rows, read_jsonl(stage.folder / "comparisons.jsonl")
 
 
-def judge(cfg, stage: Stage, rows: Sequence[dict], versions: Sequence[Constitution]) -> list[dict]:
-    """Makes comparisons.jsonl by the feedback model."""
+def judge(cfg, stage: Stage, rows: Sequence[dict], versions: Sequence[Constitution]) -> None:
+    """Makes comparisons.jsonl by the feedback model, and finishes the stage."""
     path = cfg.feedback or cfg.model
-    model, journal = load_policy(path), stage.journal("comparisons.jsonl")
-
-    def choose(texts) -> list[list[float]]:
-        return choice_logprobs(model, texts, CHOICES, cfg.rows)
-
-    journal.keep(0)
-    journal.append(compared(rows, versions, choose, cfg.seed, path))
-    return journal.rows
-
-
-def short(rules: Constitution) -> str:
-    """NAME-FINGERPRINT. Each wording of a constitution has its own folder."""
-    return f"{re.sub('[^-.0-9A-Za-z]+', '_', rules.name)}-{rules.sha256[:12]}"
+    choose = chooser(load_policy(path), cfg.rows)
+    labels = compared(rows, versions, choose, cfg.seed, path)
+    save(stage, "comparisons", labels)
+    stage.finish(None, {"principles": by_principle(rows, labels)})
 
 
 # --- rows of the journals -------------------------------------------------------------------------
 
 
-def each_principle(
-    prompts: Sequence[Prompt], first: int, generate: Generate, how: Revising
-) -> list[dict]:
-    """Makes the rows of revisions.jsonl for prompts number first, first + 1, ...
+def each_principle(prompts: Sequence[Prompt], generate: Generate, how: Revising) -> list[dict]:
+    """Makes the rows of revisions.jsonl.
 
     P principles make P rows per prompt: row i has prompt i // P and principle i % P. The answer of
     a prompt is sampled once, and its random numbers do not depend on the principle. Thus a
@@ -147,10 +104,10 @@ def each_principle(
         return [answer for answer in answers for _ in range(count)]
 
     asked = [prompt for prompt in prompts for _ in range(count)]
-    rows = critique_and_revise(asked, first * count, how, once, per_prompt, per_prompt)
+    rows = critique_and_revise(asked, 0, how, once, per_prompt, per_prompt)
     for row in rows:
         row["principle"] = row["rounds"][0]["principle"]
-        row["of"] = f"prompt {row['id'] // count}, {row['principle']}"
+        row["id"] = f"{row['id'] // count} {row['principle']}"
     return rows
 
 
@@ -159,8 +116,8 @@ def against(old_rows: Sequence[dict], new_rows: Sequence[dict]) -> list[dict]:
 
     Both revise the same answer. A principle that only one version has is left out.
     """
-    old = {row["of"]: row["final"] for row in old_rows}
-    return [row | {"initial": old[row["of"]]} for row in new_rows if row["of"] in old]
+    old = {row["id"]: row["final"] for row in old_rows}
+    return [row | {"initial": old[row["id"]]} for row in new_rows if row["id"] in old]
 
 
 def changed(row: dict) -> bool:
@@ -190,69 +147,52 @@ def compared(
 # --- what is printed ------------------------------------------------------------------------------
 
 
+def show(
+    folder: Path, rows: Sequence[dict], labels: Sequence[dict], first: str, second: str
+) -> None:
+    """Prints the shares of by_principle, and one transcript per principle.
+
+    first, second: what the initial response and its revision are called.
+    """
+    found = by_principle(rows, labels)
+    lines = [[name, *map(with_interval, shares.values())] for name, shares in found.items()]
+    print("\n" + table(["principle", *found["all"]], lines))
+    print(
+        f"changed: {second} differs from {first}. preferred: of those, the judge model prefers "
+        f"{second}.\nIn brackets: 95 % intervals.\n"
+    )
+    print(f"{transcripts(rows, labels, first, second)}\nwrote  {folder}")
+
+
 def by_principle(rows: Sequence[dict], labels: Sequence[dict]) -> dict[str, dict]:
-    """{principle: {"changed", "preferred", "consistent", "faulty"}}, and of "all".
+    """{principle: {"changed", "preferred"}}, and of "all".
 
     Each is a share with its count and 95 % interval. `preferred`: changed revisions that the judge
-    prefers. `faulty`: revisions that repeat the critique or the request, or open with boilerplate.
+    prefers.
     """
     found = {}
     for name in (*dict.fromkeys(row["principle"] for row in rows), "all"):
         mine = [row for row in rows if name in (row["principle"], "all")]
         judged = [label for label in labels if name in (label["principle"], "all")]
-        outcomes = {
-            "changed": [changed(row) for row in mine],
-            "preferred": [label["p_first"] < 0.5 for label in judged],
-            "consistent": [not by_place(label) for label in judged],
-            "faulty": [bool({"leaked", "boilerplate"} & set(faults(row)[0])) for row in mine],
+        found[name] = {
+            "changed": counted([changed(row) for row in mine]),
+            "preferred": counted([label["p_first"] < 0.5 for label in judged]),
         }
-        found[name] = {what: counted(outcome) for what, outcome in outcomes.items()}
     return found
 
 
-def shares_table(rows: Sequence[dict], labels: Sequence[dict]) -> str:
-    """The shares of by_principle, with their intervals."""
-    found, lines = by_principle(rows, labels), []
-    for name, shares in found.items():
-        line = [name]
-        for share in shares.values():
-            low, high = share["interval"]
-            line.append(f"{share['rate']:.2f} ({low:.2f}–{high:.2f})" if share["count"] else "–")
-        lines.append(line)
-    return table(["principle", *found["all"]], lines)
-
-
 def transcripts(rows: Sequence[dict], labels: Sequence[dict], first: str, second: str) -> str:
-    """One transcript per principle: the revision that the judge prefers most.
+    """The revision that the judge prefers most, of each principle of which it judged one.
 
-    Of a principle that it did not judge, a revision that changed the response, if there is one.
     first, second: what the initial response and its revision are called.
     """
-    p_first, lines = {label["id"]: label["p_first"] for label in labels}, []
-    for name in dict.fromkeys(row["principle"] for row in rows):
-        mine = [row for row in rows if row["principle"] == name]
-        row = min(mine, key=lambda row: p_first.get(row["id"], 2 - changed(row)))
-        verdict = "not judged"
-        if row["id"] in p_first:
-            verdict = f"P({second} is better) = {1 - p_first[row['id']]:.2f}"
-        lines.append(emphasis(f"{name}: {verdict}"))
-        texts = {"Human": as_turns(row["prompt"])[-1]["content"], first: row["initial"]}
-        texts |= {"critique": row["rounds"][0]["critique"], second: row["final"]}
-        for who, text in texts.items():
-            text = " ".join(text.split())
-            text = text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
-            lines.append(f"  {who:<9}{plain(text)}")
+    critiques = {row["id"]: row["rounds"][0]["critique"] for row in rows}
+    lines = []
+    for name, mine in grouped((label["principle"], label) for label in labels).items():
+        best = min(mine, key=lambda label: label["p_first"])
+        lines.append(emphasis(f"{name}: P({second} is better) = {1 - best['p_first']:.2f}"))
+        texts = {"Human": as_turns(best["prompt"])[-1]["content"], first: best["first"]}
+        texts |= {"critique": critiques[best["id"]], second: best["second"]}
+        lines += [f"  {who:<9}{plain(shorten(text, SHOWN))}" for who, text in texts.items()]
         lines.append("")
     return "\n".join(lines)
-
-
-def wording(old: Constitution, new: Constitution) -> str:
-    """The requests that differ, with the characters that changed marked."""
-    texts = []
-    for rules in (old, new):
-        texts.append(
-            [f"{p.name}, {r}: {getattr(p, r)}" for p in rules.principles for r in REQUESTS]
-        )
-    changes = [plain(line).rstrip() for line in difflib.ndiff(*texts) if line[0] != " "]
-    title = emphasis(f"{old.name} {old.version} -> {new.name} {new.version}")
-    return "\n  ".join([title, *changes]) + "\n"
