@@ -89,8 +89,7 @@ def draw(out: Path) -> None:
 def watch(out: Path, seconds: float = 5) -> None:
     """Draws DIR/report.html after each step of a stage, until the run is finished.
 
-    Ctrl-C ends it earlier. The demo writes the same files when it ends, so that the last page is
-    drawn here only half a minute later.
+    Ctrl-C ends it earlier.
     """
     seen: dict[str, str] = {}
     print(f"watching {out}, Ctrl-C to end; look at  {out / 'report.html'}", flush=True)
@@ -103,8 +102,6 @@ def watch(out: Path, seconds: float = 5) -> None:
                 seen = now
             # Drawing takes at most a sixth of the time of a core from the training.
             time.sleep(max(seconds, 5 * (time.monotonic() - began)))
-        if "evaluation" in seen:
-            time.sleep(30)
     except KeyboardInterrupt:
         if not seen:
             return

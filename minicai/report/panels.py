@@ -39,8 +39,7 @@ SHARES = (
         "rounds",
         "revisions",
         "Critique and revision, round by round",
-        "Responses to red-team prompts, by the exact judge. Round 0 is the initial response. "
-        "Lines are 95 % intervals.",
+        "By the exact judge. Round 0 is the initial response. Lines are 95 % intervals.",
         {"harmful": INK, "improved": GOOD, "worsened": BAD},
     ),
     Shares(
@@ -68,8 +67,7 @@ SHARES = (
         "labels.places.by_principle",
         "labels",
         "Position bias of the labels",
-        "Of the pairs shown in both orders, the shares in which position (A), or (B), won both "
-        "times. p(A): mean probability of (A).",
+        "Shares of the pairs shown in both orders. p_a: mean probability of position (A).",
         {"p_a": "", "to_a": PPO, "to_b": BASE},
     ),
 )
@@ -98,7 +96,7 @@ CURVES = {  # by stage: the keys of metrics.jsonl
 }
 
 
-FEW, MANY = 10, 600  # points of a curve in its table, and in its plot
+FEW = 10  # points of a curve in its table
 
 
 def panels(out: Path, summary: dict) -> list[Panel]:
@@ -191,5 +189,5 @@ def _curves(out: Path, hacking: dict) -> Iterator[Panel]:
         for key, title in titles.items():
             points = [(row["step"], row[key]) for row in rows[stage] if row.get(key) is not None]
             if points:
-                svg = figures.curve(title, stage, *zip(*evenly(points, MANY)))
+                svg = figures.curve(title, stage, *zip(*evenly(points, 600)))
                 yield Panel(stage, title, "", svg, ["step", key], evenly(points, FEW))

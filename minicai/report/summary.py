@@ -56,7 +56,6 @@ GLOSSARY = {name: f"share of the {metric.meaning}" for name, metric in METRICS.i
     "p_a": "mean probability in the labels of position (A) in the prompt; 0.5 means no bias",
     "position_bias": "share of the pairs in which the order in the prompt decides the label",
     "entropy": "mean entropy of the policy's next-token distribution over response tokens, in nats",
-    "eos_rate": "share of the responses in a rollout that end by themselves",
     "distinct_2": "share of distinct word pairs in a rollout; it falls with repetition",
     "clip_fraction": "share of the response tokens whose probability ratio PPO clipped",
     "explained_variance": "of the values: 1 is perfect, 0 is no better than a constant",
