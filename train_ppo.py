@@ -8,8 +8,8 @@ value model from OUT/rm. Writes OUT/ppo: the policy as a Hugging Face folder, me
 episodes.jsonl with every response and its score, since a rising reward proves nothing by itself.
 
 Settings follow the paper and Bai et al. 2022a: clip 0.2, gamma 1, no entropy bonus, a KL penalty k1
-per token. Advantages are whitened, so the policy loss does not depend on the scale of the reward;
-kl_coef and value_clip_range do. What this leaves out is in examples/, one file each.
+per token. Advantages are whitened, so the policy loss does not depend on the scale of the reward.
+But kl_coef and value_clip_range must fit that scale. Variants are in examples/, one file each.
 """
 
 import math
@@ -62,37 +62,37 @@ class PPOConfig(Run):
     reward: str = path_setting(model=True)  # reward and value model; "" = OUT/rm
     prompts: str = path_setting("minicai:tinyworld/data/red_team.jsonl")  # red-team prompts (4.2)
     helpful_prompts: str = path_setting("minicai:tinyworld/data/helpful.jsonl")  # harmless (4.2)
-    helpful_share: float = setting(0.5, at_most=1)  # of the prompts of an iteration
+    helpful_share: float = setting(0.5, at_most=1)  # share of harmless prompts per iteration
 
     # rollouts
-    iterations: int = setting(60, at_least=1)  # rollouts
+    iterations: int = setting(60, at_least=1)  # each: one rollout, then its updates
     episodes: int = setting(64, at_least=1)  # responses per rollout
-    temperature: float = 1.0  # of the policy, in sampling and in every log-prob
-    max_new_tokens: int = setting(256, at_least=1)  # length limit of a response
+    temperature: float = 1.0  # for sampling from the policy and for its log-probs
+    max_new_tokens: int = setting(256, at_least=1)  # tokens per response, at most
 
     # reward and advantage
-    kl_coef: float = 0.05  # beta, per nat (HH: 0.001 on its reward scale)
+    kl_coef: float = 0.05  # beta, reward per nat (HH: 0.001 on its reward scale)
     gamma: float = 1.0  # discount (HH)
     lam: float = 0.95  # GAE lambda
 
     # updates
     epochs: int = 4  # passes over a rollout
     minibatches: int = setting(4, at_least=1)  # updates per pass
-    clip_range: float = 0.2  # of the ratio (HH)
-    value_clip_range: float = 0.2  # of a value's change
+    clip_range: float = 0.2  # how far the ratio may be from 1 (HH)
+    value_clip_range: float = 0.2  # how far a value may be from its old one, in reward
     vf_coef: float = 0.1  # weight of the value loss
-    lr: float = 1e-6  # of the policy
-    value_lr: float = 1e-6  # of the value model
-    schedule: str = setting("constant", choices=("constant", "linear"))  # of both rates
-    grad_clip: float = 1.0  # norm, of each model
+    lr: float = 1e-6  # learning rate of the policy
+    value_lr: float = 1e-6  # learning rate of the value model
+    schedule: str = setting("constant", choices=("constant", "linear"))  # both rates
+    grad_clip: float = 1.0  # largest gradient norm, for each model
 
     # extensions
-    reward_function: str = ""  # "module:function" in the reward model's place
-    kl_estimator: str = setting("k1", choices=tuple(KL))  # of the penalty in the reward
-    kl_target: float = 0.0  # nats per response; above 0 beta adapts towards it
-    kl_horizon: int = 10000  # episodes; how slowly it adapts
-    target_kl: float = 0.1  # nats per token from the sampling policy: stops a rollout's updates
-    missing_eos_penalty: float = 1.0  # taken from the score of a response that was cut off
+    reward_function: str = ""  # "module:function" to use instead of the reward model
+    kl_estimator: str = setting("k1", choices=tuple(KL))  # for the penalty
+    kl_target: float = 0.0  # nats per response; above 0, beta adapts to reach it
+    kl_horizon: int = 10000  # episodes; the larger, the slower beta adapts
+    target_kl: float = 0.1  # nats per token; an epoch that moves further is the last
+    missing_eos_penalty: float = 1.0  # subtracted from the score of a response cut off
 
 
 def main(cfg: PPOConfig) -> dict:
@@ -102,12 +102,14 @@ def main(cfg: PPOConfig) -> dict:
     reads = {"policy": policy_path, "reward": "" if source else reward_path}
     reads["reward_function"] = source
     stage = Stage(cfg, "ppo", reads, code=__file__)
-    if stage.record:
+    if stage.record:  # finished in an earlier run
         return stage.record
     parallel.require(cfg.episodes // cfg.minibatches, "[ppo]: episodes per minibatch")
 
-    # The value model starts from the reward model; with a reward function, from the policy.
+    # Two copies of the SL-CAI model: PPO trains one, the other is the frozen reference of the KL.
     policy, reference = load_policy(policy_path), freeze(load_policy(policy_path))
+    # Two copies of the reward model: one scores, the other is trained as the value model. A reward
+    # function has no weights to start from, so then the value model starts from the policy.
     if cfg.reward_function:
         reward_model, value_model = None, load_scorer(policy_path, seed=cfg.seed)
     else:
@@ -115,6 +117,7 @@ def main(cfg: PPOConfig) -> dict:
         require_same_tokens(policy, reward_model)
     if cfg.gradient_checkpointing:
         policy, value_model = checkpoint_layers(policy), checkpoint_layers(value_model)
+    # One optimizer with two groups, since each model has its own learning rate.
     groups = [{"params": model.parameters()} for model in (policy, value_model)]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-5, weight_decay=0, fused=True)
     harmful, harmless = read_prompts(cfg.prompts), read_prompts(cfg.helpful_prompts)
@@ -126,9 +129,9 @@ def main(cfg: PPOConfig) -> dict:
 
     stage.resume({"policy": policy, "value": value_model}, optimizer)
     episodes = stage.journal("episodes.jsonl")
-    kl_coef = stage.state.get("kl_coef", cfg.kl_coef)
+    kl_coef = stage.state.get("kl_coef", cfg.kl_coef)  # a resumed run keeps its adapted value
     for iteration in stage.steps(cfg.iterations, "episodes", cfg.episodes):
-        # 1. Sample one response to each prompt from the policy as it is.
+        # 1. Sample one response to each prompt from the current policy.
         prompts = shuffled(harmful, iteration, n_harmful, STREAM, cfg.seed, 0)
         prompts += shuffled(harmless, iteration, n_harmless, STREAM, cfg.seed, 1)
         encoded = [encode_prompt(policy.tokenizer, as_turns(prompt)) for prompt in prompts]
@@ -140,8 +143,8 @@ def main(cfg: PPOConfig) -> dict:
         batch = collate(encoded, responses, policy.device)
         mask = batch.mask
 
-        # 2. What the four models say of each token: log-probs, values, scores. The sampler's own
-        #    log-probs will not do: they are rounded otherwise, and the first ratio must be 1.
+        # 2. Score the responses with the four models: log-probs, values, scores. Recompute the old
+        #    log-probs: the sampler's are rounded differently, and the first ratios must be 1.
         parts = (batch, cfg.micro_tokens)
         logprobs = in_micro_batches(response_logprobs, policy, *parts, cfg.temperature)
         ref_logprobs = in_micro_batches(response_logprobs, reference, *parts, cfg.temperature)
@@ -155,7 +158,7 @@ def main(cfg: PPOConfig) -> dict:
             tolerance = 0.01 if parallel.precision() == "fp32" else 0.2
             check_ratio(logprobs, spread([c.logprobs for c in completions], mask), tolerance)
 
-        # 3. The reward of each token: the score at the last one, minus beta KL at every one.
+        # 3. The reward of each token: -beta KL, and at the last token also the score.
         kl = KL[cfg.kl_estimator](logprobs, ref_logprobs)
         paid = scores - cfg.missing_eos_penalty * ~ended
         rewards = losses.shaped_rewards(paid, kl, mask, kl_coef)
@@ -167,6 +170,7 @@ def main(cfg: PPOConfig) -> dict:
         rollout = Rollout(batch.ids, mask, batch.lengths, *before)
 
         # 5. A few epochs of clipped updates: shuffle, micro-batches, the losses, backward, step.
+        #    The sums are divided by the tokens of the whole minibatch, so micro-batches add up.
         left = 1 - iteration / cfg.iterations if cfg.schedule == "linear" else 1.0
         for group, lr in zip(optimizer.param_groups, (cfg.lr, cfg.value_lr)):
             group["lr"] = lr * left
@@ -182,8 +186,8 @@ def main(cfg: PPOConfig) -> dict:
                     new = response_logprobs(policy, part, cfg.temperature)
                     pg = losses.policy_loss(new, old, part.advantages, inside, cfg.clip_range)
                     parallel.backward(pg.sum() / tokens)
-                    # Two backward calls, since the models share no layer: the activations of one
-                    # are freed before the other runs (924 MiB at the peak, not 1,087).
+                    # Two backward calls: the models share no layer, so the policy's activations
+                    # are freed before the value model runs (924 MiB at the peak, not 1,087).
                     v, v_old = token_values(value_model, part), part.values
                     vf = losses.value_loss(v, v_old, part.returns, inside, cfg.value_clip_range)
                     parallel.backward(cfg.vf_coef * vf.sum() / tokens)
@@ -202,9 +206,9 @@ def main(cfg: PPOConfig) -> dict:
                 optimizer.zero_grad(set_to_none=True)
             moved = sum(update["approx_kl"] for update in updates[earlier:])
             if moved > cfg.target_kl * sum(update["tokens"] for update in updates[earlier:]):
-                break
+                break  # the policy is too far from the one that sampled
 
-        # 6. What to watch. A reward that rises says little by itself.
+        # 6. What to watch. A rising reward proves little by itself.
         entropies = spread([c.entropies for c in completions], mask)
         row = {"reward": scores.mean().item(), **watch(mask, logprobs, ref_logprobs, entropies)}
         row["eos_rate"] = ended.float().mean().item()
@@ -213,8 +217,8 @@ def main(cfg: PPOConfig) -> dict:
         row |= mean_update(updates) | {"nonfinite": nonfinite, "kl_coef": kl_coef}
         stage.log(row, show=("reward", "kl"))
         names = ("step", "prompt", "response", "score", "ended")
-        found = zip(prompts, texts, scores.tolist(), ended.tolist())
-        episodes.append([dict(zip(names, (iteration + 1, *episode))) for episode in found])
+        sampled = zip(prompts, texts, scores.tolist(), ended.tolist())
+        episodes.append([dict(zip(names, (iteration + 1, *episode))) for episode in sampled])
         if cfg.kl_target > 0 and math.isfinite(row["kl"]):
             aim = (cfg.kl_target, cfg.kl_horizon, cfg.episodes)
             stage.state["kl_coef"] = kl_coef = losses.adaptive_kl_coef(kl_coef, row["kl"], *aim)

@@ -7,9 +7,10 @@ Reads the SL-CAI model OUT/sl, the feedback model, red-team prompts, a constitut
 comparisons for helpfulness. Writes OUT/rm: comparisons.jsonl, metrics.jsonl, and the reward model
 as a Hugging Face folder (AutoModelForSequenceClassification, one label).
 
-As in the paper, harmlessness labels are soft, from the log-probs of (A) and (B), and helpfulness
-labels are human (for the tiny world: a synthetic stand-in). Beyond it, each pair is shown to the
-feedback model in both orders. The paper's few-shot comparisons are `examples`, none by default.
+As in the paper, harmlessness labels are soft: they come from the log-probs of (A) and (B).
+Helpfulness labels are human; the tiny world has synthetic ones instead. Unlike the paper, the
+feedback model sees each pair in both orders. The paper puts few-shot comparisons before each
+question. Set `examples` to do the same; by default there are none.
 """
 
 import math
@@ -39,40 +40,40 @@ class RMConfig(Run):
     """[rm] in the config file. Section numbers are the paper's."""
 
     # pairs and their labels
-    policy: str = path_setting(model=True)  # who answers; "" = OUT/sl (4.1)
-    feedback: str = path_setting(model=True)  # who compares; "" = the base model (4.1)
+    policy: str = path_setting(model=True)  # samples the responses; "" = OUT/sl (4.1)
+    feedback: str = path_setting(model=True)  # compares; "" = top-level model (4.1)
     prompts: str = path_setting("minicai:tinyworld/data/red_team.jsonl")  # red-team (4.2)
-    limit: int = 0  # use only the first prompts; 0 = all
+    limit: int = 0  # number of prompts to use, from the first; 0 = all
     # human helpfulness pairs (4.2: 135,296); "" = none
     preferences: str = path_setting("minicai:tinyworld/data/preferences.jsonl")
-    preferences_limit: int = 0  # use only the first pairs; 0 = all
+    preferences_limit: int = 0  # number of human pairs to use, from the first; 0 = all
     candidates: int = setting(2, at_least=2)  # responses per prompt; all pairs are compared
-    temperature: float = 1.0  # of responses and rationales
-    max_new_tokens: int = setting(256, at_least=1)  # of a response or a rationale
-    # probabilities; certainties (4.3); probabilities after a rationale (4.1)
+    temperature: float = 1.0  # for sampling responses and rationales
+    max_new_tokens: int = setting(256, at_least=1)  # tokens per response or rationale, at most
+    # soft: a probability; hard: 0 or 1 (4.3); chain_of_thought: soft, after a rationale (4.1)
     labels: str = setting("soft", choices=("soft", "hard", "chain_of_thought"))
     thoughts: int = setting(1, at_least=1)  # rationales per order and principle (2: 5)
-    clamp: float = setting(0.4, at_most=0.5)  # label after a rationale: clamp to 1 - clamp
+    clamp: float = setting(0.4, at_most=0.5)  # labels after a rationale: clamp..1 - clamp
     examples: str = path_setting()  # few-shot comparisons, TOML or the paper's JSON (4.1)
 
     # training
-    heldout: float = setting(0.1, at_most=1)  # share of prompts kept from training
-    epochs: int = 1
+    heldout: float = setting(0.1, at_most=1)  # share of prompts held out from training
+    epochs: int = 1  # passes over the training pairs
     batch_size: int = setting(64, at_least=1)  # pairs per step
     lr: float = 1e-5  # falls linearly to 0
     warmup: int = 10  # steps
     adam_eps: float = 1e-8
-    grad_clip: float = 1.0  # norm
+    grad_clip: float = 1.0  # largest gradient norm
 
     # extensions
-    principles: int = 1  # that label a pair, averaged; 0 = all (4.1: one at random)
+    principles: int = 1  # principles per pair, averaged; 0 = all (4.1: one at random)
     swap: bool = True  # show each pair in both orders and average: cancels position bias
-    jury: tuple[str, ...] = path_setting((), model=True)  # further feedback models
-    vote: str = setting("mean", choices=("mean", "majority"))  # of feedback models
-    revision_pairs: int = 0  # pairs (initial, final revision) from the policy's revisions.jsonl
+    jury: tuple[str, ...] = path_setting((), model=True)  # additional feedback models
+    vote: str = setting("mean", choices=("mean", "majority"))  # how feedback models combine
+    revision_pairs: int = 0  # (initial, final) pairs to add from the policy's revisions.jsonl
     earlier: tuple[str, ...] = path_setting(())  # comparisons.jsonl of earlier rounds
-    margin: float = 0.0  # by which the preferred score must lead
-    centering: float = 0.01  # weight of (r_A + r_B)^2
+    margin: float = 0.0  # how far the preferred score must lead
+    centering: float = 0.01  # weight of (r_A + r_B)^2, which keeps scores near 0
 
 
 def main(cfg: RMConfig) -> dict:
@@ -81,19 +82,20 @@ def main(cfg: RMConfig) -> dict:
     revisions = f"{policy_path}/revisions.jsonl" if cfg.revision_pairs else ""
     reads = {"policy": policy_path, "feedback": judges[0], "revisions": revisions}
     stage = Stage(cfg, "rm", reads | {"constitution": cfg.constitution}, code=__file__)
-    if stage.record:
+    if stage.record:  # finished in an earlier run
         return stage.record
     parallel.require(cfg.batch_size, "[rm]: batch_size")
     rules, thinking = constitution.load(cfg.constitution), cfg.labels == "chain_of_thought"
     label = feedback.label_pairs_by_thinking if thinking else feedback.label_pairs
     examples = load_comparisons(cfg.examples, thinking) if cfg.examples else ()
-    kind = (cfg.principles, cfg.swap, examples, cfg.thoughts, (cfg.clamp, 1 - cfg.clamp))
-    how = feedback.Labelling(rules, cfg.seed, *kind)
+    options = (cfg.principles, cfg.swap, examples, cfg.thoughts, (cfg.clamp, 1 - cfg.clamp))
+    how = feedback.Labelling(rules, cfg.seed, *options)
     sampling = sampler.Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
     prompts = read_prompts(cfg.prompts, cfg.limit)
     human = read_preferences(cfg.preferences, cfg.preferences_limit)
 
-    # Does everything fit into the models' contexts? 4: the tokens of an option.
+    # Check that every text fits into its model's context before the expensive sampling begins.
+    # + 1: the end token of a response. + 4: the tokens of an option such as " (A".
     policy, limit = load_policy(policy_path), cfg.max_new_tokens
     sampler.check_prompts(policy, prompts, limit + 1, cfg.prompts)
     sampler.check_pairs(policy, human, cfg.preferences)
@@ -103,9 +105,10 @@ def main(cfg: RMConfig) -> dict:
 
     # 1. Sample `candidates` responses to each prompt, and pair them: pairs.jsonl.
     each = math.comb(cfg.candidates, 2)  # pairs per prompt
-    group = sampler.turn_size(cfg.rows) * each
+    group = sampler.turn_size(cfg.rows) * each  # pairs per turn, so a turn has whole prompts
     pairs = stage.journal("pairs.jsonl", group, len(prompts) * each)
     with parallel.gathered(policy):
+        # A row is a pair, and progress counts responses: `candidates` of them make `each` pairs.
         for first, last in stage.turns(pairs, "generate", "responses", cfg.candidates / each):
             numbers = range(first // each, last // each)
             asked = [as_turns(prompts[i]) for i in numbers] * cfg.candidates
@@ -114,7 +117,7 @@ def main(cfg: RMConfig) -> dict:
             pairs.append(parallel.joined(feedback.pair_up(numbers, prompts, *answers)))
     del policy  # its memory is needed for the feedback models
 
-    # 2. Label them by AI feedback: comparisons.jsonl. Pairs whose labels are given follow.
+    # 2. Label the pairs by AI feedback, and append those that have labels: comparisons.jsonl.
     different = [row for row in pairs.rows if row["first"] != row["second"]]
     given = revision_pairs(read_jsonl(revisions)[: cfg.revision_pairs]) if revisions else []
     for k, path in enumerate(cfg.earlier, 1):
@@ -138,11 +141,12 @@ def main(cfg: RMConfig) -> dict:
                 comparisons.append(parallel.joined(rows))
                 stage.shown = feedback.label_shares(rows)
         del speakers
+    # Append only the labelled pairs that an interrupted run has not written yet.
     comparisons.append(given[len(comparisons.rows) - len(different) :])
 
     # 3. Minimise  L_RM = - [ p log sigma(r_A - r_B) + (1 - p) log sigma(r_B - r_A) ].
     rows, heldout = split(comparisons.rows, cfg.heldout, cfg.seed)
-    model = load_scorer(policy_path, seed=cfg.seed)
+    model = load_scorer(policy_path, seed=cfg.seed)  # the policy with a new head of one score
     encoded = [encode_pair(model.tokenizer, row) for row in rows]
     if cfg.gradient_checkpointing:
         models.checkpoint_layers(model)
@@ -158,7 +162,7 @@ def main(cfg: RMConfig) -> dict:
             shown = [(prompt, first), (prompt, second)]
             show_first(f"rm: train, P(first is better) = {p:.2f}", model.tokenizer, shown)
 
-        # Micro-batches add up to the batch: divide each once, by the pairs of the whole batch.
+        # Divide by the pairs of the whole batch: then gradients of micro-batches add up to its own.
         loss, correct, decided = 0.0, 0.0, 0.0
         lengths = models.pair_lengths([encoded[r] for r in batch])
         for part in models.micro_rows(lengths, cfg.micro_tokens):
@@ -170,12 +174,12 @@ def main(cfg: RMConfig) -> dict:
             part_loss = part_loss.sum() / len(batch)
             parallel.backward(part_loss)
             loss += part_loss.item()
-            sides = p_first != 0.5
+            sides = p_first != 0.5  # a label of 1/2 prefers neither response
             correct += ((r_first > r_second) == (p_first > 0.5))[sides].sum().item()
             decided += sides.sum().item()
         loss, correct, decided = parallel.total([loss, correct, decided])
 
-        # Warmup, then falling to 0; clip; update unless something is not finite.
+        # Learning rate: linear warmup, then linear to 0. Clip. Skip an update that is not finite.
         warm = (step + 1) / max(cfg.warmup, 1)
         optimizer.param_groups[0]["lr"] = cfg.lr * min(warm, 1 - step / steps)
         grad_norm = parallel.clip_grad_norm(model, cfg.grad_clip)
@@ -186,7 +190,7 @@ def main(cfg: RMConfig) -> dict:
         row = {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm}
         stage.log(row, show=("loss", "accuracy"))
 
-    # 4. How often it agrees with the labels of the held-out pairs that take a side.
+    # 4. Accuracy: how often the scores order a held-out pair as its label does. Ties are left out.
     decided = [row for row in heldout if row["p_first"] != 0.5]
     pairs = [encode_pair(model.tokenizer, row) for row in decided]
     r_first, r_second = models.scored_pairs(model, pairs, cfg.micro_tokens)

@@ -7,9 +7,9 @@ Reads red-team prompts, harmless prompts and a constitution. Writes OUT/sl: revi
 helpful.jsonl, metrics.jsonl, and the SL-CAI model as a Hugging Face folder. Run the same command
 again to resume.
 
-One model plays two parts of the paper: the pretrained model that is fine-tuned, and the helpful
-RLHF model that responds, criticises and revises. The paper puts few-shot examples in front of each
-critique; here `examples` does, and there are none by default.
+The paper uses two models: a helpful RLHF model responds, criticises and revises, and a pretrained
+model is fine-tuned. Here one model does both. The paper also puts few-shot examples before each
+critique. Set `examples` to do the same; by default there are none.
 """
 
 import math
@@ -56,50 +56,51 @@ class SLConfig(Run):
     # data: prompts, critiques and revisions
     prompts: str = path_setting("minicai:tinyworld/data/red_team.jsonl")  # red-team (3.2)
     helpful_prompts: str = path_setting("minicai:tinyworld/data/helpful.jsonl")  # harmless (3.2)
-    limit: int = 0  # use only the first red-team prompts; 0 = all
+    limit: int = 0  # number of red-team prompts to use, from the first; 0 = all
     helpful_limit: int = 0  # likewise for the harmless ones
-    rounds: int = 4  # of critique and revision per prompt (3.2)
-    # the principle of a round: drawn (3.1), the next one, or all of them numbered
+    rounds: int = 4  # critiques and revisions per prompt (3.2)
+    # which principle a round uses: one at random (3.1), the next in turn, or all, numbered
     principles: str = setting("random", choices=tuple(CHOOSE))
-    style: str = setting("plain", choices=tuple(STYLES))  # of the critique; none: revise
+    style: str = setting("plain", choices=tuple(STYLES))  # critique style; none = no critique
     examples: str = path_setting()  # few-shot examples, TOML or the paper's JSON (3.1)
-    helpful_samples: int = 2  # responses per harmless prompt, mixed in (3.2)
-    temperature: float = 1.0  # of all sampling (3.2)
-    max_new_tokens: int = setting(256, at_least=1)  # of a response, critique or revision
-    keep: str = setting("all", choices=("all", "last"))  # train on all rounds (3.2)
+    helpful_samples: int = 2  # responses per harmless prompt, added to the training data (3.2)
+    temperature: float = 1.0  # for all sampling (3.2)
+    max_new_tokens: int = setting(256, at_least=1)  # most tokens per text that is sampled
+    keep: str = setting("all", choices=("all", "last"))  # which revisions to train on (3.2)
 
     # training
-    epochs: int = 1  # (3.2)
+    epochs: int = 1  # passes over the training pairs (3.2)
     batch_size: int = setting(64, at_least=1)  # sequences per step (paper: 1024)
     lr: float = 1e-5  # (3.2: half the pretraining rate)
     schedule: str = setting("constant", choices=("constant", "linear"))  # after the warmup
     warmup: int = 10  # steps
-    adam_eps: float = 1e-8  # raise it where rare tokens of a tied embedding drift
-    grad_clip: float = 1.0  # norm
+    adam_eps: float = 1e-8  # raise it if rare tokens of a tied embedding drift
+    grad_clip: float = 1.0  # largest gradient norm
 
     # extensions
-    policy: str = path_setting(model=True)  # who responds and learns; "" = the model
-    critic: str = path_setting(model=True)  # who writes the critiques; "" = the model
-    nothing: tuple[str, ...] = ()  # "no issues": a critique with such a phrase ends the rounds
-    drop: tuple[str, ...] = setting((), each=critique.FAULTS)  # faults of revisions to leave out
+    policy: str = path_setting(model=True)  # responds and is trained; "" = top-level model
+    critic: str = path_setting(model=True)  # writes the critiques; "" = top-level model
+    nothing: tuple[str, ...] = ()  # phrases ("no issues"); a critique with one ends the rounds
+    drop: tuple[str, ...] = setting((), each=critique.FAULTS)  # skip revisions with these faults
 
 
 def main(cfg: SLConfig) -> dict:
     """Runs or resumes the stage. Returns its record, which is also in OUT/sl/stage.json."""
     reads = {"model": cfg.model, "constitution": cfg.constitution}
     stage = Stage(cfg, "sl", reads, code=__file__)
-    if stage.record:
+    if stage.record:  # finished in an earlier run
         return stage.record
     parallel.require(cfg.batch_size, "[sl]: batch_size")
     rules = constitution.load(cfg.constitution)
     examples = load_examples(cfg.examples) if cfg.examples else ()
-    kind = (CHOOSE[cfg.principles], STYLES[cfg.style], examples, cfg.nothing)
-    how = critique.Revising(rules, cfg.seed, cfg.rounds, *kind)
+    options = (CHOOSE[cfg.principles], STYLES[cfg.style], examples, cfg.nothing)
+    how = critique.Revising(rules, cfg.seed, cfg.rounds, *options)
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
     prompts = read_prompts(cfg.prompts, cfg.limit)
     harmless = read_prompts(cfg.helpful_prompts, cfg.helpful_limit)
 
-    # One model responds, criticises and revises, unless `policy` or `critic` names another.
+    # By default one model responds, criticises, revises and is trained. `policy` names another one
+    # that responds and is trained. `critic` names another one that criticises.
     model = load_policy(cfg.policy or cfg.model)
     reviser = load_policy(cfg.model) if cfg.policy else model
     critic = load_policy(cfg.critic) if cfg.critic else reviser
@@ -109,14 +110,16 @@ def main(cfg: SLConfig) -> dict:
         critiques, revisions = critique.longest_requests(prompts, how)
         limit = cfg.max_new_tokens
         check_requests([cfg.critic or cfg.model], critiques, 2 * limit, "[sl]: a critique request")
-        answers = 3 if critiques else 2  # the response, the critique, and the revision behind them
+        answers = 3 if critiques else 2  # in the context: the response, the critique, the revision
         check_requests([cfg.model], revisions, answers * limit, "[sl]: a revision request")
 
     # 1. Respond, criticise, revise: revisions.jsonl, one row per red-team prompt.
     models = stage.stamp(cfg.model, cfg.policy, cfg.critic)
     made_by = {"model": cfg.model, "seed": cfg.seed, "constitution": rules.stamp} | models
+    # texts: the response, then a critique and a revision per round. Progress counts them (each=).
     group, texts = turn_size(cfg.rows), 1 + cfg.rounds * (1 if cfg.style == "none" else 2)
     revisions = stage.journal("revisions.jsonl", group, len(prompts))
+    # Each process generates by itself, so it needs all weights. dict.fromkeys: each model once.
     with parallel.gathered(*dict.fromkeys((model, reviser, critic))):
         for first, last in stage.turns(revisions, "generate", "texts", each=texts):
             who = [responder(m, sampling, STREAM, stage.progress) for m in (model, critic, reviser)]
@@ -125,13 +128,13 @@ def main(cfg: SLConfig) -> dict:
             stage.shown = critique.hygiene(rows)
     del reviser, critic  # their memory is needed for training
 
-    # 2. Answer harmless prompts, so that the model does not unlearn to help: helpful.jsonl.
+    # 2. Answer harmless prompts, so that the model does not forget how to help: helpful.jsonl.
     wanted = [prompt for prompt in harmless for _ in range(cfg.helpful_samples)]
     helpful = stage.journal("helpful.jsonl", group, len(wanted))
     with parallel.gathered(model):
         for first, last in stage.turns(helpful, "generate", "samples"):
             numbers, asked = range(first, last), wanted[first:last]
-            seeds = [(STREAM, cfg.seed, i, 999) for i in numbers]
+            seeds = [(STREAM, cfg.seed, i, 999) for i in numbers]  # 999: not a step of part 1
             texts = [as_turns(prompt) for prompt in asked]
             answers, _ = respond(model, texts, seeds, sampling, stage.progress)
             rows = [
@@ -146,7 +149,8 @@ def main(cfg: SLConfig) -> dict:
         pairs += critique.training_pairs(row, cfg.keep, cfg.drop)
     pairs += [(row["prompt"], row["response"]) for row in helpful.rows]
     encoded = [encode(model.tokenizer, prompt, response) for prompt, response in pairs]
-    # A response that the length limit cut off does not end there.
+    # encode() closes each response with an end token. A response that the length limit cut off has
+    # no end, and the model must not learn to stop there.
     encoded = [(p, r if len(r) <= cfg.max_new_tokens else r[:-1]) for p, r in encoded]
 
     # 4. Minimise  L_SL = - sum_i log P(y_i_revised | x_i).
@@ -164,7 +168,8 @@ def main(cfg: SLConfig) -> dict:
             show_first("sl: train", model.tokenizer, rows)
         batch = collate(*zip(*rows), model.device)
 
-        # Micro-batches add up to the batch: divide each once, by the tokens of the whole batch.
+        # Divide each micro-batch's loss by the tokens of the whole batch, not by its own. Then the
+        # gradients of the micro-batches, and of the processes, add up to that of one large batch.
         tokens, loss = int(batch.mask.sum()), 0.0
         for part in micro_batches(batch, cfg.micro_tokens):
             logprobs = response_logprobs(model, part)
@@ -173,7 +178,8 @@ def main(cfg: SLConfig) -> dict:
             loss += part_loss.item()
         loss = parallel.total(loss)
 
-        # Warmup, then constant or falling to 0; clip; update unless something is not finite.
+        # Learning rate: linear warmup, then constant or linear to 0. Clip the gradient. Skip the
+        # update if the loss or the gradient norm is not finite.
         left = 1 - step / steps if cfg.schedule == "linear" else 1.0
         optimizer.param_groups[0]["lr"] = cfg.lr * min((step + 1) / max(cfg.warmup, 1), left)
         grad_norm = parallel.clip_grad_norm(model, cfg.grad_clip)

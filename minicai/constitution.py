@@ -1,8 +1,8 @@
 """Constitutions: named, versioned lists of principles, and the styles of critique.
 
 A principle has up to three requests: to criticise the last response, to revise it (phase 1), and to
-compare two responses (phase 2). A constitution is a TOML file that a person can read. Its
-fingerprint is stored in everything that is made from it.
+compare two responses (phase 2). A constitution is a TOML file that a person can read. Every row and
+record made with a constitution stores its fingerprint.
 """
 
 import difflib
@@ -20,7 +20,7 @@ REQUESTS = ("critique", "revision", "comparison")
 
 @dataclass(frozen=True)
 class Principle:
-    """One rule of conduct. A request that is not used may be left empty."""
+    """One rule of conduct, as requests to a model. An empty request is not used."""
 
     name: str
     critique: str = ""
@@ -38,12 +38,12 @@ class Constitution:
 
     @property
     def sha256(self) -> str:
-        """Fingerprint of what the models read: of every word, not of comments and layout."""
+        """Fingerprint of every text. Comments and layout of the file do not change it."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     @property
     def stamp(self) -> dict[str, str]:
-        """What is stored in everything that is made from this constitution."""
+        """Identifies the constitution in rows and records made with it."""
         return {"name": self.name, "version": self.version, "sha256": self.sha256}
 
     def usable(self, *requests: str) -> tuple[Principle, ...]:
@@ -58,7 +58,7 @@ class Constitution:
 def load(path: str | Path) -> Constitution:
     """Reads a constitution from TOML, or from one of the two JSON files published with the paper.
 
-    Raises InputError that names the file, and the principle and key where there is one.
+    Raises InputError that names the file and, if one is at fault, the principle and the key.
     """
     path = Path(path)
     if not path.is_file():
@@ -117,12 +117,13 @@ def _principle(row: dict, where: str) -> Principle:
 
 
 def _from_paper(path: Path, content: dict | list) -> Constitution:
-    """The paper's two files of requests.
+    """Reads one of the paper's two files of requests.
 
-    CritiqueRevisionInstructions.json: a table, {name: {"prompt": [critique], "edit_request"}}.
+    CritiqueRevisionInstructions.json: {name: {"prompt": [critique], "edit_request": revision}}.
     RLMadisonInstructions.json: a list of comparison requests.
     """
 
+    # The paper's texts contain labels such as "Critique:". prompts.py adds its own, so drop them.
     def bare(text: str, *marks: str) -> str:
         for mark in marks:
             text = text.replace(mark, "")
@@ -162,7 +163,7 @@ def plain(principle: Principle) -> Principle:
 def chain_of_thought(principle: Principle) -> Principle:
     """The critique answers four questions before the principle's own.
 
-    An extension: in the paper only labels are reasoned about (4.1).
+    An extension: the paper uses a chain of thought only for labels (4.1).
     """
     critique = (
         "First answer four questions about the assistant's last response, one after the other, "
@@ -182,9 +183,9 @@ def strong(principle: Principle) -> Principle:
 
 
 def direct(principle: Principle) -> Principle:
-    """No critique: the response is revised at once.
+    """No critique: the response is revised directly.
 
-    Section 3.5, figure 7: as good for large models, worse for small ones.
+    In the paper this is as good for large models, and worse for small ones (3.5, figure 7).
     """
     return replace(principle, critique="")
 

@@ -1,7 +1,7 @@
 """Phase 1 of Constitutional AI: respond, then criticise and revise, n times (Bai et al. 2022, 3.1).
 
-No model is named here. A `Generate` is any function from prompts and seeds to completions, so the
-responses, critiques and revisions may come from one model, from three, or from a person.
+This file depends on no model. A `Generate` is any function from prompts and seeds to completions.
+So the responses, critiques and revisions may come from one model, from three, or from a person.
 """
 
 import random
@@ -54,7 +54,7 @@ class Revising:
     choose: Choose = at_random
     style: Callable[[Principle], Principle] = plain  # how a critique is requested
     examples: Sequence[Example] = ()  # few-shot examples in front of each request
-    nothing: Sequence[str] = ()  # a critique with one of these phrases ends its prompt's rounds
+    nothing: Sequence[str] = ()  # a critique with one of these phrases ends the rounds
 
     def __post_init__(self):
         if self.style is direct and self.nothing:
@@ -81,9 +81,11 @@ def critique_and_revise(
     """Makes the rows of revisions.jsonl for prompts number first, first + 1, ...
 
     All prompts go through each step together, as one batch. Each round criticises and revises the
-    result of the round before. A critique that holds one of the phrases `how.nothing` ends the
-    rounds of its prompt: it is kept in "stopped", and no revision follows (an extension).
+    result of the round before. A critique with one of the phrases `how.nothing` ends the rounds of
+    its prompt. The row keeps this critique in "stopped", without a revision (an extension).
     """
+    # Seeds are (seed, prompt, step): 0 is the response, 2n - 1 the critique of round n, and 2n its
+    # revision. So a text does not depend on the batch that it is sampled in.
     ids = range(first, first + len(prompts))
     initial = respond([as_turns(prompt) for prompt in prompts], [(how.seed, i, 0) for i in ids])
     rows = [
@@ -118,7 +120,7 @@ def critique_and_revise(
             step = {"principle": principle.name, "critique": critique, "revision": revision}
             row["rounds"].append(step)
             row["final"] = revision
-    for row in rows:  # an empty revision teaches nothing
+    for row in rows:  # a row with an empty text is not trained on
         row["kept"] = bool(row["final"]) and all(step["revision"] for step in row["rounds"])
     return rows
 
@@ -126,7 +128,7 @@ def critique_and_revise(
 def longest_requests(prompts: Sequence[Prompt], how: Revising) -> tuple[list[str], list[str]]:
     """Critique and revision requests about the longest prompt, with empty answers in them.
 
-    To check that they fit into a model's context, before any work is done.
+    The script checks that they fit into a model's context before it samples.
     """
     longest = max(prompts, key=lambda prompt: len(render(prompt)))
     principles = how.principles
@@ -140,10 +142,11 @@ def longest_requests(prompts: Sequence[Prompt], how: Revising) -> tuple[list[str
 
 
 def training_pairs(row: dict, keep: str, drop: Sequence[str] = ()) -> list[tuple[Prompt, str]]:
-    """(prompt, revision) pairs to train on, of one row of revisions.jsonl.
+    """(prompt, revision) pairs to train on, from one row of revisions.jsonl.
 
-    keep: the revisions of "all" rounds (3.2), or only the "last". drop: FAULTS; a revision that has
-    one of them is left out. A row without rounds gives its initial response.
+    keep: "all" takes the revisions of all rounds (3.2), "last" only the last one. drop: names of
+    FAULTS; revisions with one of them are left out. A row without rounds gives its initial
+    response.
     """
     if not row["kept"]:
         return []
@@ -158,9 +161,9 @@ def training_pairs(row: dict, keep: str, drop: Sequence[str] = ()) -> list[tuple
 
 
 def revision_pairs(rows: Iterable[dict]) -> list[dict]:
-    """Rows of comparisons.jsonl: the initial response against the final revision, which is better.
+    """Makes rows of comparisons.jsonl in which the final revision beats the initial response.
 
-    Such a contrast is rarely found by sampling one model twice. An extension.
+    Two samples from one model rarely differ as much. An extension.
     """
     pairs = []
     for row in rows:
@@ -194,16 +197,16 @@ BOILERPLATE = (
     "i apologize",
     "i'm sorry, but as",
 )
-LEAK = 6  # a revision does not repeat so many words of the critique by chance
+LEAK = 6  # words; a shorter sentence may be in critique and revision by chance
 FAULTS = ("empty", "unchanged", "leaked", "boilerplate")
 
 
 def faults(row: dict) -> list[tuple[str, ...]]:
-    """Which FAULTS each revision of a row has.
+    """Names the FAULTS of each revision of a row.
 
     "empty": no text. "unchanged": equal to the response before. "boilerplate": opens with one of
-    BOILERPLATE. "leaked": holds a mark of the prompt, or a sentence of the critique of LEAK words
-    or more that the response before did not have.
+    BOILERPLATE. "leaked": contains one of MARKS, or copies a sentence of the critique. A copied
+    sentence has at least LEAK words and is not in the response before.
     """
     found, response = [], row["initial"]
     for step in row["rounds"]:
@@ -222,7 +225,7 @@ def faults(row: dict) -> list[tuple[str, ...]]:
 
 
 def hygiene(rows: Sequence[dict]) -> dict[str, int]:
-    """Counts over revisions.jsonl: revisions, each of FAULTS, and prompts that stopped early."""
+    """Counts the revisions, each of the FAULTS, and the prompts whose rounds stopped early."""
     found = [wrong for row in rows for wrong in faults(row)]
     counts = Counter(fault for wrong in found for fault in wrong)
     stopped = sum("stopped" in row for row in rows)

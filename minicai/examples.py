@@ -1,9 +1,9 @@
 """Few-shot examples before critiques and revisions (section 3.1), and before comparisons (4.1).
 
-Without them a model confuses critique and revision (3.1). A file of examples is TOML: [[example]]
-tables with the keys of `Example`, [[comparison]] tables with those of `Comparison`, or both. A
-prompt is a question, or a transcript that opens with "Human:". The JSON files published with the
-paper load too: CritiqueRevisionFewShotPrompts, RLMadisonFewShotPrompts and
+Without examples a model confuses critique and revision (3.1). A file of examples is TOML. It has
+[[example]] tables with the keys of `Example`, [[comparison]] tables with the keys of `Comparison`,
+or both. A prompt is a question, or a transcript that opens with "Human:". The JSON files published
+with the paper can be loaded too: CritiqueRevisionFewShotPrompts, RLMadisonFewShotPrompts and
 RLMadisonPrecogFewShotPrompts.
 """
 
@@ -42,10 +42,11 @@ class Example:
 def in_front(
     examples: Sequence[Example], style: Callable[[Principle], Principle], text: str
 ) -> str:
-    """The examples with their revisions, then the text that asks; a blank line between them.
+    """Puts the examples, with their revisions, before a request for a critique or a revision.
 
-    Where the style has no critiques, the examples have none either.
+    Blank lines separate them. If the style has no critiques, the examples show none.
     """
+    # To find out whether the style has critiques, apply it to a principle that asks for one.
     criticised, shown = style(Principle("", critique="asked")).critique, []
     for e in examples:
         principle = Principle("", e.critique_request if criticised else "", e.revision_request)
@@ -55,9 +56,9 @@ def in_front(
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two responses to a prompt in the order in which they are shown.
+    """Two responses to a prompt, in the order in which they are shown, and the better one.
 
-    better: "A" (the first) or "B". rationale: for chains of thought.
+    better: "A" (the first) or "B". rationale: read only for a chain of thought.
     """
 
     prompt: Prompt
@@ -68,9 +69,9 @@ class Comparison:
 
 
 def compared(comparisons: Sequence[Comparison], principle: Principle, text: str) -> str:
-    """The comparisons under the principle, with their answers, then the text that asks.
+    """Puts the comparisons, with their answers, before a request to compare.
 
-    There is a blank line between them.
+    All comparisons use the principle of the request. Blank lines separate them.
     """
     shown = []
     for c in comparisons:
@@ -80,7 +81,7 @@ def compared(comparisons: Sequence[Comparison], principle: Principle, text: str)
 
 
 def compared_by_thinking(comparisons: Sequence[Comparison], principle: Principle, text: str) -> str:
-    """`compared`, with the rationale of each comparison before its answer."""
+    """Like `compared`, with the rationale of each comparison before its answer."""
     shown = []
     for c in comparisons:
         asked = render_conclusion(c.prompt, c.first, c.second, principle, c.rationale)
@@ -89,7 +90,7 @@ def compared_by_thinking(comparisons: Sequence[Comparison], principle: Principle
 
 
 def fingerprint(examples: Sequence[Example | Comparison]) -> str:
-    """sha256 of every word that the models read."""
+    """sha256 of all texts of the examples."""
     text = json.dumps([asdict(e) for e in examples], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -98,7 +99,7 @@ def fingerprint(examples: Sequence[Example | Comparison]) -> str:
 
 
 def load_examples(path: str | Path) -> tuple[Example, ...]:
-    """The examples of critiques and revisions in a file.
+    """Reads the examples of critiques and revisions from a file.
 
     Raises InputError that names the file and the number of the example.
     """
@@ -109,10 +110,11 @@ def load_examples(path: str | Path) -> tuple[Example, ...]:
 
 
 def load_comparisons(path: str | Path, thinking: bool = False) -> tuple[Comparison, ...]:
-    """The examples of comparisons in a file. For chains of thought each must have a rationale.
+    """Reads the examples of comparisons from a file.
 
-    Raises InputError that names the file and the number. It does so too where the better response
-    is always at the same position, which a model would copy.
+    thinking: each must have a rationale, for a chain of thought.
+    Raises InputError that names the file and the number of the comparison. It also refuses a file
+    in which the better response is always at the same position: a model would copy the position.
     """
     found = []
     for number, row in enumerate(_rows(Path(path), "comparison", _comparison_from_paper), 1):
@@ -152,13 +154,14 @@ def _rows(path: Path, key: str, from_paper: Callable) -> list[dict]:
 
 
 def _texts(row: dict | None, keys: list[str], where: str) -> dict:
-    """The row with its texts stripped, and the prompt read. It must have exactly these keys."""
+    """Checks that the row has exactly these keys. Strips the texts and parses the prompt."""
     known = isinstance(row, dict) and set(row) == set(keys)
     if not known or not all(isinstance(text, str) and text.strip() for text in row.values()):
         raise InputError(f"{where} must have exactly the texts {', '.join(keys)}")
     texts = {key: text.strip() for key, text in row.items()}
     prompt = texts["prompt"].removesuffix("Assistant:").strip()
     if prompt.startswith("Human:"):
+        # split_transcript needs an assistant turn at the end: add one, and drop it.
         prompt, _ = split_transcript(f"\n\n{prompt}\n\nAssistant: .", where)
     return texts | {"prompt": prompt}
 
@@ -171,7 +174,7 @@ PAPER = re.compile(
 
 
 def _from_paper(text: str, _: int) -> dict | None:
-    """One text of the paper's file, which may end with the "Human:" of the next."""
+    """Parses one example of the paper. Its text may end with the "Human:" of the next one."""
     match = PAPER.fullmatch(text)
     return match and match.groupdict()
 
@@ -186,10 +189,10 @@ PAPER_THINKING = re.compile(
 
 
 def _comparison_from_paper(row: dict, number: int) -> dict | None:
-    """One entry of the paper's files.
+    """Parses one entry of the paper's files, of either kind.
 
-    It has a rationale and a fixed order, or a better and a worse response, which take turns in
-    being first.
+    An entry with "corrects" has a better and a worse response, and no order. The better one is put
+    first in every second entry. Any other entry has an order and a rationale.
     """
     if "corrects" in row:
         pair = [row["corrects"][0], row["incorrects"][0]]

@@ -1,8 +1,8 @@
 """AI feedback: preference labels from a feedback model's log-probs (Bai et al. 2022, 4.1).
 
-No model is named here. `Choose` is any function from comparison prompts to the log-probs of the
-options (A) and (B); `Generate` completes texts. A label is the mean of votes, one for each order,
-principle and rationale. Its row keeps the votes, and `p_first_of` recomputes the label from them.
+This file depends on no model. `Choose` is any function from comparison prompts to the log-probs of
+the options (A) and (B). `Generate` completes texts. A label is the mean of votes, one per order,
+principle and rationale. Its row stores the votes. `p_first_of` recomputes the label from them.
 """
 
 import math
@@ -34,9 +34,10 @@ def p_first_from_logprobs(logp_first: float, logp_second: float) -> float:
     """P(first is better) from the log-probs of the two options.
 
     CAI section 4.1:  p = exp(l_A) / (exp(l_A) + exp(l_B)) = sigma(l_A - l_B)
-    log-probs in nats -> a probability. The two branches do not overflow.
+    log-probs in nats -> a probability.
     """
     difference = logp_first - logp_second
+    # Two equal formulas, so that exp never gets a large argument and cannot overflow.
     if difference >= 0:
         return 1 / (1 + math.exp(-difference))
     return math.exp(difference) / (1 + math.exp(difference))
@@ -51,7 +52,7 @@ def ensemble_mean(probabilities: Sequence[float]) -> float:
 
 
 def majority(probabilities: Sequence[float]) -> float:
-    """What most of them prefer, as a hard label: 1, 0, or 1/2 at a tie. An extension.
+    """The side that most of them prefer, as a hard label: 1, 0, or 1/2 at a tie. An extension.
 
     p_first = (1 + sign(sum_k sign(probabilities[k] - 1/2))) / 2
     """
@@ -62,7 +63,7 @@ def majority(probabilities: Sequence[float]) -> float:
 def clamp(p_first: float, low: float, high: float) -> float:
     """Keeps a label away from certainty (4.3: 40-60 %).
 
-    A model that has just argued for one option is nearly certain of it, whether right or wrong.
+    After a rationale a model is nearly certain of its choice, whether it is right or wrong.
 
     p_first = min(max(p_first, low), high)
     """
@@ -75,8 +76,8 @@ COMBINE = {"mean": ensemble_mean, "majority": majority}
 def p_first_of(row: dict) -> float:
     """Computes the label of a row of comparisons.jsonl from its votes.
 
-    The label of one judge is the mean of its votes. Those of several are combined by
-    row["combine"] (default "mean"). row["labels"] = "hard" keeps only the preferred side;
+    A judge is a feedback model. Its label is the mean of its votes. row["combine"] (default "mean")
+    combines the labels of several judges. row["labels"] = "hard" keeps only the preferred side.
     row["clamp"] = [low, high] bounds the result.
     """
     by_judge: dict[str, list[float]] = {}
@@ -96,10 +97,11 @@ def p_first_of(row: dict) -> float:
 def pair_up(
     numbers: Sequence[int], prompts: Sequence[Prompt], answers: Sequence[str], ended: Sequence[bool]
 ) -> list[dict]:
-    """All pairs of the sampled responses to prompts of the given numbers: rows of pairs.jsonl.
+    """Makes rows of pairs.jsonl: all pairs of the responses sampled for one prompt.
 
-    answers, ended: candidate 0 of every prompt, then candidate 1, and so on. Pairs k n to
-    k n + n - 1 are those of prompt k. "cut" names the sides that the length limit cut off.
+    numbers: of the prompts. answers, ended: candidate 0 of every prompt, then candidate 1, and so
+    on. With n pairs per prompt, those of prompt k have the ids k n to k n + n - 1. "cut" names the
+    sides that the length limit cut off.
     """
     count, rows = len(numbers), []
     choices = list(combinations(range(len(answers) // max(count, 1)), 2))
@@ -117,32 +119,32 @@ def pair_up(
 
 @dataclass(frozen=True)
 class Labelling:
-    """How pairs are labelled. The defaults are the paper's (4.1), but for `swap`, an extension."""
+    """How pairs are labelled. The defaults are the paper's (4.1), except for `swap`."""
 
     constitution: Constitution
     seed: int = 0
     principles: int = 1  # drawn at random for each pair and averaged; 0 = all
     swap: bool = True  # show each pair in both orders and average: cancels position bias
-    examples: Sequence[Comparison] = ()  # few-shot comparisons in front of each, same principle
-    thoughts: int = 1  # rationales for each order and principle, averaged (2: five)
+    examples: Sequence[Comparison] = ()  # few-shot comparisons before each question
+    thoughts: int = 1  # rationales per order and principle, averaged (2: five)
     bounds: tuple[float, float] = (0.4, 0.6)  # of labels after a chain of thought (4.3)
 
 
 @dataclass
 class Question:
-    """One comparison that a feedback model is asked: the pair in one order, under one principle."""
+    """One question to a feedback model: a pair in one order, under one principle."""
 
     pair: int  # its position in the batch
-    words: tuple[Prompt, str, str, Principle]  # what prompts.render_comparison takes
+    words: tuple[Prompt, str, str, Principle]  # the arguments of prompts.render_comparison
     swapped: bool  # whether the second response is shown as (A)
     seed: tuple[int, ...]  # of the rationale
 
 
 def label_pairs(pairs: Sequence[Pair], choose: Choose, how: Labelling, judge: str) -> list[dict]:
-    """Rows of comparisons.jsonl, labelled by the log-probs of (A) and (B) (4.1).
+    """Makes rows of comparisons.jsonl, labelled by the log-probs of (A) and (B) (4.1).
 
-    judge: the name of the feedback model. A vote keeps the log-probs of one order, turned back to
-    (first, second).
+    judge: the name of the feedback model. A vote stores the log-probs of the first and the second
+    response, in whichever order the two were shown.
     """
     asked = _questions(pairs, how, thoughts=1)
     texts = [compared(how.examples, q.words[-1], render_comparison(*q.words)) for q in asked]
@@ -153,7 +155,7 @@ def label_pairs(pairs: Sequence[Pair], choose: Choose, how: Labelling, judge: st
 def label_pairs_by_thinking(
     pairs: Sequence[Pair], choose: Choose, think: Generate, how: Labelling, judge: str
 ) -> list[dict]:
-    """Rows labelled after a chain of thought: a rationale is sampled, then the options compared.
+    """Like `label_pairs`, after a chain of thought: sample a rationale, then ask for the choice.
 
     The mean over rationales, orders and principles is clamped to `how.bounds` (4.1, 4.3).
     """
@@ -161,6 +163,7 @@ def label_pairs_by_thinking(
     put = [(how.examples, q.words[-1]) for q in asked]
     texts = [compared_by_thinking(*p, render_thinking(*q.words)) for p, q in zip(put, asked)]
     thoughts = think(texts, [q.seed for q in asked])
+    # A model may go past its rationale and write the next human turn. Cut that off.
     rationales = [text.partition("\n\nHuman:")[0].strip() for text in thoughts]
     conclusions = [
         compared_by_thinking(*p, render_conclusion(*q.words, rationale))
@@ -171,6 +174,7 @@ def label_pairs_by_thinking(
 
 
 def _questions(pairs: Sequence[Pair], how: Labelling, thoughts: int) -> list[Question]:
+    """Every question of a batch: per order, pair, principle and rationale."""
     asked = []
     for swapped in (False, True) if how.swap else (False,):
         for k, (number, prompt, first, second) in enumerate(pairs):
@@ -192,8 +196,10 @@ def _rows(
     rationales: Sequence[str | None],
     variant: dict,
 ) -> list[dict]:
+    """Turns the answers to all questions into votes, and the votes of each pair into a row."""
     votes: list[list[dict]] = [[] for _ in pairs]
     for question, found, rationale in zip(asked, logprobs, rationales):
+        # found: log-probs of (A) and (B). In a swapped question (A) is the second response.
         logp_first, logp_second = reversed(found) if question.swapped else found
         vote = {"principle": question.words[-1].name, "judge": judge}
         vote |= {"logp_first": logp_first, "logp_second": logp_second}
@@ -210,15 +216,16 @@ def _rows(
 
 
 def _labelled(row: dict) -> dict:
+    """The row with its label, and with "clamped": whether the bounds have changed the label."""
     p_first = p_first_of(row)
     free = p_first_of({key: value for key, value in row.items() if key != "clamp"})
     return row | {"p_first": p_first, "clamped": p_first != free}
 
 
 def join_judges(rows_by_judge: Sequence[Sequence[dict]], combine: str) -> list[dict]:
-    """Joins the rows that several feedback models made of the same pairs.
+    """Joins the rows of several feedback models about the same pairs.
 
-    A joint row has all their votes, and the label by their "mean" or "majority".
+    A joint row has the votes of all models. Its label combines theirs by "mean" or "majority".
     """
     joint = []
     for rows in zip(*rows_by_judge):
@@ -233,11 +240,12 @@ def hard_labels(rows: Sequence[dict]) -> list[dict]:
 
 
 def longest_comparisons(prompts: Sequence[Prompt], how: Labelling, thinking: bool) -> list[str]:
-    """What is asked about the longest prompt, with empty responses in it.
+    """Comparison requests about the longest prompt, with empty responses in them.
 
-    To check that it fits into a model's context, before any work is done. Raises InputError where
+    The script checks that they fit into a model's context before it samples. Raises InputError if
     the constitution has too few principles with a comparison.
     """
+    # Only the error matters here; the loop below takes every principle that may be drawn.
     drawn_principles(how.constitution, how.principles, how.seed, 0)
     longest, requests = max(prompts, key=lambda prompt: len(render(prompt))), []
     for principle in how.constitution.usable("comparison"):
@@ -255,7 +263,7 @@ def drawn_principles(
 ) -> list[Principle]:
     """The principles that label pair `number`: one at random (4.1), or `count` of them; 0 = all.
 
-    A function of the seed and the number. Raises InputError where there are fewer than `count`.
+    The seed and the number decide. Raises InputError if there are fewer than `count`.
     """
     usable = constitution.usable("comparison")
     if count == 1:
@@ -273,9 +281,9 @@ def drawn_principles(
 
 
 def in_both_orders(votes: Sequence[dict]) -> tuple[float, float] | None:
-    """P(first is better) with the first response shown as (A), and shown as (B).
+    """P(first is better) when the first response is shown as (A), and when it is shown as (B).
 
-    Each is a mean over votes. None where one of the orders has no vote.
+    Each is a mean over votes. None if one of the orders has no vote.
     """
     orders: dict[str, list[float]] = {"first,second": [], "second,first": []}
     for vote in votes:
@@ -286,24 +294,28 @@ def in_both_orders(votes: Sequence[dict]) -> tuple[float, float] | None:
 
 
 def by_place(row: dict) -> bool | None:
-    """Whether a response's position decides the votes: it is preferred in one order only.
+    """Whether the position decides: the preferred response changes with the order.
 
-    None where the pair was not shown in both orders.
+    None if the pair was not shown in both orders.
     """
     both = in_both_orders(row["votes"])
     return (both[0] > 0.5) != (both[1] > 0.5) if both else None
 
 
 def at_a(forward: float, backward: float) -> float:
-    """P(A) of a pair shown in both orders: 1/2 where the position does not matter.
+    """P(A) of a pair shown in both orders. It is 1/2 if the position does not matter.
 
+    forward, backward: P(first is better) with the first response as (A), and as (B).
     P(A) = (forward + 1 - backward) / 2
     """
     return (forward + 1 - backward) / 2
 
 
 def label_shares(rows: Sequence[dict]) -> dict[str, float]:
-    """How sure labels are: the share decided "by place", and "sure", the mean of max(p, 1 - p)."""
+    """Two numbers to watch while labelling, each a mean over rows.
+
+    "by place": the share of pairs that the position decides. "sure": max(p_first, 1 - p_first).
+    """
     placed = [found for found in map(by_place, rows) if found is not None]
     sure = [max(row["p_first"], 1 - row["p_first"]) for row in rows]
     shares = {"by place": placed, "sure": sure}

@@ -1,6 +1,6 @@
 """Every equation of the method, each one a pure function of tensors. Imports only torch.
 
-Legend of shapes: B sequences of a batch, T tokens, V vocabulary.
+Shapes: B sequences of a batch, T tokens, V vocabulary entries.
 
 Everything about a token is stored at that token's own index: logprobs[b, t] is the log-prob of
 token t given the tokens before it, values[b, t] the value of the state in which it was chosen.
@@ -45,9 +45,9 @@ def preference_loss(
     CAI section 4.1:  L_RM = - [ p log sigma(r_A - r_B) + (1 - p) log sigma(r_B - r_A) ]
     loss = -( p_first       * logsigmoid( difference - margin)
             + (1 - p_first) * logsigmoid(-difference - margin) )
-    scores [B]; p_first [B] in 0..1, P(first is better), for a hard pair 0 or 1 -> [B] nats.
-    With a margin (Touvron et al. 2023, section 3.2.2) the preferred score has to lead by that much.
-    The paper has none (0).
+    scores [B]; p_first [B] in 0..1, P(first is better); 0 or 1 for a hard label -> [B] nats.
+    With a margin (Touvron et al. 2023, section 3.2.2) the preferred score must lead by that much.
+    CAI has no margin (0).
     """
     difference = score_first - score_second
     first_wins, second_wins = F.logsigmoid(difference - margin), F.logsigmoid(-difference - margin)
@@ -55,12 +55,12 @@ def preference_loss(
 
 
 def centering_loss(score_first: Tensor, score_second: Tensor) -> Tensor:
-    """Pulls the mean score of a pair to 0, which Bradley-Terry does not determine.
+    """Pulls the mean score of a pair to 0. Bradley-Terry sees only the difference of the two.
 
     Eisenstein et al. 2023, arXiv 2312.09244, section 2:
     loss = (score_first + score_second) ** 2
-    scores [B] -> [B]. It is added to the preference loss with a small coefficient (0.01). The paper
-    does not have it.
+    scores [B] -> [B]. The caller adds it to the preference loss with a small weight (0.01).
+    An extension: CAI does not have it.
     """
     return (score_first + score_second) ** 2
 
@@ -71,7 +71,7 @@ def centering_loss(score_first: Tensor, score_second: Tensor) -> Tensor:
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Estimator k1 of KL(pi || pi_ref), for tokens sampled from pi.
 
-    It is unbiased, has a high variance, and can be negative. The usual choice inside the reward.
+    It is unbiased, has a high variance, and can be negative. It is the usual choice in the reward.
     KL:  k1 = log pi(y) - log pi_ref(y)
     logprobs, ref_logprobs: nats, of the same shape -> that shape.
     """
@@ -81,7 +81,7 @@ def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Estimator k2 of KL(pi || pi_ref), for tokens sampled from pi.
 
-    It is biased, has a low variance, and is never negative. Its gradient is that of the true KL.
+    It is biased, has a low variance, and is never negative. Its mean gradient is the true KL's.
     KL:  k2 = (log pi(y) - log pi_ref(y))^2 / 2
     logprobs, ref_logprobs: nats, of the same shape -> that shape.
     """
@@ -89,12 +89,12 @@ def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Estimator k3 of KL(pi || pi_ref), for tokens sampled from pi. The one to watch.
+    """Estimator k3 of KL(pi || pi_ref), for tokens sampled from pi.
 
-    It is unbiased, has a low variance, and is never negative.
+    It is unbiased, has a low variance, and is never negative. So it is the one to monitor.
     KL:  k3 = (rho - 1) - log rho  with  rho = pi_ref(y) / pi(y)
-    logprobs, ref_logprobs: nats, of the same shape -> that shape. Mask the log-probs, not the
-    result: outside the mask the exponential could overflow.
+    logprobs, ref_logprobs: nats, of the same shape -> that shape. Set both to 0 outside the mask
+    before the call: masking the result is too late, since the exponential may have overflowed.
     """
     log_ratio = ref_logprobs - logprobs
     return torch.expm1(log_ratio) - log_ratio
@@ -104,21 +104,21 @@ def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     """KL(pi || pi_ref) of each next-token distribution, summed over the whole vocabulary.
 
     sum_v pi(v) (log pi(v) - log pi_ref(v))
-    logits, ref_logits [..., V] -> [...] nats, in float32: the rounding errors of bfloat16 are
-    larger than a KL of 0.01.
+    logits, ref_logits [..., V] -> [...] nats, computed in float32. The rounding errors of bfloat16
+    would be larger than a KL of 0.01.
     """
     logp, ref_logp = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
     return (logp.exp() * (logp - ref_logp)).sum(-1)
 
 
 def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """The reward of each token: the negative KL penalty, and at the last token also the score.
+    """The reward of each token: minus the KL penalty, and at the last token plus the score.
 
     CAI section 4.1, HH section 4.1:  r = r_PM - lambda_KL KL(pi || pi_0)
-    rewards = -kl_coef * kl, + scores at the last masked token
-    scores [B] of the preference model, kl [B, T] nats (k1 in the usual recipe), mask [B, T]
+    rewards = -kl_coef * kl, + scores at the last token of the response
+    scores [B] of the preference model, kl [B, T] nats (usually k1), mask [B, T]
     -> [B, T], zero outside the mask.
-    Raises ValueError where a row of the mask is empty: there is no token to give the score to.
+    Raises ValueError if a row of the mask has no True: no token could receive the score.
     """
     if not mask.any(-1).all():
         raise ValueError(
@@ -133,11 +133,11 @@ def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> 
 def adaptive_kl_coef(
     kl_coef: float, kl: float, target: float, horizon: int, episodes: int
 ) -> float:
-    """Moves the KL coefficient so that the measured KL approaches a target.
+    """Moves the KL coefficient so that the measured KL approaches a target. An extension.
 
     LM section 2.2:  e = clip(KL / target - 1, -0.2, 0.2);  beta <- beta (1 + e n / horizon)
-    kl, target: nats per response. episodes (n), horizon: numbers of episodes -> the coefficient.
-    An extension: the paper's coefficient is fixed.
+    kl, target: nats per response. episodes (n): since the last call; horizon: the larger, the
+    slower -> the new coefficient. CAI's coefficient is fixed.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * episodes / horizon)
@@ -156,9 +156,10 @@ def gae(
         A_t     = delta_t + gamma lambda A_{t+1}
         returns = advantages + values
     rewards, values, mask [B, T] -> advantages, returns [B, T], zero outside the mask, without
-    gradient. In each row the mask is one run of tokens. After the last of them V and A are 0: a
-    response that the length limit cut off counts as ended.
+    gradient. The True entries of each row must be contiguous. After the last of them V and A are 0.
+    So a response that the length limit cut off counts as ended.
     """
+    # Values of padding must be 0: the last token reads the value after it as V_{t+1}.
     rewards, values = rewards.detach(), torch.where(mask, values, 0.0).detach()
     advantages = torch.zeros_like(values)
     next_value = next_advantage = torch.zeros_like(values[:, 0])
@@ -170,10 +171,11 @@ def gae(
 
 
 def moments(x: Tensor, mask: Tensor) -> Tensor:
-    """Count, sum and sum of squares of the masked entries.
+    """Count, sum and sum of squares of the entries inside the mask.
 
-    Unlike means they can be added over micro-batches and processes.
-    x, mask: of the same shape -> [3] float64, since the variance is a difference of large sums.
+    Unlike means, they can be added over micro-batches and processes.
+    x, mask: of the same shape -> [3] float64. Float32 would lose the variance, which is a small
+    difference of large sums.
     """
     x = torch.where(mask, x, 0.0).double()
     return torch.stack([mask.sum(), x.sum(), (x * x).sum()])
@@ -182,14 +184,14 @@ def moments(x: Tensor, mask: Tensor) -> Tensor:
 def mean_and_variance(moments: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and population variance, float64 scalars, from moments [3] or a sum of several.
 
-    Both are 0 where nothing was counted.
+    Both are 0 if the count is 0.
     """
     mean, mean_square = moments[1:] / moments[0].clamp(min=1)
-    return mean, (mean_square - mean**2).clamp(min=0)
+    return mean, (mean_square - mean**2).clamp(min=0)  # rounding can make it negative
 
 
 def whiten(x: Tensor, mask: Tensor, moments: Tensor, eps: float = 1e-8) -> Tensor:
-    """Shifts and scales the masked entries to mean 0 and variance 1, as PPO does with advantages.
+    """Shifts and scales the entries inside the mask to mean 0 and variance 1, for advantages.
 
     (x - mean) / sqrt(variance + eps)
     x, mask: of the same shape; moments [3] of the *whole* batch, over all processes -> that shape,
@@ -200,7 +202,7 @@ def whiten(x: Tensor, mask: Tensor, moments: Tensor, eps: float = 1e-8) -> Tenso
 
 
 def whiten_scale(x: Tensor, mask: Tensor, moments: Tensor, eps: float = 1e-8) -> Tensor:
-    """Scales the masked entries to variance 1 without a shift, for rewards, whose sign matters.
+    """Scales the entries inside the mask to variance 1, for rewards. No shift: it could flip signs.
 
     x / sqrt(variance + eps)
     x, mask: of the same shape; moments [3] of the whole batch -> that shape, zero outside the mask.
@@ -220,6 +222,7 @@ def policy_loss(
     PPO equation 7:  L = - min( rho A, clip(rho, 1 - eps, 1 + eps) A ),  rho = pi(y) / pi_old(y)
     logprobs, old_logprobs [B, T] nats, advantages, mask [B, T] -> [B, T], zero outside the mask.
     """
+    # Mask before exp, not after: an infinite ratio outside the mask would make gradients NaN.
     ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.where(mask, -torch.minimum(ratio * advantages, clipped * advantages), 0.0)
@@ -228,9 +231,12 @@ def policy_loss(
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_range: float
 ) -> Tensor:
-    """The larger of two squared errors: of the value, and of the value clipped near its old one.
+    """The clipped value loss: the larger of two squared errors, halved.
 
-    baselines' PPO2, LM's code:  L = max( (V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2 ) / 2
+    One is the error of the new value. The other is the error of the new value clipped to within
+    clip_range of the old one. The larger one keeps a value from gaining by a long step.
+    Source: PPO2 in OpenAI baselines, and LM's code.
+    L = max( (V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2 ) / 2
     values, old_values, returns [B, T] in units of reward, mask [B, T] -> [B, T], zero outside the
     mask.
     """
@@ -244,7 +250,7 @@ def cai_loss(l_sl: Tensor, l_rl: Tensor, alpha: float) -> Tensor:
 
     L_CAI = L_SL + alpha L_RL
     l_sl, l_rl: reduced losses (scalars) -> scalar.
-    An extension: the paper runs the two phases one after the other.
+    An extension: CAI runs the two phases one after the other.
     """
     return l_sl + alpha * l_rl
 
@@ -256,16 +262,16 @@ def entropy(logits: Tensor) -> Tensor:
     """Entropy of each next-token distribution.
 
     - sum_v pi(v) log pi(v)
-    logits [..., V] -> [...] nats, in float32.
+    logits [..., V] -> [...] nats, computed in float32.
     """
     logp = logits.float().log_softmax(-1)
     return -(logp.exp() * logp).sum(-1)
 
 
 def approx_kl(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """How far updates have moved the policy from the one that sampled.
+    """Measures how far updates have moved the policy from the one that sampled.
 
-    k3 of KL(pi_old || pi), since pi_old sampled the tokens.
+    It is k3 of KL(pi_old || pi), old policy first, since the old policy sampled the tokens.
     logprobs, old_logprobs [B, T] nats, mask [B, T] -> [B, T] nats, zero outside the mask, never
     negative.
     """
@@ -275,7 +281,7 @@ def approx_kl(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
 def clip_fraction(
     logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, clip_range: float
 ) -> Tensor:
-    """1 where the ratio is outside the clip range, whatever the sign of the advantage, else 0.
+    """1 where the ratio is outside the clip range, else 0. The sign of the advantage is ignored.
 
     logprobs, old_logprobs [B, T] nats, mask [B, T] -> [B, T].
     """
@@ -284,11 +290,12 @@ def clip_fraction(
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
-    """1 for a perfect value model, 0 for a constant one, negative for one worse than a constant.
+    """Fraction of the variance of the returns that the values explain.
 
-    1 - Var(returns - values) / Var(returns), over the masked entries
-    values, returns, mask [B, T] -> float64 scalar; 0 where the returns do not vary (by more than
-    eps, which is more than rounding errors).
+    1 - Var(returns - values) / Var(returns), over the entries inside the mask
+    1 for a perfect value model, 0 for a constant, negative for a model worse than a constant.
+    values, returns, mask [B, T] -> float64 scalar. It is 0 if the variance of the returns is at
+    most eps: what is below is rounding.
     """
     _, variance = mean_and_variance(moments(returns, mask))
     _, residual = mean_and_variance(moments(returns - values, mask))

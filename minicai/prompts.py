@@ -1,17 +1,17 @@
 """A prompt, a dialogue, and every request to a model as str -> str (sections 3.1, 4.1; appendix C).
 
-Two kinds of text, told apart by how they open:
+There are two kinds of text. Their first words tell them apart:
 
     "\\n\\nHuman: ...\\n\\nAssistant:"            a dialogue, which the model answers
     "Consider the following conversation ..."  a request about a dialogue: to criticise, revise or
                                                compare responses
 
-A request holds a whole dialogue, with its "Human:" and "Assistant:". So it has to open with a line
-that no plain dialogue has: the line tells the model that it reads a conversation and takes no part
-in it. The paper opens comparisons with this line (4.1); here critiques and revisions have it too.
+A request quotes a whole dialogue, with its "Human:" and "Assistant:". Its first line tells the
+model to read the dialogue, not to continue it. The paper opens comparisons with this line (4.1).
+Here critiques and revisions open with it too.
 
-Rendering knows no model and no tokenizer. So fine-tuning, labels, reward model, PPO and evaluation
-all see the same text. How text becomes token ids is in engine/dialogue.py.
+Rendering needs no model and no tokenizer. So fine-tuning, labels, reward model, PPO and evaluation
+all see the same text. engine/dialogue.py turns text into token ids.
 """
 
 import re
@@ -19,16 +19,16 @@ import re
 from minicai import InputError
 from minicai.constitution import Principle
 
-# A question, or the turns of a conversation that ends with one: [{"role": ..., "content": ...}]
+# A question, or a conversation that ends with a human turn: [{"role": ..., "content": ...}]
 Prompt = str | list[dict]
 
 NAMES = {"user": "Human", "assistant": "Assistant"}
 READING = "Consider the following conversation between a human and an assistant:"
-CHOICES = (" (A", " (B")  # the closing bracket adds nothing, and one forward pass serves both
+CHOICES = (" (A", " (B")  # no ")": the letter decides, and one forward pass scores both
 
 
 def as_turns(prompt: Prompt) -> list[dict]:
-    """The turns of a dialogue that a model is to answer, [{"role": ..., "content": ...}]."""
+    """The prompt as a list of turns, [{"role": ..., "content": ...}]."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
@@ -53,7 +53,7 @@ def render_critique(prompt: Prompt, response: str, principle: Principle) -> str:
 def render_revision(prompt: Prompt, response: str, critique: str, principle: Principle) -> str:
     """Asks for a revision after the critique (section 3.1).
 
-    There is no critique in it where the principle does not ask for one.
+    If the principle has no critique request, the text has no critique.
     """
     read = f"{READING}{render(prompt, response)}"
     if principle.critique:
@@ -67,7 +67,7 @@ def render_revision(prompt: Prompt, response: str, critique: str, principle: Pri
 def render_comparison(prompt: Prompt, first: str, second: str, principle: Principle) -> str:
     """Asks which of two responses is better (section 4.1).
 
-    The label is made of the log-probs of CHOICES after it.
+    The label is computed from the log-probs of CHOICES as the continuation.
     """
     read = READING + render(prompt).removesuffix("\n\nAssistant:")
     options = f"Options:\n(A) {first.strip()}\n(B) {second.strip()}"
@@ -83,9 +83,9 @@ def render_thinking(prompt: Prompt, first: str, second: str, principle: Principl
 def render_conclusion(
     prompt: Prompt, first: str, second: str, principle: Principle, rationale: str
 ) -> str:
-    """The rationale that was given, and the question again (section 4.1).
+    """Asks for the choice after a rationale (section 4.1).
 
-    The label is made of the log-probs of CHOICES after it.
+    The label is computed from the log-probs of CHOICES as the continuation.
     """
     thought = f"{render_thinking(prompt, first, second, principle)} {rationale.strip()}"
     return f"{thought}\n\nHuman: So the answer is:"
@@ -95,10 +95,10 @@ def render_conclusion(
 
 
 def split_transcript(text: str, where: str = "transcript") -> tuple[Prompt, str]:
-    """The prompt and the assistant's last response of an hh-rlhf transcript.
+    """Splits an hh-rlhf transcript into the prompt and the assistant's last response.
 
-    Raises InputError, which names `where`, unless the text opens with "\\n\\nHuman:" and its last
-    two turns are a human and an assistant one.
+    Raises InputError, which names `where`, unless the text opens with "\\n\\nHuman:" and ends with
+    a human turn and an assistant turn.
     """
     roles = {"Human": "user", "Assistant": "assistant"}
     before, *pieces = re.split(r"\n\n(Human|Assistant):", text)
