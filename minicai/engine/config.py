@@ -29,6 +29,7 @@ from pathlib import Path
 from minicai import InputError
 from minicai.engine.hub import PACKAGE, is_name
 
+Paths = str | tuple[str, ...]
 SECTIONS = ("sl", "rm", "ppo", "eval", "try")
 ALONE = ("overwrite", "accept_changes")  # flags that need no value
 FIELD = re.compile(r"^((?:    # .*\n)*)    (\w+): .*?(?:  # (.*))?$", re.MULTILINE)
@@ -81,7 +82,7 @@ def setting(default, **metadata):
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def path_setting(default: str | tuple[str, ...] = "", model: bool = False):
+def path_setting(default: Paths = "", model: bool = False):
     return setting(default, path=True, model=model, free=True)  # contents are compared, not paths
 
 
@@ -127,7 +128,7 @@ def builtin(name: str) -> Path:
     return checkout if checkout.exists() else PACKAGE / "configs" / name
 
 
-def _resolved(path: str | tuple[str, ...], beside: Path, model: bool) -> str | tuple[str, ...]:
+def _resolved(path: Paths, beside: Path, model: bool) -> Paths:
     """An absolute path, or several. What is on the hub keeps its name, and "" is no path."""
     if isinstance(path, tuple):
         return tuple(_resolved(one, beside, model) for one in path)
@@ -136,7 +137,7 @@ def _resolved(path: str | tuple[str, ...], beside: Path, model: bool) -> str | t
     return os.path.abspath(found) if path and not on_hub else path
 
 
-def paths(config) -> dict[str, str | tuple[str, ...]]:
+def paths(config) -> dict[str, Paths]:
     """{field: its path or paths} of all fields of the own section that name files or folders."""
     own = [f.name for f in dataclasses.fields(config) if "path" in f.metadata]
     return {name: getattr(config, name) for name in own if name not in TOP}

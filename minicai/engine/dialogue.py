@@ -134,7 +134,7 @@ def encode_options(
     prompts: Sequence[Asked],
     encoded: Sequence[list[int]],
     options: Sequence[str],
-) -> dict[tuple[tuple[int, ...], ...], list[int]]:
+) -> dict[tuple, list[int]]:
     """{token ids of each option: numbers of the prompts after which the options have these ids}.
 
     encoded: what encode_prompt made of the prompts. With a chat template an option has no blank
@@ -243,7 +243,7 @@ def same_form(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> b
 def show_first(
     label: str,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    rows: Sequence[tuple],
 ) -> None:
     """Prints two sequences (ids of prompt and response) of the first batch as the model reads them.
 

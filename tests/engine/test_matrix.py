@@ -69,23 +69,23 @@ ARCHITECTURES = {  # name: config, its settings, chat template
     "mixtral": ("MixtralConfig", FEW | EXPERTS, None),
 }
 REFUSED = {
-    "FalconForCausalLM: this kind of model does not let its attention be exchanged": (
+    "FalconForCausalLM is a kind of model that cannot be packed: it does not let its attention be": (
         "FalconConfig",
         {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
     ),
-    "BloomForCausalLM: this kind of model does not let its attention be exchanged": (
+    "BloomForCausalLM is a kind of model that cannot be packed: it does not let its attention be": (
         "BloomConfig",
         {"hidden_size": 32, "n_layer": 2, "n_head": 4},
     ),
-    "MambaForCausalLM: this kind of model does not let its attention be exchanged": (
+    "MambaForCausalLM is a kind of model that cannot be packed: it does not let its attention be": (
         "MambaConfig",
         {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
     ),
-    "Gemma2Attention: attention with softcap is not supported": (
+    "Gemma2ForCausalLM is a kind of model that cannot be packed: attention with softcap is not supported": (
         "Gemma2Config",
         FEW | {"head_dim": 16},
     ),
-    "GptOssAttention: attention with s_aux is not supported": (
+    "GptOssForCausalLM is a kind of model that cannot be packed: attention with s_aux is not supported": (
         "GptOssConfig",
         FEW | MIXED | EXPERTS,
     ),
