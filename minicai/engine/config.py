@@ -162,11 +162,8 @@ def load(kind: type, section: str, arguments: list[str]):
         raise InputError(f"{path}: {error.strerror}{hint}") from error
     except ValueError as error:
         raise InputError(f"{path}: not valid TOML: {error}") from error
-    values = _from_table(table, section, kind, str(path))
-    for argument in arguments:
-        if argument.startswith("--"):
-            values |= _from_flag(argument, section, kind)
-    config = _made(kind, values)
+    flags = [argument for argument in arguments if argument not in files]
+    config = _made(kind, section, flags, _from_table(table, section, kind, str(path)))
     if not os.path.dirname(config.out):
         config.out = os.path.abspath(config.out)  # OUT/sl must not read as a name on the hub
     for field in dataclasses.fields(kind):
@@ -181,10 +178,7 @@ def load(kind: type, section: str, arguments: list[str]):
 
 def options(kind: type, flags: list[str]):
     """`--key=value` flags as dataclass `kind`, of a command without a config file."""
-    values = {}
-    for flag in flags:
-        values |= _from_flag(flag, "", kind)
-    return _made(kind, values)
+    return _made(kind, "", flags, {})
 
 
 def split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -261,8 +255,10 @@ def nearest(word: str, known: Collection[str], dashes: str = "") -> str:
 # --- checking -------------------------------------------------------------------------------------
 
 
-def _made(kind: type, values: dict):
-    """The dataclass with the values {key: (value, where)}, their types and values checked."""
+def _made(kind: type, section: str, flags: list[str], values: dict):
+    """The dataclass with values {key: (value, where)} and then those of flags, all checked."""
+    for flag in flags:
+        values |= _from_flag(flag, section, kind)
     hints, typed = typing.get_type_hints(kind), {}
     for key, (value, where) in values.items():
         typed[key] = _typed(value, hints[key], f"{where}: {key}")
