@@ -163,7 +163,7 @@ def load(kind: type, section: str, arguments: list[str]):
     except ValueError as error:
         raise InputError(f"{path}: not valid TOML: {error}") from error
     flags = [argument for argument in arguments if argument not in files]
-    config = _made(kind, section, flags, _from_table(table, section, kind, str(path)))
+    config = _made(kind, section, flags, _from_table(table, section, kind, path))
     if not os.path.dirname(config.out):
         config.out = os.path.abspath(config.out)  # OUT/sl must not read as a name on the hub
     for field in dataclasses.fields(kind):
@@ -197,7 +197,7 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
     return words, flags
 
 
-def _from_table(table: dict, section: str, kind: type, path: str) -> dict:
+def _from_table(table: dict, section: str, kind: type, path: Path) -> dict:
     """{key: (value, where)} of the top level and of the stage's own section."""
     own = {field.name for field in dataclasses.fields(kind)} - TOP
     values = {}
