@@ -46,6 +46,8 @@ def disk_full_guard(path: Path, temporary: Path | None = None) -> Iterator[None]
             temporary.unlink(missing_ok=True)
         raise_interrupt(error)
         said = "".join(traceback.format_exception(error))
+        for inner, _ in getattr(error, "failures", {}).values():  # a checkpoint's, with contexts
+            said += "".join(traceback.format_exception(inner))
         reasons = [reason for reason in FULL if reason in said]
         if reasons and not isinstance(error, RunError):
             raise RunError(
