@@ -22,8 +22,6 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from minicai import InputError
-
 NAME = "minicai"
 
 
@@ -31,11 +29,11 @@ def attend(module, query: Tensor, key: Tensor, value: Tensor, mask, rows=None, *
     """Attention of one layer, as transformers calls it. Without `rows` it is ordinary attention.
 
     query, key, value [1, H, N, D]; rows: Packed, Shared or Slots -> ([1, N, H, D], None).
-    Raises InputError where the layer asks for what is not done here.
+    Raises ValueError where the layer asks for what is not done here.
     """
     for name in ("softcap", "s_aux", "position_bias"):
         if settings.get(name) is not None:
-            raise InputError(f"{type(module).__name__}: attention with {name} is not supported")
+            raise ValueError(f"attention with {name} is not supported")
     if rows is None:
         return sdpa_attention_forward(module, query, key, value, mask, **settings)
     qkv = [x[0].transpose(0, 1) for x in (query, key, value)]
@@ -48,13 +46,10 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def prepared(model: PreTrainedModel) -> PreTrainedModel:
-    """The model, which uses this attention from now on. Raises InputError where it cannot."""
+    """The model, which uses this attention from now on. Raises ValueError where it cannot."""
     if model.config._attn_implementation != NAME:
         if not model._supports_attention_backend:
-            raise InputError(
-                f"{type(model).__name__}: this kind of model does not let its attention be "
-                f"exchanged, which packing needs"
-            )
+            raise ValueError("it does not let its attention be exchanged")
         model.set_attn_implementation(NAME)
     return model
 
@@ -318,7 +313,7 @@ class Slots:
         out[tokens] = found[-1][places]
         return out
 
-    def copy(self, source: int | list[int], target: int | slice, start: int, end: int) -> None:
+    def copy(self, source: int, target: int | slice, start: int, end: int) -> None:
         """Copies keys and values of the positions start ... end - 1 from slots to others."""
         for layer in self.layers.values():
             for kept in layer:

@@ -29,6 +29,7 @@ from pathlib import Path
 from minicai import InputError
 from minicai.engine.hub import PACKAGE, is_name
 
+Paths = str | tuple[str, ...]
 SECTIONS = ("sl", "rm", "ppo", "eval", "try")
 ALONE = ("overwrite", "accept_changes")  # flags that need no value
 FIELD = re.compile(r"^((?:    # .*\n)*)    (\w+): .*?(?:  # (.*))?$", re.MULTILINE)
@@ -81,7 +82,7 @@ def setting(default, **metadata):
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def path_setting(default: str | tuple[str, ...] = "", model: bool = False):
+def path_setting(default: Paths = "", model: bool = False):
     return setting(default, path=True, model=model, free=True)  # contents are compared, not paths
 
 
@@ -127,7 +128,7 @@ def builtin(name: str) -> Path:
     return checkout if checkout.exists() else PACKAGE / "configs" / name
 
 
-def _resolved(path: str | tuple[str, ...], beside: Path, model: bool) -> str | tuple[str, ...]:
+def _resolved(path: Paths, beside: Path, model: bool) -> Paths:
     """An absolute path, or several. What is on the hub keeps its name, and "" is no path."""
     if isinstance(path, tuple):
         return tuple(_resolved(one, beside, model) for one in path)
@@ -136,7 +137,7 @@ def _resolved(path: str | tuple[str, ...], beside: Path, model: bool) -> str | t
     return os.path.abspath(found) if path and not on_hub else path
 
 
-def paths(config) -> dict[str, str | tuple[str, ...]]:
+def paths(config) -> dict[str, Paths]:
     """{field: its path or paths} of all fields of the own section that name files or folders."""
     own = [f.name for f in dataclasses.fields(config) if "path" in f.metadata]
     return {name: getattr(config, name) for name in own if name not in TOP}
@@ -161,11 +162,8 @@ def load(kind: type, section: str, arguments: list[str]):
         raise InputError(f"{path}: {error.strerror}{hint}") from error
     except ValueError as error:
         raise InputError(f"{path}: not valid TOML: {error}") from error
-    values = _from_table(table, section, kind, str(path))
-    for argument in arguments:
-        if argument.startswith("--"):
-            values |= _from_flag(argument, section, kind)
-    config = _made(kind, values)
+    flags = [argument for argument in arguments if argument not in files]
+    config = _made(kind, section, flags, _from_table(table, section, kind, path))
     if not os.path.dirname(config.out):
         config.out = os.path.abspath(config.out)  # OUT/sl must not read as a name on the hub
     for field in dataclasses.fields(kind):
@@ -180,10 +178,7 @@ def load(kind: type, section: str, arguments: list[str]):
 
 def options(kind: type, flags: list[str]):
     """`--key=value` flags as dataclass `kind`, of a command without a config file."""
-    values = {}
-    for flag in flags:
-        values |= _from_flag(flag, "", kind)
-    return _made(kind, values)
+    return _made(kind, "", flags, {})
 
 
 def split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -202,7 +197,7 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
     return words, flags
 
 
-def _from_table(table: dict, section: str, kind: type, path: str) -> dict:
+def _from_table(table: dict, section: str, kind: type, path: Path) -> dict:
     """{key: (value, where)} of the top level and of the stage's own section."""
     own = {field.name for field in dataclasses.fields(kind)} - TOP
     values = {}
@@ -260,8 +255,10 @@ def nearest(word: str, known: Collection[str], dashes: str = "") -> str:
 # --- checking -------------------------------------------------------------------------------------
 
 
-def _made(kind: type, values: dict):
-    """The dataclass with the values {key: (value, where)}, their types and values checked."""
+def _made(kind: type, section: str, flags: list[str], values: dict):
+    """The dataclass with values {key: (value, where)} and then those of flags, all checked."""
+    for flag in flags:
+        values |= _from_flag(flag, section, kind)
     hints, typed = typing.get_type_hints(kind), {}
     for key, (value, where) in values.items():
         typed[key] = _typed(value, hints[key], f"{where}: {key}")

@@ -134,7 +134,7 @@ def encode_options(
     prompts: Sequence[Asked],
     encoded: Sequence[list[int]],
     options: Sequence[str],
-) -> dict[tuple[tuple[int, ...], ...], list[int]]:
+) -> dict[tuple, list[int]]:
     """{token ids of each option: numbers of the prompts after which the options have these ids}.
 
     encoded: what encode_prompt made of the prompts. With a chat template an option has no blank
@@ -217,16 +217,17 @@ def give_pad(tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> None:
     taken, template = ends | {tokenizer.bos_token_id}, template_of(tokenizer)
     if tokenizer.pad_token_id not in taken | {None}:
         return
-    added = sorted(tokenizer.added_tokens_decoder.items())
-    names = [token.content for k, token in added if k not in taken]
-    spare = []
+    names = []
+    for k, token in sorted(tokenizer.added_tokens_decoder.items()):
+        if k not in taken and token.content not in template:
+            names.append(token.content)
     for kind in SPARE:
-        spare += [name for name in names if re.search(kind, name, re.IGNORECASE)]
-    spare = [name for name in spare if name not in template]
+        for name in names:
+            if re.search(kind, name, re.IGNORECASE):
+                tokenizer.pad_token = name
+                return
     if tokenizer.unk_token_id not in taken | {None}:
-        spare.append(tokenizer.unk_token)
-    if spare:
-        tokenizer.pad_token = spare[0]
+        tokenizer.pad_token = tokenizer.unk_token
     else:
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
 
@@ -243,7 +244,7 @@ def same_form(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> b
 def show_first(
     label: str,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    rows: Sequence[tuple],
 ) -> None:
     """Prints two sequences (ids of prompt and response) of the first batch as the model reads them.
 

@@ -245,20 +245,16 @@ def _make_buffers(model: PreTrainedModel) -> None:
 
 def _places(model: PreTrainedModel, folder: Path) -> dict[str, tuple[Path, str]]:
     """File and key of each tensor by its name in the model, which a file may spell otherwise."""
-    absent = [file for file in weight_files(folder) if not (folder / file).exists()]
-    if absent:
-        raise ValueError(f"it has no {absent[0]}, and several processes read no other kind of file")
     changes = get_model_conversion_mapping(model)
     converters = [change for change in changes if isinstance(change, WeightConverter)]
     renamings = [change for change in changes if change not in converters]
-    names, places = model.state_dict(), {}
+    how = renamings, converters, model.base_model_prefix, model.state_dict()
+    places = {}
     for file in weight_files(folder):
         with safe_open(folder / file, "pt") as tensors:
             keys = list(tensors.keys())
         for key in keys:
-            name, converted = rename_source_key(
-                key, renamings, converters, model.base_model_prefix, names
-            )
+            name, converted = rename_source_key(key, *how)
             if converted:
                 raise ValueError(
                     f"{key} is kept in another shape than the model's, which several processes "

@@ -43,6 +43,7 @@ from minicai import InputError, RunError
 from minicai.engine import terminal
 
 MALLOC = "MALLOC_MMAP_THRESHOLD_"  # glibc's, in bytes: larger blocks are mapped one by one
+Numbers = float | list[float] | Tensor
 
 _process = {"device": torch.device("cpu"), "precision": "fp32"}
 
@@ -219,7 +220,7 @@ def once(function: Callable, *arguments):
     return told[0]
 
 
-def total(x: float | list[float] | Tensor) -> float | list[float] | Tensor:
+def total(x: Numbers) -> Numbers:
     """The sum over the ranks of a number, of each number of a list, or of tensors of one shape."""
     if world() == 1:
         return x

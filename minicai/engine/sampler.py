@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from minicai import InputError
+from minicai.critique import Generate
 from minicai.engine import parallel
 from minicai.engine.attention import Slots, last_hidden
 from minicai.engine.dialogue import (
@@ -36,6 +37,7 @@ from minicai.engine.dialogue import (
 from minicai.engine.load import load_config, load_tokenizer
 from minicai.engine.models import apply_head, shared_hidden_states
 from minicai.engine.terminal import Progress
+from minicai.feedback import Choose
 from minicai.prompts import CHOICES, Prompt, as_turns
 
 SHARED = 16  # tokens; a shorter common beginning is not worth a forward pass of its own
@@ -323,7 +325,7 @@ def respond(
 
 def responder(
     model: PreTrainedModel, how: Sampling, stream: int, progress: Progress | None = None
-) -> Callable[[Sequence[Asked], Sequence[Ids]], list[str]]:
+) -> Generate:
     """A model as a function from texts and seeds to completions (critique.Generate).
 
     stream: in front of each seed; it keeps the random numbers of stages apart.
@@ -369,7 +371,7 @@ def choice_logprobs(
     return results.tolist()
 
 
-def chooser(model: PreTrainedModel, rows: int) -> Callable[[Sequence[Asked]], list[list[float]]]:
+def chooser(model: PreTrainedModel, rows: int) -> Choose:
     """A model as a function from comparisons to log-probs of (A) and (B) (feedback.Choose)."""
     return lambda texts: choice_logprobs(model, texts, CHOICES, rows)
 

@@ -215,7 +215,7 @@ def test_nothing_is_loaded_and_nothing_is_made(folder, capsys):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["CONFIG", "--processes=0"], "--processes must be at least 1"),
+        (["CONFIG", "--processes=0"], "processes must be at least 1"),
         (["CONFIG", "--processes=many"], "--processes: invalid int value: 'many'"),
         ([], "expected one config file"),
         (["no/such.toml"], "no/such.toml: No such file or directory"),
