@@ -29,7 +29,7 @@ from minicai import InputError
 from minicai.engine.hub import PACKAGE, is_name
 
 SECTIONS = ("sl", "rm", "ppo", "eval", "try")
-ALONE = ("overwrite", "accept_changes")  # flags that need no value
+ALONE = ("overwrite", "accept_changes", "watch")  # flags that need no value
 _top = "it is at the top level of the file now, shared by all stages"
 MOVED = {  # settings of earlier versions -> what to do instead
     "plan": "python -m minicai plan CONFIG prints what each stage takes of memory",

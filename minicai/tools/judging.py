@@ -215,6 +215,8 @@ def choices(flags: list[str], model: str, file: str) -> None:
     Accuracy of a model on a multiple-choice file ("prompt", "corrects", "incorrects"), by the
     log-probs of the options.
     """
+    if flags:
+        raise InputError(f"choices: {flags[0]}: unknown key; it has none")
     parallel.setup()
     score = partial(choice_logprobs, load_policy(model))
     scored = score_choices(read_choices(file), score)
