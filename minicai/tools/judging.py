@@ -63,8 +63,8 @@ def evaluate(cfg: EvalConfig, run: dict) -> None:
     """
     began, out = time.monotonic(), Path(cfg.out)
     answers, past, phrased = questions(cfg.prompts, cfg.limit, cfg.failures, cfg.jailbreaks)
-    reads = {name: f"{out}/{name}" for name in ("sl", "rm", "ppo")}
-    stage = Stage(cfg, "eval", reads | {"model": cfg.model})
+    made = {name: f"{out}/{name}" for name in ("sl", "rm", "ppo")}
+    stage = Stage(cfg, "eval", {"model": cfg.model} | made)
     if stage.record:
         return
     revisions = rates.read_known(f"{out}/sl/revisions.jsonl")

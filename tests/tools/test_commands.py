@@ -78,7 +78,7 @@ def assert_nothing_is_half_written(world):
         ),
         (["constitution", "check", "no.toml"], "no.toml: no such constitution"),
         (["constitution", "try", "no.toml"], "no.toml: no such constitution"),
-        (["constitution", "new", "a.toml", "--like=genral"], "did you mean general?"),
+        (["constitution", "new", "a.toml", "--like=genral"], "constitutions/general.toml?"),
         (["chat", "model", "--agianst=x"], "did you mean --against?"),
         (["elo", "no/such.toml", "one", "two"], "no/such.toml: No such file or directory"),
         (["demo", "--plan=8"], "--plan: unknown key: python -m minicai plan CONFIG"),

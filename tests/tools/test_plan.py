@@ -42,7 +42,8 @@ def folder(tmp_path):
     )
     config = ['model = "model"', 'constitution = "one.toml"', 'device = "cpu"']
     config += [f'precision = "fp32"\nout = "{tmp_path}/out"']
-    both = 'prompts = "prompts.jsonl"\nmax_new_tokens = 10\nrows = 6\nmicro_tokens = 1000'
+    config += ["rows = 6", "micro_tokens = 1000"]
+    both = 'prompts = "prompts.jsonl"\nmax_new_tokens = 10'
     config += ["[sl]", both, 'helpful_prompts = ""\nbatch_size = 100']
     config += ["[rm]", both, "batch_size = 4"]
     config += ["[ppo]", both, 'helpful_prompts = ""\nepisodes = 8\nminibatches = 2']

@@ -190,7 +190,7 @@ def test_check_prints_findings_and_fails_only_on_errors(tmp_path, capsys, models
     code, printed = check(capsys, path)
     assert code == 0 and f"{path}: mine 1, principles: 1\n" in printed
     assert "  advice  a: the critique does not say of what" in printed
-    assert "  errors: 0, advice: 2\n" in printed
+    assert "  errors: 0, advice: 3\n" in printed
     path.write_text(path.read_text().replace("How is it unkind?", "Rewrite it."))
     code, printed = check(capsys, path)
     assert code == 2 and "  error  a: the critique asks for a revision" in printed
