@@ -243,7 +243,7 @@ def test_grpo_compares_the_responses_to_one_prompt_and_has_no_value_model(checko
     assert not [name for name in row if "value" in name] and abs(row["policy_loss"]) < 1
     weights = []
     for code in (checkout, ROOT):  # of three models, and of four
-        call = f"from minicai.tools import plan; plan.main(['{code}/configs/tiny.toml'])"
+        call = f"from minicai.tools import plan; plan.main([], '{code}/configs/tiny.toml')"
         plan = python(code, "-c", call)
         weights.append(float(re.search(r"^ppo training +([\d.]+)", plan, re.M)[1]))
     assert weights[0] == pytest.approx(0.75 * weights[1], abs=0.002)

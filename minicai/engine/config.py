@@ -31,7 +31,7 @@ from minicai.engine.hub import PACKAGE, is_name
 
 Paths = str | tuple[str, ...]
 SECTIONS = ("sl", "rm", "ppo", "eval", "try")
-ALONE = ("overwrite", "accept_changes")  # flags that need no value
+ALONE = ("overwrite", "accept_changes", "watch")  # flags that need no value
 FIELD = re.compile(r"^((?:    # .*\n)*)    (\w+): .*?(?:  # (.*))?$", re.MULTILINE)
 WRAPPED = {"subsequent_indent": " " * 30, "break_long_words": False, "break_on_hyphens": False}
 TYPES = {  # of settings, in words

@@ -61,7 +61,7 @@ def main(flags: list[str], action: str = "", *files: str) -> None:
 def new(flags: list[str], file: str) -> None:
     """Copies a constitution that comes with minicai, and names it after its new file."""
     like, path = config.options(NewOptions, flags).like, Path(file)
-    source = config.builtin(f"constitutions/{like}.toml")
+    source = config.builtin("constitutions") / f"{like}.toml"
     load(source)  # raises InputError where there is none, with the nearest name
     text = source.read_text(encoding="utf-8")
     text = text.replace(f'name = "{like}"', f"name = {json.dumps(path.stem)}", 1)

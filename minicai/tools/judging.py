@@ -63,8 +63,8 @@ def evaluate(cfg: EvalConfig, run: dict) -> None:
     """
     began, out = time.monotonic(), Path(cfg.out)
     answers, past, phrased = questions(cfg.prompts, cfg.limit, cfg.failures, cfg.jailbreaks)
-    reads = {name: f"{out}/{name}" for name in ("sl", "rm", "ppo")}
-    stage = Stage(cfg, "eval", reads | {"model": cfg.model})
+    made = {name: f"{out}/{name}" for name in ("sl", "rm", "ppo")}
+    stage = Stage(cfg, "eval", {"model": cfg.model} | made)
     if stage.record:
         return
     revisions = rates.read_known(f"{out}/sl/revisions.jsonl")
@@ -215,6 +215,8 @@ def choices(flags: list[str], model: str, file: str) -> None:
     Accuracy of a model on a multiple-choice file ("prompt", "corrects", "incorrects"), by the
     log-probs of the options.
     """
+    if flags:
+        raise InputError(f"choices: {flags[0]}: unknown key; it has none")
     parallel.setup()
     score = partial(choice_logprobs, load_policy(model))
     scored = score_choices(read_choices(file), score)

@@ -14,7 +14,7 @@ def test_the_demo_alternates_from_the_last_policy(tmp_path, monkeypatch):
         name = module.__name__
         monkeypatch.setattr(module, "main", lambda cfg, name=name: ran.append((name, cfg)))
     evaluate = SimpleNamespace(evaluate=lambda cfg, made_by: ran.append(("eval", cfg)))
-    monkeypatch.setattr(demo, "commands", evaluate)
+    monkeypatch.setattr(demo, "judging", evaluate)
     for module in ("page", "summary"):
         functions = dict.fromkeys(("provenance", "summarise", "write"), lambda *_: {})
         monkeypatch.setattr(demo, module, SimpleNamespace(**functions))

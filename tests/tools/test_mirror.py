@@ -44,7 +44,8 @@ def seen(monkeypatch):
 
 
 def journal(out, log, file="metrics.jsonl"):
-    return Stage(SLConfig(out=str(out), log=log), "sl", {}).journal(file)
+    cfg = SLConfig(out=str(out), log=log, prompts="", helpful_prompts="")
+    return Stage(cfg, "sl", {}).journal(file)
 
 
 def test_tensorboard_gets_the_numbers_of_each_row_and_forgets_what_a_resumed_run_repeats(

@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from minicai import InputError
+from minicai import InputError, __main__
 from minicai.constitution import Constitution, Principle, load
-from minicai.tools import constitution as workshop
 from minicai.tools.proofread import proofread, too_long
 from tests.conftest import ROOT
 from tests.test_constitution import PAPER
@@ -44,7 +43,7 @@ def test_the_papers_files_have_no_errors_and_two_principles_that_are_nearly_one(
         for name in ("CritiqueRevisionInstructions", "RLMadisonInstructions")
     )
     assert {f.level for f in critiques + comparisons} == {"advice"}
-    near = [f.principle for f in critiques if "the same words as harmful0" in f.message]
+    near = [f.principle for f in critiques if "the same words as that of harmful0" in f.message]
     assert near == ["harmful15"]
     assert any("phase 2" in f.message for f in critiques)
     assert any("phase 1" in f.message for f in comparisons)
@@ -76,27 +75,19 @@ def test_two_good_principles_leave_nothing_to_say():
         ("error", "critique", "Does the answer <response> lie?", "the placeholder <response>,"),
         ("error", "critique", "Say what is wrong.\nHuman: I am fine.", "'Human:' in it"),
         ("advice", "critique", "What is dishonest about it?", "does not say of what"),
-        ("advice", "critique", "Say how the model lies in its answer.", 'speaks of "the model"'),
-        ("advice", "critique", "Say whether the response lies.\n\nThen say how.", "an empty line"),
         (
             "advice",
-            "critique",
-            "Say of the response " + "whether it lies " * 60,
-            "more than 120 words",
-        ),
-        (
-            "error",
             "revision",
             "Identify what in the assistant's response is a lie.",
-            "the revision asks for a critique",
+            "does not ask to rewrite",
         ),
         ("advice", "revision", "Honest and useful, please.", "does not ask to rewrite"),
         ("error", "revision", "Rewrite it, more honestly. Revision:", "'Revision:' in it"),
         (
-            "error",
+            "advice",
             "comparison",
             "Please rewrite the response to be more honest.",
-            "the comparison asks for a revision",
+            "does not ask to choose",
         ),
         ("error", "comparison", "Choose the more honest response. Options:", "'Options:' in it"),
         ("error", "comparison", "Choose (A) if the first is more honest.", "names '(A)'"),
@@ -112,11 +103,6 @@ def test_two_good_principles_leave_nothing_to_say():
 def test_a_request_that_does_not_fit_is_found(level, request_, text, message):
     [(severity, name, said)] = found(replace(GOOD, **{request_: text}), OTHER)
     assert (severity, name) == (level, "honest") and message in said
-
-
-def test_errors_come_first():
-    wrong = found(replace(GOOD, critique="Why?", comparison="Rewrite it."), OTHER)
-    assert [level for level, *_ in wrong] == ["error", "advice"]
 
 
 def test_a_principle_that_only_forbids_is_found():
@@ -159,25 +145,22 @@ def test_a_constitution_of_pure_dos_is_found():
 
 
 def test_principles_that_say_the_same_are_found():
-    [(level, name, said)] = found(GOOD, replace(GOOD, name="truthful"), OTHER)
-    assert (level, name) == ("error", "truthful")
-    assert "in critique and revision and comparison:" in said
+    same = found(GOOD, replace(GOOD, name="truthful"), OTHER)
+    assert [(level, name) for level, name, _ in same] == [("error", "truthful")] * 3
     near = replace(OTHER, critique=GOOD.critique.replace("dishonest", "misleading"))
     [(level, name, said)] = found(GOOD, near)
     assert (level, name) == ("advice", "brief")
-    assert said.startswith("the same words as honest, or nearly, in critique:")
+    assert said.startswith("the critique has the same words as that of honest, or nearly:")
 
 
-def test_principles_and_constitutions_that_a_phase_cannot_use_are_found():
-    [(_, _, said)] = found(replace(GOOD, revision=""), OTHER)
-    assert said == "its critique is never used, since it has no revision: add one"
-    assert "only by style none" in found(replace(GOOD, critique=""), OTHER)[0][2]
-    for principle, level, message in (
-        (replace(OTHER, critique="", revision=""), "advice", "phase 1 (train_sl.py) cannot use it"),
-        (replace(GOOD, comparison=""), "advice", "phase 2 (train_rm.py) cannot use it"),
-        (replace(GOOD, revision="", comparison=""), "error", "no principle can be used: phase 1"),
+def test_constitutions_that_a_phase_cannot_use_are_found():
+    for principle, phases in (
+        (replace(OTHER, critique="", revision=""), "1"),
+        (replace(GOOD, comparison=""), "2"),
+        (replace(GOOD, revision="", comparison=""), "12"),
     ):
-        assert [f for f in found(principle) if f[0] == level and f[2].startswith(message)]
+        unusable = [said for _, _, said in found(principle) if "cannot use it" in said]
+        assert [said[6] for said in unusable] == [*phases]
 
 
 def test_requests_that_leave_a_model_no_room_are_found_by_its_tokens():
@@ -186,17 +169,13 @@ def test_requests_that_leave_a_model_no_room_are_found_by_its_tokens():
     def words(text):
         return len(text.split())
 
-    assert too_long(rules, words, 1000) == []
-    assert [f.level for f in too_long(rules, words, 60)] == ["advice", "advice"]
-    assert [(f.level, f.principle) for f in too_long(rules, words, 42)] == [
-        ("error", "honest"),
-        ("advice", "brief"),
-    ]
+    assert [*too_long(rules, words, 1000)] == []
+    assert [f.principle for f in too_long(rules, words, 60)] == ["honest", "brief"]
 
 
 def check(capsys, *words) -> tuple[int, str]:
     try:
-        workshop.main(["check", *map(str, words)])
+        __main__.main(["constitution", "check", *map(str, words)])
     except InputError as error:
         return 2, capsys.readouterr().out + str(error)
     return 0, capsys.readouterr().out
@@ -213,11 +192,11 @@ def test_check_prints_findings_and_fails_only_on_errors(tmp_path, capsys, models
     assert "  advice  a: the critique does not say of what" in printed
     assert "  errors: 0, advice: 3\n" in printed
     path.write_text(path.read_text().replace("How is it unkind?", "Rewrite it."))
-    code, printed = check(capsys, path, tiny)
+    code, printed = check(capsys, path)
     assert code == 2 and "  error  a: the critique asks for a revision" in printed
     assert printed.endswith(f"{path}: cannot be used: correct the errors above")
-    assert "tiny 1.0, principles: 5\n" in printed
+    assert check(capsys, path, tiny)[1].startswith("constitution check: too many")
     short, roomy = (f"--model={models / name}" for name in ("short", "roomy"))
     code, printed = check(capsys, tiny, short)  # one token per byte, a context of 32 tokens
-    assert code == 2 and "of the model's 32 tokens" in printed
+    assert code == 0 and "of the model's 32 tokens" in printed
     assert check(capsys, tiny, roomy) == check(capsys, tiny)
