@@ -346,7 +346,7 @@ def test_a_run_of_variants_that_was_interrupted_resumes_to_the_same_files(
         ("sl", "--style=weak", "style must be one of plain, chain_of_thought, strong, none"),
         ("sl", "--drop=long", "drop may hold empty, unchanged, leaked, boilerplate"),
         ("sl", "--principles=some", "principles must be one of"),
-        ("sl", "--max_new_tokens=700", "a revision request may have .* context of .* 2048"),
+        ("sl", "--max_new_tokens=700", "a revision request to .* context of 2048"),
         ("rm", "--candidates=1", "candidates must be at least 2"),
         ("rm", "--principles=3", "fewer than 3"),
         ("rm", "--clamp=0.7", "clamp must be at least 0 and at most 0.5"),
@@ -354,7 +354,7 @@ def test_a_run_of_variants_that_was_interrupted_resumes_to_the_same_files(
         ("rm", "--thoughts=0", "thoughts must be at least 1"),
         ("rm", "--jury=othr", "othr is not a model folder"),
         ("rm", "--jury=model", "named twice"),
-        ("rm", "--max_new_tokens=1000", "a comparison may have .* context of .* 2048"),
+        ("rm", "--max_new_tokens=1000", "a comparison to .* context of 2048"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_before_anything_is_written(
