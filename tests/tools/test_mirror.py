@@ -7,7 +7,7 @@ import pytest
 import torch.utils
 
 from minicai import InputError
-from minicai.engine import config
+from minicai.engine import config, data
 from minicai.engine.data import read_jsonl
 from minicai.engine.stage import Stage
 from minicai.tools import mirrors
@@ -81,10 +81,10 @@ def test_only_metrics_are_mirrored_and_only_where_a_config_says_so(tmp_path, see
 def test_rows_that_cannot_be_written_are_not_mirrored(tmp_path, seen, monkeypatch):
     metrics = journal(tmp_path, "tensorboard")
 
-    def fail(rows):
+    def fail(*_):
         raise OSError
 
-    monkeypatch.setattr(metrics, "_write", fail)
+    monkeypatch.setattr(data, "_sync", fail)
     with pytest.raises(OSError):
         metrics.append(ROWS)
     assert seen == []
