@@ -20,7 +20,6 @@ import os
 
 from minicai import InputError
 from minicai.engine import config, terminal
-from minicai.tools import call
 
 COMMANDS = {  # name: where its function is, and the options that --help lists
     "demo": ("tools.demo", "main", "EvalConfig"),
@@ -57,7 +56,7 @@ def main(arguments: list[str]) -> None:
     if name not in COMMANDS:
         raise InputError(f"unknown command {name!r}{config.nearest(name, COMMANDS)}")
     place, function, _ = COMMANDS[name]
-    call(name, getattr(importlib.import_module(f"minicai.{place}"), function), rest)
+    config.call(name, getattr(importlib.import_module(f"minicai.{place}"), function), rest)
 
 
 if __name__ == "__main__":

@@ -197,6 +197,16 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
     return words, flags
 
 
+def call(name: str, command: Callable, arguments: list[str]) -> None:
+    """Calls command(flags, *words). Raises InputError where it takes other words."""
+    words, flags = split(arguments)
+    try:
+        inspect.signature(command).bind(flags, *words)
+    except TypeError as error:
+        raise InputError(f"{name}: {error}; see python -m minicai {name} --help") from None
+    command(flags, *words)
+
+
 def _from_table(table: dict, section: str, kind: type, path: Path) -> dict:
     """{key: (value, where)} of the top level and of the stage's own section."""
     own = {field.name for field in dataclasses.fields(kind)} - TOP

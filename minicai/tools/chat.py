@@ -4,7 +4,8 @@
   /new               start a new conversation
   /principle [NAME]  criticise and revise the last answer under a principle; the revision replaces
                      the answer. Without a NAME: list the principles
-  /why               show the critiques that led to the last answer
+  /why [NAME]        show the critiques that led to the last answer; with a NAME, criticise the
+                     answer under that principle without changing it
   /help              print this text
   /quit              leave, as at the end of the input, or with Ctrl-C at the prompt
 
@@ -157,38 +158,39 @@ def obey(line: str, speakers: list[Speaker], constitution: str) -> None:
         for speaker in speakers:
             speaker.turns, speaker.why = [], []
         note("a new conversation")
-    elif command == "/why":
+    elif command == "/why" and not name:
         for speaker in speakers:
             note("\n".join(speaker.why) or "there is no revision yet")
-    elif command == "/principle":
+    elif command in ("/principle", "/why"):
         try:
-            principle(speakers, load(config.locate(constitution, Path())), name)
+            rules = load(config.locate(constitution, Path()))
+            principle(speakers, rules, name, command == "/principle")
         except InputError as error:
             note(f"{error}; name one with --constitution=FILE")
     else:
         note(f"unknown command {command}; /help lists the commands")
 
 
-def principle(speakers: list[Speaker], rules: Constitution, name: str) -> None:
-    """/principle: lists the principles, or revises each speaker's last answer under one."""
+def principle(speakers: list[Speaker], rules: Constitution, name: str, revises: bool) -> None:
+    """Lists the principles, or criticises each last answer under one, and may revise it."""
     principles = {p.name: p for p in rules.principles if p.critique and p.revision}
     if name not in principles:
         return note(f"the principles of {rules.name}: {', '.join(principles)}")
     for speaker in speakers:
         if speaker.turns:
-            revise(speaker, principles[name])
+            criticise(speaker, principles[name], revises)
         else:
             note("there is no answer yet")
 
 
-def revise(speaker: Speaker, principle: Principle) -> None:
-    """Criticises the last answer. Its revision replaces it, unless that is empty."""
+def criticise(speaker: Speaker, principle: Principle, revises: bool) -> None:
+    """Criticises the last answer. If it revises, the revision replaces it, unless it is empty."""
     *before, last = speaker.turns
     answer = last["content"]
     turns = speaker.latest(before, lambda turns: render_revision(turns, answer, "", principle), 2)
     label = f"critique, {principle.name}: "
     critique = speaker.speak(render_critique(turns, answer, principle), label)
-    if critique:
+    if critique and revises:
         request = render_revision(turns, answer, critique, principle)
         revision = speaker.speak(request, "revision: ")
         if revision:

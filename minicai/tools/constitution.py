@@ -22,7 +22,6 @@ from pathlib import Path
 from minicai import InputError
 from minicai.constitution import load
 from minicai.engine import config, terminal
-from minicai.tools import call
 from minicai.tools.proofread import proofread, too_long
 
 
@@ -52,7 +51,7 @@ def main(flags: list[str], action: str = "", *files: str) -> None:
     """Runs one action. Raises InputError on wrong usage, and where `check` finds an error."""
     if action not in ACTIONS:
         raise InputError(f"unknown action {action!r}{config.nearest(action, ACTIONS)}")
-    call(f"constitution {action}", ACTIONS[action], [*files, *flags])
+    config.call(f"constitution {action}", ACTIONS[action], [*files, *flags])
 
 
 # --- new, check -----------------------------------------------------------------------------------

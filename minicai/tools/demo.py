@@ -35,6 +35,8 @@ def main(flags: list[str]) -> None:
     flags = with_config(flags)
     cfg = config.load(EvalConfig, "eval", flags)
     out = Path(cfg.out)
+    if not terminal.hushed():
+        print(f"model   {cfg.model}\noutput  {out.resolve()}", flush=True)
     planned, before = [], None
     for turn in range(1, cfg.alternate + 1):
         here = out if turn == cfg.alternate else out / f"round{turn}"

@@ -18,7 +18,7 @@ from minicai.engine.data import epoch_order, read_jsonl, read_prompts
 from minicai.engine.load import load_policy
 from minicai.engine.sampler import Sampling, chooser, responder
 from minicai.engine.stage import Stage
-from minicai.engine.terminal import Progress, emphasis, plain, table
+from minicai.engine.terminal import emphasis, plain, table
 from minicai.evaluation.measures import counted, grouped
 from minicai.feedback import Choose, Labelling, label_pairs
 from minicai.prompts import Prompt, as_turns
@@ -63,13 +63,15 @@ def run(cfg, file: str) -> tuple[Path, list[dict], list[dict]]:
     stage = Stage(replace(cfg, constitution=file), name, {"model": cfg.model})
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
     if not stage.record:
-        texts = len(prompts) * (2 * len(how.principles) + 1)
-        with Progress(f"try: {rules.name}", texts, "texts") as progress:
-            generate = responder(load_policy(cfg.model), sampling, STREAM, progress)
-            rows = each_principle(prompts, generate, how)
+        count = len(how.principles)
+        group = max(1, cfg.rows // count) * count
+        rows = stage.journal("revisions.jsonl", group, len(prompts) * count)
+        generate = responder(load_policy(cfg.model), sampling, STREAM)
+        for first, last in stage.turns(rows, "generate", "revisions"):
+            part = prompts[first // count : last // count]
+            rows.append(each_principle(part, generate, how, first))
         del generate  # the judge may need its memory
-        save(stage, "revisions", rows)
-        judge(cfg, stage, rows, [rules])
+        judge(cfg, stage, rows.rows, [rules])
     rows = read_jsonl(stage.folder / "revisions.jsonl")
     return stage.folder, rows, read_jsonl(stage.folder / "comparisons.jsonl")
 
@@ -86,8 +88,10 @@ def judge(cfg, stage: Stage, rows: Sequence[dict], versions: Sequence[Constituti
 # --- rows of the journals -------------------------------------------------------------------------
 
 
-def each_principle(prompts: Sequence[Prompt], generate: Generate, how: Revising) -> list[dict]:
-    """Makes the rows of revisions.jsonl.
+def each_principle(
+    prompts: Sequence[Prompt], generate: Generate, how: Revising, first: int = 0
+) -> list[dict]:
+    """Makes the rows of revisions.jsonl from row number `first` on.
 
     P principles make P rows per prompt: row i has prompt i // P and principle i % P. The answer of
     a prompt is sampled once, and its random numbers do not depend on the principle. Thus a
@@ -104,7 +108,7 @@ def each_principle(prompts: Sequence[Prompt], generate: Generate, how: Revising)
         return [answer for answer in answers for _ in range(count)]
 
     asked = [prompt for prompt in prompts for _ in range(count)]
-    rows = critique_and_revise(asked, 0, how, once, per_prompt, per_prompt)
+    rows = critique_and_revise(asked, first, how, once, per_prompt, per_prompt)
     for row in rows:
         row["principle"] = row["rounds"][0]["principle"]
         row["id"] = f"{row['id'] // count} {row['principle']}"
