@@ -100,7 +100,7 @@ class Run:
     rows: int = setting(256, at_least=1, free=True)  # sequences decoded side by side: memory
     micro_tokens: int = setting(4096, at_least=1, free=True)  # tokens per forward pass: memory
     gradient_checkpointing: bool = False  # less memory, a third more arithmetic in training
-    save_every: int = setting(50, at_least=1, free=True)  # steps or iterations between checkpoints
+    save_every: int = setting(20, at_least=1, free=True)  # steps or iterations between checkpoints
     # rounds of SL, RM and PPO in the demo, each from the policy of the round before; an extension
     alternate: int = setting(1, at_least=1)
     log: str = setting("", choices=("", "tensorboard", "wandb"), free=True)  # metrics go there too
