@@ -53,6 +53,7 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama of the base model's size with random weights, for the tokenizer's vocabulary."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
