@@ -256,7 +256,12 @@ def backward(loss: Tensor) -> None:
 def clip_grad_norm(model: torch.nn.Module, limit: float) -> float:
     """Scales the gradients to a norm of at most `limit`, over all ranks. Returns the old norm."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    return whole(norm).item()
+
+
+def whole(x: Tensor) -> Tensor:
+    """A tensor of which each rank may have a part, on every rank."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -301,7 +306,7 @@ def shard(model: torch.nn.Module) -> torch.nn.Module:
     for layer in layers:
         fully_shard(layer, mp_policy=policy, **how)
     fully_shard(model, **how)
-    model.under_hooks = lambda function, *arguments: function(model, *arguments)
+    model.under_hooks = lambda function, *arguments: function(*arguments)
     register_fsdp_forward_method(model, "under_hooks")
     return model
 
@@ -324,8 +329,8 @@ def forward_pass(function: Callable) -> Callable:
     @functools.wraps(function)
     def inside(model, *arguments):
         with autocast():
-            if isinstance(model, FSDPModule):
-                return model.under_hooks(function, *arguments)
+            if hasattr(model, "under_hooks"):  # sharded, maybe in one of its roles (adapters.py)
+                return model.under_hooks(function, model, *arguments)
             return function(model, *arguments)
 
     return inside
@@ -338,12 +343,12 @@ def gathered(*models: torch.nn.Module) -> Iterator[None]:
     So each rank computes by itself: as many passes as it likes, of any part of the model. All ranks
     enter together. There is no training inside.
     """
-    sharded = [model for model in models if isinstance(model, FSDPModule)]
+    sharded = [model for model in models if hasattr(model, "under_hooks")]
     parts = []
     for model in sharded:
         parts += [module for module in model.modules() if isinstance(module, FSDPModule)]
         model.set_reshard_after_forward(False)
-        model.under_hooks(lambda model: None)  # the first pass of all must be the whole model's
+        model.under_hooks(lambda: None)  # the first pass of all must be the whole model's
     for handle in [part.unshard(async_op=True) for part in parts]:
         handle.wait()
     try:
@@ -351,7 +356,7 @@ def gathered(*models: torch.nn.Module) -> Iterator[None]:
         # FSDP notes the order of forward passes, and prefetches in a backward pass what the last
         # one before it ended with: that must be the same on a rank that had nothing to generate.
         for model in sharded:
-            model.under_hooks(lambda model: None)
+            model.under_hooks(lambda: None)
     finally:
         for part in parts:
             part.reshard()

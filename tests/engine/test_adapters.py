@@ -1,0 +1,239 @@
+"""Adapters: exact when off, equal to dense weights when on, and roles that do not leak."""
+
+import copy
+
+import pytest
+import torch
+from torch import tensor
+
+from minicai import InputError
+from minicai.engine import adapters, models
+from minicai.engine.adapters import Lora, Role
+from minicai.engine.sampler import Sampling, generate
+from minicai.rollout import collate
+from tests.conftest import CPU, EOS, assert_close, tiny_model
+
+PROMPTS = [[5, 9, 17], [33, 12, 8, 40, 51, 7, 22], [60]]
+RESPONSES = [[20, 31, EOS], [EOS], [44, 2, 9, 13, 50, 6]]
+KINDS = ("llama", "gpt2", "qwen2", "neox")
+HOW = Lora(rank=4, alpha=6.0)
+
+
+def batch():
+    return collate(PROMPTS, RESPONSES, CPU)
+
+
+def adapted(kind="llama", *roles, scorers=()):
+    """A frozen model with roles whose B is not zero."""
+    model = tiny_model(kind).requires_grad_(False)
+    for k, name in enumerate((*roles, *scorers)):
+        adapters.attach(model, name, HOW, score=name in scorers)
+        adapters.draw(model, name, seed=k)
+        generator = torch.Generator().manual_seed(100 + k)
+        for parameter in Role(model, name).parameters():
+            with torch.no_grad():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 10)
+    return model
+
+
+def dense(model, name):
+    """A plain copy of the model with the role merged into its weights."""
+    plain = copy.deepcopy(model)
+    deltas = {path: pair.delta() for path, pair in adapters.pairs(plain, name).items()}
+    adapters.merge(plain, deltas)
+    return plain
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_role_the_numbers_are_the_base_models_bit_for_bit(kind):
+    plain, model = tiny_model(kind), adapted(kind, "policy")
+    assert torch.equal(
+        models.response_logprobs(model, batch()), models.response_logprobs(plain, batch())
+    )
+    ids = tensor([PROMPTS[1]])
+    assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_role_begins_as_the_base_model_and_its_first_ratio_is_1(kind):
+    model = tiny_model(kind).requires_grad_(False)
+    before = models.response_logprobs(model, batch())
+    adapters.attach(model, "policy", HOW)
+    adapters.draw(model, "policy", seed=3)
+    policy = Role(model, "policy")
+    assert torch.equal(models.response_logprobs(policy, batch()), before)
+    assert all(pair.A.std() > 0 for pair in adapters.pairs(model, "policy").values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_weights_give_what_the_role_gives(kind):
+    model = adapted(kind, "policy")
+    on = models.response_logprobs(Role(model, "policy"), batch())
+    off = models.response_logprobs(model, batch())
+    merged = models.response_logprobs(dense(model, "policy"), batch())
+    assert (on - off).abs().max() > 0.1
+    assert_close(on.detach(), merged.detach(), 2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_linear_layer_of_the_blocks_is_adapted_and_nothing_else(kind):
+    model = adapted(kind, "policy")
+    linear = {
+        path
+        for path, layer in tiny_model(kind).named_modules()
+        if type(layer) in adapters.ADAPTED and ".0." in path
+    }
+    found = {path for path in adapters.pairs(model, "policy") if ".0." in path}
+    assert found == linear and len(found) >= 4
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {*trained} == {*Role(model, "policy").parameters()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_the_dense_weights_by_the_chain_rule(kind):
+    # dL/dB = s dL/dW A^T and dL/dA = s B^T dL/dW, with dL/dW by autograd on the dense model.
+    model = adapted(kind, "policy")
+    plain = dense(model, "policy").requires_grad_(True)
+    models.response_logprobs(Role(model, "policy"), batch()).sum().backward()
+    models.response_logprobs(plain, batch()).sum().backward()
+    for path, pair in adapters.pairs(model, "policy").items():
+        layer = plain.get_submodule(path)
+        gradient = layer.weight.grad
+        gradient = gradient.t() if isinstance(layer, adapters.Conv1D) else gradient
+        scale = HOW.alpha / HOW.rank
+        for found, expected in (
+            (pair.B.grad, scale * gradient @ pair.A.t()),
+            (pair.A.grad, scale * pair.B.t() @ gradient),
+        ):
+            assert_close(found, expected.detach(), 1e-4 * max(1, expected.abs().max().item()))
+
+
+def four_roles():
+    return adapted("llama", "policy", scorers=("reward", "value"))
+
+
+def said(model):
+    """What the four roles say of a batch."""
+    policy, reward, value = (Role(model, name) for name in ("policy", "reward", "value"))
+    with torch.no_grad():
+        return {
+            "policy": models.response_logprobs(policy, batch()),
+            "reference": models.response_logprobs(model, batch()),
+            "reward": models.sequence_scores(reward, batch()),
+            "value": models.token_values(value, batch()),
+        }
+
+
+@pytest.mark.parametrize("name", ["policy", "value"])
+def test_a_step_of_one_role_changes_no_number_of_the_others(name):
+    model = four_roles()
+    before, role = said(model), Role(model, name)
+    passes = {"policy": models.response_logprobs, "value": models.token_values}
+    optimizer = torch.optim.AdamW(role.parameters(), lr=0.01)
+    passes[name](role, batch()).square().sum().backward()
+    optimizer.step()
+    after = said(model)
+    for other in before:
+        assert torch.equal(before[other], after[other]) == (other != name), other
+
+
+def gradients(model, order, recompute):
+    """Gradients of policy and value, whose backward passes run in the given order."""
+    if recompute:
+        models.checkpoint_layers(model)
+    policy, value = Role(model, "policy"), Role(model, "value")
+    passes = {
+        "policy": models.response_logprobs(policy, batch()).sum(),
+        "value": models.token_values(value, batch()).sum(),
+    }
+    for name in order:
+        with adapters.role("reward"):  # the role that is on in a backward pass must not matter
+            passes[name].backward()
+    return [p.grad for role in (policy, value) for p in role.parameters()]
+
+
+@pytest.mark.parametrize("order", [("policy", "value"), ("value", "policy")])
+def test_recomputed_layers_are_computed_in_the_role_of_their_forward_pass(order):
+    expected = gradients(four_roles(), ("policy", "value"), recompute=False)
+    found = gradients(four_roles(), order, recompute=True)
+    assert len(found) == len(expected) > 20
+    for one, other in zip(found, expected):
+        assert_close(one, other, 1e-5 * max(1, other.abs().max().item()))
+
+
+def test_sampling_and_scoring_agree_in_a_role():
+    model = adapted("llama", "policy")
+    policy, how = Role(model, "policy"), Sampling(12)
+    seeds = [(k,) for k in range(3)]
+    done = generate(policy, PROMPTS, seeds, how, ends={EOS})
+    sampled = collate(PROMPTS, [c.ids for c in done], CPU)
+    scored = models.response_logprobs(policy, sampled).detach()
+    found = torch.cat([tensor(c.logprobs) for c in done])
+    assert_close(scored[sampled.mask], found, 2e-5)
+    plain = generate(model, PROMPTS, seeds, how, ends={EOS})
+    assert [c.ids for c in plain] != [c.ids for c in done]
+
+
+def test_named_targets_are_adapted_and_an_unknown_one_is_refused():
+    model = tiny_model("llama")
+    adapters.attach(model, "policy", Lora(2, 4.0, ("q_proj", "v_proj")))
+    assert {path.rpartition(".")[2] for path in adapters.pairs(model, "policy")} == {
+        "q_proj",
+        "v_proj",
+    }
+    with pytest.raises(InputError, match="lora_targets: .* has no query in its blocks"):
+        adapters.attach(tiny_model("llama"), "policy", Lora(2, 4.0, ("q_proj", "query")))
+
+
+def test_a_copied_model_has_adapters_of_its_own():
+    model = adapted("llama", "policy")
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in Role(other, "policy").parameters():
+            parameter.zero_()
+    on = models.response_logprobs(Role(other, "policy"), batch())
+    assert torch.equal(on, models.response_logprobs(model, batch()))
+    assert not torch.equal(on, models.response_logprobs(Role(model, "policy"), batch()))
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
+def test_a_stored_role_is_read_back(tmp_path):
+    model = four_roles()
+    reward = Role(model, "reward")
+    adapters.save(tmp_path, reward, adapters.tensors(reward))
+    how, numbers = adapters.read(tmp_path)
+    other = tiny_model("llama").requires_grad_(False)
+    adapters.attach(other, "value", how, score=True)
+    value = Role(other, "value")
+    adapters.fill(value, numbers, tmp_path)
+    assert torch.equal(
+        models.sequence_scores(value, batch()), models.sequence_scores(reward, batch())
+    )
+
+
+@pytest.mark.parametrize("key, value", [("use_dora", True), ("bias", "all"), ("peft_type", "IA3")])
+def test_other_kinds_of_adapters_are_refused_by_name(tmp_path, key, value):
+    role = Role(adapted("llama", "policy"), "policy")
+    adapters.save(tmp_path, role, adapters.tensors(role))
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text().replace("{", f'{{"{key}": "{value}",', 1))
+    settings = path.read_text()
+    if key == "peft_type":
+        path.write_text(settings.replace('"peft_type": "LORA"', '"peft_kind": "LORA"'))
+    with pytest.raises(InputError, match=f"only plain LoRA can be used, not .*{value if key != 'use_dora' else key}"):
+        adapters.read(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_gives_the_same_numbers_from_our_folder(tmp_path, kind):
+    peft = pytest.importorskip("peft")
+    model = adapted(kind, "policy")
+    role = Role(model, "policy")
+    adapters.save(tmp_path, role, adapters.tensors(role))
+    theirs = peft.PeftModel.from_pretrained(tiny_model(kind), tmp_path)
+    ids = tensor([PROMPTS[1]])
+    assert_close(theirs(input_ids=ids).logits.detach(), role(input_ids=ids).logits.detach(), 2e-5)
+
+
