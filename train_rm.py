@@ -22,6 +22,7 @@ import torch
 from minicai import constitution, feedback
 from minicai.critique import revision_pairs
 from minicai.engine import models, parallel, sampler
+from minicai.engine.adapters import Lora
 from minicai.engine.config import Run, path_setting, setting
 from minicai.engine.data import batch_of_step, read_jsonl, read_preferences, read_prompts, split
 from minicai.engine.dialogue import encode_pair, show_first
@@ -146,7 +147,8 @@ def main(cfg: RMConfig) -> dict:
 
     # 3. Minimise  L_RM = - [ p log sigma(r_A - r_B) + (1 - p) log sigma(r_B - r_A) ].
     rows, heldout = split(comparisons.rows, cfg.heldout, cfg.seed)
-    model = load_scorer(policy_path, seed=cfg.seed)  # the policy with a new head of one score
+    lora = Lora(cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
+    model = load_scorer(policy_path, cfg.seed, lora)  # the policy with a new head of one score
     encoded = [encode_pair(model.tokenizer, row) for row in rows]
     if cfg.gradient_checkpointing:
         models.checkpoint_layers(model)

@@ -25,10 +25,11 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from minicai import InputError
-from minicai.engine import parallel
+from minicai.engine import adapters, parallel
+from minicai.engine.adapters import Role
 from minicai.engine.data import disk_full_guard, raise_interrupt, write_atomic
 from minicai.engine.dialogue import ending
-from minicai.engine.load import TOLERANCE
+from minicai.engine.load import TOLERANCE, merged
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in one process it is meant to
 KEPT = 2  # checkpoints: the newest, and the one before it
@@ -47,6 +48,7 @@ PLAIN = [
     "PosixPath",
     "WindowsPath",
 ]
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # what checkpoints hold
 Models = dict[str, torch.nn.Module]
 
 
@@ -61,10 +63,16 @@ def save(
     temporary = folder / "checkpoints" / f"step_{step:06d}.tmp"
     with disk_full_guard(temporary.with_suffix(""), None if parallel.rank() else temporary):
         parallel.once(_fresh, temporary)
-        weights, found = get_state_dict(torch.nn.ModuleDict(models), optimizer)
+        weights, found = get_state_dict(_whole(models), optimizer, options=TRAINED)
         state = {"models": weights, "optimizer": found["state"]}
         dcp.save(state, checkpoint_id=temporary, no_dist=parallel.world() == 1)
         parallel.once(_publish, temporary, json.dumps(extra))
+
+
+def _whole(models: Models) -> torch.nn.ModuleDict:
+    """All models in one module. Those that are roles of one are there once."""
+    names = {getattr(model, "backbone", model): name for name, model in models.items()}
+    return torch.nn.ModuleDict({name: model for model, name in names.items()})
 
 
 def _fresh(folder: Path) -> None:
@@ -100,15 +108,17 @@ def resume(folder: Path, models: Models, optimizer: torch.optim.Optimizer) -> tu
         with open(path / ".metadata", "rb") as file:
             known = _Plain(file).load().state_dict_metadata
         extra = json.loads((path / "extra.json").read_text(encoding="utf-8"))
-        whole = torch.nn.ModuleDict(models)
-        weights, found = get_state_dict(whole, optimizer)  # the settings are the config's
+        whole = _whole(models)
+        weights, found = get_state_dict(
+            whole, optimizer, options=TRAINED
+        )  # the settings are the config's
         # A parameter without a gradient so far has no optimizer state in the checkpoint.
         had = {key.removeprefix("optimizer.").rpartition(".")[0] for key in known}
         found["state"] = {name: x for name, x in found["state"].items() if name in had}
         state = {"models": weights, "optimizer": found["state"]}
         dcp.load(state, checkpoint_id=path, no_dist=parallel.world() == 1)
         states = {"model_state_dict": weights, "optim_state_dict": found}
-        set_state_dict(whole, optimizer, **states, options=StateDictOptions(strict=False))
+        set_state_dict(whole, optimizer, **states, options=TRAINED)
     except (Exception, dcp.CheckpointException) as error:  # the second is a BaseException
         if parallel.lost_peer(error):
             raise
@@ -132,33 +142,42 @@ class _Plain(pickle.Unpickler):
 
 
 @torch.no_grad()
-def export(folder: Path, model: PreTrainedModel) -> None:
+def export(folder: Path, model: PreTrainedModel | Role) -> None:
     """Writes the model and its tokenizer as a Hugging Face folder, config.json last.
 
-    Before that they are read back and must give the logits that the model gives. Raises
+    Of a role both are written: the model with the adapters merged, and FOLDER/adapter in PEFT's
+    format. Before that they are read back and must give the logits that the model gives. Raises
     RuntimeError where they do not.
     """
     vocabulary = model.config.get_text_config().vocab_size
     probe = torch.arange(2, 10)[None] % vocabulary
-    with parallel.computing_in(parallel.weight_precision()), parallel.autocast():
+    lora = isinstance(model, Role)
+    with parallel.computing_in(parallel.weight_precision(lora)), parallel.autocast():
         expected = model(input_ids=probe.to(model.device)).logits.float().cpu()
         limit = TOLERANCE[parallel.precision()] * max(1.0, expected.abs().max().item())
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model, options=options)
-    kind = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
+    if lora:
+        kind, numbers = _kind(model.backbone), model.numbers()
+    else:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        kind, weights = _kind(model), get_model_state_dict(model, options=options)
     temporary = folder / "export.tmp"
 
     def write() -> None:
-        with torch.device("meta"):
-            whole = kind._from_config(model.config, dtype=torch.float32)
-        whole.load_state_dict(weights, assign=True)
-        whole.tie_weights()
+        shutil.rmtree(temporary, ignore_errors=True)
+        if lora:
+            whole = merged(kind, model, numbers)
+        else:
+            with torch.device("meta"):
+                whole = kind._from_config(model.config, dtype=torch.float32)
+            whole.load_state_dict(weights, assign=True)
+            whole.tie_weights()
         if whole.can_generate():
             whole.generation_config = ending(model.generation_config, model.tokenizer)
-        shutil.rmtree(temporary, ignore_errors=True)
         with disk_full_guard(folder, temporary):
             whole.save_pretrained(temporary)
             model.tokenizer.save_pretrained(temporary)
+            if lora:
+                adapters.save(temporary / "adapter", model, numbers)
         found = kind.from_pretrained(temporary, dtype=torch.float32, trust_remote_code=False)
         difference = (found.eval()(input_ids=probe).logits - expected).abs().max().item()
         if not difference <= limit:
@@ -171,3 +190,8 @@ def export(folder: Path, model: PreTrainedModel) -> None:
         temporary.rmdir()
 
     parallel.once(write)
+
+
+def _kind(model: PreTrainedModel) -> type:
+    """The model's class, which FSDP has changed."""
+    return next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))

@@ -4,6 +4,7 @@ A model and its tokenizer are one object: `model.tokenizer`. Weights are read fr
 float32, onto the device of the process; several processes each read their own part.
 """
 
+import re
 from pathlib import Path
 
 import torch
@@ -23,14 +24,16 @@ from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.utils import logging
 
 from minicai import InputError
-from minicai.engine import parallel
+from minicai.engine import adapters, parallel
+from minicai.engine.adapters import Lora, Role, attach
 from minicai.engine.attention import Packed, Slots, last_hidden, through
 from minicai.engine.dialogue import end_ids, give_pad, same_form
-from minicai.engine.hub import require_folder, weight_files
-from minicai.engine.models import apply_head
+from minicai.engine.hub import model_folder, require_folder, weight_files
+from minicai.engine.models import apply_head, freeze
 
 logging.disable_progress_bar()  # commands show their own progress and complaints
 logging.set_verbosity_error()
+FULL = Lora(0, 0.0)  # no adapters: all weights are trained
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}  # between logits that should be equal, relative
 
 # --- tokenizers and configs -----------------------------------------------------------------------
@@ -79,20 +82,54 @@ def _generation(folder: Path) -> GenerationConfig | None:
 # --- models ---------------------------------------------------------------------------------------
 
 
-def load_policy(path: str) -> PreTrainedModel:
+def load_policy(path: str, lora: Lora = FULL, seed: int = 0) -> PreTrainedModel | Role:
     """A causal language model with its tokenizer, on this process's device, float32.
 
     It is in eval mode for good: dropout would make the first PPO ratio differ from 1. Several
-    processes each hold a part of it (parallel.shard).
+    processes each hold a part of it (parallel.shard). lora: its weights are frozen, and it comes in
+    the role "policy", whose adapters are drawn by the seed.
     """
-    return _load(AutoModelForCausalLM, path, load_tokenizer(path))
+    roles = {"policy": lora} if lora else {}
+    model = _load(AutoModelForCausalLM, path, load_tokenizer(path), roles)
+    if not lora:
+        return model
+    policy = Role(model, "policy", lora)
+    policy.draw(seed)
+    return policy
 
 
-def load_scorer(path: str, seed: int | None = None) -> PreTrainedModel:
+def load_roles(
+    policy_path: str, reward_path: str, lora: Lora, seed: int
+) -> tuple[Role, PreTrainedModel, Role | None, Role]:
+    """PPO's four models as roles of one: policy, reference, reward model and value model.
+
+    The reference is the model without adapters. The value model starts as a copy of the reward
+    model; without one (""), it starts as the backbone with a head of zeros.
+    Raises InputError where the reward model's adapters were trained on other weights.
+    """
+    source, roles = f"{reward_path}/adapter", {"policy": lora, "value": lora}
+    if reward_path:
+        stored, numbers = adapters.read(Path(source), policy_path)
+        roles |= {"reward": stored, "value": stored}
+    model = _load(AutoModelForCausalLM, policy_path, load_tokenizer(policy_path), roles)
+    views = {name: Role(model, name, how) for name, how in roles.items()}
+    for view in views.values():
+        view.draw(seed)
+    if not reward_path:
+        return views["policy"], model, None, views["value"]
+    for name in ("reward", "value"):
+        views[name].fill(numbers, source)
+    for parameter in views["reward"].parameters():
+        parameter.requires_grad_(False)
+    return views["policy"], model, views["reward"], views["value"]
+
+
+def load_scorer(path: str, seed: int | None = None, lora: Lora = FULL) -> PreTrainedModel | Role:
     """A reward or value model: a transformer with a scalar head, and its tokenizer.
 
     Without `seed` it is a reward model's folder. With it, a policy's folder gets a new head, drawn
     from N(0, 1/(D + 1)) (Stiennon et al. 2020), and a pad token that no answer has (give_pad).
+    lora: its weights are frozen, and it comes in the role "reward".
     """
     tokenizer, new_head = load_tokenizer(path), seed is not None
     if new_head:
@@ -102,17 +139,19 @@ def load_scorer(path: str, seed: int | None = None) -> PreTrainedModel:
     new_pad = pad >= load_config(path).get_text_config().vocab_size  # give_pad had to add a token
     if not new_pad:
         settings["pad_token_id"] = pad
-    model = _load(AutoModelForSequenceClassification, path, tokenizer, new_head, **settings)
-    if new_pad:
+    roles = {"reward": lora} if lora else {}
+    model = _load(AutoModelForSequenceClassification, path, tokenizer, roles, new_head, **settings)
+    if new_pad and not lora:  # training needs none (rollout.py), and the policy's has no such row
         if parallel.world() > 1:
             raise InputError(
                 f"{path}: its tokenizer has no token to pad with, and several processes cannot add "
                 f"one; give tokenizer and model one more token (add_special_tokens, "
                 f"resize_token_embeddings) and save both"
             )
-        with torch.no_grad():
-            model.resize_token_embeddings(pad + 1, mean_resizing=False).weight[-1] = 0
-        model.config.pad_token_id = pad
+        add_pad(model, pad)
+    if lora:
+        model = Role(model, "reward", lora)
+        model.draw(seed)
     if new_head:
         part, where = parallel.local_part(model.score.weight)
         width = model.score.weight.shape[1]
@@ -122,12 +161,42 @@ def load_scorer(path: str, seed: int | None = None) -> PreTrainedModel:
     return model
 
 
+@torch.no_grad()
+def merged(kind: type, model: Role, numbers: dict[str, torch.Tensor]) -> PreTrainedModel:
+    """A plain float32 model of a role on the CPU: W + (alpha / r) B A, and the role's head.
+
+    W is read from the folder again: frozen weights may have been rounded to bfloat16, which would
+    cost 0.04 nats.
+    """
+    settings = {"num_labels": 1} if model.score else {}
+    folder = model_folder(model.name_or_path)
+    whole = kind.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, **settings)
+    adapters.merge(whole, model.how, numbers)
+    if model.score:
+        add_pad(whole, model.tokenizer.pad_token_id)
+        whole.score.weight.copy_(numbers[adapters.PREFIX + "score.weight"])
+    return whole.eval()
+
+
+@torch.no_grad()
+def add_pad(model: PreTrainedModel, pad: int) -> None:
+    """Gives the model a pad token, and a row of zeros where its embedding has none for it."""
+    if pad >= model.config.get_text_config().vocab_size:
+        model.resize_token_embeddings(pad + 1, mean_resizing=False).weight[-1] = 0
+    model.config.pad_token_id = pad
+
+
 def _load(
-    auto: type, path: str, tokenizer: PreTrainedTokenizerBase, new_head: bool = False, **settings
+    auto: type,
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    roles: dict[str, Lora],
+    new_head: bool = False,
+    **settings,
 ) -> PreTrainedModel:
     folder = require_folder(path, "model")
     try:
-        model, missing = _read(auto, folder, settings)
+        model, missing = _read(auto, folder, settings, roles)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: the model cannot be loaded: {_first_line(error)}") from error
     if new_head:
@@ -135,9 +204,9 @@ def _load(
     if missing:
         hint = "; it is not a reward model" if missing[0].startswith("score.") else ""
         raise InputError(f"{path}: the weights of {', '.join(missing[:3])} are missing{hint}")
-    model.tokenizer = tokenizer
+    model.tokenizer, model.name_or_path = tokenizer, path
     try:
-        with parallel.computing_in(parallel.weight_precision()), parallel.autocast():
+        with parallel.computing_in(parallel.weight_precision(bool(roles))), parallel.autocast():
             _check_packing(model.eval())
     except Exception as error:  # a model's own code may raise anything
         if isinstance(error, torch.OutOfMemoryError) or parallel.lost_peer(error):
@@ -198,7 +267,9 @@ def require_same_tokens(policy: PreTrainedModel, reward_model: PreTrainedModel) 
 # --- weights --------------------------------------------------------------------------------------
 
 
-def _read(auto: type, folder: Path, settings: dict) -> tuple[PreTrainedModel, list[str]]:
+def _read(
+    auto: type, folder: Path, settings: dict, roles: dict[str, Lora]
+) -> tuple[PreTrainedModel, list[str]]:
     """A float32 model, cut over the processes, and the names of weights that the folder lacks.
 
     One of several processes reads its own part of each tensor, so none ever holds the whole model.
@@ -212,16 +283,28 @@ def _read(auto: type, folder: Path, settings: dict) -> tuple[PreTrainedModel, li
             trust_remote_code=False,
             **settings,
         )
+        _adapt(model, roles)
         return model.to(parallel.device()), sorted(found["missing_keys"])
     with torch.device("meta"):
         shape = AutoConfig.from_pretrained(folder, trust_remote_code=False, **settings)
         model = auto.from_config(shape, dtype=torch.float32)
     if model.can_generate():
         model.generation_config = _generation(folder) or model.generation_config
+    _adapt(model, roles)
     places = _places(model, folder)  # before the model is cut: that changes the names of classes
     parallel.shard(model.eval()).to_empty(device=parallel.device())
     _make_buffers(model)
     return model, _fill(model, places)
+
+
+def _adapt(model: PreTrainedModel, roles: dict[str, Lora]) -> None:
+    """Freezes the weights and attaches roles, whose numbers come later."""
+    if roles:
+        freeze(model)
+    for name, how in roles.items():
+        scores = name != "policy" and not hasattr(model, "score")
+        for parameter in attach(model, name, how, scores).parameters():
+            parameter.requires_grad_(True)
 
 
 @torch.no_grad()
@@ -280,4 +363,5 @@ def _fill(model: PreTrainedModel, places: dict[str, tuple[Path, str]]) -> list[s
             if part.numel():
                 part.copy_(stored[where])
         filled.add(parameter)  # a tied parameter may be stored under either name
-    return sorted(name for name, parameter in parameters.items() if parameter not in filled)
+    lacking = [name for name, parameter in parameters.items() if parameter not in filled]
+    return sorted(name for name in lacking if not re.search(r"\.adapters\.|^heads\.", name))

@@ -211,10 +211,10 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
 
     Autocast would round the same matrices for each product, so every number stays the same.
     Embeddings, norms and the head stay float32. In fp32 all does: rounded weights would change the
-    KL. Of several processes each keeps its part in float32.
+    KL. A model that is cut over several processes keeps its parts in float32.
     """
     model.requires_grad_(False)
-    if parallel.precision() == "bf16" and parallel.world() == 1:
+    if parallel.precision() == "bf16" and not hasattr(model, "under_hooks"):
         for module in model.base_model.modules():
             if isinstance(module, torch.nn.Linear | Conv1D):
                 module.bfloat16()

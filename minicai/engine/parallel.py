@@ -311,12 +311,13 @@ def shard(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def weight_precision() -> str:
+def weight_precision(frozen: bool = False) -> str:
     """The precision in which the layers' weights are used.
 
     One process keeps float32 weights and autocast converts them; several exchange them as bfloat16.
+    Frozen weights below adapters are kept as bfloat16 (models.freeze).
     """
-    return precision() if world() > 1 else "fp32"
+    return precision() if frozen or world() > 1 else "fp32"
 
 
 def forward_pass(function: Callable) -> Callable:

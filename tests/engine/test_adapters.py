@@ -1,6 +1,7 @@
 """Adapters: exact when off, equal to dense weights when on, and roles that do not leak."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -19,6 +20,12 @@ KINDS = ("llama", "gpt2", "qwen2", "neox")
 HOW = Lora(rank=4, alpha=6.0)
 
 
+def pairs(model, name):
+    """{path of the layer: its pair} of a role."""
+    layers = model.named_modules()
+    return {path: x.adapters[name] for path, x in layers if name in getattr(x, "adapters", ())}
+
+
 def batch():
     return collate(PROMPTS, RESPONSES, CPU)
 
@@ -27,10 +34,9 @@ def adapted(kind="llama", *roles, scorers=()):
     """A frozen model with roles whose B is not zero."""
     model = tiny_model(kind).requires_grad_(False)
     for k, name in enumerate((*roles, *scorers)):
-        adapters.attach(model, name, HOW, score=name in scorers)
-        adapters.draw(model, name, seed=k)
+        adapters.attach(model, name, HOW, score=name in scorers).draw(k)
         generator = torch.Generator().manual_seed(100 + k)
-        for parameter in Role(model, name).parameters():
+        for parameter in Role(model, name, HOW).parameters():
             with torch.no_grad():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / 10)
     return model
@@ -39,8 +45,7 @@ def adapted(kind="llama", *roles, scorers=()):
 def dense(model, name):
     """A plain copy of the model with the role merged into its weights."""
     plain = copy.deepcopy(model)
-    deltas = {path: pair.delta() for path, pair in adapters.pairs(plain, name).items()}
-    adapters.merge(plain, deltas)
+    adapters.merge(plain, HOW, Role(model, name, HOW).numbers())
     return plain
 
 
@@ -58,17 +63,16 @@ def test_without_a_role_the_numbers_are_the_base_models_bit_for_bit(kind):
 def test_a_role_begins_as_the_base_model_and_its_first_ratio_is_1(kind):
     model = tiny_model(kind).requires_grad_(False)
     before = models.response_logprobs(model, batch())
-    adapters.attach(model, "policy", HOW)
-    adapters.draw(model, "policy", seed=3)
-    policy = Role(model, "policy")
+    policy = adapters.attach(model, "policy", HOW)
+    policy.draw(3)
     assert torch.equal(models.response_logprobs(policy, batch()), before)
-    assert all(pair.A.std() > 0 for pair in adapters.pairs(model, "policy").values())
+    assert all(pair.A.std() > 0 for pair in pairs(model, "policy").values())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_weights_give_what_the_role_gives(kind):
     model = adapted(kind, "policy")
-    on = models.response_logprobs(Role(model, "policy"), batch())
+    on = models.response_logprobs(Role(model, "policy", HOW), batch())
     off = models.response_logprobs(model, batch())
     merged = models.response_logprobs(dense(model, "policy"), batch())
     assert (on - off).abs().max() > 0.1
@@ -83,10 +87,10 @@ def test_every_linear_layer_of_the_blocks_is_adapted_and_nothing_else(kind):
         for path, layer in tiny_model(kind).named_modules()
         if type(layer) in adapters.ADAPTED and ".0." in path
     }
-    found = {path for path in adapters.pairs(model, "policy") if ".0." in path}
+    found = {path for path in pairs(model, "policy") if ".0." in path}
     assert found == linear and len(found) >= 4
     trained = [p for p in model.parameters() if p.requires_grad]
-    assert {*trained} == {*Role(model, "policy").parameters()}
+    assert {*trained} == {*Role(model, "policy", HOW).parameters()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -94,9 +98,9 @@ def test_gradients_are_those_of_the_dense_weights_by_the_chain_rule(kind):
     # dL/dB = s dL/dW A^T and dL/dA = s B^T dL/dW, with dL/dW by autograd on the dense model.
     model = adapted(kind, "policy")
     plain = dense(model, "policy").requires_grad_(True)
-    models.response_logprobs(Role(model, "policy"), batch()).sum().backward()
+    models.response_logprobs(Role(model, "policy", HOW), batch()).sum().backward()
     models.response_logprobs(plain, batch()).sum().backward()
-    for path, pair in adapters.pairs(model, "policy").items():
+    for path, pair in pairs(model, "policy").items():
         layer = plain.get_submodule(path)
         gradient = layer.weight.grad
         gradient = gradient.t() if isinstance(layer, adapters.Conv1D) else gradient
@@ -114,7 +118,7 @@ def four_roles():
 
 def said(model):
     """What the four roles say of a batch."""
-    policy, reward, value = (Role(model, name) for name in ("policy", "reward", "value"))
+    policy, reward, value = (Role(model, name, HOW) for name in ("policy", "reward", "value"))
     with torch.no_grad():
         return {
             "policy": models.response_logprobs(policy, batch()),
@@ -127,7 +131,7 @@ def said(model):
 @pytest.mark.parametrize("name", ["policy", "value"])
 def test_a_step_of_one_role_changes_no_number_of_the_others(name):
     model = four_roles()
-    before, role = said(model), Role(model, name)
+    before, role = said(model), Role(model, name, HOW)
     passes = {"policy": models.response_logprobs, "value": models.token_values}
     optimizer = torch.optim.AdamW(role.parameters(), lr=0.01)
     passes[name](role, batch()).square().sum().backward()
@@ -141,7 +145,7 @@ def gradients(model, order, recompute):
     """Gradients of policy and value, whose backward passes run in the given order."""
     if recompute:
         models.checkpoint_layers(model)
-    policy, value = Role(model, "policy"), Role(model, "value")
+    policy, value = Role(model, "policy", HOW), Role(model, "value", HOW)
     passes = {
         "policy": models.response_logprobs(policy, batch()).sum(),
         "value": models.token_values(value, batch()).sum(),
@@ -163,7 +167,7 @@ def test_recomputed_layers_are_computed_in_the_role_of_their_forward_pass(order)
 
 def test_sampling_and_scoring_agree_in_a_role():
     model = adapted("llama", "policy")
-    policy, how = Role(model, "policy"), Sampling(12)
+    policy, how = Role(model, "policy", HOW), Sampling(12)
     seeds = [(k,) for k in range(3)]
     done = generate(policy, PROMPTS, seeds, how, ends={EOS})
     sampled = collate(PROMPTS, [c.ids for c in done], CPU)
@@ -177,11 +181,11 @@ def test_sampling_and_scoring_agree_in_a_role():
 def test_named_targets_are_adapted_and_an_unknown_one_is_refused():
     model = tiny_model("llama")
     adapters.attach(model, "policy", Lora(2, 4.0, ("q_proj", "v_proj")))
-    assert {path.rpartition(".")[2] for path in adapters.pairs(model, "policy")} == {
+    assert {path.rpartition(".")[2] for path in pairs(model, "policy")} == {
         "q_proj",
         "v_proj",
     }
-    with pytest.raises(InputError, match="lora_targets: .* has no query in its blocks"):
+    with pytest.raises(InputError, match=r"lora_targets: .* has no query in its blocks"):
         adapters.attach(tiny_model("llama"), "policy", Lora(2, 4.0, ("q_proj", "query")))
 
 
@@ -189,11 +193,11 @@ def test_a_copied_model_has_adapters_of_its_own():
     model = adapted("llama", "policy")
     other = copy.deepcopy(model)
     with torch.no_grad():
-        for parameter in Role(other, "policy").parameters():
+        for parameter in Role(other, "policy", HOW).parameters():
             parameter.zero_()
-    on = models.response_logprobs(Role(other, "policy"), batch())
+    on = models.response_logprobs(Role(other, "policy", HOW), batch())
     assert torch.equal(on, models.response_logprobs(model, batch()))
-    assert not torch.equal(on, models.response_logprobs(Role(model, "policy"), batch()))
+    assert not torch.equal(on, models.response_logprobs(Role(model, "policy", HOW), batch()))
 
 
 # --- folders --------------------------------------------------------------------------------------
@@ -201,28 +205,27 @@ def test_a_copied_model_has_adapters_of_its_own():
 
 def test_a_stored_role_is_read_back(tmp_path):
     model = four_roles()
-    reward = Role(model, "reward")
-    adapters.save(tmp_path, reward, adapters.tensors(reward))
+    reward = Role(model, "reward", HOW)
+    adapters.save(tmp_path, reward, reward.numbers())
     how, numbers = adapters.read(tmp_path)
     other = tiny_model("llama").requires_grad_(False)
-    adapters.attach(other, "value", how, score=True)
-    value = Role(other, "value")
-    adapters.fill(value, numbers, tmp_path)
+    value = adapters.attach(other, "value", how, score=True)
+    value.fill(numbers, tmp_path)
     assert torch.equal(
         models.sequence_scores(value, batch()), models.sequence_scores(reward, batch())
     )
 
 
-@pytest.mark.parametrize("key, value", [("use_dora", True), ("bias", "all"), ("peft_type", "IA3")])
+@pytest.mark.parametrize(
+    "key, value",
+    [("use_dora", True), ("bias", "all"), ("peft_type", "IA3"), ("rank_pattern", {"q_proj": 8})],
+)
 def test_other_kinds_of_adapters_are_refused_by_name(tmp_path, key, value):
-    role = Role(adapted("llama", "policy"), "policy")
-    adapters.save(tmp_path, role, adapters.tensors(role))
+    policy = Role(adapted("llama", "policy"), "policy", HOW)
+    adapters.save(tmp_path, policy, policy.numbers())
     path = tmp_path / "adapter_config.json"
-    path.write_text(path.read_text().replace("{", f'{{"{key}": "{value}",', 1))
-    settings = path.read_text()
-    if key == "peft_type":
-        path.write_text(settings.replace('"peft_type": "LORA"', '"peft_kind": "LORA"'))
-    with pytest.raises(InputError, match=f"only plain LoRA can be used, not .*{value if key != 'use_dora' else key}"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(InputError, match=rf"{key} is not that of plain LoRA"):
         adapters.read(tmp_path)
 
 
@@ -230,10 +233,8 @@ def test_other_kinds_of_adapters_are_refused_by_name(tmp_path, key, value):
 def test_peft_gives_the_same_numbers_from_our_folder(tmp_path, kind):
     peft = pytest.importorskip("peft")
     model = adapted(kind, "policy")
-    role = Role(model, "policy")
-    adapters.save(tmp_path, role, adapters.tensors(role))
+    role = Role(model, "policy", HOW)
+    adapters.save(tmp_path, role, role.numbers())
     theirs = peft.PeftModel.from_pretrained(tiny_model(kind), tmp_path)
     ids = tensor([PROMPTS[1]])
     assert_close(theirs(input_ids=ids).logits.detach(), role(input_ids=ids).logits.detach(), 2e-5)
-
-
