@@ -97,7 +97,7 @@ def main(cfg: RMConfig) -> dict:
 
     # Check that every text fits into its model's context before the expensive sampling begins.
     # + 1: the end token of a response. + 4: the tokens of an option such as " (A".
-    policy, limit = load_policy(policy_path), cfg.max_new_tokens
+    policy, limit = models.freeze(load_policy(policy_path)), cfg.max_new_tokens
     sampler.check_prompts(policy, prompts, limit + 1, cfg.prompts)
     sampler.check_pairs(policy, human, cfg.preferences)
     requests = feedback.longest_comparisons(prompts, how, thinking)
@@ -127,7 +127,8 @@ def main(cfg: RMConfig) -> dict:
     given += human
     comparisons = stage.journal("comparisons.jsonl", cfg.rows, len(different) + len(given))
     if len(comparisons.rows) < len(different):
-        made_by, speakers = stage.stamp(*judges), [load_policy(judge) for judge in judges]
+        made_by = stage.stamp(*judges)
+        speakers = [models.freeze(load_policy(judge)) for judge in judges]
         with parallel.gathered(*speakers):
             for first, last in stage.turns(comparisons, "label", "pairs", until=len(different)):
                 group, found = different[first:last], []

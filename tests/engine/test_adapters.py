@@ -2,21 +2,28 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import tensor
 
+import train_ppo
+import train_rm
+import train_sl
 from minicai import InputError
-from minicai.engine import adapters, models
+from minicai.engine import adapters, config, models
 from minicai.engine.adapters import Lora, Role
 from minicai.engine.sampler import Sampling, generate
 from minicai.rollout import collate
-from tests.conftest import CPU, EOS, assert_close, tiny_model
+from tests.conftest import CPU, EOS, ROOT, assert_close, tiny_model
+from tests.recorders import stopped
 
 PROMPTS = [[5, 9, 17], [33, 12, 8, 40, 51, 7, 22], [60]]
 RESPONSES = [[20, 31, EOS], [EOS], [44, 2, 9, 13, 50, 6]]
 KINDS = ("llama", "gpt2", "qwen2", "neox")
+BASE = str(ROOT / "minicai/tinyworld/base")  # some folder with weights
 HOW = Lora(rank=4, alpha=6.0)
 
 
@@ -33,6 +40,7 @@ def batch():
 def adapted(kind="llama", *roles, scorers=()):
     """A frozen model with roles whose B is not zero."""
     model = tiny_model(kind).requires_grad_(False)
+    model.name_or_path = BASE
     for k, name in enumerate((*roles, *scorers)):
         adapters.attach(model, name, HOW, score=name in scorers).draw(k)
         generator = torch.Generator().manual_seed(100 + k)
@@ -207,7 +215,7 @@ def test_a_stored_role_is_read_back(tmp_path):
     model = four_roles()
     reward = Role(model, "reward", HOW)
     adapters.save(tmp_path, reward, reward.numbers())
-    how, numbers = adapters.read(tmp_path)
+    how, numbers = adapters.read(tmp_path, BASE)
     other = tiny_model("llama").requires_grad_(False)
     value = adapters.attach(other, "value", how, score=True)
     value.fill(numbers, tmp_path)
@@ -226,7 +234,7 @@ def test_other_kinds_of_adapters_are_refused_by_name(tmp_path, key, value):
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(InputError, match=rf"{key} is not that of plain LoRA"):
-        adapters.read(tmp_path)
+        adapters.read(tmp_path, BASE)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -238,3 +246,82 @@ def test_peft_gives_the_same_numbers_from_our_folder(tmp_path, kind):
     theirs = peft.PeftModel.from_pretrained(tiny_model(kind), tmp_path)
     ids = tensor([PROMPTS[1]])
     assert_close(theirs(input_ids=ids).logits.detach(), role(input_ids=ids).logits.detach(), 2e-5)
+
+
+# --- the three stages -----------------------------------------------------------------------------
+
+SMALL = ["--device=cpu", "--save_every=2", "--max_new_tokens=20", "--rows=16", "--lora_rank=4"]
+STAGES = {
+    "sl": (train_sl, train_sl.SLConfig, ["--limit=6", "--helpful_limit=6", "--batch_size=8"]),
+    "rm": (train_rm, train_rm.RMConfig, ["--limit=6", "--preferences_limit=20", "--batch_size=5"]),
+    "ppo": (train_ppo, train_ppo.PPOConfig, ["--iterations=3", "--episodes=8"]),
+}
+
+
+def run_stage(name, out, *flags):
+    script, kind, small = STAGES[name]
+    paths = [str(ROOT / "configs/tiny.toml"), f"--out={out}"]
+    return script.main(config.load(kind, name, [*paths, *SMALL, *small, "--lr=1e-3", *flags]))
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    """OUT of the three stages with adapters."""
+    out = tmp_path_factory.mktemp("adapters") / "out"
+    for name in STAGES:
+        run_stage(name, out)
+    return out
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_an_exported_folder_is_the_base_with_its_adapter_merged(stages, name):
+    folder = stages / name
+    base = ROOT / "minicai/tinyworld/base" if name == "sl" else stages / "sl"
+    before, after = (load_file(path / "model.safetensors") for path in (base, folder))
+    how, numbers = adapters.read(folder / "adapter", str(base))
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {
+        key.removeprefix(adapters.PREFIX).removesuffix(adapters.A) + ".weight"
+        for key in numbers
+        if key.endswith(adapters.A)
+    }
+    for key in changed:
+        path = adapters.PREFIX + key.removesuffix(".weight")
+        delta = how.scale * numbers[path + adapters.B] @ numbers[path + adapters.A]
+        assert_close(after[key], before[key] + delta, 1e-6)
+    kept = {key for key in after if key not in before}
+    assert kept == ({"score.weight"} if name == "rm" else set())
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_an_interrupted_run_resumes_to_the_same_bytes(stages, name, tmp_path):
+    out, script = tmp_path / "out", STAGES[name][0]
+    shutil.copytree(stages, out)
+    moment = stopped(script, "collate" if name == "ppo" else "batch_of_step", 3)
+    with moment, pytest.raises(KeyboardInterrupt):
+        run_stage(name, out, "--overwrite")
+    checkpoint = out / name / "checkpoints" / "step_000002"
+    assert checkpoint.is_dir()
+    size = sum(path.stat().st_size for path in checkpoint.iterdir())
+    assert size < 0.5 * (stages / name / "model.safetensors").stat().st_size  # no frozen weights
+    run_stage(name, out)
+    for file in ("metrics.jsonl", "model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (out / name / file).read_bytes() == (stages / name / file).read_bytes(), file
+
+
+def test_another_rank_is_another_run(stages):
+    with pytest.raises(InputError, match=r"lora_rank \(4 there, 8 now\)"):
+        run_stage("sl", stages, "--lora_rank=8")
+
+
+def test_a_reward_model_s_adapter_belongs_to_the_weights_it_was_trained_on(stages, tmp_path):
+    base = f"--ppo.policy={ROOT / 'minicai/tinyworld/base'}"
+    with pytest.raises(InputError, match="trained on other weights than those of"):
+        run_stage("ppo", tmp_path, base, f"--ppo.reward={stages / 'rm'}")
+
+
+def test_with_a_reward_function_the_value_model_starts_at_zero(stages, tmp_path):
+    reward = "--ppo.reward_function=results.rewards:refusing_words"
+    run_stage("ppo", tmp_path, f"--ppo.policy={stages / 'sl'}", reward)
+    first = json.loads((tmp_path / "ppo/metrics.jsonl").read_text().splitlines()[0])
+    assert first["explained_variance"] == pytest.approx(0, abs=1e-4)
