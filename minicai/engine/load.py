@@ -120,6 +120,7 @@ def load_policy(path: str, scorer: str = "") -> PreTrainedModel:
     processes each hold a part of it (parallel.shard).
     scorer: "require" or "warn" where a reward model is to be made of it later, and cannot be.
     """
+    model = _load(path, AutoModelForCausalLM)
     if scorer:
         try:
             opened(path, AutoModelForSequenceClassification, new_head=True)
@@ -127,7 +128,7 @@ def load_policy(path: str, scorer: str = "") -> PreTrainedModel:
             if scorer == "require":
                 raise
             terminal.warn(f"stage 2 will refuse this model: {error}")
-    return _load(path, AutoModelForCausalLM)
+    return model
 
 
 def load_scorer(path: str, seed: int | None = None) -> PreTrainedModel:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -446,6 +447,23 @@ def test_a_kind_without_reward_models_is_said_in_stage_1_and_refused_in_stage_2(
     told = capsys.readouterr().err
     assert told.count("WARNING") == 1
     assert f"WARNING  stage 2 will refuse this model: {said}\n" in told
+
+
+def test_stage_2_refuses_such_a_policy_and_a_damaged_judge_before_it_samples(
+    tmp_path, models, world, command
+):
+    judge, apertus = tmp_path / "judge", kind("ApertusConfig", tmp_path / "apertus")
+    shutil.copytree(models / "roomy", judge)
+    settings(CONFIG, num_hidden_layers=3)(judge)
+    for policy, said in (
+        (apertus, f"{apertus}: is no reward model and cannot become one"),
+        (models / "roomy", f"{judge}: the weights of model.layers.2."),
+    ):
+        how = ["--prompts=prompts.jsonl", "--preferences=", "--max_new_tokens=4"]
+        how += [f"--policy={policy}", f"--feedback={judge}"]
+        code, out, err = command("train_rm.py", world / "config.toml", *how)
+        assert (code, out, err.count("\n")) == (2, "", 1) and said in err
+        assert not (world / "out").exists()
 
 
 @pytest.mark.parametrize(
