@@ -82,6 +82,11 @@ def setting(default, **metadata):
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def positive(default: float):
+    """A field that must be above 0: a whole number of at least 1, or another number."""
+    return setting(default, at_least=1 if type(default) is int else 1e-12)
+
+
 def path_setting(default: Paths = "", model: bool = False):
     return setting(default, path=True, model=model, free=True)  # contents are compared, not paths
 
@@ -323,8 +328,8 @@ def function(name: str) -> Callable:
         sys.path.append(os.getcwd())
     try:
         found = importlib.import_module(module)
-    except ImportError as error:
-        raise InputError(f"reward_function {name}: {error}") from error
+    except Exception as error:  # the user's code may fail in any way
+        raise InputError(f"reward_function {name}: {type(error).__name__}: {error}") from error
     functions = {key: value for key, value in vars(found).items() if callable(value)}
     if attribute not in functions:
         hint = nearest(attribute, sorted(functions))

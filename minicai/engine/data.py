@@ -151,6 +151,10 @@ def epoch_order(count: int, *seed: int) -> list[int]:
 
 def shuffled(items: Sequence, turn: int, count: int, *seed: int) -> list:
     """`count` items for each turn 0, 1, ...: epoch after epoch, each epoch shuffled by the seed."""
+    if count and not items:
+        raise InputError(
+            "[ppo] prompts: names no file; helpful_share = 1 samples from helpful_prompts only"
+        )
     chosen = []
     for number in range(turn * count, (turn + 1) * count):
         epoch, position = divmod(number, len(items))
@@ -187,12 +191,18 @@ def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 def split(rows: list[dict], share: float, seed: int) -> tuple[list[dict], list[dict]]:
     """Training and held-out pairs. All pairs of one prompt fall on the same side.
 
-    share: of the prompts, that which is held out, in expectation.
+    share: of the prompts, that which is held out, in expectation. Raises InputError where no
+    training pair prefers a response.
     """
     sides = [], []
     for row in rows:
         held = random.Random(f"{seed} {render(row['prompt'])}").random() < share
         sides[held].append(row)
+    if all(row["p_first"] == 0.5 for row in sides[0]):
+        raise InputError(
+            f"[rm] heldout = {share}: {len(sides[1])} of {len(rows)} pairs are held out, and none "
+            f"of the others says which response is better: nothing to train on"
+        )
     return sides
 
 
