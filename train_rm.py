@@ -17,6 +17,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+import minicai  # noqa: F401  # isort: skip (before torch: Ctrl-C while it loads is one line)
 import torch
 
 from minicai import constitution, feedback

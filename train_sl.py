@@ -15,6 +15,7 @@ critique. Set `examples` to do the same; by default there are none.
 import math
 from dataclasses import dataclass
 
+import minicai  # noqa: F401  # isort: skip (before torch: Ctrl-C while it loads is one line)
 import torch
 
 from minicai import constitution, critique

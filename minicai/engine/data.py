@@ -12,10 +12,12 @@ import os
 import random
 import re
 import shutil
+import tomllib
 import traceback
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -81,19 +83,6 @@ def write_atomic(path: Path, text: str) -> None:
         os.replace(temporary, path)
 
 
-def read_record(path: Path) -> dict:
-    """The record of a finished stage. Raises InputError where it is damaged."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
-        ) from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: is not the record of a stage")
-    return found
-
-
 def finite(value):
     """A copy of what goes into a file, with None for NaN and infinities, which are not JSON."""
     return json.loads(json.dumps(value), parse_constant=lambda name: None)
@@ -112,10 +101,9 @@ class Journal:
     def __init__(self, path: Path, group: int = 1, total: int | None = None):
         self.path, self.name, self.mirror = path, path.stem, None
         self.group, self.total = group, total
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-        self.rows = [_object(line, f"{path}, line {k}") for k, line in enumerate(lines, 1)]
-        self.sizes = [len(line) + 1 for line in lines]  # bytes
-        self.keep(len(lines) if len(lines) == total else len(lines) - len(lines) % group)
+        self.rows, self.sizes = read_journal(path)
+        count = len(self.rows)
+        self.keep(count if count == total else count - count % group)
 
     def append(self, rows: list[dict]) -> None:
         """Adds all the rows, or none where that fails. Raises RunError where the disk is full."""
@@ -209,49 +197,115 @@ def split(rows: list[dict], share: float, seed: int) -> tuple[list[dict], list[d
 # --- reading --------------------------------------------------------------------------------------
 
 
-def _object(line: str | bytes, where: str) -> dict:
-    """The JSON object in a line. Raises InputError that says where."""
-    try:
-        row = json.loads(line)
-        json.dumps(row, ensure_ascii=False).encode()  # JSON can spell half a surrogate pair
-    except ValueError as error:
-        raise InputError(f"{where}: not valid JSON ({getattr(error, 'msg', error)})") from error
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: expected a JSON object {{...}}, found {type(row).__name__}")
+# What a key holds wherever a file of ours has it: a record, or a row of a journal.
+KINDS = {
+    str: {"initial", "final", "first", "second", "response", "critique", "source", "of"},
+    float | int: {"step", "p_first", "logp_first", "logp_second", "peak_rss_mb", "ece"},
+    float | int | None: {"score", "rate", "kl", "loss", "accuracy_vs_judge", "accuracy_vs_labels"},
+    list: {"rounds", "votes", "interval", "heldout_ids", "calibration", "corrects", "incorrects"},
+    dict: {"intervals", "jailbreaks", "replayed", "labels", "by_principle", "eval", "run"},
+}
+
+
+class Found(dict):
+    """An object in a file of ours. A key that is missing is an InputError, which says where."""
+
+    where = ""
+
+    def __missing__(self, key: str):
+        raise InputError(f'{self.where}: needs "{key}"')
+
+
+def _ours(where: str, found: dict) -> Found:
+    """The object, once the KINDS of its keys are right. Raises InputError."""
+    for kind, names in KINDS.items():
+        for name in names & found.keys():
+            if not isinstance(found[name], kind) or isinstance(found[name], bool):
+                said = json.dumps(found[name], default=str)[:80]
+                raise InputError(f'{where}: "{name}" cannot be {said}')
+    row = Found(found)
+    row.where = where
     return row
 
 
-def _text(path: str | Path) -> str:
-    """The text of a plain or gzipped file."""
+def _object(line: str | bytes, where: str, ours: bool = True) -> dict:
+    """The JSON object in a line, with None for NaN and infinities. Raises InputError.
+
+    ours: minicai wrote it, so that it has the KINDS, and a missing key is an InputError.
+    """
+    try:
+        # A whole number beyond the largest float counts as infinite.
+        row = json.loads(line, parse_int=lambda text: int(text) if len(text) < 300 else math.inf)
+        text = json.dumps(row, ensure_ascii=False).encode()  # JSON can spell half a surrogate pair
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not valid JSON ({getattr(error, 'msg', error)})") from error
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected a JSON object {{...}}, found {type(row).__name__}")
+    hook = partial(_ours, where) if ours else None
+    return json.loads(text, parse_constant=lambda name: None, object_hook=hook)
+
+
+def _bytes(path: str | Path) -> bytes:
+    """The content of a plain or gzipped file."""
     path = hub.data_file(path)
     opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rt", encoding="utf-8-sig") as file:
+        with opened(path, "rb") as file:
             return file.read()
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
-    except (OSError, EOFError, zlib.error, ValueError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
 
 
-def _rows(path: str | Path) -> Iterator[tuple[int, str, dict]]:
+def _text(path: str | Path) -> str:
+    try:
+        return _bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+
+
+def read_record(path: Path) -> dict:
+    """The JSON object that a file of ours is. Raises InputError where it is damaged."""
+    return _object(_text(path), f"{path}")
+
+
+def read_toml(path: Path) -> dict:
+    """The table that a file is. Raises InputError where it is damaged."""
+    try:
+        return tomllib.loads(_text(path))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid TOML: {error}") from error
+
+
+def read_journal(path: Path) -> tuple[list[dict], list[int]]:
+    """The rows of a stage's journal, and their sizes in bytes; none where there is no file.
+
+    What follows the last line end is torn, or being written. Raises InputError, with the line.
+    """
+    lines = _bytes(path).split(b"\n")[:-1] if path.exists() else []
+    rows = [_object(line, f"{path}, line {k}") for k, line in enumerate(lines, 1)]
+    return rows, [len(line) + 1 for line in lines]
+
+
+def _rows(path: str | Path, ours: bool = False) -> Iterator[tuple[int, str, dict]]:
     """(number, where, object) of each line; or of each item, where the file is one JSON list."""
     text, kind = _text(path), "line"
     lines = text.split("\n")
     if text.lstrip().startswith("["):
         try:
             lines, kind = map(json.dumps, json.loads(text)), "item"
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: not a valid JSON list ({error})") from error
     for number, line in enumerate(lines, 1):
         if line.strip():
             where = f"{path}, {kind} {number}"
-            yield number, where, _object(line, where)
+            yield number, where, _object(line, where, ours)
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
-    """The rows of a file with one JSON object per line. Raises InputError that names the line."""
-    return [row for _, _, row in _rows(path)]
+    """The rows of a file of ours with one JSON object per line. Raises InputError that names it."""
+    return [row for _, _, row in _rows(path, ours=True)]
 
 
 def read_prompts(path: str | Path, limit: int = 0) -> list[Prompt]:

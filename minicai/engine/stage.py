@@ -38,7 +38,7 @@ from transformers import PreTrainedModel
 
 from minicai import InputError, RunError
 from minicai.engine import checkpoint, config, hub, parallel, terminal
-from minicai.engine.data import Journal, finite, read_record, write_atomic
+from minicai.engine.data import Journal, finite, read_record, read_toml, write_atomic
 
 SKIPPED_AT_MOST = 3  # updates in a row whose loss or gradient is not finite; then the run stops
 DATA = (".jsonl", ".json", ".gz", ".txt", ".toml", ".py")  # what is a file, not a model folder
@@ -79,11 +79,8 @@ class Stage:
         stored, record = self.folder / "config.toml", self.folder / "stage.json"
         if self.cfg.overwrite or not stored.exists():
             return None
-        try:
-            old = tomllib.loads(stored.read_text(encoding="utf-8"))
-            begun = len(os.listdir(self.folder)) > 1  # the config alone: nothing was made yet
-        except (OSError, ValueError) as error:
-            raise InputError(f"{stored}: cannot be read: {error}") from error
+        old = read_toml(stored)
+        begun = len(os.listdir(self.folder)) > 1  # the config alone: nothing was made yet
         earlier_version = "format" not in old.get("made_from", {})
         if begun and not (earlier_version and record.exists()):
             changes = config.differences(old, tomllib.loads(self.text), type(self.cfg))
@@ -167,7 +164,7 @@ class Stage:
     def seconds(self) -> dict[str, float]:
         """Seconds by phase so far."""
         path = self.folder / "seconds.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return read_record(path) if path.exists() else {}
 
     # --- training ---------------------------------------------------------------------------------
 
