@@ -123,6 +123,7 @@ class Run:
     timeout: int = setting(1800, at_least=1, free=True)  # seconds that a rank waits for another
     overwrite: bool = False  # start again over what an earlier run made in `out`
     accept_changes: bool = False  # resume although settings, inputs or code have changed
+    later = ()  # no setting: folders that --overwrite removes too, first; the demo names its stages
 
 
 TOP = {field.name for field in dataclasses.fields(Run)}
