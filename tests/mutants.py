@@ -25,6 +25,7 @@ FURTHER |= {ast.And: [ast.Or], ast.Or: [ast.And], ast.BitAnd: [ast.BitOr], ast.B
 FURTHER |= {ast.FloorDiv: [ast.Mult], ast.Mod: [ast.FloorDiv], ast.Pow: [ast.Mult]}
 NAMES = {"min": "max", "minimum": "maximum", "amin": "amax", "any": "all"}
 NAMES |= {after: before for before, after in NAMES.items()}
+UNORDERED = ("isinstance", "transpose", "min", "max")  # of arguments
 UNALTERED = ("annotation", "returns", "decorator_list")
 
 
@@ -89,7 +90,7 @@ def further(node: ast.AST) -> Iterator[ast.AST]:
             yield ast.comprehension(
                 node.target, node.iter, [ast.UnaryOp(ast.Not(), condition)], node.is_async
             )
-        case ast.Call(args=[_, _, *_]) if ast.unparse(node.func) != "isinstance":
+        case ast.Call(args=[_, _, *_]) if not ast.unparse(node.func).endswith(UNORDERED):
             for k in range(len(node.args) - 1):
                 swapped = [*node.args[:k], node.args[k + 1], node.args[k], *node.args[k + 2 :]]
                 if not any(isinstance(argument, ast.Starred) for argument in swapped):

@@ -228,7 +228,7 @@ def record(file: str, target: Path) -> int:
 
 
 def recordings(stop: float) -> dict:
-    """{test: (seconds, {file: lines})}. Imports the packages that the tests import."""
+    """What tests.traced.Recorder found of each test. Imports the packages that the tests import."""
     for name in ("numpy", "torch", "transformers"):
         importlib.import_module(name)
     helpers = [path for path in ROOT.glob("tests/**/*.py") if not path.name.startswith("test_")]
@@ -264,18 +264,20 @@ def covering(mutant: Mutant, tests: dict) -> list[str]:
         pattern = re.compile(rf"\b({'|'.join(mutant.names) or '.'})\b")
         lines = {str(path.relative_to(ROOT)): naming(path, pattern) for path in ALTERED}
     found = []
-    for test, (seconds, ran) in tests.items():
+    for test, (seconds, fixtures, ran) in tests.items():
+        file = test.split("::")[0]
         met = any(not lines[file].isdisjoint(ran[file]) for file in lines.keys() & ran.keys())
         if not met and pattern:
-            text = text_of(ROOT / test.split("::")[0])
+            text = text_of(ROOT / file)
             met = pattern.search(text) and re.search(rf"\b{mutant.path.stem}\b", text)
         if met:
-            found.append((seconds, test))
-    chosen, total = [], 0.0
-    for seconds, test in sorted(found):
-        total += seconds
-        if total < BUDGET or not chosen:
+            parts = {(file, name): spent for name, spent in fixtures.items()} | {test: seconds}
+            found.append((sum(parts.values()), test, parts))
+    chosen, parts = [], {}
+    for _, test, more in sorted(found, key=lambda one: one[:2]):
+        if sum((parts | more).values()) < BUDGET or not chosen:
             chosen.append(test)
+            parts |= more  # what tests share is done once
     return chosen
 
 

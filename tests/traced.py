@@ -15,13 +15,14 @@ UNKNOWN = (0.0, frozenset(), True)  # of a fixture: seconds, lines, whether it s
 class Recorder:
     """The lines of `files` that each passing test runs, and its seconds.
 
-    tests: {test: (seconds, {file: lines})}, files relative to `root`. A test that starts a process
-    of Python is left out, since altered code does not reach it.
+    tests: {test: (seconds, {fixture: seconds}, {file: lines})}, files relative to `root`. These are
+    the fixtures that several tests share. A test that starts a process of Python is left out, since
+    altered code does not reach it.
     """
 
     def __init__(self, files: list[Path], root: Path):
         self.files, self.root = set(map(str, files)), root
-        self.tests, self.wide, self.seen = {}, {}, set()
+        self.tests, self.shared, self.seen = {}, {}, set()
 
     def trace(self, frame, event, _):
         if frame.f_code.co_filename not in self.files:
@@ -31,20 +32,21 @@ class Recorder:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef):
-        """What a fixture of several tests does counts for each of them."""
         outer, self.seen, began = self.seen, set(), time.perf_counter()
         try:
             return (yield)
         finally:
             if fixturedef.scope != "function":
-                seconds, lines, _ = self.wide.get(fixturedef.argname, UNKNOWN)
-                seconds = max(seconds, time.perf_counter() - began)
-                self.wide[fixturedef.argname] = seconds, lines | self.seen, self.usable
+                spent, lines, _ = self.shared.get(fixturedef.argname, UNKNOWN)
+                seconds = time.perf_counter() - began
+                found = max(spent, seconds), lines | self.seen, self.usable
+                self.shared[fixturedef.argname] = found
+                self.began += seconds  # it is not the test's own time
             self.seen |= outer
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
-        self.seen, self.usable, began = set(), True, time.perf_counter()
+        self.seen, self.usable, self.began = set(), True, time.perf_counter()
         threading.settrace(self.trace)
         sys.settrace(self.trace)
         try:
@@ -53,18 +55,17 @@ class Recorder:
         finally:
             sys.settrace(None)
             threading.settrace(None)
-            self.summarise(item, time.perf_counter() - began)
+            self.summarise(item, time.perf_counter() - self.began)
 
     def summarise(self, item, seconds: float) -> None:
-        for name in item.fixturenames:
-            more, lines, usable = self.wide.get(name, UNKNOWN)
-            seconds, self.seen = seconds + more, self.seen | lines
-            self.usable &= usable
-        by_file = {}
+        by_fixture, by_file = {}, {}
+        for name in self.shared.keys() & set(item.fixturenames):
+            by_fixture[name], lines, usable = self.shared[name]
+            self.seen, self.usable = self.seen | lines, self.usable and usable
         for file, line in sorted(self.seen):
             by_file.setdefault(str(Path(file).relative_to(self.root)), []).append(line)
         if self.usable:
-            self.tests[item.nodeid] = seconds, by_file
+            self.tests[item.nodeid] = seconds, by_fixture, by_file
 
     def noticed(self, kind):
         original = kind.__init__
