@@ -62,7 +62,7 @@ ALTERED = [*ROOT.glob("train_*.py"), *ROOT.glob("minicai/*.py"), *ROOT.glob("min
 ALTERED += [ROOT / "minicai" / "engine" / f"{name}.py" for name in ENGINE]
 ALTERED = sorted(path for path in ALTERED if path.is_file() and not path.name.startswith("__"))
 # Slow tests, and tests of what is not altered.
-LEFT_OUT = "mutate|repo|docs|bench|examples_folder|variants_table|report/|tinyworld/"
+LEFT_OUT = "mutate|repo|docs|guard|bench|examples_folder|variants_table|report/|tinyworld/"
 LEFT_OUT += "|tools/test_(demo|commands|plan|mirror|proofread|workshop)"
 
 CACHE = Path(tempfile.gettempdir()) / f"minicai-mutate-{os.getuid()}"
