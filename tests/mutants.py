@@ -15,6 +15,15 @@ EQUIVALENT = {  # (function, altered line) -> why no test can tell it from the o
         "losses.policy_loss",
         "ratio = torch.where(mask, logprobs - old_logprobs, 1.0).exp()",
     ): "only keeps exp finite where the result is masked",
+    (
+        "rollout.Batch.texts",
+        "return [row[:n] for row, n in zip(self.ids.tolist(), self.lengths)]",
+    ): "a tensor of one whole number is an index too",
+    ("attention.Shared.__init__", "number = -2"): "any that is no token's number",
+    (
+        "train_rm.main",
+        "part_loss = part_loss + cfg.centering * centering_loss(r_second, r_first)",
+    ): "(a + b)^2 is (b + a)^2",
 }
 
 OPERATORS = {ast.Add: [ast.Sub], ast.Sub: [ast.Add], ast.Mult: [ast.Div], ast.Div: [ast.Mult]}

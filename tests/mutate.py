@@ -202,7 +202,7 @@ def attempt(code: types.CodeType, path: Path, tests: list[str]) -> int:
     return run_tests(Chosen(tests), "-x", *dict.fromkeys(test.split("::")[0] for test in tests))
 
 
-def attempt_processes(tree: ast.Module, path: Path) -> int:
+def attempt_processes(tree: ast.Module, path: Path, tests: list[str]) -> int:
     """Likewise where the altered code must reach other processes: in a copy of the repository."""
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         for name in COPIED:
@@ -210,7 +210,7 @@ def attempt_processes(tree: ast.Module, path: Path) -> int:
         for script in ROOT.glob("*.*"):
             shutil.copy(script, folder)
         Path(folder, path.relative_to(ROOT)).write_text(ast.unparse(tree))
-        words = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", PROCESSES]
+        words = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests]
         environment = os.environ | {"PYTHONPATH": folder}
         return subprocess.run(words, cwd=folder, env=environment).returncode
 
@@ -310,35 +310,37 @@ def drawn(size: int, seed: int, only: str) -> list[Mutant]:
 
 def sample(chosen: list[Mutant], stop: float) -> dict[Mutant, dict]:
     """The verdict on each alteration, as far as the time allows. Equivalent ones have none."""
-    tests, verdicts = recordings(stop), {}
-    works, again = [], []
+    tests, works, again = recordings(stop), [], []
     for path in {mutant.path for mutant in chosen}:
         for mutant, tree in mutants(path):
             if mutant in chosen and not mutant.equivalent:
-                called = covering(mutant, tests)
-                work = functools.partial(attempt, compiled(tree, path), path, called)
-                works.append((mutant, called, work))
+                called = functools.partial(covering, mutant, tests)
+                works.append((mutant, called, functools.partial(attempt, compiled(tree, path))))
                 if path.name in ("parallel.py", "checkpoint.py"):
-                    work = functools.partial(attempt_processes, copy.deepcopy(tree), path)
-                    again.append((mutant, [*called, PROCESSES], work))
+                    work = functools.partial(attempt_processes, copy.deepcopy(tree))
+                    again.append((mutant, lambda: [PROCESSES], work))
     verdicts = tried(works, LIMIT, stop)
     again = [work for work in again if not verdicts.get(work[0], {"killed": True})["killed"]]
     return verdicts | tried(again, 3 * LIMIT, stop)
 
 
 def tried(works: list[tuple], limit: float, stop: float) -> dict[Mutant, dict]:
-    """{alteration: its verdict} of (alteration, tests, what tries it)."""
+    """{alteration: its verdict} of (alteration, what gives its tests, what tries it)."""
     book, verdicts, waiting = CACHE / "verdicts.jsonl", {}, []
     rows = book.read_text().splitlines() if book.exists() else []
     known = {row["key"]: row for row in map(json.loads, rows)}
-    for mutant, called, work in works:
-        key = digest(mutant, mutant.number, text_of(mutant.path), *{PROCESSES} & {*called})
-        context = digest(*called, *(text_of(ROOT / test.split("::")[0]) for test in called))
+    for mutant, choose, work in works:
+        key = digest(mutant, mutant.number, text_of(mutant.path), limit)
         row = known.get(key)
-        # What one test has noticed stays noticed, whatever tests are added.
-        if row and (row["killed"] or row["context"] == context):
+        if row and row["killed"]:  # and stays so, whatever tests are added
+            verdicts[mutant] = row
+            continue
+        called = choose()
+        context = digest(*called, *(text_of(ROOT / test.split("::")[0]) for test in called))
+        if row and row["context"] == context:
             verdicts[mutant] = row
         else:
+            work = functools.partial(work, mutant.path, called)
             waiting.append(((mutant, key, context), work))
     in_time = itertools.takewhile(lambda _: time.monotonic() < stop, waiting)
     for (mutant, key, context), code, seconds in forked(in_time, limit):
