@@ -48,7 +48,11 @@ class Disk:
         self.root, self.act, self.at, self.kinds = str(root), act, at, kinds
         self.where, self.lasting, self.events = where, lasting, []
         self.count, self.busy, self.halved = 0, False, False
-        self.open, self.fsync, self.save = open, os.fsync, transformers.modeling_utils.safe_save_file
+        self.open, self.fsync, self.save = (
+            open,
+            os.fsync,
+            transformers.modeling_utils.safe_save_file,
+        )
         builtins.open = io.open = self._open
         os.fsync = os.fdatasync = self._fsync
         transformers.modeling_utils.safe_save_file = self._save

@@ -262,7 +262,9 @@ def differences(ours: Path, theirs: Path) -> list[str]:
     """The names of files that only one of the folders has, or whose contents differ."""
     names = [{str(p.relative_to(out)) for p in out.rglob("*")} for out in (ours, theirs)]
     both = sorted(names[0] & names[1])
-    return sorted(names[0] ^ names[1]) + [n for n in both if content(ours / n) != content(theirs / n)]
+    return sorted(names[0] ^ names[1]) + [
+        n for n in both if content(ours / n) != content(theirs / n)
+    ]
 
 
 @contextmanager
