@@ -72,7 +72,7 @@ class Disk:
     def _due(self) -> bool:
         """Whether the event after those that were counted is acted on."""
         number = self.count + 1
-        return self.act is not None and (number == self.at or self.lasting and number > self.at)
+        return self.act is not None and (number == self.at or (self.lasting and number > self.at))
 
     def _event(self, kind: str, path: str) -> None:
         if not self._counts(kind, path):

@@ -11,7 +11,7 @@ import os
 import shutil
 import signal
 import sys
-import time
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -270,8 +270,6 @@ def differences(ours: Path, theirs: Path) -> list[str]:
 @contextmanager
 def scratch() -> Iterator[Path]:
     """A folder that is removed at the end, though a child may have made it unreadable."""
-    import tempfile
-
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         try:
             yield Path(folder).resolve()
