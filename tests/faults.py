@@ -12,7 +12,7 @@ must be equal bit for bit, all JSONL files byte for byte, and no process may sti
 
 `--stages CONFIG OUT` runs the three stages in one process with a quarter of the work.
 
-    python -m tests.faults --faults [--short] [--only TEXT]
+    python -m tests.faults --faults [--short] [--only PATTERN]
 
 It prints a table of injected faults, and what a run says or does under each (tests/injected.py):
 kills, power cuts, failing calls, two owners, flipped bits, removed files, changed inputs. It takes
@@ -279,7 +279,7 @@ if __name__ == "__main__":
     parser.add_argument("--stages", nargs=2, metavar=("CONFIG", "OUT"))
     parser.add_argument("--faults", action="store_true")
     parser.add_argument("--short", action="store_true")
-    parser.add_argument("--only", default="", help="rows of --faults with this text")
+    parser.add_argument("--only", default="", help="a pattern of the rows of --faults")
     options = parser.parse_args()
     if options.faults:
         sys.exit(1 if importlib.import_module("tests.injected").campaign(options) else 0)

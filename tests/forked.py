@@ -119,6 +119,7 @@ def start(work: Callable[[], None], errors: Path, words: Sequence[str] = ()) -> 
         signal.alarm(PATIENCE)
         for number, path in ((1, os.devnull), (2, errors)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # not those of pytest
         sys.argv = ["train", *words]
         terminal.run(lambda _: work(), "")
         code = 0
