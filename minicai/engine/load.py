@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
@@ -52,7 +53,7 @@ def _blaming(what: str, failure: str = "transformers fails on it") -> Iterator[N
             raise
         lines = [line.strip() for line in str(error).splitlines() if not line.endswith(":")]
         reason = " ".join(lines[:1])
-        if not isinstance(error, OSError | ValueError):
+        if not isinstance(error, OSError | ValueError | StrictDataclassError):
             reason = f"{failure} ({type(error).__name__}: {reason})"
         raise InputError(f"{what}: {reason}") from error
 

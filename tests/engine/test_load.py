@@ -288,6 +288,7 @@ DAMAGES = {  # name: the damage, and what is said after the folder's path
     "no heads": (settings(CONFIG, num_attention_heads=0), "/config.json: cannot be read: "),
     "many heads": (settings(CONFIG, num_attention_heads=5), "/config.json: cannot be read: "),
     "negative": (settings(CONFIG, hidden_size=-4), "/config.json: no policy can be made from it: "),
+    "endless": (settings(CONFIG, num_hidden_layers=10**9), "/config.json: num_hidden_layers is 1"),
     "unknown act": (settings(CONFIG, hidden_act="x"), "/config.json: no policy can be made from "),
     "unknown rope": (
         settings(CONFIG, rope_parameters={"rope_type": "x"}),
