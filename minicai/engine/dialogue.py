@@ -138,17 +138,16 @@ def encode_learned(
             f"{source}: no response is left to train on: each revision is empty or has a fault "
             f"that [sl] drop names, and there are no answers to [sl] helpful_prompts"
         )
-    encoded, guessed = [], 0
+    if None in [ended for *_, ended in learned]:
+        terminal.warn(
+            f"{source}: rows of an earlier version do not say which responses the length limit cut "
+            f"off: this is guessed from their lengths"
+        )
+    encoded = []
     for prompt, response, ended in learned:
         ids, answer = encode(tokenizer, prompt, response)
-        if ended is None:
-            ended, guessed = len(answer) <= limit, guessed + 1
+        ended = len(answer) <= limit if ended is None else ended
         encoded.append((ids, answer if ended else answer[:-1]))
-    if guessed:
-        terminal.warn(
-            f"{source}: {guessed} of {len(learned)} responses do not say whether the length limit "
-            f"cut them off, as in files of earlier versions: guessed from their length"
-        )
     return encoded
 
 
