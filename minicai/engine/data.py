@@ -189,7 +189,8 @@ def split(rows: list[dict], share: float, seed: int) -> tuple[list[dict], list[d
 
 # What a key holds wherever a file of ours has it: a record, or a row of a journal.
 KINDS = {
-    str: {"initial", "final", "first", "second", "response", "critique", "source", "of"},
+    str: {"chosen", "critique", "final", "first", "initial", "rejected", "response", "second"},
+    str | None: {"kind", "principle", "rationale"},
     float | int: {"step", "p_first", "logp_first", "logp_second", "peak_rss_mb", "ece"},
     float | int | None: {"score", "rate", "kl", "loss", "accuracy_vs_judge", "accuracy_vs_labels"},
     list: {"rounds", "votes", "interval", "heldout_ids", "calibration", "corrects", "incorrects"},
@@ -200,8 +201,6 @@ KINDS = {
 class Found(dict):
     """An object in a file of ours. A key that is missing is an InputError, which says where."""
 
-    where = ""
-
     def __missing__(self, key: str):
         raise InputError(f'{self.where}: needs "{key}"')
 
@@ -211,21 +210,22 @@ def _ours(where: str, found: dict) -> Found:
     for kind, names in KINDS.items():
         for name in names & found.keys():
             if not isinstance(found[name], kind) or isinstance(found[name], bool):
-                said = json.dumps(found[name], default=str)[:80]
+                said = json.dumps(found[name])[:80]
                 raise InputError(f'{where}: "{name}" cannot be {said}')
+    if "prompt" in found:
+        _prompt(found, where)
     row = Found(found)
     row.where = where
     return row
 
 
-def _object(line: str | bytes, where: str, ours: bool = True) -> dict:
+def _object(line: str, where: str, ours: bool = True) -> dict:
     """The JSON object in a line, with None for NaN and infinities. Raises InputError.
 
     ours: minicai wrote it, so that it has the KINDS, and a missing key is an InputError.
     """
     try:
-        # A whole number beyond the largest float counts as infinite.
-        row = json.loads(line, parse_int=lambda text: int(text) if len(text) < 300 else math.inf)
+        row = json.loads(line)
         text = json.dumps(row, ensure_ascii=False).encode()  # JSON can spell half a surrogate pair
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not valid JSON ({getattr(error, 'msg', error)})") from error
@@ -235,23 +235,16 @@ def _object(line: str | bytes, where: str, ours: bool = True) -> dict:
     return json.loads(text, parse_constant=lambda name: None, object_hook=hook)
 
 
-def _bytes(path: str | Path) -> bytes:
-    """The content of a plain or gzipped file."""
+def _text(path: str | Path, encoding: str = "utf-8-sig", errors: str = "strict") -> str:
+    """The text of a plain or gzipped file."""
     path = hub.data_file(path)
     opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rb") as file:
+        with opened(path, "rt", encoding=encoding, errors=errors, newline="") as file:
             return file.read()
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
-
-
-def _text(path: str | Path) -> str:
-    try:
-        return _bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
 
 
@@ -273,9 +266,9 @@ def read_journal(path: Path) -> tuple[list[dict], list[int]]:
 
     What follows the last line end is torn, or being written. Raises InputError, with the line.
     """
-    lines = _bytes(path).split(b"\n")[:-1] if path.exists() else []
+    lines = _text(path, "utf-8", "surrogateescape").split("\n")[:-1] if path.exists() else []
     rows = [_object(line, f"{path}, line {k}") for k, line in enumerate(lines, 1)]
-    return rows, [len(line) + 1 for line in lines]
+    return rows, [len(line.encode()) + 1 for line in lines]
 
 
 def _rows(path: str | Path, ours: bool = False) -> Iterator[tuple[int, str, dict]]:
@@ -364,10 +357,7 @@ def read_preferences(path: str | Path, limit: int = 0) -> list[dict]:
         return []
     rows = []
     label = {"p_first": 1.0, "votes": [], "source": "human", "clamped": False}
-    for number, where, row in _rows(path):
-        for key in ("chosen", "rejected"):
-            if not isinstance(row.get(key), str):
-                raise InputError(f'{where}: needs the text "{key}"')
+    for number, where, row in _rows(path, ours=True):
         first, second = row["chosen"], row["rejected"]
         if "prompt" in row:
             prompt = _prompt(row, where)

@@ -38,7 +38,7 @@ from transformers import PreTrainedModel
 
 from minicai import InputError, RunError
 from minicai.engine import checkpoint, config, hub, parallel, terminal
-from minicai.engine.data import Journal, finite, read_record, read_toml, write_atomic
+from minicai.engine.data import Journal, finite, read_record, write_atomic
 
 SKIPPED_AT_MOST = 3  # updates in a row whose loss or gradient is not finite; then the run stops
 DATA = (".jsonl", ".json", ".gz", ".txt", ".toml", ".py")  # what is a file, not a model folder
@@ -79,7 +79,7 @@ class Stage:
         stored, record = self.folder / "config.toml", self.folder / "stage.json"
         if self.cfg.overwrite or not stored.exists():
             return None
-        old = read_toml(stored)
+        old = config.stored(stored)
         begun = len(os.listdir(self.folder)) > 1  # the config alone: nothing was made yet
         earlier_version = "format" not in old.get("made_from", {})
         if begun and not (earlier_version and record.exists()):

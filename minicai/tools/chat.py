@@ -113,7 +113,7 @@ def main(flags: list[str], folder: str) -> None:
         label = f"{path}: " if options.against else ""
         speakers.append(Speaker(label, model, how))
     stored = summary.config(Path(folder).absolute().parent, "sl")
-    rules = options.constitution or stored.get("constitution", "none")
+    rules = options.constitution or str(stored.get("constitution", "none"))
     terminal = sys.stdin.isatty()
     roomy = context_length(speakers[0].model.config) >= ROOMY
     history = options.history
