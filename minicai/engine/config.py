@@ -92,6 +92,11 @@ def setting(default, **metadata):
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def positive(default: float):
+    """A field that must be above 0: a whole number of at least 1, or another number."""
+    return setting(default, at_least=1 if type(default) is int else 1e-12)
+
+
 def path_setting(default: Paths = "", model: bool = False):
     return setting(default, path=True, model=model, free=True)  # contents are compared, not paths
 
@@ -118,6 +123,7 @@ class Run:
     timeout: int = setting(1800, at_least=1, free=True)  # seconds that a rank waits for another
     overwrite: bool = False  # start again over what an earlier run made in `out`
     accept_changes: bool = False  # resume although settings, inputs or code have changed
+    later = ()  # no setting: folders that --overwrite removes too, first; the demo names its stages
 
 
 TOP = {field.name for field in dataclasses.fields(Run)}
@@ -339,8 +345,8 @@ def function(name: str) -> Callable:
         sys.path.append(os.getcwd())
     try:
         found = importlib.import_module(module)
-    except ImportError as error:
-        raise InputError(f"reward_function {name}: {error}") from error
+    except Exception as error:  # the user's code may fail in any way
+        raise InputError(f"reward_function {name}: {type(error).__name__}: {error}") from error
     functions = {key: value for key, value in vars(found).items() if callable(value)}
     if attribute not in functions:
         hint = nearest(attribute, sorted(functions))

@@ -83,7 +83,9 @@ def legible(function: Callable) -> Callable:
             raise
         except (*UNFIT, TemplateError) as error:
             said = f"{type(error).__name__}: {error}"
-            raise InputError(f"{out}: the files of this run do not fit together ({said})") from error
+            raise InputError(
+                f"{out}: the files of this run do not fit together ({said})"
+            ) from error
 
     return inside
 
