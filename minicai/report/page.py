@@ -65,10 +65,12 @@ def page(out: Path, summary: dict, live: float = 0) -> str:
     )
 
 
-def write(out: Path, summary: dict) -> None:
-    """DIR/report.html and DIR/summary.json."""
-    write_atomic(out / "report.html", page(out, summary))
-    write_atomic(out / "summary.json", json.dumps(finite(summary), indent=1))
+def write(out: Path, summary: dict, again: bool = True) -> None:
+    """DIR/report.html and DIR/summary.json. again: also where there is this summary already."""
+    path, text = out / "summary.json", json.dumps(finite(summary), indent=1)
+    if again or not path.exists() or path.read_bytes() != text.encode():
+        write_atomic(out / "report.html", page(out, summary))
+        write_atomic(path, text)
 
 
 def states(now: dict[str, str]) -> str:

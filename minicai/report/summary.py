@@ -6,7 +6,6 @@ Only files that the stages wrote are read. An unfinished run has the fields of i
 import math
 import platform
 import subprocess
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from functools import wraps
@@ -22,7 +21,7 @@ from minicai.critique import faults
 from minicai.engine.config import redact, stored
 from minicai.engine.data import read_journal, read_record
 from minicai.engine.terminal import table
-from minicai.evaluation.measures import counted
+from minicai.evaluation.measures import counted, grouped
 from minicai.evaluation.rates import METRICS
 from minicai.feedback import at_a, in_both_orders
 
@@ -95,11 +94,6 @@ def read(path: Path) -> list[dict]:
     return read_journal(path)[0]
 
 
-def metrics(stage: Path) -> list[dict]:
-    """The rows of a stage's metrics.jsonl. Each has its step."""
-    return [row for row in read(stage / "metrics.jsonl") if row["step"] >= 0]
-
-
 def at(summary: dict, path: str):
     """What the summary has at "key.key"; {} where it has nothing."""
     for key in path.split("."):
@@ -143,7 +137,7 @@ def progress(out: Path) -> dict[str, str]:
     """How far each stage of an unfinished run is, by name; {} for a finished run."""
     done, states = records(out), {}
     for stage in awaited(out):
-        steps = metrics(out / stage)
+        steps = read(out / stage / "metrics.jsonl")
         journals = [f"{len(read(p))} {p.stem}" for p in sorted((out / stage).glob("*.jsonl"))]
         state = ", ".join(journals) or "not begun"
         if steps:
@@ -225,10 +219,7 @@ def _named(out: Path, ratings: dict[str, dict]) -> dict[str, dict]:
 
 def _by_key(pairs: Iterable[tuple], shares: Callable) -> dict:
     """{key: shares(values)} of (key, value) pairs, sorted by key."""
-    groups = defaultdict(list)
-    for key, value in pairs:
-        groups[key].append(value)
-    return {key: shares(groups[key]) for key in sorted(groups)}
+    return {key: shares(values) for key, values in sorted(grouped(pairs).items())}
 
 
 def changes(rows: Iterable[dict]) -> dict:
@@ -313,7 +304,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def percent(share: float | None) -> str:
     """A share in per cent: to a tenth, unless it is none or all."""
-    return number(share and 100 * share, share not in (0, 1)) + "\u00a0%"
+    return number(share and 100 * share, int(share not in (0, 1))) + "\u00a0%"
 
 
 def _rates(found: dict, intervals: bool) -> str:

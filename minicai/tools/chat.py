@@ -95,7 +95,7 @@ class Speaker:
         except KeyboardInterrupt:
             pass
         except InputError as error:
-            print(f"({error})", end="")
+            print(plain(f"({error})"), end="")
         text = decode(tokenizer, heard, ended=False)
         print(plain(text[printed:]), flush=True)
         return text
@@ -195,9 +195,9 @@ def criticise(speaker: Speaker, principle: Principle, revises: bool) -> None:
         revision = speaker.speak(request, "revision: ")
         if revision:
             last["content"] = revision
-            speaker.why.append(plain(speaker.label + label + critique))
+            speaker.why.append(speaker.label + label + critique)
 
 
 def note(text: str) -> None:
     """Prints to stderr what no model said: a pipe holds only the models' words."""
-    print(text, file=sys.stderr, flush=True)
+    print(plain(text), file=sys.stderr, flush=True)
