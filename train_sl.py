@@ -102,7 +102,7 @@ def main(cfg: SLConfig) -> dict:
 
     # By default one model responds, criticises, revises and is trained. `policy` names another one
     # that responds and is trained. `critic` names another one that criticises.
-    model = load_policy(cfg.policy or cfg.model)
+    model = load_policy(cfg.policy or cfg.model, scorer="warn")
     reviser = load_policy(cfg.model) if cfg.policy else model
     critic = load_policy(cfg.critic) if cfg.critic else reviser
     check_prompts(model, prompts, cfg.max_new_tokens, cfg.prompts)

@@ -34,7 +34,7 @@ from minicai.engine.dialogue import (
     encode_prompt,
     end_ids,
 )
-from minicai.engine.load import load_config, load_tokenizer
+from minicai.engine.load import load_tokenizer, opened
 from minicai.engine.models import apply_head, require_finite, shared_hidden_states
 from minicai.engine.terminal import Progress, warn
 from minicai.feedback import Choose
@@ -154,7 +154,7 @@ def check_requests(
         tokenizer = load_tokenizer(path)
         encoded = [encode_prompt(tokenizer, request) for request in requests]
         source = f"{what} to {path}, with its examples and principles"
-        check_lengths(load_config(path), encoded, new_tokens, source)
+        check_lengths(opened(path)[0].config, encoded, new_tokens, source)
 
 
 # --- sampling -------------------------------------------------------------------------------------
