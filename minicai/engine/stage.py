@@ -52,6 +52,7 @@ from minicai.engine.data import (
     finite,
     make_folder,
     read_record,
+    read_toml,
     sha256,
     write_atomic,
 )
@@ -97,14 +98,11 @@ class Stage:
     def _look(self) -> dict | None:
         """The record of a finished stage. Raises InputError where something has changed."""
         stored, record, begun = self.folder / "config.toml", self.folder / "stage.json", False
-        try:
-            if self.cfg.overwrite or not record.exists():
-                self.locks = [lock(folder) for folder in (self.folder, *self.removed)]
-            if stored.exists() and not self.cfg.overwrite:
-                old = tomllib.loads(stored.read_text(encoding="utf-8"))
-                begun = len(os.listdir(self.folder)) > 1  # the config alone: nothing was made yet
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise InputError(f"{stored}: cannot be read: {error}") from error
+        if self.cfg.overwrite or not record.exists():
+            self.locks = [lock(folder) for folder in (self.folder, *self.removed)]
+        if stored.exists() and not self.cfg.overwrite:
+            old = read_toml(stored)
+            begun = len(os.listdir(self.folder)) > 1  # the config alone: nothing was made yet
         finished = begun and record.exists()
         self.accepted = []
         for folder in [self.folder] if begun else map(hub.model_folder, self.made_by):
@@ -204,7 +202,7 @@ class Stage:
     def seconds(self) -> dict[str, float]:
         """Seconds by phase so far."""
         path = self.folder / "seconds.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return read_record(path) if path.exists() else {}
 
     # --- training ---------------------------------------------------------------------------------
 
@@ -347,8 +345,8 @@ def lock(folder: Path) -> BinaryIO | None:
     held = LOCKS.get(path)  # by an earlier stage of this process
     if held or not path.parent.is_dir():
         return held
-    held = open(path, "a+b", buffering=0)  # noqa: SIM115 (it stays open)
     try:
+        held = open(path, "a+b", buffering=0)  # noqa: SIM115 (it stays open)
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         held.seek(0)
@@ -361,6 +359,7 @@ def lock(folder: Path) -> BinaryIO | None:
             f"{path}: cannot be locked ({error.strerror}); make sure that only one process works "
             f"in {folder}"
         )
+        return None
     with suppress(OSError):  # the words matter less than the lock
         held.truncate(0)
         held.write(f"process {os.getpid()} on {platform.node()}".encode())
