@@ -342,7 +342,7 @@ def lock(folder: Path) -> BinaryIO | None:
     target = folder.resolve()
     path = target.with_name(f".{target.name}.lock")
     held = LOCKS.get(path)  # by an earlier stage of this process
-    if held or not path.parent.exists():
+    if held or not path.parent.is_dir():
         return held
     try:
         held = open(path, "a+b", buffering=0)  # noqa: SIM115 (it stays open)
