@@ -25,7 +25,7 @@ from transformers.utils import logging
 from minicai import InputError
 from minicai.engine import parallel
 from minicai.engine.attention import Packed, Slots, last_hidden, through
-from minicai.engine.dialogue import end_ids, give_pad, same_form
+from minicai.engine.dialogue import end_ids, end_of_turn, give_pad, same_form
 from minicai.engine.hub import require_folder, weight_files
 from minicai.engine.models import apply_head
 
@@ -39,7 +39,8 @@ TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}  # between logits that should be equal, 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """A tokenizer. Without a pad token it pads with its end of sequence: see rollout.py.
 
-    Raises InputError where the tokenizer cannot be read, or has no end of sequence.
+    Raises InputError where the tokenizer cannot be read, or has no end of sequence, or a chat
+    template that refuses every dialogue.
     """
     folder = require_folder(path, "model", weights=False)
     try:
@@ -52,6 +53,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    end_of_turn(tokenizer)  # tries the chat template
     # sampler.check_lengths says it with the file's name
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer

@@ -13,7 +13,7 @@ Legend: B rows that are being decoded, T tokens, V vocabulary, D hidden size.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -112,18 +112,29 @@ def check_lengths(
         )
 
 
+def _encoded(encode: Callable, model: PreTrainedModel, rows: Iterable, source: str) -> list:
+    """encode(tokenizer, row) of each row. An error, as of a chat template, names the row."""
+    found = []
+    for number, row in enumerate(rows, 1):
+        try:
+            found.append(encode(model.tokenizer, row))
+        except InputError as error:
+            raise InputError(f"{source}: prompt {number}: {error}") from error
+    return found
+
+
 def check_prompts(
     model: PreTrainedModel, prompts: Sequence[Prompt], new_tokens: int, source: str
 ) -> None:
     """check_lengths of prompts as the model reads them, before any work is done."""
-    encoded = [encode_prompt(model.tokenizer, as_turns(prompt)) for prompt in prompts]
+    encoded = _encoded(encode_prompt, model, map(as_turns, prompts), source)
     check_lengths(model.config, encoded, new_tokens, source)
 
 
 def check_pairs(model: PreTrainedModel, rows: Sequence[dict], source: str) -> None:
     """check_lengths of given preference pairs, rows of comparisons.jsonl."""
-    pairs = [encode_pair(model.tokenizer, row) for row in rows]
-    texts = [prompt + response for prompt, *both in pairs for response in both]
+    pairs = _encoded(encode_pair, model, rows, source)
+    texts = [prompt + max(both, key=len) for prompt, *both in pairs]
     check_lengths(model.config, texts, 0, source)
 
 
