@@ -132,26 +132,25 @@ def _form(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, int]:
     return template, tokenizer.eos_token_id
 
 
-def _plain(tokenizer: PreTrainedTokenizerBase, asked: Asked, answer: str = "") -> list[int]:
-    """The ids without a template, with the token that begins all texts where there is one.
-
-    The token that ends all texts is left out, since an answer follows.
-    """
-    text = (asked if isinstance(asked, str) else render(asked)) + answer
-    ids = tokenizer(text, split_special_tokens=True)["input_ids"]
-    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, asked: Asked) -> list[int]:
-    """Token ids of what a model is given, up to where its own words begin.
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, asked: Asked, answer: str | None = None
+) -> list[int]:
+    """Token ids of what a model is given, up to where its own words begin; or of an answer, too.
 
     With a chat template a text becomes one turn of the user, since a chat model can be asked in no
-    other way. So it does not take the conversation in the text for its own.
+    other way. So it does not take the conversation in the text for its own. Without a template the
+    token that begins all texts is there, where there is one, and the one that ends them is not.
     """
     template, _ = _form(tokenizer, template_of(tokenizer))
-    if not template:
-        return _plain(tokenizer, asked)
-    return _templated(tokenizer, template, as_turns(asked), add_generation_prompt=True)
+    if template:
+        turns = as_turns(asked)
+        if answer is None:
+            return _templated(tokenizer, template, turns, add_generation_prompt=True)
+        turns.append({"role": "assistant", "content": answer})
+        return _templated(tokenizer, template, turns, continue_final_message=True)
+    text = asked if isinstance(asked, str) else render(asked)
+    ids = tokenizer(text + (answer or ""), split_special_tokens=True)["input_ids"]
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
 
 
 def encode_answer(
@@ -163,13 +162,9 @@ def encode_answer(
     text. The text is encoded by itself where that changes the ids of the prompt, which are what a
     model is given when it answers, and where the template changes or refuses the answer.
     """
-    whole, (template, _) = [], _form(tokenizer, template_of(tokenizer))
-    if not template:
-        whole = _plain(tokenizer, asked, text)
-    else:
-        turns = [*as_turns(asked), {"role": "assistant", "content": text}]
-        with suppress(InputError):
-            whole = _templated(tokenizer, template, turns, continue_final_message=True)
+    whole = []
+    with suppress(InputError):
+        whole = encode_prompt(tokenizer, asked, text)
     if len(whole) > len(prompt) and whole[: len(prompt)] == list(prompt):
         return whole[len(prompt) :]
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
