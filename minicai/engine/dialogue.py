@@ -104,9 +104,9 @@ def _templated(
 def _form(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, int]:
     """The chat template with all that comes before an answer, and the token that ends an answer.
 
-    What the template writes before every answer belongs to the prompt. This is the header where the
-    template has no generation prompt, and an empty block of thoughts. A block of thoughts that the
-    generation prompt opens is closed, as Qwen 3's template does it.
+    What the template writes before every answer belongs to the prompt: a header that the generation
+    prompt lacks, or an empty block of thoughts. A block that the generation prompt opens, and no
+    answer closes, is closed as Qwen 3's template does it.
     """
     if not template:
         return "", tokenizer.eos_token_id
@@ -122,6 +122,11 @@ def _form(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, int]:
     if opened:
         left, name, right, blank = opened.groups()
         rest += "\n" * (2 - len(blank)) + f"{left}/{name}{right}\n\n"
+    elif not before.startswith(opening):
+        terminal.warn(
+            f"{tokenizer.name_or_path}: its chat template asks for an answer with "
+            f"{opening[-40:]!r}, and does not write its answers so; check the first batch"
+        )
     if rest.strip():
         template = template.removesuffix("\n") + f"{{{{ {rest!r} if add_generation_prompt }}}}"
     added = tokenizer.added_tokens_decoder.items()

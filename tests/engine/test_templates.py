@@ -431,7 +431,16 @@ def test_an_answer_never_stands_inside_an_open_block_of_thoughts(kind, end):
         f"Why?<|im_end|>\n{read.partition(chr(10))[2][15:]}"
     )
     assert more[1] == answer
-    assert tokenizer.chat_template == with_template(tokenizer.chat_template).chat_template
+
+
+def test_a_generation_prompt_of_another_form_than_the_answers_is_told(capsys):
+    opening = "<|im_start|>assistant\nHere are my steps:"
+    tokenizer = with_template(CHATML.replace("<|im_start|>assistant\n", opening))
+    assert text_of(tokenizer, encode_prompt(tokenizer, "Why?")).endswith(opening)
+    said = capsys.readouterr().err
+    assert "MODEL: its chat template asks for an answer with" in said and "my steps:" in said
+    encode_prompt(with_template(CHATML), "Why?")
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
