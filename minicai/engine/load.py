@@ -28,7 +28,7 @@ from transformers.utils import logging
 from minicai import InputError
 from minicai.engine import parallel, terminal
 from minicai.engine.attention import Packed, Slots, last_hidden, through
-from minicai.engine.dialogue import end_ids, ending, give_pad, same_form, template_of
+from minicai.engine.dialogue import end_ids, end_of_turn, ending, give_pad, same_form, template_of
 from minicai.engine.hub import require_folder, tensors
 from minicai.engine.models import apply_head
 
@@ -70,8 +70,8 @@ def load_config(path: str) -> PretrainedConfig:
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """A tokenizer. Without a pad token it pads with its end of sequence: see rollout.py.
 
-    Raises InputError where the tokenizer cannot be read, has no end of sequence, or makes a token
-    that the model's embedding has no row for.
+    Raises InputError where the tokenizer cannot be read, has no end of sequence, makes a token that
+    the model's embedding has no row for, or has a chat template that refuses every dialogue.
     """
     config = load_config(path)
     with _blaming(f"{path}: its tokenizer cannot be loaded"):
@@ -95,6 +95,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    end_of_turn(tokenizer)  # tries the chat template
     # sampler.check_lengths says it with the file's name
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer

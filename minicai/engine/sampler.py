@@ -13,7 +13,8 @@ Legend: B rows that are being decoded, T tokens, V vocabulary, D hidden size.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -111,11 +112,23 @@ def check_lengths(
             )
 
 
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Says where, when the chat template refuses a dialogue."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
 def check_prompts(
     model: PreTrainedModel, prompts: Sequence[Prompt], new_tokens: int, source: str
 ) -> None:
     """check_lengths of prompts as the model reads them, before any work is done."""
-    encoded = [encode_prompt(model.tokenizer, as_turns(prompt)) for prompt in prompts]
+    encoded = []
+    for number, prompt in enumerate(prompts, 1):
+        with _named(f"{source}: prompt {number}"):
+            encoded.append(encode_prompt(model.tokenizer, as_turns(prompt)))
     check_lengths(model.config, encoded, new_tokens, source)
 
 
@@ -126,7 +139,8 @@ def usable_pairs(model: PreTrainedModel, rows: Sequence[dict]) -> list[dict]:
     InputError where one does not fit the context.
     """
     for row in rows:
-        prompt, *responses = encode_pair(model.tokenizer, row)
+        with _named(f"pair {row['id']}"):
+            prompt, *responses = encode_pair(model.tokenizer, row)
         texts = [prompt + response for response in responses]
         check_lengths(model.config, texts, 0, f"pair {row['id']}, with its response")
     if unknown := sum("cut" not in row and row["source"] != "human" for row in rows):
