@@ -28,7 +28,7 @@ from minicai import InputError
 from minicai.engine import parallel
 from minicai.engine.data import disk_full_guard, raise_interrupt, write_atomic
 from minicai.engine.dialogue import ending
-from minicai.engine.load import TOLERANCE
+from minicai.engine.packing import TOLERANCE
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in one process it is meant to
 KEPT = 2  # checkpoints: the newest, and the one before it
