@@ -26,7 +26,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from minicai import InputError
 from minicai.critique import Generate
 from minicai.engine import parallel
-from minicai.engine.attention import Slots, last_hidden
+from minicai.engine.attention import Slots, context_length, last_hidden
 from minicai.engine.dialogue import (
     Asked,
     decode,
@@ -86,11 +86,6 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor, temperature: float) -> tuple[Ten
 
 
 # --- does it fit the model's context? -------------------------------------------------------------
-
-
-def context_length(config: PretrainedConfig) -> float:
-    """Tokens that a model can read; infinite where its config names no number."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or float("inf")
 
 
 def check_lengths(
