@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import pytest
 
+PROCESSES = {"whole", "runs"}  # fixtures of test_parallel.py that run two processes for a minute
 UNKNOWN = (0.0, frozenset(), True)  # of a fixture: seconds, lines, whether it starts no process
 
 
@@ -23,6 +24,9 @@ class Recorder:
     def __init__(self, files: list[Path], root: Path):
         self.files, self.root = set(map(str, files)), root
         self.tests, self.shared, self.seen = {}, {}, set()
+
+    def pytest_collection_modifyitems(self, items):
+        items[:] = [item for item in items if not PROCESSES & {*item.fixturenames}]
 
     def trace(self, frame, event, _):
         if frame.f_code.co_filename not in self.files:
