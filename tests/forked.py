@@ -243,7 +243,8 @@ def write_inputs(folder: Path) -> None:
     ):
         lines = (data / f"{source}.jsonl").read_text().splitlines(keepends=True)
         (folder / f"{name}.jsonl").write_text("".join(lines[first:last]))
-    (folder / "helpful.txt").write_text("".join(f"What is {k} plus 1?\n" for k in range(4)))
+    lines = (data / "helpful.jsonl").read_text().splitlines()[:4]
+    (folder / "helpful.txt").write_text("".join(json.loads(k)["prompt"] + "\n" for k in lines))
     (folder / "rules.toml").write_text(RULES)
     (folder / "config.toml").write_text(CONFIG)
 
