@@ -30,6 +30,8 @@ The engine can wait: engine/stage.py and engine/sampler.py are the files of it t
 on most.
 """
 
+import sys
+
 __version__ = "0.1.0"
 
 
@@ -45,3 +47,13 @@ class RunError(RuntimeError):
 
     Commands print it and exit with code 1.
     """
+
+
+def _excepthook(kind, error, trace) -> None:
+    """Ctrl-C before terminal.run, while a command still imports, is one line too."""
+    if issubclass(kind, KeyboardInterrupt):
+        sys.exit("interrupted before it began")
+    sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _excepthook

@@ -124,6 +124,34 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, row: dict) -> Pair:
     return prompt, first, encode(tokenizer, row["prompt"], row["second"], "second" not in cut)[1]
 
 
+def encode_learned(
+    tokenizer: PreTrainedTokenizerBase, learned: Sequence[tuple], limit: int, source: str
+) -> list[tuple]:
+    """encode() of each (prompt, response, whether it ended by itself), as training sees them.
+
+    The files of earlier versions do not say whether a response ended (None). Then one that is as
+    long as the limit, in tokens, counts as cut off, and a warning names `source`.
+    Raises InputError where there is nothing to learn.
+    """
+    if not learned:
+        raise InputError(
+            f"{source}: no response is left to train on: each revision is empty or has a fault "
+            f"that [sl] drop names, and there are no answers to [sl] helpful_prompts"
+        )
+    encoded, guessed = [], 0
+    for prompt, response, ended in learned:
+        ids, answer = encode(tokenizer, prompt, response)
+        if ended is None:
+            ended, guessed = len(answer) <= limit, guessed + 1
+        encoded.append((ids, answer if ended else answer[:-1]))
+    if guessed:
+        terminal.warn(
+            f"{source}: {guessed} of {len(learned)} responses do not say whether the length limit "
+            f"cut them off, as in files of earlier versions: guessed from their length"
+        )
+    return encoded
+
+
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], ended: bool) -> str:
     """The text of a sampled response, without the token that ended it and other special ones."""
     return tokenizer.decode(ids[: len(ids) - ended], skip_special_tokens=True).strip()

@@ -4,6 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 import train_ppo
 from minicai import InputError
@@ -281,8 +286,6 @@ def test_without_a_template_it_is_the_paper_s_form():
 
 def test_a_tokenizer_begins_a_text_once_and_does_not_end_a_prompt():
     tokenizer = byte_tokenizer()
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<pad> $A <eos>", special_tokens=[("<pad>", 0), ("<eos>", 1)]
     )
@@ -294,6 +297,21 @@ def test_a_tokenizer_begins_a_text_once_and_does_not_end_a_prompt():
         and answer.count(1) == 1
         and answer[-1] == 1
     )
+
+
+def test_an_answer_that_is_encoded_by_itself_does_not_begin_a_text_again():
+    """Here ": " is one token, so the prompt's last ids would change before the answer's blank."""
+    vocab = byte_tokenizer().get_vocab()
+    bpe = Tokenizer(BPE(vocab | {":\u0120": len(vocab)}, [(":", "\u0120")]))
+    bpe.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.post_processor = TemplateProcessing(
+        single="<pad> $A <eos>", special_tokens=[("<pad>", 0), ("<eos>", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>")
+    assert len(vocab) in tokenizer("\n\nAssistant: So.")["input_ids"]
+    prompt, answer = encode(tokenizer, "Hi", "So.")
+    assert prompt.count(0) == 1 and prompt[-1] == vocab[":"] and 1 not in prompt
+    assert answer == [*(vocab[letter] for letter in "\u0120So."), 1]
 
 
 # --- tokens to pad with ---------------------------------------------------------------------------
