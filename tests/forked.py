@@ -257,7 +257,9 @@ def content(path: Path):
         except ValueError:
             return path.read_bytes()
         return {key: value for key, value in found.items() if key not in LEFT_OUT}
-    return path.read_bytes() if path.is_file() and path.name != "config.toml" else None
+    if path.is_dir() or path.name == "config.toml" or path.suffix == ".lock":
+        return None
+    return path.read_bytes()
 
 
 def differences(ours: Path, theirs: Path) -> list[str]:
