@@ -147,8 +147,11 @@ def main(cfg: SLConfig) -> dict:
     learned = []
     for row in revisions.rows:
         learned += critique.training_pairs(row, cfg.keep, cfg.drop)
-    answered = [row for row in helpful.rows if row["response"]]
-    learned += [(row["prompt"], row["response"], row.get("ended")) for row in answered]
+    learned += [
+        (row["prompt"], row["response"], row.get("ended"))
+        for row in helpful.rows
+        if row["response"]
+    ]
     encoded = encode_learned(model.tokenizer, learned, cfg.max_new_tokens, str(stage.folder))
 
     # 4. Minimise  L_SL = - sum_i log P(y_i_revised | x_i).

@@ -27,17 +27,14 @@ from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.utils import logging
 
 from minicai import InputError
-from minicai.engine import parallel, terminal
-from minicai.engine.attention import Packed, Slots, last_hidden, through
-from minicai.engine.dialogue import end_ids, ending, give_pad, same_form, template_of
+from minicai.engine import packing, parallel, terminal
+from minicai.engine.dialogue import end_ids, end_of_turn, ending, give_pad, same_form, template_of
 from minicai.engine.hub import require_folder, tensors
-from minicai.engine.models import apply_head
 
 logging.disable_progress_bar()  # commands show their own progress and complaints
 logging.set_verbosity_error()
 Places = dict[str, tuple[Path, str]]  # file and key of each tensor by its name in the model
 HEADS = ("lm_head.", "embed_out.")  # a policy's, which a reward model does not need
-TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}  # between logits that should be equal, relative
 
 # --- tokenizers and configs -----------------------------------------------------------------------
 
@@ -71,8 +68,8 @@ def load_config(path: str) -> PretrainedConfig:
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """A tokenizer. Without a pad token it pads with its end of sequence: see rollout.py.
 
-    Raises InputError where the tokenizer cannot be read, has no end of sequence, or makes a token
-    that the model's embedding has no row for.
+    Raises InputError where the tokenizer cannot be read, has no end of sequence, makes a token that
+    the model's embedding has no row for, or has a chat template that refuses every dialogue.
     """
     config = load_config(path)
     with _blaming(f"{path}: its tokenizer cannot be loaded"):
@@ -96,6 +93,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    end_of_turn(tokenizer)  # tries the chat template
     # sampler.check_lengths says it with the file's name
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
@@ -203,50 +201,8 @@ def _load(path: str, auto: type, new_head: bool = False) -> PreTrainedModel:
     if broken:
         raise InputError(f"{path}: {broken[0]} is not finite; fetch or train the model again")
     model.tokenizer = tokenizer
-    kind = f"{type(model).__name__} is a kind of model that cannot be packed"
-    with (
-        _blaming(f"{path}: {kind}", "its own code fails with minicai's attention"),
-        parallel.computing_in(parallel.weight_precision()),
-        parallel.autocast(),
-    ):
-        _check_packing(model.eval())
+    packing.check(model.eval(), path)
     return model
-
-
-@torch.no_grad()
-def _check_packing(model: PreTrainedModel) -> None:
-    """Puts our attention into the model and checks it on two rows, packed and decoded.
-
-    They must give what the model gave for each row by itself. Raises ValueError where they do not:
-    some models do more with logits than apply a head, or mix tokens outside attention.
-    """
-    head = model.get_output_embeddings()
-    ids = torch.arange(19, device=model.device) % model.config.get_text_config().vocab_size
-    short, long = ids[12:].tolist(), ids[:12].tolist()
-
-    @parallel.forward_pass
-    def alone(model, row):
-        row = torch.tensor([row], device=model.device)
-        if head:
-            return model(input_ids=row).logits[0]
-        return model.base_model(input_ids=row).last_hidden_state[0]
-
-    @parallel.forward_pass
-    def packed_and_decoded(model):
-        rows = Packed([7, 12], model.device)
-        packed = through(model, ids.roll(7), rows)
-        slots = Slots(2, 12)  # first 5 and 11 tokens of the two rows, then the others
-        first = last_hidden(model, slots, [0, 0], [short[:5], long[:11]])
-        second = last_hidden(model, slots, [5, 11], [short[5:], long[11:]])
-        hidden = torch.cat([packed, first, second])
-        return apply_head(head, hidden) if head else hidden
-
-    expected = torch.cat([alone(model, row) for row in (short, long)])
-    # The last tokens that were fed to the slots are numbers 4, 17, 6 and 18.
-    theirs = expected[[*range(19), 4, 17, 6, 18]]
-    difference = (packed_and_decoded(model) - theirs).abs().max().item()
-    if not difference <= TOLERANCE[parallel.precision()] * max(1.0, expected.abs().max().item()):
-        raise ValueError(f"its logits differ by {difference:.2g} from those of each row by itself")
 
 
 def require_same_tokens(policy: PreTrainedModel, reward_model: PreTrainedModel) -> None:
