@@ -15,6 +15,7 @@ But kl_coef and value_clip_range must fit that scale. Variants are in examples/,
 import math
 from dataclasses import dataclass
 
+import minicai  # noqa: F401  # isort: skip (before torch: Ctrl-C while it loads is one line)
 import torch
 
 from minicai import losses

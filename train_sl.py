@@ -15,6 +15,7 @@ critique. Set `examples` to do the same; by default there are none.
 import math
 from dataclasses import dataclass
 
+import minicai  # noqa: F401  # isort: skip (before torch: Ctrl-C while it loads is one line)
 import torch
 
 from minicai import constitution, critique
@@ -101,7 +102,7 @@ def main(cfg: SLConfig) -> dict:
 
     # By default one model responds, criticises, revises and is trained. `policy` names another one
     # that responds and is trained. `critic` names another one that criticises.
-    model = load_policy(cfg.policy or cfg.model)
+    model = load_policy(cfg.policy or cfg.model, scorer="warn")
     reviser = load_policy(cfg.model) if cfg.policy else model
     critic = load_policy(cfg.critic) if cfg.critic else reviser
     check_prompts(model, prompts, cfg.max_new_tokens, cfg.prompts)

@@ -175,8 +175,10 @@ def test_a_step_of_rm_learns_the_soft_labels_of_the_whole_batch(stage, broken):
             continue
         labels = [kept[encoded.index(pair)]["p_first"] for pair in pairs]
         loss = recorders.bradley_terry(model, pairs, labels, cfg.margin, cfg.centering)
+        right = [right_order(model, *pair) for pair in zip(pairs, labels) if pair[1] != 0.5]
         [norm] = recorders.step(loss, [model], [rate(cfg, k, steps, True)])
         assert row["loss"] == pytest.approx(loss.item(), rel=1e-4) and row["skipped"] == 0
+        assert row["accuracy"] == pytest.approx(sum(right) / max(len(right), 1))
         assert row["grad_norm"] == pytest.approx(norm, rel=1e-3)
     assert_close(weights(loaded[0][1]), weights(model), 1e-5)
     assert (weights(model) - before).abs().max() > 1e-3
@@ -186,12 +188,15 @@ def test_a_step_of_rm_learns_the_soft_labels_of_the_whole_batch(stage, broken):
     assert sorted(seen[: 2 * len(encoded)]) == sorted(encoded * 2)  # then the held-out ones
 
     decided = [row for row in rows if row["id"] in held and row["p_first"] != 0.5]
-    right = []
-    for row in decided:
-        prompt, *two = encode_pair(model.tokenizer, row)
-        first, second = (recorders.score(model, prompt, response) for response in two)
-        right.append((first > second).item() == (row["p_first"] > 0.5))
+    right = [right_order(model, encode_pair(model.tokenizer, r), r["p_first"]) for r in decided]
     assert record["accuracy_vs_labels"] == pytest.approx(sum(right) / len(right))
+
+
+def right_order(model, pair, p_first: float) -> bool:
+    """Whether the scores of a pair (prompt, first, second) of ids order it as its label does."""
+    prompt, *two = pair
+    first, second = (recorders.score(model, prompt, response) for response in two)
+    return (first > second).item() == (p_first > 0.5)
 
 
 def not_finite(name: str, *calls: int):

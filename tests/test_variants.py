@@ -485,14 +485,20 @@ def test_a_run_of_variants_that_was_interrupted_resumes_to_the_same_files(
         ("rm", "--jury=othr", "othr is not a model folder"),
         ("rm", "--jury=model", "named twice"),
         ("rm", "--max_new_tokens=1000", "a comparison to .* context of 2048"),
+        # With a rationale there are three answers in the context, with a critique too.
+        ("rm", "--labels=chain_of_thought --max_new_tokens=640", "a comparison to .* of 2048"),
+        ("sl", "--prompts=long.txt", "long.txt: prompt 1 has 2046 tokens, which with 6 new ones"),
+        ("sl", "--helpful_prompts=long.txt", "long.txt: prompt 1 has 2046 tokens"),
+        ("rm", "--prompts=long.txt", "long.txt: prompt 1 has 2046 tokens, which with 7 new ones"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_before_anything_is_written(
     folder, section, argument, message
 ):
+    (folder / "long.txt").write_text("x" * 2025)
     name = f"refused{argument}"
     with pytest.raises(InputError, match=message):
-        run(section, folder, name, argument)
+        run(section, folder, name, *argument.split())
     assert not (folder / name).exists()
 
 

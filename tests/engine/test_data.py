@@ -17,7 +17,7 @@ from minicai import InputError, RunError
 from minicai.engine.data import (
     Journal,
     batch_of_step,
-    disk_full_guard,
+    disk_guard,
     epoch_order,
     finite,
     read_jsonl,
@@ -509,13 +509,13 @@ def test_a_full_disk_is_known_in_whatever_words_a_library_puts_it(tmp_path, erro
     told = f"^{re.escape(str(tmp_path))}: cannot be written: "
     for raised in (error, wrapped):
         (tmp_path / "x.tmp").mkdir()
-        with pytest.raises(RunError, match=told), disk_full_guard(tmp_path, tmp_path / "x.tmp"):
+        with pytest.raises(RunError, match=told), disk_guard(tmp_path, tmp_path / "x.tmp"):
             raise raised
         assert list(tmp_path.iterdir()) == []
 
 
 def test_other_errors_of_writing_are_not_taken_for_a_full_disk(tmp_path):
-    with pytest.raises(PermissionError), disk_full_guard(tmp_path):
+    with pytest.raises(PermissionError), disk_guard(tmp_path):
         raise PermissionError(13, "Permission denied")
 
 
