@@ -52,7 +52,6 @@ from minicai.engine.data import (
     finite,
     make_folder,
     read_record,
-    read_toml,
     sha256,
     write_atomic,
 )
@@ -101,7 +100,7 @@ class Stage:
         if self.cfg.overwrite or not record.exists():
             self.locks = [lock(folder) for folder in (self.folder, *self.removed)]
         if stored.exists() and not self.cfg.overwrite:
-            old = read_toml(stored)
+            old = config.stored(stored)
             begun = len(os.listdir(self.folder)) > 1  # the config alone: nothing was made yet
         finished = begun and record.exists()
         self.accepted = []
@@ -343,7 +342,7 @@ def lock(folder: Path) -> BinaryIO | None:
     target = folder.resolve()
     path = target.with_name(f".{target.name}.lock")
     held = LOCKS.get(path)  # by an earlier stage of this process
-    if held or not path.parent.exists():
+    if held or not path.parent.is_dir():
         return held
     try:
         held = open(path, "a+b", buffering=0)  # noqa: SIM115 (it stays open)
