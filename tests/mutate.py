@@ -60,8 +60,8 @@ ALTERED = [*ROOT.glob("train_*.py"), *ROOT.glob("minicai/*.py"), *ROOT.glob("min
 OTHER = re.compile(rf".*/(__\w+__|engine/(?!({ENGINE})\.)\w+)\.py")
 ALTERED = sorted(path for path in ALTERED if not OTHER.fullmatch(str(path)))
 # Slow tests, and tests of what is not altered.
-LEFT_OUT = "mutate|repo|docs|guard|bench|examples_folder|variants_table|report/|tinyworld/"
-LEFT_OUT += "|tools/test_(demo|commands|plan|mirror|proofread|workshop)"
+LEFT_OUT = "mutate|repo|docs|disk|guard|matrix|bench|examples_folder|variants_table|report/"
+LEFT_OUT += "|tinyworld/|tools/test_(demo|commands|plan|mirror|proofread|workshop)"
 
 CACHE = Path(tempfile.gettempdir()) / f"minicai-mutate-{os.getuid()}"
 JOBS, BUDGET, LIMIT = 2, 10.0, 40  # forks at once, CPU seconds of tests, CPU seconds of a fork
