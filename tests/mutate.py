@@ -30,14 +30,12 @@ import copy
 import functools
 import hashlib
 import importlib
-import importlib.machinery
 import io
 import itertools
 import json
 import os
 import re
 import resource
-import runpy
 import shutil
 import signal
 import subprocess
@@ -52,20 +50,18 @@ from unittest.mock import patch
 
 import pytest
 
-from tests.mutants import EQUIVALENT, Mutant, alterations, compiled, mutants
+from tests.mutants import EQUIVALENT, Mutant, alterations, compiled, install, mutants
 from tests.traced import Chosen, Recorder
 
 ROOT = Path(__file__).parents[1]
 LOSSES, TESTS = ROOT / "minicai" / "losses.py", ROOT / "tests" / "test_losses.py"
 ENGINE = "sampler|attention|packing|models|dialogue|checkpoint|parallel|data|stage"
 ALTERED = [*ROOT.glob("train_*.py"), *ROOT.glob("minicai/*.py"), *ROOT.glob("minicai/e*/*.py")]
-ALTERED = [
-    path for path in ALTERED if re.fullmatch(ENGINE, path.stem) or path.parent.name != "engine"
-]
-ALTERED = sorted(path for path in ALTERED if not path.name.startswith("__"))
+OTHER = re.compile(rf".*/(__\w+__|engine/(?!({ENGINE})\.)\w+)\.py")
+ALTERED = sorted(path for path in ALTERED if not OTHER.fullmatch(str(path)))
 # Slow tests, and tests of what is not altered.
-LEFT_OUT = "mutate|repo|docs|guard|bench|examples_folder|variants_table|report/|tinyworld/"
-LEFT_OUT += "|tools/test_(demo|commands|plan|mirror|proofread|workshop)"
+LEFT_OUT = "mutate|repo|docs|disk|guard|matrix|bench|examples_folder|variants_table|report/"
+LEFT_OUT += "|tinyworld/|tools/test_(demo|commands|plan|mirror|proofread|workshop)"
 
 CACHE = Path(tempfile.gettempdir()) / f"minicai-mutate-{os.getuid()}"
 JOBS, BUDGET, LIMIT = 2, 10.0, 40  # forks at once, CPU seconds of tests, CPU seconds of a fork
@@ -180,23 +176,6 @@ def run_tests(plugin: object, *words: str) -> int:
         return int(pytest.main([*options, *words], plugins=[plugin]))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def install(code: types.CodeType, path: Path) -> None:
-    """The altered code takes the place of its file, where it is imported or run as a script."""
-    loader, script = importlib.machinery.SourceFileLoader, runpy._get_code_from_file
-    usual = loader.get_code
-
-    def imported(self, name):
-        return code if self.path == str(path) else usual(self, name)
-
-    def from_file(*where):
-        found = script(*where)
-        if Path(where[-1]) != path:
-            return found
-        return (code, *found[1:]) if isinstance(found, tuple) else code
-
-    loader.get_code, runpy._get_code_from_file = imported, from_file
 
 
 def attempt(code: types.CodeType, path: Path, tests: list[str]) -> int:
@@ -374,15 +353,15 @@ def report(chosen: list[Mutant], verdicts: dict[Mutant, dict]) -> int:
     print(f"{'':16}", *(f"{name:>10}" for name in columns))
     for name in sorted(table, key=lambda name: (name == "all", name)):
         print(f"{name:16}", *(f"{table[name][column]:10}" for column in columns))
-    total = table["all"]
-    print(f"{total['seconds'] / JOBS / 60:.1f} minutes on {JOBS} cores")
+    print(f"{table['all']['seconds'] / JOBS / 60:.1f} minutes on {JOBS} cores")
     if left:
         print(f"{left} alterations are left: run the same command again")
-    return int(bool(left) or total["survivors"] > 0.03 * total["tried"])
+    return int(bool(left) or table["all"]["survivors"] > 0.03 * table["all"]["tried"])
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(usage=__doc__)
+    how = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("tests.mutate", description=__doc__, formatter_class=how)
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--sample", type=int)
     parser.add_argument("--seed", type=int, default=0)
@@ -391,8 +370,8 @@ def main() -> int:
     given = parser.parse_args()
     if given.sample:
         os.chdir(ROOT)
-        os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        os.environ["HF_HUB_OFFLINE"] = "1"
         CACHE.mkdir(exist_ok=True)
         chosen = drawn(given.sample, given.seed, given.only)
         return report(chosen, sample(chosen, time.monotonic() + given.seconds))
