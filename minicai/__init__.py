@@ -49,11 +49,7 @@ class RunError(RuntimeError):
     """
 
 
-def _excepthook(kind, error, trace) -> None:
-    """Ctrl-C before terminal.run, while a command still imports, is one line too."""
-    if issubclass(kind, KeyboardInterrupt):
-        sys.exit("interrupted before it began")
-    sys.__excepthook__(kind, error, trace)
-
-
-sys.excepthook = _excepthook
+# Ctrl-C before terminal.run, while a command still imports, is one line too.
+sys.excepthook = lambda kind, *rest: (
+    sys.exit("interrupted") if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
+)

@@ -174,7 +174,7 @@ def load(kind: type, section: str, arguments: list[str]):
     near = difflib.get_close_matches(path.name, names, 1, 0.4)
     if near and not path.exists():
         raise InputError(f"{path}: no such file; did you mean {path.parent / near[0]}?")
-    table = read_toml(path)
+    table = stored(path)
     flags = [argument for argument in arguments if argument not in files]
     config = _made(kind, section, flags, _from_table(table, section, kind, path))
     if not os.path.dirname(config.out):
@@ -187,6 +187,15 @@ def load(kind: type, section: str, arguments: list[str]):
     if config.log:
         mirror("require")(config.log)
     return config
+
+
+def stored(path: Path) -> dict:
+    """A config file as it is; it may have keys of other versions. Raises InputError."""
+    table = read_toml(path)
+    for key in table.keys() & {*SECTIONS, "made_from"}:
+        if not isinstance(table[key], dict):
+            raise InputError(f"{path}: {key} must be a section, [{key}]")
+    return table
 
 
 def options(kind: type, flags: list[str]):
@@ -225,8 +234,6 @@ def _from_table(table: dict, section: str, kind: type, path: Path) -> dict:
     own = {field.name for field in dataclasses.fields(kind)} - TOP
     values = {}
     for key, value in table.items():
-        if key in SECTIONS and not isinstance(value, dict):
-            raise InputError(f"{path}: {key} must be a section, [{key}]")
         if key == section:
             for name, inner in value.items():
                 if name not in own:

@@ -269,77 +269,76 @@ def split(rows: list[dict], share: float, seed: int) -> tuple[list[dict], list[d
 # --- reading --------------------------------------------------------------------------------------
 
 
-# What a key holds wherever a file of ours has it: a record, or a row of a journal.
-KINDS = {
-    str: {"initial", "final", "first", "second", "response", "critique", "source", "of"},
-    float | int: {"step", "p_first", "logp_first", "logp_second", "peak_rss_mb", "ece"},
-    float | int | None: {"score", "rate", "kl", "loss", "accuracy_vs_judge", "accuracy_vs_labels"},
-    list: {"rounds", "votes", "interval", "heldout_ids", "calibration", "corrects", "incorrects"},
-    dict: {"intervals", "jailbreaks", "replayed", "labels", "by_principle", "eval", "run"},
+# What a key holds wherever it occurs in a row that minicai wrote, or in a record, where it may be
+# the name of a principle too, which has an object.
+ROW = {
+    str: {"chosen", "critique", "final", "first", "initial", "rejected", "response", "second"},
+    str | None: {"kind", "principle", "rationale"},
+    float | int: {"step", "p_first", "logp_first", "logp_second"},
+    float | int | None: {"score", "kl", "loss"},
+    list: {"rounds", "votes", "corrects", "incorrects"},
+}
+RECORD = {
+    float | int | dict: {"count", "ece", "elo", "peak_rss_mb"},
+    float | int | dict | None: {"rate", "kl", "accuracy_vs_judge", "accuracy_vs_labels"},
+    list | dict: {"interval", "heldout_ids", "calibration", "harmful_by_round"},
+    dict: {"eval", "intervals", "jailbreaks", "replayed", "labels", "revision", "run"},
 }
 
 
 class Found(dict):
     """An object in a file of ours. A key that is missing is an InputError, which says where."""
 
-    where = ""
-
     def __missing__(self, key: str):
         raise InputError(f'{self.where}: needs "{key}"')
 
 
-def _ours(where: str, found: dict) -> Found:
-    """The object, once the KINDS of its keys are right. Raises InputError."""
-    for kind, names in KINDS.items():
+def _ours(where: str, kinds: dict, found: dict) -> Found:
+    """The object, once its keys have the right kinds. Raises InputError."""
+    for kind, names in kinds.items():
         for name in names & found.keys():
             if not isinstance(found[name], kind) or isinstance(found[name], bool):
-                said = json.dumps(found[name], default=str)[:80]
+                said = json.dumps(found[name])[:80]
                 raise InputError(f'{where}: "{name}" cannot be {said}')
+    if "prompt" in found:
+        _prompt(found, where)
     row = Found(found)
     row.where = where
     return row
 
 
-def _object(line: str | bytes, where: str, ours: bool = True) -> dict:
+def _object(line: str, where: str, kinds: dict | None) -> dict:
     """The JSON object in a line, with None for NaN and infinities. Raises InputError.
 
-    ours: minicai wrote it, so that it has the KINDS, and a missing key is an InputError.
+    kinds: ROW or RECORD, where minicai wrote it; a missing key of it is an InputError, too.
     """
     try:
-        # A whole number beyond the largest float counts as infinite.
-        row = json.loads(line, parse_int=lambda text: int(text) if len(text) < 300 else math.inf)
+        row = json.loads(line)
         text = json.dumps(row, ensure_ascii=False).encode()  # JSON can spell half a surrogate pair
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not valid JSON ({getattr(error, 'msg', error)})") from error
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object {{...}}, found {type(row).__name__}")
-    hook = partial(_ours, where) if ours else None
+    hook = partial(_ours, where, kinds) if kinds else None
     return json.loads(text, parse_constant=lambda name: None, object_hook=hook)
 
 
-def _bytes(path: str | Path) -> bytes:
-    """The content of a plain or gzipped file."""
+def _text(path: str | Path, encoding: str = "utf-8-sig", errors: str = "strict") -> str:
+    """The text of a plain or gzipped file."""
     path = hub.data_file(path)
     opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rb") as file:
+        with opened(path, "rt", encoding=encoding, errors=errors, newline="") as file:
             return file.read()
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
-
-
-def _text(path: str | Path) -> str:
-    try:
-        return _bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
 
 
 def read_record(path: Path) -> dict:
     """The JSON object that a file of ours is. Raises InputError where it is damaged."""
-    return _object(_text(path), f"{path}")
+    return _object(_text(path), f"{path}", RECORD)
 
 
 def read_toml(path: Path) -> dict:
@@ -355,12 +354,12 @@ def read_journal(path: Path) -> tuple[list[dict], list[int]]:
 
     What follows the last line end is torn, or being written. Raises InputError, with the line.
     """
-    lines = _bytes(path).split(b"\n")[:-1] if path.exists() else []
-    rows = [_object(line, f"{path}, line {k}") for k, line in enumerate(lines, 1)]
-    return rows, [len(line) + 1 for line in lines]
+    lines = _text(path, "utf-8", "surrogateescape").split("\n")[:-1] if path.exists() else []
+    rows = [_object(line, f"{path}, line {k}", ROW) for k, line in enumerate(lines, 1)]
+    return rows, [len(line.encode()) + 1 for line in lines]
 
 
-def _rows(path: str | Path, ours: bool = False) -> Iterator[tuple[int, str, dict]]:
+def _rows(path: str | Path, kinds: dict | None = None) -> Iterator[tuple[int, str, dict]]:
     """(number, where, object) of each line; or of each item, where the file is one JSON list."""
     text, kind = _text(path), "line"
     lines = text.split("\n")
@@ -372,12 +371,12 @@ def _rows(path: str | Path, ours: bool = False) -> Iterator[tuple[int, str, dict
     for number, line in enumerate(lines, 1):
         if line.strip():
             where = f"{path}, {kind} {number}"
-            yield number, where, _object(line, where, ours)
+            yield number, where, _object(line, where, kinds)
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
     """The rows of a file of ours with one JSON object per line. Raises InputError that names it."""
-    return [row for _, _, row in _rows(path, ours=True)]
+    return [row for _, _, row in _rows(path, ROW)]
 
 
 def read_prompts(path: str | Path, limit: int = 0) -> list[Prompt]:
@@ -446,10 +445,7 @@ def read_preferences(path: str | Path, limit: int = 0) -> list[dict]:
         return []
     rows = []
     label = {"p_first": 1.0, "votes": [], "source": "human", "clamped": False}
-    for number, where, row in _rows(path):
-        for key in ("chosen", "rejected"):
-            if not isinstance(row.get(key), str):
-                raise InputError(f'{where}: needs the text "{key}"')
+    for number, where, row in _rows(path, ROW):
         first, second = row["chosen"], row["rejected"]
         if "prompt" in row:
             prompt = _prompt(row, where)

@@ -52,7 +52,6 @@ from minicai.engine.data import (
     finite,
     make_folder,
     read_record,
-    read_toml,
     sha256,
     write_atomic,
 )
@@ -103,7 +102,7 @@ class Stage:
             if self.cfg.overwrite or not record.exists():
                 self.locks = [lock(folder) for folder in (self.folder, *self.removed)]
             if stored.exists() and not self.cfg.overwrite:
-                old = read_toml(stored)
+                old = config.stored(stored)
                 begun = len(os.listdir(self.folder)) > 1  # the config alone: nothing was made yet
             finished = begun and record.exists()
             self.accepted = []

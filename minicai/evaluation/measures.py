@@ -34,7 +34,8 @@ def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
     p, n, z = successes / trials, trials, Z95
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = ((centre + side) / (1 + z * z / n) for side in (-half, half))
-    return min(p, low), max(p, high)  # exactly 0 and 1, without rounding errors
+    # Rounding errors may put them beyond 0, 1 and the rate itself.
+    return max(0.0, min(p, low)), min(1.0, max(p, high))
 
 
 def counted(outcomes: Sequence[float]) -> dict:

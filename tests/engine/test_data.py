@@ -455,6 +455,9 @@ def test_a_shuffled_sequence_is_epoch_after_epoch_whatever_the_size_of_a_turn():
     pieces = [shuffled(items, turn, 3, 1, 0) for turn in range(4)]
     assert [item for piece in pieces for item in piece] == whole
     assert whole != shuffled(items, 0, 12, 1, 1) and shuffled(items, 7, 0, 1) == []
+    assert shuffled([], 0, 0, 1) == []
+    with pytest.raises(InputError, match="prompts: names no file"):
+        shuffled([], 0, 1, 1)
 
 
 def test_the_batches_of_an_epoch_hold_every_position_once():

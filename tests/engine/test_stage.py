@@ -20,6 +20,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from minicai import InputError, RunError, losses
 from minicai.engine import checkpoint, config, stage, terminal
@@ -65,7 +66,7 @@ def place(tmp_path, monkeypatch):
     """A folder with all that the stage reads."""
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text("{}")
-    (tmp_path / "base" / "model.safetensors").write_text("weights")
+    save_file({"w": torch.zeros(1)}, tmp_path / "base" / "model.safetensors")
     (tmp_path / "data.jsonl").write_text('{"n": 1}\n')
     (tmp_path / "rules.toml").write_text(SHORT_RULES)
     (tmp_path / "script.py").write_text(SCRIPT)
@@ -221,7 +222,7 @@ def change(place, what):
     if what == "data":
         (place / "data.jsonl").write_text('{"n": 2}\n')
     elif what == "weights":
-        (place / "base" / "model.safetensors").write_text("other weights")
+        save_file({"w": torch.ones(1)}, place / "base" / "model.safetensors")
     elif what == "tokenizer":
         (place / "base" / "tokenizer.json").write_text("{}")
     elif what == "constitution":
