@@ -149,6 +149,7 @@ class Stage:
         if self.accepted:
             Journal(folder / "accepted.jsonl").append([{"changes": self.accepted}])
         write_atomic(folder / "config.toml", self.text)
+        terminal.BEGUN = True
 
     def stamp(self, *paths: str) -> dict[str, dict[str, str]]:
         """What a row says of the models that made it: {"models": {path: 12 digits of its sum}}."""
