@@ -211,11 +211,16 @@ def main(cfg: PPOConfig) -> dict:
 
         # 6. What to watch. A rising reward proves little by itself.
         entropies = spread([c.entropies for c in completions], mask)
-        row = {"reward": scores.mean().item(), **watch(mask, logprobs, ref_logprobs, entropies)}
-        row["eos_rate"] = ended.float().mean().item()
-        row["explained_variance"] = losses.explained_variance(values, returns, mask).item()
-        row["distinct_2"] = distinct_ngrams(responses, 2)
-        row |= mean_update(updates) | {"nonfinite": nonfinite, "kl_coef": kl_coef}
+        row = {
+            "reward": scores.mean().item(),
+            **watch(mask, logprobs, ref_logprobs, entropies),
+            "eos_rate": ended.float().mean().item(),
+            "explained_variance": losses.explained_variance(values, returns, mask).item(),
+            "distinct_2": distinct_ngrams(responses, 2),
+            **mean_update(updates),
+            "nonfinite": nonfinite,
+            "kl_coef": kl_coef,
+        }
         stage.log(row, show=("reward", "kl"))
         names = ("step", "prompt", "response", "score", "ended")
         sampled = zip(prompts, texts, scores.tolist(), ended.tolist())

@@ -102,7 +102,7 @@ def main(cfg: RMConfig) -> dict:
 
     # Check that every text fits into its model's context before the expensive sampling begins.
     # + 4: the tokens of an option such as " (A".
-    policy, limit = load_policy(policy_path), cfg.max_new_tokens
+    policy, limit = load_policy(policy_path, scorer="require"), cfg.max_new_tokens
     sampler.check_prompts(policy, prompts, limit, cfg.prompts)
     labelled = sampler.usable_pairs(policy, given)
     requests = feedback.longest_comparisons(prompts, how, thinking)

@@ -102,7 +102,7 @@ def main(cfg: SLConfig) -> dict:
 
     # By default one model responds, criticises, revises and is trained. `policy` names another one
     # that responds and is trained. `critic` names another one that criticises.
-    model = load_policy(cfg.policy or cfg.model)
+    model = load_policy(cfg.policy or cfg.model, scorer="warn")
     reviser = load_policy(cfg.model) if cfg.policy else model
     critic = load_policy(cfg.critic) if cfg.critic else reviser
     check_prompts(model, prompts, cfg.max_new_tokens, cfg.prompts)
@@ -147,8 +147,11 @@ def main(cfg: SLConfig) -> dict:
     learned = []
     for row in revisions.rows:
         learned += critique.training_pairs(row, cfg.keep, cfg.drop)
-    answered = [row for row in helpful.rows if row["response"]]
-    learned += [(row["prompt"], row["response"], row.get("ended")) for row in answered]
+    learned += [
+        (row["prompt"], row["response"], row.get("ended"))
+        for row in helpful.rows
+        if row["response"]
+    ]
     encoded = encode_learned(model.tokenizer, learned, cfg.max_new_tokens, str(stage.folder))
 
     # 4. Minimise  L_SL = - sum_i log P(y_i_revised | x_i).

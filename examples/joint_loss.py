@@ -101,8 +101,11 @@ def main(cfg: JointConfig) -> dict:
     learned = []
     for row in read_jsonl(files[0]):
         learned += training_pairs(row, "last")
-    answered = [row for row in read_jsonl(files[1]) if row["response"]]
-    learned += [(row["prompt"], row["response"], row.get("ended")) for row in answered]
+    learned += [
+        (row["prompt"], row["response"], row.get("ended"))
+        for row in read_jsonl(files[1])
+        if row["response"]
+    ]
     examples = encode_learned(policy.tokenizer, learned, cfg.max_new_tokens, files[0])
 
     stage.resume({"policy": policy, "value": value_model}, optimizer)
@@ -194,12 +197,17 @@ def main(cfg: JointConfig) -> dict:
 
         # 6. What to watch.
         entropies = spread([c.entropies for c in completions], mask)
-        row = {"reward": scores.mean().item(), **watch(mask, logprobs, ref_logprobs, entropies)}
-        row["sl_loss"] = sum(sl_losses) / max(len(sl_losses), 1)
-        row["eos_rate"] = ended.float().mean().item()
-        row["explained_variance"] = losses.explained_variance(values, returns, mask).item()
-        row["distinct_2"] = distinct_ngrams(responses, 2)
-        row |= mean_update(updates) | {"nonfinite": nonfinite, "kl_coef": kl_coef}
+        row = {
+            "reward": scores.mean().item(),
+            **watch(mask, logprobs, ref_logprobs, entropies),
+            "sl_loss": sum(sl_losses) / max(len(sl_losses), 1),
+            "eos_rate": ended.float().mean().item(),
+            "explained_variance": losses.explained_variance(values, returns, mask).item(),
+            "distinct_2": distinct_ngrams(responses, 2),
+            **mean_update(updates),
+            "nonfinite": nonfinite,
+            "kl_coef": kl_coef,
+        }
         stage.log(row, show=("reward", "sl_loss"))
         names = ("step", "prompt", "response", "score", "ended")
         found = zip(prompts, texts, scores.tolist(), ended.tolist())

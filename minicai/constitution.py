@@ -90,10 +90,12 @@ def _from_table(path: Path, table: dict) -> Constitution:
         raise InputError(f"{path}: no [[principle]] table found")
     principles = []
     for number, row in enumerate(rows, 1):
-        where = f"{path}: principle {number} ({row.get('name', 'unnamed')!r})"
-        principles.append(_principle(row, where))
-        if principles[-1].name in [p.name for p in principles[:-1]]:
-            raise InputError(f"{where}: the name is used twice")
+        principle = _principle(row, f"{path}: principle {number} ({row.get('name', 'unnamed')!r})")
+        if principle.name in [p.name for p in principles]:
+            raise InputError(
+                f"{path}: principle {number} ({row['name']!r}): the name is used twice"
+            )
+        principles.append(principle)
     return Constitution(table["name"].strip(), table["version"].strip(), tuple(principles))
 
 

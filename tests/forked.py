@@ -243,7 +243,8 @@ def write_inputs(folder: Path) -> None:
     ):
         lines = (data / f"{source}.jsonl").read_text().splitlines(keepends=True)
         (folder / f"{name}.jsonl").write_text("".join(lines[first:last]))
-    (folder / "helpful.txt").write_text("".join(f"What is {k} plus 1?\n" for k in range(4)))
+    lines = (data / "helpful.jsonl").read_text().splitlines()[:4]
+    (folder / "helpful.txt").write_text("".join(json.loads(k)["prompt"] + "\n" for k in lines))
     (folder / "rules.toml").write_text(RULES)
     (folder / "config.toml").write_text(CONFIG)
 
@@ -256,7 +257,9 @@ def content(path: Path):
         except ValueError:
             return path.read_bytes()
         return {key: value for key, value in found.items() if key not in LEFT_OUT}
-    return path.read_bytes() if path.is_file() and path.name != "config.toml" else None
+    if path.is_dir() or path.name == "config.toml" or path.suffix == ".lock":
+        return None
+    return path.read_bytes()
 
 
 def differences(ours: Path, theirs: Path) -> list[str]:

@@ -119,8 +119,11 @@ def call_fails(world: World, kind: str, error: int, number: int) -> str:
         world.stages()
 
     found = world.judge(world.run(work))
-    after = resumed(world)
-    return found if after == "identical" or not found.startswith(RIGHT) else after
+    left = found.startswith("SILENT") and all("checkpoints" in x for x in world.differences())
+    if not left and not found.startswith(RIGHT):
+        return found
+    after = resumed(world)  # checkpoints that could not be removed are removed now
+    return "identical" if left else found if after == "identical" else after
 
 
 def disk_rows(world: World, short: bool) -> Iterator[Row]:
@@ -199,9 +202,10 @@ def bit_rows(world: World, short: bool) -> Iterator[Row]:
     for stop in ("ppo",) if short else ("sl", "rm", "ppo"):
         world.stopped(stop)
         files = [path for path in world.out.rglob("step_*/*") if path.is_file()]
-        files += [path for path in (world.out / stop).glob("*.jsonl") if not short]
         for name in STAGES[: STAGES.index(stop)]:
-            files += [path for path in (world.out / name).iterdir() if path.suffix != ".toml"]
+            files += [
+                p for p in (world.out / name).iterdir() if p.suffix in (".json", ".safetensors")
+            ]
         names = sorted(str(path.relative_to(world.out)) for path in files)
         if short:
             names = [n for n in names if n.endswith((".distcp", "sl/model.safetensors"))][-2:]

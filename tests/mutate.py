@@ -12,7 +12,7 @@ arguments and settings are altered too, annotations and texts are not (tests/mut
 lists the alterations that are EQUIVALENT to the original).
 
 How a sample is fast: this process imports once the packages that are never altered. It runs each
-test file in a fork, and records which lines each test runs, and for how long (tests/traced.py).
+test file in a fork, and records which lines each test runs, and its CPU seconds (tests/traced.py).
 Then each alteration gets a fork, where the altered code takes the place of its file. The tests that
 run the altered line are called there, the quickest first, of BUDGET seconds together. An alteration
 without an answer after LIMIT seconds counts as noticed. Tests that start processes are left out:
@@ -36,6 +36,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import runpy
 import shutil
 import signal
@@ -56,20 +57,19 @@ from tests.traced import Chosen, Recorder
 
 ROOT = Path(__file__).parents[1]
 LOSSES, TESTS = ROOT / "minicai" / "losses.py", ROOT / "tests" / "test_losses.py"
-ENGINE = ("sampler", "attention", "packing", "models", "dialogue", "checkpoint", "parallel")
-ENGINE += ("data", "stage")
-ALTERED = [*ROOT.glob("train_*.py"), *ROOT.glob("minicai/*.py"), *ROOT.glob("minicai/evaluation/*")]
-ALTERED += [ROOT / "minicai" / "engine" / f"{name}.py" for name in ENGINE]
-ALTERED = sorted(path for path in ALTERED if path.is_file() and not path.name.startswith("__"))
+ENGINE = "sampler|attention|packing|models|dialogue|checkpoint|parallel|data|stage"
+ALTERED = [*ROOT.glob("train_*.py"), *ROOT.glob("minicai/*.py"), *ROOT.glob("minicai/e*/*.py")]
+ALTERED = [
+    path for path in ALTERED if re.fullmatch(ENGINE, path.stem) or path.parent.name != "engine"
+]
+ALTERED = sorted(path for path in ALTERED if not path.name.startswith("__"))
 # Slow tests, and tests of what is not altered.
 LEFT_OUT = "mutate|repo|docs|guard|bench|examples_folder|variants_table|report/|tinyworld/"
 LEFT_OUT += "|tools/test_(demo|commands|plan|mirror|proofread|workshop)"
 
 CACHE = Path(tempfile.gettempdir()) / f"minicai-mutate-{os.getuid()}"
-JOBS, BUDGET, LIMIT = 2, 10.0, 60.0  # forks at once, seconds of tests, seconds of a fork
+JOBS, BUDGET, LIMIT = 2, 10.0, 40  # forks at once, CPU seconds of tests, CPU seconds of a fork
 PROCESSES = "tests/engine/test_parallel.py"
-COPIED = ("minicai", "tests", "configs")
-
 
 # --- all of losses.py, in this process ------------------------------------------------------------
 
@@ -131,7 +131,7 @@ def campaign(verbose: bool = False) -> tuple[int, list[str]]:
 # --- forks ----------------------------------------------------------------------------------------
 
 
-def fork(work: Callable[[], int]) -> int:
+def fork(work: Callable[[], int], limit: int) -> int:
     """Calls a function in a child, whose output is in CACHE/output.txt. Returns its number."""
     sys.stdout.flush()
     if number := os.fork():
@@ -139,6 +139,7 @@ def fork(work: Callable[[], int]) -> int:
     code = 70
     try:
         os.setsid()
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
         output = os.open(CACHE / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -147,26 +148,27 @@ def fork(work: Callable[[], int]) -> int:
         os._exit(code)
 
 
-def forked(works: Iterable[tuple], limit: float) -> Iterator[tuple]:
+def forked(works: Iterable[tuple], limit: int) -> Iterator[tuple]:
     """Calls functions in JOBS children at once: [(name, function)] -> (name, exit code, seconds).
 
-    The exit code is None where the child was stopped, after `limit` seconds.
+    The exit code is not 0 where the child was stopped: after `limit` CPU seconds, or 3 times the
+    seconds, since the machine may be busy.
     """
     works, running = iter(works), {}
     while True:
         for name, work in itertools.islice(works, JOBS - len(running)):
-            running[fork(work)] = name, time.monotonic()
+            running[fork(work, limit)] = name, time.monotonic()
         if not running:
             return
         for number, (name, began) in list(running.items()):
             seconds = time.monotonic() - began
             ended, status = os.waitpid(number, os.WNOHANG)
-            if not ended and seconds > limit:
+            if not ended and seconds > 3 * limit:
                 os.killpg(number, signal.SIGKILL)
-                os.waitpid(number, 0)
-            if ended or seconds > limit:
+                ended, status = os.waitpid(number, 0)
+            if ended:
                 del running[number]
-                yield name, os.waitstatus_to_exitcode(status) if ended else None, seconds
+                yield name, os.waitstatus_to_exitcode(status), seconds
         time.sleep(0.02)
 
 
@@ -198,6 +200,8 @@ def install(code: types.CodeType, path: Path) -> None:
 
 
 def attempt(code: types.CodeType, path: Path, tests: list[str]) -> int:
+    if not tests:
+        return pytest.ExitCode.NO_TESTS_COLLECTED
     install(code, path)
     return run_tests(Chosen(tests), "-x", *dict.fromkeys(test.split("::")[0] for test in tests))
 
@@ -205,14 +209,13 @@ def attempt(code: types.CodeType, path: Path, tests: list[str]) -> int:
 def attempt_processes(tree: ast.Module, path: Path, tests: list[str]) -> int:
     """Likewise where the altered code must reach other processes: in a copy of the repository."""
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-        for name in COPIED:
+        for name in ("minicai", "tests", "configs"):
             shutil.copytree(ROOT / name, Path(folder, name))
         for script in ROOT.glob("*.*"):
             shutil.copy(script, folder)
         Path(folder, path.relative_to(ROOT)).write_text(ast.unparse(tree))
         words = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests]
-        environment = os.environ | {"PYTHONPATH": folder}
-        return subprocess.run(words, cwd=folder, env=environment).returncode
+        return subprocess.run(words, cwd=folder, env=os.environ | {"PYTHONPATH": folder}).returncode
 
 
 # --- which tests, in which order ------------------------------------------------------------------
@@ -232,7 +235,7 @@ def recordings(stop: float) -> dict:
     for name in ("numpy", "torch", "transformers"):
         importlib.import_module(name)
     helpers = [path for path in ROOT.glob("tests/**/*.py") if not path.name.startswith("test_")]
-    own = {"mutate.py", "mutants.py"}
+    own = {"mutate.py", "mutants.py", "traced.py"}
     common = digest(*(text_of(p) for p in sorted(ALTERED + helpers) if p.name not in own))
     works, targets = [], []
     for path in sorted(ROOT.glob("tests/**/test_*.py")):
@@ -321,10 +324,10 @@ def sample(chosen: list[Mutant], stop: float) -> dict[Mutant, dict]:
                     again.append((mutant, lambda: [PROCESSES], work))
     verdicts = tried(works, LIMIT, stop)
     again = [work for work in again if not verdicts.get(work[0], {"killed": True})["killed"]]
-    return verdicts | tried(again, 3 * LIMIT, stop)
+    return verdicts | tried(again, 2 * LIMIT, stop)
 
 
-def tried(works: list[tuple], limit: float, stop: float) -> dict[Mutant, dict]:
+def tried(works: list[tuple], limit: int, stop: float) -> dict[Mutant, dict]:
     """{alteration: its verdict} of (alteration, what gives its tests, what tries it)."""
     book, verdicts, waiting = CACHE / "verdicts.jsonl", {}, []
     rows = book.read_text().splitlines() if book.exists() else []

@@ -9,11 +9,12 @@ from unittest.mock import patch
 
 import pytest
 
+PROCESSES = {"whole", "runs"}  # fixtures of test_parallel.py that run two processes for a minute
 UNKNOWN = (0.0, frozenset(), True)  # of a fixture: seconds, lines, whether it starts no process
 
 
 class Recorder:
-    """The lines of `files` that each passing test runs, and its seconds.
+    """The lines of `files` that each passing test runs, and its CPU seconds.
 
     tests: {test: (seconds, {fixture: seconds}, {file: lines})}, files relative to `root`. These are
     the fixtures that several tests share. A test that starts a process of Python is left out, since
@@ -24,6 +25,9 @@ class Recorder:
         self.files, self.root = set(map(str, files)), root
         self.tests, self.shared, self.seen = {}, {}, set()
 
+    def pytest_collection_modifyitems(self, items):
+        items[:] = [item for item in items if not PROCESSES & {*item.fixturenames}]
+
     def trace(self, frame, event, _):
         if frame.f_code.co_filename not in self.files:
             return None
@@ -32,13 +36,13 @@ class Recorder:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef):
-        outer, self.seen, began = self.seen, set(), time.perf_counter()
+        outer, self.seen, began = self.seen, set(), time.process_time()
         try:
             return (yield)
         finally:
             if fixturedef.scope != "function":
                 spent, lines, _ = self.shared.get(fixturedef.argname, UNKNOWN)
-                seconds = time.perf_counter() - began
+                seconds = time.process_time() - began
                 found = max(spent, seconds), lines | self.seen, self.usable
                 self.shared[fixturedef.argname] = found
                 self.began += seconds  # it is not the test's own time
@@ -46,7 +50,7 @@ class Recorder:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
-        self.seen, self.usable, self.began = set(), True, time.perf_counter()
+        self.seen, self.usable, self.began = set(), True, time.process_time()
         threading.settrace(self.trace)
         sys.settrace(self.trace)
         try:
@@ -55,7 +59,7 @@ class Recorder:
         finally:
             sys.settrace(None)
             threading.settrace(None)
-            self.summarise(item, time.perf_counter() - self.began)
+            self.summarise(item, time.process_time() - self.began)
 
     def summarise(self, item, seconds: float) -> None:
         by_fixture, by_file = {}, {}

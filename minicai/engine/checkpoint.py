@@ -38,7 +38,7 @@ from minicai.engine.data import (
     write_atomic,
 )
 from minicai.engine.dialogue import ending
-from minicai.engine.load import TOLERANCE
+from minicai.engine.packing import TOLERANCE
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in one process it is meant to
 KEPT = 2  # checkpoints: the newest, and the one before it

@@ -27,8 +27,9 @@ COPIES = ("*/*", "consolidated*")  # other programs' copies of the same weights
 # What decides a model's answers. A stage's folder has other files beside them.
 DECIDING = ("config.json", "generation_config.json", "*token*.json", "*.index.json", "*.jinja")
 DECIDING += ("vocab*", "merges.txt", "*.model", "*.tiktoken", "*.safetensors")
-SUMS = Path("~/.cache/minicai/sums.json")
+SUMS = Path(os.path.expanduser("~/.cache/minicai/sums"))
 LARGE = 16 << 20  # bytes
+LAYERS = 10_000  # to build more of them takes longer than anybody waits
 QUANTISED = (
     "its weights are quantised, and training needs floating point; name the model that they were "
     "made from, or dequantise them and save them in bfloat16"
@@ -55,15 +56,18 @@ def is_name(path: str) -> bool:
     return bool(MODEL.fullmatch(path)) and not Path(path).exists()
 
 
+def _local(path: str | Path) -> Path:
+    name = str(path)
+    return PACKAGE / name.removeprefix("minicai:") if name.startswith("minicai:") else Path(path)
+
+
 def model_folder(path: str, weights: bool = True) -> Path:
     """The folder itself, or the one in the hub's cache. weights: with weights, not only settings.
 
     Raises InputError where it is not on this machine and cannot be fetched.
     """
-    if path.startswith("minicai:"):
-        return PACKAGE / path.removeprefix("minicai:")
     if not is_name(path):
-        return Path(path)
+        return _local(path)
     name = MODEL.fullmatch(path)
     wanted = [*SETTINGS, "*.safetensors"] if weights else list(SETTINGS)
     what = {"repo_id": name["repo"], "revision": name["revision"]}
@@ -77,10 +81,8 @@ def model_folder(path: str, weights: bool = True) -> Path:
 
 def data_file(path: str | Path) -> Path:
     """The path itself, or where the cache has `hub:owner/name/path`. Raises InputError."""
-    if str(path).startswith("minicai:"):
-        return PACKAGE / str(path).removeprefix("minicai:")
     if not str(path).startswith("hub:"):
-        return Path(path)
+        return _local(path)
     owner, name, file = [*str(path).removeprefix("hub:").split("/", 2), "", ""][:3]
     if not file:
         raise InputError(
@@ -197,6 +199,8 @@ def require_folder(path: str, what: str, weights: bool = True) -> Path:
         for key, value in _settings(folder / name).items():
             if value and key in REFUSED:
                 raise InputError(f"{folder / name}: {key}: {REFUSED[key]}")
+            if key.endswith(("layer", "layers")) and isinstance(value, int) and value > LAYERS:
+                raise InputError(f"{folder / name}: {key} is {value}, and no model has so many")
     if not weights:
         return folder
     pickles = [path.name for p in ("*.bin", "*.pt", "*.pth") for path in folder.glob(p)]
@@ -218,25 +222,22 @@ def weights_sha256(folder: str | Path) -> str:
 
 
 def _sha256(file: Path) -> str:
-    """sha256 of a file. That of a large one is kept in SUMS, under its path, size, times and inode.
+    """sha256 of a file. That of a large one is kept in SUMS, by its path, size, times and inode.
 
     So 16 GB of weights are read once and not at every start. The limit: contents that change under
-    the same size, times and inode, as by a failing disk, are not seen.
+    the same size, times and inode, as on a failing disk, are not seen.
     """
-    facts, known = file.stat(), {}
-    key = f"{file.resolve()} {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns} {facts.st_ino}"
-    if facts.st_size >= LARGE:
-        with suppress(OSError, ValueError, RuntimeError):
-            known = dict(json.loads(SUMS.expanduser().read_text(encoding="utf-8")))
-    if key in known:
-        return known[key]
+    facts = file.stat()
+    stamp = file.resolve(), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino
+    kept = SUMS / hashlib.sha256(repr(stamp).encode()).hexdigest()
+    with suppress(OSError, ValueError):
+        if facts.st_size >= LARGE and len(kept.read_text()) == 64:
+            return kept.read_text()
     with open(file, "rb") as content:
         found = hashlib.file_digest(content, "sha256").hexdigest()
-    settled = facts.st_mtime < time.time() - 2  # one tick of the clock may hide a second change
-    if facts.st_size >= LARGE and settled:
-        with suppress(OSError, RuntimeError):  # a cache that cannot be written costs time only
-            kept, new = SUMS.expanduser(), SUMS.expanduser().with_suffix(f".{os.getpid()}")
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            new.write_text(json.dumps([*known.items(), (key, found)][-1000:]), encoding="utf-8")
-            new.replace(kept)
+    # Within one tick of a file system's clock a second change would show the same times.
+    if facts.st_size >= LARGE and facts.st_mtime < time.time() - 2:
+        with suppress(OSError):  # without a cache it takes longer
+            SUMS.mkdir(parents=True, exist_ok=True)
+            kept.write_text(found)
     return found

@@ -4,12 +4,14 @@ A model and its tokenizer are one object: `model.tokenizer`. Weights are read fr
 float32, onto the device of the process; several processes each read their own part.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from safetensors import SafetensorError, safe_open
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,62 +27,63 @@ from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.utils import logging
 
 from minicai import InputError
-from minicai.engine import parallel, terminal
-from minicai.engine.attention import Packed, Slots, last_hidden, through
-from minicai.engine.dialogue import end_ids, ending, give_pad, same_form, template_of
+from minicai.engine import packing, parallel, terminal
+from minicai.engine.dialogue import end_ids, end_of_turn, ending, give_pad, same_form, template_of
 from minicai.engine.hub import require_folder, tensors
-from minicai.engine.models import apply_head
 
 logging.disable_progress_bar()  # commands show their own progress and complaints
 logging.set_verbosity_error()
 Places = dict[str, tuple[Path, str]]  # file and key of each tensor by its name in the model
 HEADS = ("lm_head.", "embed_out.")  # a policy's, which a reward model does not need
-TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}  # between logits that should be equal, relative
 
 # --- tokenizers and configs -----------------------------------------------------------------------
+
+
+@contextmanager
+def _blaming(what: str) -> Iterator[None]:
+    """Inside it, an error of any library is an InputError that begins with `what`."""
+    try:
+        yield
+    except Exception as error:  # on a damaged file the libraries raise anything
+        passed = isinstance(error, InputError | torch.OutOfMemoryError)
+        if passed or parallel.lost_peer(error):
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if not line.endswith(":")]
+        reason = " ".join(lines[:1])
+        if not isinstance(error, OSError | ValueError | StrictDataclassError):
+            reason = f"transformers fails on it ({type(error).__name__}: {reason})"
+        raise InputError(f"{what}: {reason}") from error
 
 
 def load_config(path: str) -> PretrainedConfig:
     """A model's sizes, without its weights. Raises InputError."""
     folder = require_folder(path, "model", weights=False)
-    try:
+    with _blaming(f"{folder / 'config.json'}: cannot be read"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # on a value of a wrong type the libraries raise anything
-        raise InputError(f"{folder / 'config.json'}: cannot be read: {_reason(error)}") from error
     # A file can name kernels, which transformers would fetch and run. Attention is ours anyway.
     config._attn_implementation = config._experts_implementation = None
     return config
 
 
-def _reason(error: Exception) -> str:
-    """The first line of an error that is a sentence, or its type."""
-    lines = [line.strip() for line in str(error).splitlines() if not line.endswith(":")]
-    known = isinstance(error, OSError | ValueError)
-    return " ".join(([] if known else [f"{type(error).__name__}:"]) + lines[:1])
-
-
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """A tokenizer. Without a pad token it pads with its end of sequence: see rollout.py.
 
-    Raises InputError where the tokenizer cannot be read, has no end of sequence, or makes a token
-    that the model's embedding has no row for.
+    Raises InputError where the tokenizer cannot be read, has no end of sequence, makes a token that
+    the model's embedding has no row for, or has a chat template that refuses every dialogue.
     """
     config = load_config(path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            config.name_or_path, config=config, trust_remote_code=False
-        )
-    except Exception as error:  # on a damaged file the libraries raise anything
-        raise InputError(f"{path}: its tokenizer cannot be loaded: {_reason(error)}") from error
+    with _blaming(f"{path}: its tokenizer cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(config.name_or_path, trust_remote_code=False)
+        rows = config.get_text_config().vocab_size
     if tokenizer.eos_token_id is None:
         raise InputError(
             f'{path}: the tokenizer has no eos token; set "eos_token" in its tokenizer_config.json'
         )
     # Text becomes no special tokens: they come from the template, or the tokenizer adds them.
-    template, rows = template_of(tokenizer), config.get_text_config().vocab_size
+    template = template_of(tokenizer)
     added = tokenizer.added_tokens_decoder.items()
     spare = {k for k, token in added if token.special and token.content not in template}
-    spare -= {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
+    spare -= {tokenizer.bos_token_id, tokenizer.eos_token_id}
     last = max(set(tokenizer.get_vocab().values()) - spare - {tokenizer.pad_token_id})
     if last >= rows:
         raise InputError(
@@ -90,6 +93,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    end_of_turn(tokenizer)  # tries the chat template
     # sampler.check_lengths says it with the file's name
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
@@ -100,11 +104,9 @@ def _generation(folder: Path, tokenizer: PreTrainedTokenizerBase) -> GenerationC
     file = folder / "generation_config.json"
     if not file.exists():
         return None
-    try:
+    with _blaming(f"{file}: cannot be used"):
         ending(GenerationConfig.from_pretrained(folder), tokenizer).validate(strict=True)
         return GenerationConfig.from_pretrained(folder)
-    except Exception as error:
-        raise InputError(f"{file}: {_reason(error)}; correct or remove the file") from error
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -117,14 +119,15 @@ def load_policy(path: str, scorer: str = "") -> PreTrainedModel:
     processes each hold a part of it (parallel.shard).
     scorer: "require" or "warn" where a reward model is to be made of it later, and cannot be.
     """
+    model = _load(path, AutoModelForCausalLM)
     if scorer:
         try:
             opened(path, AutoModelForSequenceClassification, new_head=True)
         except InputError as error:
             if scorer == "require":
                 raise
-            terminal.warn(f"stage 2 cannot make a reward model of this one: {error}")
-    return _load(path, AutoModelForCausalLM)
+            terminal.warn(f"stage 2 will refuse this model: {error}")
+    return model
 
 
 def load_scorer(path: str, seed: int | None = None) -> PreTrainedModel:
@@ -156,8 +159,15 @@ def opened(
     Returns the model with its tokenizer and without weights (on the "meta" device), and where its
     weights are. new_head: a scalar head will be drawn for it.
     """
-    folder, tokenizer = require_folder(path, "model"), load_tokenizer(path)
-    config, generation = load_config(path), _generation(folder, tokenizer)
+    folder, config = require_folder(path, "model"), load_config(path)
+    what = "policy" if auto is AutoModelForCausalLM else "reward model"
+    if type(config) not in auto._model_mapping:
+        raise InputError(
+            f"{path}: is no {what} and cannot become one: transformers has none of its type "
+            f"({config.model_type}); choose a model of another type"
+        )
+    tokenizer = load_tokenizer(path)
+    generation = _generation(folder, tokenizer)
     if auto is AutoModelForSequenceClassification:
         config.num_labels = 1
         if new_head:
@@ -170,86 +180,31 @@ def opened(
                 f"one; give tokenizer and model one more token (add_special_tokens, "
                 f"resize_token_embeddings) and save both"
             )
-    try:
-        if type(config) not in auto._model_mapping:
-            raise ValueError(f"transformers has no {auto.__name__} of the type {config.model_type}")
+    with _blaming(f"{folder / 'config.json'}: no {what} can be made from it"):
         with torch.device("meta"):
             model = auto.from_config(config, dtype=torch.float32)
         if model.base_model is model:
-            raise ValueError(f"{type(model).__name__} cannot be run without its head")
-    except Exception as error:  # a model's own code may raise anything
-        what = "policy" if auto is AutoModelForCausalLM else "reward model"
-        raise InputError(
-            f"{folder / 'config.json'}: no {what} can be made from it: {_reason(error)}"
-        ) from error
+            raise ValueError(f"transformers cannot run {type(model).__name__} without its head")
     model.tokenizer = tokenizer
     if model.can_generate():
         model.generation_config = generation or model.generation_config
-    return model, _places(model, folder, new_head)
+    places = _places(model, folder, new_head)
+    packing.check(model, path)
+    return model, places
 
 
 def _load(path: str, auto: type, new_head: bool = False) -> PreTrainedModel:
     model, places = opened(path, auto, new_head)
     tokenizer = model.tokenizer
-    try:
+    with _blaming(f"{path}: the model cannot be loaded"):
         model = _read(auto, model, places, new_head)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: the model cannot be loaded: {_reason(error)}") from error
     sums = {name: parallel.local_part(p)[0].sum() for name, p in model.named_parameters()}
     broken = parallel.joined([name for name, total in sums.items() if not total.isfinite()])
     if broken:
         raise InputError(f"{path}: {broken[0]} is not finite; fetch or train the model again")
     model.tokenizer = tokenizer
-    try:
-        with parallel.computing_in(parallel.weight_precision()), parallel.autocast():
-            _check_packing(model.eval())
-    except Exception as error:  # a model's own code may raise anything
-        if isinstance(error, torch.OutOfMemoryError) or parallel.lost_peer(error):
-            raise
-        why = "" if isinstance(error, ValueError) else "its code does not run on packed rows: "
-        raise InputError(
-            f"{path}: {type(model).__name__} is a kind of model that cannot be packed: "
-            f"{why}{_reason(error)}"
-        ) from error
+    packing.check(model.eval(), path)
     return model
-
-
-@torch.no_grad()
-def _check_packing(model: PreTrainedModel) -> None:
-    """Puts our attention into the model and checks it on two rows, packed and decoded.
-
-    They must give what the model gave for each row by itself. Raises ValueError where they do not:
-    some models do more with logits than apply a head, or mix tokens outside attention.
-    """
-    head = model.get_output_embeddings()
-    ids = torch.arange(19, device=model.device) % model.config.get_text_config().vocab_size
-    short, long = ids[12:].tolist(), ids[:12].tolist()
-
-    @parallel.forward_pass
-    def alone(model, row):
-        row = torch.tensor([row], device=model.device)
-        if head:
-            return model(input_ids=row).logits[0]
-        return model.base_model(input_ids=row).last_hidden_state[0]
-
-    @parallel.forward_pass
-    def packed_and_decoded(model):
-        rows = Packed([7, 12], model.device)
-        packed = through(model, ids.roll(7), rows)
-        slots = Slots(2, 12)  # first 5 and 11 tokens of the two rows, then the others
-        first = last_hidden(model, slots, [0, 0], [short[:5], long[:11]])
-        second = last_hidden(model, slots, [5, 11], [short[5:], long[11:]])
-        hidden = torch.cat([packed, first, second])
-        return apply_head(head, hidden) if head else hidden
-
-    expected = torch.cat([alone(model, row) for row in (short, long)])
-    # The last tokens that were fed to the slots are numbers 4, 17, 6 and 18.
-    theirs = expected[[*range(19), 4, 17, 6, 18]]
-    difference = (packed_and_decoded(model) - theirs).abs().max().item()
-    if not difference <= TOLERANCE[parallel.precision()] * max(1.0, expected.abs().max().item()):
-        raise ValueError(f"its logits differ by {difference:.2g} from those of each row by itself")
 
 
 def require_same_tokens(policy: PreTrainedModel, reward_model: PreTrainedModel) -> None:

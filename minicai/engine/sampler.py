@@ -13,7 +13,8 @@ Legend: B rows that are being decoded, T tokens, V vocabulary, D hidden size.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -25,7 +26,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from minicai import InputError
 from minicai.critique import Generate
 from minicai.engine import parallel
-from minicai.engine.attention import Slots, last_hidden
+from minicai.engine.attention import Slots, context_length, last_hidden
 from minicai.engine.dialogue import (
     Asked,
     decode,
@@ -34,7 +35,7 @@ from minicai.engine.dialogue import (
     encode_prompt,
     end_ids,
 )
-from minicai.engine.load import load_config, load_tokenizer
+from minicai.engine.load import load_tokenizer, opened
 from minicai.engine.models import apply_head, require_finite, shared_hidden_states
 from minicai.engine.terminal import Progress, warn
 from minicai.feedback import Choose
@@ -87,11 +88,6 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor, temperature: float) -> tuple[Ten
 # --- does it fit the model's context? -------------------------------------------------------------
 
 
-def context_length(config: PretrainedConfig) -> float:
-    """Tokens that a model can read; infinite where its config names no number."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or float("inf")
-
-
 def check_lengths(
     config: PretrainedConfig, prompts: Sequence[Ids], new_tokens: int, source: str = ""
 ) -> None:
@@ -111,11 +107,23 @@ def check_lengths(
             )
 
 
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Says where, when the chat template refuses a dialogue."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
 def check_prompts(
     model: PreTrainedModel, prompts: Sequence[Prompt], new_tokens: int, source: str
 ) -> None:
     """check_lengths of prompts as the model reads them, before any work is done."""
-    encoded = [encode_prompt(model.tokenizer, as_turns(prompt)) for prompt in prompts]
+    encoded = []
+    for number, prompt in enumerate(prompts, 1):
+        with _named(f"{source}: prompt {number}"):
+            encoded.append(encode_prompt(model.tokenizer, as_turns(prompt)))
     check_lengths(model.config, encoded, new_tokens, source)
 
 
@@ -126,7 +134,8 @@ def usable_pairs(model: PreTrainedModel, rows: Sequence[dict]) -> list[dict]:
     InputError where one does not fit the context.
     """
     for row in rows:
-        prompt, *responses = encode_pair(model.tokenizer, row)
+        with _named(f"pair {row['id']}"):
+            prompt, *responses = encode_pair(model.tokenizer, row)
         texts = [prompt + response for response in responses]
         check_lengths(model.config, texts, 0, f"pair {row['id']}, with its response")
     if unknown := sum("cut" not in row and row["source"] != "human" for row in rows):
@@ -154,7 +163,7 @@ def check_requests(
         tokenizer = load_tokenizer(path)
         encoded = [encode_prompt(tokenizer, request) for request in requests]
         source = f"{what} to {path}, with its examples and principles"
-        check_lengths(load_config(path), encoded, new_tokens, source)
+        check_lengths(opened(path)[0].config, encoded, new_tokens, source)
 
 
 # --- sampling -------------------------------------------------------------------------------------

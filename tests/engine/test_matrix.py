@@ -300,7 +300,7 @@ RULES = [
     ROOT / "configs/constitutions/general.toml",
     DATA / "cai-paper/CritiqueRevisionInstructions.json",
 ]
-REVISED = {"id", "prompt", "initial", "rounds", "final", "kept"}
+REVISED = {"id", "prompt", "initial", "ended", "rounds", "final", "kept"}
 REVISED |= {"model", "constitution", "seed", "models"}
 COMPARED = {"id", "prompt", "first", "second", "p_first", "votes", "source", "clamped", "models"}
 VOTE = {"principle", "judge", "logp_first", "logp_second", "order", "rationale"}
@@ -313,7 +313,7 @@ def assert_revisions(found, rules):
         assert isinstance(row["initial"], str) and row["final"] == step["revision"]
         prompt = row["prompt"]
         assert prompt and (isinstance(prompt, str) or prompt[-1]["role"] == "user")
-        assert step.keys() == {"principle", "critique", "revision"}
+        assert step.keys() == {"principle", "critique", "revision", "ended"}
         assert all(isinstance(text, str) for text in step.values())
     known = {p.name for p in rules.usable("critique", "revision")}
     assert {row["rounds"][0]["principle"] for row in found} <= known

@@ -1,6 +1,7 @@
 """Two processes against one: the same work by tests/parallel_run.py, here and under torchrun."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -66,15 +67,19 @@ def make_models(folder):
     pieces = tiny_model("neox", seed=3, vocab=258).bfloat16()
     pieces.save_pretrained(folder / "pieces", max_shard_size="20KB")
     assert len(list((folder / "pieces").glob("*.safetensors"))) > 2
-    for name in ("lacking", "swollen", "pickled"):
+    for name in ("lacking", "swollen", "pickled", "unread", "broken"):
         tiny_model("llama", vocab=258).save_pretrained(folder / name)
     norm = "model.norm.weight"
     change_weights(folder / "lacking", lambda w: {key: x for key, x in w.items() if key != norm})
     change_weights(folder / "swollen", lambda w: w | {norm: torch.ones(33)})
+    change_weights(folder / "unread", lambda w: w | {"extra.lora_A": torch.ones(2)})
+    nan = torch.cat([torch.ones(31), torch.tensor([math.nan])])  # the second rank's part only
+    change_weights(folder / "broken", lambda w: w | {norm: nan})
     weights = folder / "pickled" / "model.safetensors"
     torch.save(load_file(weights), folder / "pickled" / "pytorch_model.bin")
     weights.unlink()
-    for name in (*ARCHITECTURES, "hub", "pieces", "lacking", "swollen", "pickled"):
+    refused = ("lacking", "swollen", "pickled", "unread", "broken")
+    for name in (*ARCHITECTURES, "hub", "pieces", *refused):
         byte_tokenizer().save_pretrained(folder / name)
 
 
@@ -336,7 +341,9 @@ def test_ranks_load_their_parts_of_what_from_pretrained_loads(runs, name):
     [
         ("lacking", "the weights of model.norm.weight are missing"),
         ("pickled", "its weights are pickles"),
-        ("swollen", "model.norm.weight has the shape [33] and not [32]"),
+        ("swollen", "model.norm.weight has the shape [33], and by config.json [32]"),
+        ("unread", "LlamaForCausalLM does not read extra.lora_A"),
+        ("broken", "model.norm.weight is not finite"),
     ],
 )
 def test_ranks_refuse_what_they_cannot_load(runs, name, message):

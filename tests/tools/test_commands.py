@@ -147,10 +147,13 @@ def test_a_tokenizer_without_an_end_of_sequence_is_refused(refused, world, model
 
 @pytest.mark.parametrize(
     "name, message",
-    [("torn", "the model cannot be loaded"), ("garbled", "its tokenizer cannot be loaded")],
+    [
+        ("torn", "/model.safetensors: cannot be read as safetensors: "),
+        ("garbled", ": its tokenizer cannot be loaded: "),
+    ],
 )
 def test_a_damaged_model_folder_is_refused(refused, world, models, name, message):
-    assert f"{models / name}: {message}" in refused(
+    assert f"{models / name}{message}" in refused(
         "train_sl.py", world / "config.toml", f"--model={models / name}"
     )
     assert not (world / "out").exists()
