@@ -305,7 +305,7 @@ def test_a_prompt_longer_than_the_context_ends_the_process_with_2_and_one_line(w
     assert_nothing_is_half_written(world)
 
 
-# --- before the work begins, and what a terminal shows ---------------------------------------------
+# --- before the work begins, and what a terminal shows --------------------------------------------
 
 
 @pytest.mark.parametrize("words", [("train_sl.py",), ("train_ppo.py",), ("-m", "minicai", "plan")])
