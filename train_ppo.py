@@ -15,10 +15,9 @@ But kl_coef and value_clip_range must fit that scale. Variants are in examples/,
 import math
 from dataclasses import dataclass
 
-import minicai  # noqa: F401  # isort: skip (before torch: Ctrl-C while it loads is one line)
+from minicai import losses  # isort: skip (first: Ctrl-C is one line)
 import torch
 
-from minicai import losses
 from minicai.engine import parallel
 from minicai.engine.config import Run, function, path_setting, positive, setting, source_file
 from minicai.engine.data import epoch_order, read_prompts, shuffled

@@ -17,10 +17,9 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-import minicai  # noqa: F401  # isort: skip (before torch: Ctrl-C while it loads is one line)
+from minicai import constitution, feedback  # isort: skip (first: Ctrl-C is one line)
 import torch
 
-from minicai import constitution, feedback
 from minicai.critique import revision_pairs
 from minicai.engine import models, parallel, sampler
 from minicai.engine.config import Run, path_setting, positive, setting

@@ -15,10 +15,9 @@ critique. Set `examples` to do the same; by default there are none.
 import math
 from dataclasses import dataclass
 
-import minicai  # noqa: F401  # isort: skip (before torch: Ctrl-C while it loads is one line)
+from minicai import constitution, critique  # isort: skip (first: Ctrl-C is one line)
 import torch
 
-from minicai import constitution, critique
 from minicai.engine import parallel
 from minicai.engine.config import Run, path_setting, positive, setting
 from minicai.engine.data import batch_of_step, read_prompts

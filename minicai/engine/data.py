@@ -282,7 +282,7 @@ RECORD = {
     float | int | dict: {"count", "ece", "elo", "peak_rss_mb"},
     float | int | dict | None: {"rate", "kl", "accuracy_vs_judge", "accuracy_vs_labels"},
     list | dict: {"interval", "heldout_ids", "calibration", "harmful_by_round"},
-    dict: {"eval", "intervals", "jailbreaks", "replayed", "labels", "revision", "run"},
+    dict: {"eval", "files", "intervals", "jailbreaks", "labels", "replayed", "revision", "run"},
 }
 
 

@@ -98,7 +98,7 @@ def watch(out: Path, seconds: float = 5) -> None:
     """
     if not out.is_dir():
         raise InputError(f"{out}: no such folder")
-    seen: dict[str, str] = {}
+    seen = {}
     print(f"watching {out}, Ctrl-C to end; look at  {out / 'report.html'}", flush=True)
     try:
         while now := progress(out):

@@ -3,7 +3,6 @@
 Only files that the stages wrote are read. An unfinished run has the fields of its finished stages.
 """
 
-import math
 import platform
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +20,7 @@ from minicai.critique import faults
 from minicai.engine.config import redact, stored
 from minicai.engine.data import read_journal, read_record
 from minicai.engine.terminal import table
-from minicai.evaluation.measures import counted, grouped
+from minicai.evaluation.measures import by_key, counted
 from minicai.evaluation.rates import METRICS
 from minicai.feedback import at_a, in_both_orders
 
@@ -217,11 +216,6 @@ def _named(out: Path, ratings: dict[str, dict]) -> dict[str, dict]:
     return named
 
 
-def _by_key(pairs: Iterable[tuple], shares: Callable) -> dict:
-    """{key: shares(values)} of (key, value) pairs, sorted by key."""
-    return {key: shares(values) for key, values in sorted(grouped(pairs).items())}
-
-
 def changes(rows: Iterable[dict]) -> dict:
     """How often the revisions of revisions.jsonl changed a text; no judge is needed.
 
@@ -240,8 +234,8 @@ def changes(rows: Iterable[dict]) -> dict:
             "faulty": counted([bool(wrong - {"unchanged"}) for wrong in found]),
         }
 
-    rounds = _by_key(by_round, shares)
-    return {"by_round": [*rounds.values()], "by_principle": _by_key(by_principle, shares)}
+    rounds = by_key(by_round, shares)
+    return {"by_round": [*rounds.values()], "by_principle": by_key(by_principle, shares)}
 
 
 def places(rows: Iterable[dict]) -> dict:
@@ -253,7 +247,7 @@ def places(rows: Iterable[dict]) -> dict:
     every, by_principle = [], []
     for row in rows:
         every.append(in_both_orders(row["votes"]))
-        own = _by_key(((vote["principle"], vote) for vote in row["votes"]), in_both_orders)
+        own = by_key(((vote["principle"], vote) for vote in row["votes"]), in_both_orders)
         by_principle += own.items()
 
     def shares(pairs: Sequence[tuple[float, float]]) -> dict:
@@ -264,7 +258,7 @@ def places(rows: Iterable[dict]) -> dict:
         }
 
     shown = [(name, pair) for name, pair in by_principle if pair]
-    return {**shares([*filter(None, every)]), "by_principle": _by_key(shown, shares)}
+    return {**shares([*filter(None, every)]), "by_principle": by_key(shown, shares)}
 
 
 # --- provenance ----------------------------------------------------------------------------------
@@ -299,7 +293,7 @@ def _commit() -> str | None:
 
 def number(value: float | None, digits: int = 3) -> str:
     """A rate as text; a dash where there is none."""
-    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def percent(share: float | None) -> str:
@@ -322,8 +316,7 @@ def _rates(found: dict, intervals: bool) -> str:
 @legible
 def rated(out: Path) -> str:
     """The text that ends an evaluation: the rates of each stage with their 95 % intervals."""
-    record = read_record(out / "eval" / "stage.json")
-    return f"{_rates(record, True)}\n\nwrote  {out / 'eval'}"
+    return f"{_rates(records(out)['eval'], True)}\n\nwrote  {out / 'eval'}"
 
 
 def headline(summary: dict) -> str:
