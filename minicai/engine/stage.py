@@ -59,6 +59,7 @@ from minicai.engine.data import (
 SKIPPED_AT_MOST = 3  # updates in a row whose loss or gradient is not finite; then the run stops
 DATA = (".jsonl", ".json", ".gz", ".txt", ".toml", ".py")  # what is a file, not a model folder
 METHOD = ("losses", "prompts", "constitution", "examples", "critique", "feedback", "rollout")
+MADE = {"files?": {"*": str}}  # what a record says of the files of its stage: {name: sha256}
 LOCKS = WeakValueDictionary()  # {path: file} of this process, each unlocked with its last Stage
 
 
@@ -96,32 +97,36 @@ class Stage:
 
     def _look(self) -> dict | None:
         """The record of a finished stage. Raises InputError where something has changed."""
-        stored, record, begun = self.folder / "config.toml", self.folder / "stage.json", False
-        if self.cfg.overwrite or not record.exists():
-            self.locks = [lock(folder) for folder in (self.folder, *self.removed)]
-        if stored.exists() and not self.cfg.overwrite:
-            old = config.stored(stored)
-            begun = len(os.listdir(self.folder)) > 1  # the config alone: nothing was made yet
-        finished = begun and record.exists()
-        self.accepted = []
-        for folder in [self.folder] if begun else map(hub.model_folder, self.made_by):
-            self._require_whole(folder)
-        if begun and not (finished and "format" not in old.get("made_from", {})):
-            changes = config.differences(old, tomllib.loads(self.text), type(self.cfg))
-            if changes and not self.cfg.accept_changes:
-                raise InputError(
-                    f"{self.folder}: holds a run of another config: {'; '.join(changes)}; choose "
-                    f"another --out, start again with --overwrite, or resume with --accept-changes"
-                )
-            self.accepted = changes
-        return read_record(record) if finished else None
+        try:
+            stored, record, begun = self.folder / "config.toml", self.folder / "stage.json", False
+            if self.cfg.overwrite or not record.exists():
+                self.locks = [lock(folder) for folder in (self.folder, *self.removed)]
+            if stored.exists() and not self.cfg.overwrite:
+                old = config.stored(stored)
+                begun = len(os.listdir(self.folder)) > 1  # the config alone: nothing was made yet
+            finished = begun and record.exists()
+            self.accepted = []
+            for folder in [self.folder] if begun else map(hub.model_folder, self.made_by):
+                self._require_whole(folder)
+            if begun and not (finished and "format" not in old.get("made_from", {})):
+                changes = config.differences(old, tomllib.loads(self.text), type(self.cfg))
+                if changes and not self.cfg.accept_changes:
+                    raise InputError(
+                        f"{self.folder}: holds a run of another config: {'; '.join(changes)}; "
+                        f"choose another --out, start again with --overwrite, or resume with "
+                        f"--accept-changes"
+                    )
+                self.accepted += changes
+            return read_record(record) if finished else None
+        except OSError as error:
+            raise InputError(f"{self.folder}: cannot be read: {error.strerror}") from error
 
     def _require_whole(self, folder: Path) -> None:
         """Raises InputError where a finished stage's files are not those that it wrote."""
         record = folder / "stage.json"
         if record.exists():
             try:
-                checkpoint.require_whole(folder, read_record(record).get("files", {}))
+                checkpoint.require_whole(folder, read_record(record, MADE).get("files", {}))
             except InputError as error:
                 if not self.cfg.accept_changes:
                     raise InputError(
@@ -359,10 +364,11 @@ def lock(folder: Path) -> BinaryIO | None:
             f"in {folder}"
         )
         return None
-    with suppress(OSError):  # the words matter less than the lock
-        held.truncate(0)
-        held.write(f"process {os.getpid()} on {platform.node()}".encode())
-    LOCKS[path] = held
+    if held:
+        with suppress(OSError):  # the words matter less than the lock
+            held.truncate(0)
+            held.write(f"process {os.getpid()} on {platform.node()}".encode())
+        LOCKS[path] = held
     return held
 
 
