@@ -32,8 +32,8 @@ class Recorder:
     """The lines of `files` that each passing test runs, and its CPU seconds.
 
     tests: {test: (seconds, {fixture: seconds}, {file: lines})}, files relative to `root`, lines as
-    in names_of_lines. These are the fixtures that several tests share. A test that starts a process of Python is left out, since
-    altered code does not reach it.
+    in names_of_lines. The fixtures are those that several tests share. A test that starts a process
+    of Python is left out, since altered code does not reach it.
     """
 
     def __init__(self, files: list[Path], root: Path):
