@@ -104,7 +104,8 @@ def further(node: ast.AST) -> Iterator[ast.AST]:
         case ast.Call(args=[_, _, *_]) if not ast.unparse(node.func).endswith(UNORDERED):
             for k in range(len(node.args) - 1):
                 swapped = [*node.args[:k], node.args[k + 1], node.args[k], *node.args[k + 2 :]]
-                if not any(isinstance(argument, ast.Starred) for argument in swapped):
+                same = ast.dump(node.args[k]) == ast.dump(node.args[k + 1])
+                if not same and not any(isinstance(x, ast.Starred) for x in swapped):
                     yield ast.Call(node.func, swapped, node.keywords)
         case ast.Expr(value=ast.Call()) | ast.AugAssign() | ast.Continue() | ast.Break():
             yield ast.Pass()

@@ -17,7 +17,8 @@ Then each alteration gets a fork, where the altered code takes the place of its 
 run the altered line are called there, the quickest first, of BUDGET seconds together. An alteration
 without an answer after LIMIT seconds counts as noticed. Tests that start processes are left out:
 only what survives in parallel.py and checkpoint.py meets PROCESSES, on a copy of the repository.
-Recordings and verdicts are in CACHE, under the hash of what they depend on.
+Verdicts and recordings are in CACHE, under the hash of the altered file and of the test file. So a
+recording may be a little old. It decides which tests are called, not what they say.
 
 The command prints a line for each alteration that no test notices. The exit code is 1 if there is
 one in losses.py, or if more than 3 % of the sample survive.
@@ -51,7 +52,7 @@ from unittest.mock import patch
 import pytest
 
 from tests.mutants import EQUIVALENT, Mutant, alterations, compiled, install, mutants
-from tests.traced import Chosen, Recorder
+from tests.traced import Chosen, Recorder, names_of_lines
 
 ROOT = Path(__file__).parents[1]
 LOSSES, TESTS = ROOT / "minicai" / "losses.py", ROOT / "tests" / "test_losses.py"
@@ -213,14 +214,11 @@ def recordings(stop: float) -> dict:
     """What tests.traced.Recorder found of each test. Imports the packages that the tests import."""
     for name in ("numpy", "torch", "transformers"):
         importlib.import_module(name)
-    helpers = [path for path in ROOT.glob("tests/**/*.py") if not path.name.startswith("test_")]
-    own = {"mutate.py", "mutants.py", "traced.py"}
-    common = digest(*(text_of(p) for p in sorted(ALTERED + helpers) if p.name not in own))
     works, targets = [], []
     for path in sorted(ROOT.glob("tests/**/test_*.py")):
         file = str(path.relative_to(ROOT))
         if not re.search(LEFT_OUT, file):
-            targets.append(CACHE / f"{path.stem}-{digest(common, text_of(path))}.json")
+            targets.append(CACHE / f"{path.stem}-{digest(text_of(path))}.json")
             if not targets[-1].exists():
                 works.append((file, functools.partial(record, file, targets[-1])))
     in_time = itertools.takewhile(lambda _: time.monotonic() < stop, works)
@@ -241,10 +239,12 @@ def covering(mutant: Mutant, tests: dict) -> list[str]:
     They run a line of the statement. For a statement outside functions they run a line that names
     what it defines, or their file names both it and its module.
     """
-    pattern, lines = None, {str(mutant.path.relative_to(ROOT)): set(mutant.lines or ())}
+    pattern, named = None, names_of_lines(mutant.path)
+    lines = {mutant.path: {named[line] for line in mutant.lines or () if line in named}}
     if mutant.lines is None:
         pattern = re.compile(rf"\b({'|'.join(mutant.names) or '.'})\b")
-        lines = {str(path.relative_to(ROOT)): naming(path, pattern) for path in ALTERED}
+        lines = {path: naming(path, pattern) for path in ALTERED}
+    lines = {str(path.relative_to(ROOT)): found for path, found in lines.items()}
     found = []
     for test, (seconds, fixtures, ran) in tests.items():
         file = test.split("::")[0]
@@ -269,9 +269,9 @@ def text_of(path: Path) -> str:
 
 
 @functools.cache
-def naming(path: Path, pattern: re.Pattern) -> set[int]:
-    lines = text_of(path).splitlines()
-    return {number for number, line in enumerate(lines, 1) if pattern.search(line)}
+def naming(path: Path, pattern: re.Pattern) -> set[str]:
+    lines, named = text_of(path).splitlines(), names_of_lines(path)
+    return {named[k] for k, line in enumerate(lines, 1) if k in named and pattern.search(line)}
 
 
 def digest(*parts: object) -> str:
