@@ -15,15 +15,14 @@ But kl_coef and value_clip_range must fit that scale. Variants are in examples/,
 import math
 from dataclasses import dataclass
 
+from minicai import losses  # isort: skip (first: Ctrl-C is one line)
 import torch
 
-from minicai import losses
 from minicai.engine import parallel
-from minicai.engine.adapters import Lora
-from minicai.engine.config import Run, function, path_setting, setting, source_file
+from minicai.engine.config import Run, function, path_setting, positive, setting, source_file
 from minicai.engine.data import epoch_order, read_prompts, shuffled
 from minicai.engine.dialogue import decode, encode_prompt, show_first
-from minicai.engine.load import load_policy, load_roles, load_scorer, require_same_tokens
+from minicai.engine.load import load_policy, load_scorer, require_same_tokens
 from minicai.engine.models import (
     checkpoint_layers,
     freeze,
@@ -66,32 +65,32 @@ class PPOConfig(Run):
     helpful_share: float = setting(0.5, at_most=1)  # share of harmless prompts per iteration
 
     # rollouts
-    iterations: int = setting(60, at_least=1)  # each: one rollout, then its updates
-    episodes: int = setting(64, at_least=1)  # responses per rollout
-    temperature: float = 1.0  # for sampling from the policy and for its log-probs
-    max_new_tokens: int = setting(256, at_least=1)  # tokens per response, at most
+    iterations: int = positive(60)  # each: one rollout, then its updates
+    episodes: int = positive(64)  # responses per rollout
+    temperature: float = positive(1.0)  # for sampling from the policy and for its log-probs
+    max_new_tokens: int = positive(256)  # tokens per response, at most
 
     # reward and advantage
     kl_coef: float = 0.05  # beta, reward per nat (HH: 0.001 on its reward scale)
-    gamma: float = 1.0  # discount (HH)
-    lam: float = 0.95  # GAE lambda
+    gamma: float = setting(1.0, at_most=1)  # discount (HH)
+    lam: float = setting(0.95, at_most=1)  # GAE lambda
 
     # updates
-    epochs: int = 4  # passes over a rollout
-    minibatches: int = setting(4, at_least=1)  # updates per pass
-    clip_range: float = 0.2  # how far the ratio may be from 1 (HH)
-    value_clip_range: float = 0.2  # how far a value may be from its old one, in reward
+    epochs: int = positive(4)  # passes over a rollout
+    minibatches: int = positive(4)  # updates per pass
+    clip_range: float = positive(0.2)  # how far the ratio may be from 1 (HH)
+    value_clip_range: float = positive(0.2)  # how far a value may be from its old one, in reward
     vf_coef: float = 0.1  # weight of the value loss
     lr: float = 1e-6  # learning rate of the policy
     value_lr: float = 1e-6  # learning rate of the value model
     schedule: str = setting("constant", choices=("constant", "linear"))  # both rates
-    grad_clip: float = 1.0  # largest gradient norm, for each model
+    grad_clip: float = positive(1.0)  # largest gradient norm, for each model
 
     # extensions
     reward_function: str = ""  # "module:function" to use instead of the reward model
     kl_estimator: str = setting("k1", choices=tuple(KL))  # for the penalty
     kl_target: float = 0.0  # nats per response; above 0, beta adapts to reach it
-    kl_horizon: int = 10000  # episodes; the larger, the slower beta adapts
+    kl_horizon: int = positive(10000)  # episodes; the larger, the slower beta adapts
     target_kl: float = 0.1  # nats per token; an epoch that moves further is the last
     missing_eos_penalty: float = 1.0  # subtracted from the score of a response cut off
 
@@ -108,18 +107,13 @@ def main(cfg: PPOConfig) -> dict:
     parallel.require(cfg.episodes // cfg.minibatches, "[ppo]: episodes per minibatch")
 
     # Two copies of the SL-CAI model: PPO trains one, the other is the frozen reference of the KL.
+    policy, reference = load_policy(policy_path), freeze(load_policy(policy_path))
     # Two copies of the reward model: one scores, the other is trained as the value model. A reward
     # function has no weights to start from, so then the value model starts from the policy.
-    # With adapters all of them are one frozen model in four roles.
-    lora = Lora(cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
-    if lora:
-        roles = load_roles(policy_path, reads["reward"], lora, cfg.seed)
-        policy, reference, reward_model, value_model = roles
+    if cfg.reward_function:
+        reward_model, value_model = None, load_scorer(policy_path, seed=cfg.seed)
     else:
-        policy, reference = load_policy(policy_path), freeze(load_policy(policy_path))
-        value_model = load_scorer(reads["reward"] or policy_path, cfg.seed if source else None)
-        reward_model = None if source else freeze(load_scorer(reward_path))
-    if reward_model:
+        reward_model, value_model = freeze(load_scorer(reward_path)), load_scorer(reward_path)
         require_same_tokens(policy, reward_model)
     if cfg.gradient_checkpointing:
         policy, value_model = checkpoint_layers(policy), checkpoint_layers(value_model)
@@ -216,11 +210,16 @@ def main(cfg: PPOConfig) -> dict:
 
         # 6. What to watch. A rising reward proves little by itself.
         entropies = spread([c.entropies for c in completions], mask)
-        row = {"reward": scores.mean().item(), **watch(mask, logprobs, ref_logprobs, entropies)}
-        row["eos_rate"] = ended.float().mean().item()
-        row["explained_variance"] = losses.explained_variance(values, returns, mask).item()
-        row["distinct_2"] = distinct_ngrams(responses, 2)
-        row |= mean_update(updates) | {"nonfinite": nonfinite, "kl_coef": kl_coef}
+        row = {
+            "reward": scores.mean().item(),
+            **watch(mask, logprobs, ref_logprobs, entropies),
+            "eos_rate": ended.float().mean().item(),
+            "explained_variance": losses.explained_variance(values, returns, mask).item(),
+            "distinct_2": distinct_ngrams(responses, 2),
+            **mean_update(updates),
+            "nonfinite": nonfinite,
+            "kl_coef": kl_coef,
+        }
         stage.log(row, show=("reward", "kl"))
         names = ("step", "prompt", "response", "score", "ended")
         sampled = zip(prompts, texts, scores.tolist(), ended.tolist())

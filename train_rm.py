@@ -17,13 +17,12 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+from minicai import constitution, feedback  # isort: skip (first: Ctrl-C is one line)
 import torch
 
-from minicai import constitution, feedback
 from minicai.critique import revision_pairs
 from minicai.engine import models, parallel, sampler
-from minicai.engine.adapters import Lora
-from minicai.engine.config import Run, path_setting, setting
+from minicai.engine.config import Run, path_setting, positive, setting
 from minicai.engine.data import batch_of_step, read_jsonl, read_preferences, read_prompts, split
 from minicai.engine.dialogue import encode_pair, show_first
 from minicai.engine.load import load_policy, load_scorer
@@ -49,22 +48,22 @@ class RMConfig(Run):
     preferences: str = path_setting("minicai:tinyworld/data/preferences.jsonl")
     preferences_limit: int = 0  # number of human pairs to use, from the first; 0 = all
     candidates: int = setting(2, at_least=2)  # responses per prompt; all pairs are compared
-    temperature: float = 1.0  # for sampling responses and rationales
-    max_new_tokens: int = setting(256, at_least=1)  # tokens per response or rationale, at most
+    temperature: float = positive(1.0)  # for sampling responses and rationales
+    max_new_tokens: int = positive(256)  # tokens per response or rationale, at most
     # soft: a probability; hard: 0 or 1 (4.3); chain_of_thought: soft, after a rationale (4.1)
     labels: str = setting("soft", choices=("soft", "hard", "chain_of_thought"))
-    thoughts: int = setting(1, at_least=1)  # rationales per order and principle (2: 5)
-    clamp: float = setting(0.4, at_most=0.5)  # labels after a rationale: clamp..1 - clamp
+    thoughts: int = positive(1)  # rationales per order and principle (2: 5)
+    clamp: float = setting(0.4, at_most=0.49)  # labels after a rationale: clamp..1 - clamp
     examples: str = path_setting()  # few-shot comparisons, TOML or the paper's JSON (4.1)
 
     # training
-    heldout: float = setting(0.1, at_most=1)  # share of prompts held out from training
+    heldout: float = setting(0.1, at_most=0.99)  # share of prompts held out from training
     epochs: int = 1  # passes over the training pairs
-    batch_size: int = setting(64, at_least=1)  # pairs per step
+    batch_size: int = positive(64)  # pairs per step
     lr: float = 1e-5  # falls linearly to 0
     warmup: int = 10  # steps
-    adam_eps: float = 1e-8
-    grad_clip: float = 1.0  # largest gradient norm
+    adam_eps: float = positive(1e-8)
+    grad_clip: float = positive(1.0)  # largest gradient norm
 
     # extensions
     principles: int = 1  # principles per pair, averaged; 0 = all (4.1: one at random)
@@ -93,13 +92,18 @@ def main(cfg: RMConfig) -> dict:
     how = feedback.Labelling(rules, cfg.seed, *options)
     sampling = sampler.Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
     prompts = read_prompts(cfg.prompts, cfg.limit)
-    human = read_preferences(cfg.preferences, cfg.preferences_limit)
+    # Pairs that are not sampled here: revisions, those of earlier rounds, and human ones.
+    given = revision_pairs(read_jsonl(revisions)[: cfg.revision_pairs]) if revisions else []
+    for k, path in enumerate(cfg.earlier, 1):
+        rows = [row for row in read_jsonl(path) if row["source"] != "human"]
+        given += [row | {"id": f"round{k}:{row['id']}"} for row in rows]
+    given += read_preferences(cfg.preferences, cfg.preferences_limit)
 
     # Check that every text fits into its model's context before the expensive sampling begins.
-    # + 1: the end token of a response. + 4: the tokens of an option such as " (A".
-    policy, limit = models.freeze(load_policy(policy_path)), cfg.max_new_tokens
-    sampler.check_prompts(policy, prompts, limit + 1, cfg.prompts)
-    sampler.check_pairs(policy, human, cfg.preferences)
+    # + 4: the tokens of an option such as " (A".
+    policy, limit = load_policy(policy_path, scorer="require"), cfg.max_new_tokens
+    sampler.check_prompts(policy, prompts, limit, cfg.prompts)
+    labelled = sampler.usable_pairs(policy, given)
     requests = feedback.longest_comparisons(prompts, how, thinking)
     answers = (3 if thinking else 2) * limit + 4
     sampler.check_requests(judges, requests, answers, "[rm] feedback and jury: a comparison")
@@ -119,16 +123,11 @@ def main(cfg: RMConfig) -> dict:
     del policy  # its memory is needed for the feedback models
 
     # 2. Label the pairs by AI feedback, and append those that have labels: comparisons.jsonl.
+    #    Two equal responses teach nothing.
     different = [row for row in pairs.rows if row["first"] != row["second"]]
-    given = revision_pairs(read_jsonl(revisions)[: cfg.revision_pairs]) if revisions else []
-    for k, path in enumerate(cfg.earlier, 1):
-        labelled = [row for row in read_jsonl(path) if row["source"] != "human"]
-        given += [row | {"id": f"round{k}:{row['id']}"} for row in labelled]
-    given += human
-    comparisons = stage.journal("comparisons.jsonl", cfg.rows, len(different) + len(given))
+    comparisons = stage.journal("comparisons.jsonl", cfg.rows, len(different) + len(labelled))
     if len(comparisons.rows) < len(different):
-        made_by = stage.stamp(*judges)
-        speakers = [models.freeze(load_policy(judge)) for judge in judges]
+        made_by, speakers = stage.stamp(*judges), [load_policy(judge) for judge in judges]
         with parallel.gathered(*speakers):
             for first, last in stage.turns(comparisons, "label", "pairs", until=len(different)):
                 group, found = different[first:last], []
@@ -144,12 +143,11 @@ def main(cfg: RMConfig) -> dict:
                 stage.shown = feedback.label_shares(rows)
         del speakers
     # Append only the labelled pairs that an interrupted run has not written yet.
-    comparisons.append(given[len(comparisons.rows) - len(different) :])
+    comparisons.append(labelled[len(comparisons.rows) - len(different) :])
 
     # 3. Minimise  L_RM = - [ p log sigma(r_A - r_B) + (1 - p) log sigma(r_B - r_A) ].
     rows, heldout = split(comparisons.rows, cfg.heldout, cfg.seed)
-    lora = Lora(cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
-    model = load_scorer(policy_path, cfg.seed, lora)  # the policy with a new head of one score
+    model = load_scorer(policy_path, seed=cfg.seed)  # the policy with a new head of one score
     encoded = [encode_pair(model.tokenizer, row) for row in rows]
     if cfg.gradient_checkpointing:
         models.checkpoint_layers(model)
@@ -195,13 +193,14 @@ def main(cfg: RMConfig) -> dict:
 
     # 4. Accuracy: how often the scores order a held-out pair as its label does. Ties are left out.
     decided = [row for row in heldout if row["p_first"] != 0.5]
-    pairs = [encode_pair(model.tokenizer, row) for row in decided]
-    r_first, r_second = models.scored_pairs(model, pairs, cfg.micro_tokens)
+    encoded = [encode_pair(model.tokenizer, row) for row in decided]
+    r_first, r_second = models.scored_pairs(model, encoded, cfg.micro_tokens)
     better = torch.tensor([row["p_first"] for row in decided], device=model.device) > 0.5
     agree = ((r_first > r_second) == better).double()
     record = {
         "train_pairs": len(rows),
         "heldout_pairs": len(heldout),
+        "equal_pairs": len(pairs.rows) + len(given) - len(comparisons.rows),
         "accuracy_vs_labels": agree.mean().item(),
         "heldout_ids": [row["id"] for row in heldout],
         "train_sources": Counter(row["source"] for row in rows),

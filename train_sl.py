@@ -15,14 +15,13 @@ critique. Set `examples` to do the same; by default there are none.
 import math
 from dataclasses import dataclass
 
+from minicai import constitution, critique  # isort: skip (first: Ctrl-C is one line)
 import torch
 
-from minicai import constitution, critique
 from minicai.engine import parallel
-from minicai.engine.adapters import Lora
-from minicai.engine.config import Run, path_setting, setting
+from minicai.engine.config import Run, path_setting, positive, setting
 from minicai.engine.data import batch_of_step, read_prompts
-from minicai.engine.dialogue import encode, show_first
+from minicai.engine.dialogue import encode_learned, show_first
 from minicai.engine.load import load_policy
 from minicai.engine.models import checkpoint_layers, micro_batches, response_logprobs
 from minicai.engine.sampler import (
@@ -66,17 +65,17 @@ class SLConfig(Run):
     examples: str = path_setting()  # few-shot examples, TOML or the paper's JSON (3.1)
     helpful_samples: int = 2  # responses per harmless prompt, added to the training data (3.2)
     temperature: float = 1.0  # for all sampling (3.2)
-    max_new_tokens: int = setting(256, at_least=1)  # most tokens per text that is sampled
+    max_new_tokens: int = positive(256)  # most tokens per text that is sampled
     keep: str = setting("all", choices=("all", "last"))  # which revisions to train on (3.2)
 
     # training
     epochs: int = 1  # passes over the training pairs (3.2)
-    batch_size: int = setting(64, at_least=1)  # sequences per step (paper: 1024)
+    batch_size: int = positive(64)  # sequences per step (paper: 1024)
     lr: float = 1e-5  # (3.2: half the pretraining rate)
     schedule: str = setting("constant", choices=("constant", "linear"))  # after the warmup
     warmup: int = 10  # steps
-    adam_eps: float = 1e-8  # raise it if rare tokens of a tied embedding drift
-    grad_clip: float = 1.0  # largest gradient norm
+    adam_eps: float = positive(1e-8)  # raise it if rare tokens of a tied embedding drift
+    grad_clip: float = positive(1.0)  # largest gradient norm
 
     # extensions
     policy: str = path_setting(model=True)  # responds and is trained; "" = top-level model
@@ -102,8 +101,7 @@ def main(cfg: SLConfig) -> dict:
 
     # By default one model responds, criticises, revises and is trained. `policy` names another one
     # that responds and is trained. `critic` names another one that criticises.
-    lora = Lora(cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
-    model = load_policy(cfg.policy or cfg.model, lora, cfg.seed)
+    model = load_policy(cfg.policy or cfg.model, scorer="warn")
     reviser = load_policy(cfg.model) if cfg.policy else model
     critic = load_policy(cfg.critic) if cfg.critic else reviser
     check_prompts(model, prompts, cfg.max_new_tokens, cfg.prompts)
@@ -138,22 +136,22 @@ def main(cfg: SLConfig) -> dict:
             numbers, asked = range(first, last), wanted[first:last]
             seeds = [(STREAM, cfg.seed, i, 999) for i in numbers]  # 999: not a step of part 1
             texts = [as_turns(prompt) for prompt in asked]
-            answers, _ = respond(model, texts, seeds, sampling, stage.progress)
-            rows = [
-                {"id": i, "prompt": prompt, "response": answer, "seed": cfg.seed} | models
-                for i, prompt, answer in zip(numbers, asked, answers)
-            ]
-            helpful.append(parallel.joined(rows))
+            answers = respond(model, texts, seeds, sampling, stage.progress)
+            names = ("id", "prompt", "response", "ended")
+            rows = [dict(zip(names, row)) for row in zip(numbers, asked, *answers)]
+            helpful.append(parallel.joined([row | {"seed": cfg.seed} | models for row in rows]))
 
-    # 3. The (prompt, response) pairs to learn, as token ids.
-    pairs = []
+    # 3. The responses to learn, as token ids. One that the length limit cut off has no end token:
+    #    the model must not learn to stop there.
+    learned = []
     for row in revisions.rows:
-        pairs += critique.training_pairs(row, cfg.keep, cfg.drop)
-    pairs += [(row["prompt"], row["response"]) for row in helpful.rows]
-    encoded = [encode(model.tokenizer, prompt, response) for prompt, response in pairs]
-    # encode() closes each response with an end token. A response that the length limit cut off has
-    # no end, and the model must not learn to stop there.
-    encoded = [(p, r if len(r) <= cfg.max_new_tokens else r[:-1]) for p, r in encoded]
+        learned += critique.training_pairs(row, cfg.keep, cfg.drop)
+    learned += [
+        (row["prompt"], row["response"], row.get("ended"))
+        for row in helpful.rows
+        if row["response"]
+    ]
+    encoded = encode_learned(model.tokenizer, learned, cfg.max_new_tokens, str(stage.folder))
 
     # 4. Minimise  L_SL = - sum_i log P(y_i_revised | x_i).
     if cfg.gradient_checkpointing:

@@ -75,7 +75,9 @@ def prepared(work: str, count: int, folder: str):
     for seed in range(2 if name == "ppo" else 1):
         policies.append(load.load_policy(cfg.model))
         scorers.append(load.load_scorer(cfg.model, seed=seed))
-    loads = {"load_policy": lambda path: policies.pop() if name == "ppo" else policies[0]}
+    loads = {
+        "load_policy": lambda path, scorer="": policies.pop() if name == "ppo" else policies[0]
+    }
     if name != "sl":
         loads["load_scorer"] = lambda path, seed=None: scorers.pop()
     return lambda: run_stage(script, replace(cfg, **changes), name, **loads)

@@ -29,9 +29,9 @@ import torch
 from minicai import InputError, losses
 from minicai.critique import training_pairs
 from minicai.engine import parallel
-from minicai.engine.config import path_setting, setting
+from minicai.engine.config import path_setting, positive
 from minicai.engine.data import epoch_order, read_jsonl, read_prompts, shuffled
-from minicai.engine.dialogue import decode, encode, encode_prompt
+from minicai.engine.dialogue import decode, encode_learned, encode_prompt
 from minicai.engine.load import load_policy, load_scorer, require_same_tokens
 from minicai.engine.models import (
     checkpoint_layers,
@@ -67,7 +67,7 @@ class JointConfig(PPOConfig):
 
     alpha: float = 1.0  # of L_SL + alpha L_RL
     sl_data: str = path_setting()  # folder of L_SL's data, made by SL; "" = the policy's
-    sl_batch: int = setting(16, at_least=1)  # its sequences per update
+    sl_batch: int = positive(16)  # its sequences per update
 
 
 def main(cfg: JointConfig) -> dict:
@@ -98,13 +98,15 @@ def main(cfg: JointConfig) -> dict:
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
 
     # The examples of L_SL: the last revisions and the helpful samples, as token ids.
-    pairs = []
+    learned = []
     for row in read_jsonl(files[0]):
-        pairs += training_pairs(row, "last")
-    pairs += [(row["prompt"], row["response"]) for row in read_jsonl(files[1])]
-    examples = [encode(policy.tokenizer, prompt, response) for prompt, response in pairs]
-    # A response that the length limit cut off does not end there.
-    examples = [(p, r if len(r) <= cfg.max_new_tokens else r[:-1]) for p, r in examples]
+        learned += training_pairs(row, "last")
+    learned += [
+        (row["prompt"], row["response"], row.get("ended"))
+        for row in read_jsonl(files[1])
+        if row["response"]
+    ]
+    examples = encode_learned(policy.tokenizer, learned, cfg.max_new_tokens, files[0])
 
     stage.resume({"policy": policy, "value": value_model}, optimizer)
     episodes = stage.journal("episodes.jsonl")
@@ -195,12 +197,17 @@ def main(cfg: JointConfig) -> dict:
 
         # 6. What to watch.
         entropies = spread([c.entropies for c in completions], mask)
-        row = {"reward": scores.mean().item(), **watch(mask, logprobs, ref_logprobs, entropies)}
-        row["sl_loss"] = sum(sl_losses) / max(len(sl_losses), 1)
-        row["eos_rate"] = ended.float().mean().item()
-        row["explained_variance"] = losses.explained_variance(values, returns, mask).item()
-        row["distinct_2"] = distinct_ngrams(responses, 2)
-        row |= mean_update(updates) | {"nonfinite": nonfinite, "kl_coef": kl_coef}
+        row = {
+            "reward": scores.mean().item(),
+            **watch(mask, logprobs, ref_logprobs, entropies),
+            "sl_loss": sum(sl_losses) / max(len(sl_losses), 1),
+            "eos_rate": ended.float().mean().item(),
+            "explained_variance": losses.explained_variance(values, returns, mask).item(),
+            "distinct_2": distinct_ngrams(responses, 2),
+            **mean_update(updates),
+            "nonfinite": nonfinite,
+            "kl_coef": kl_coef,
+        }
         stage.log(row, show=("reward", "sl_loss"))
         names = ("step", "prompt", "response", "score", "ended")
         found = zip(prompts, texts, scores.tolist(), ended.tolist())

@@ -30,6 +30,8 @@ The engine can wait: engine/stage.py and engine/sampler.py are the files of it t
 on most.
 """
 
+import sys
+
 __version__ = "0.1.0"
 
 
@@ -45,3 +47,9 @@ class RunError(RuntimeError):
 
     Commands print it and exit with code 1.
     """
+
+
+# Ctrl-C before terminal.run, while a command still imports, is one line too.
+sys.excepthook = lambda kind, *rest: (
+    sys.exit("interrupted") if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
+)

@@ -48,7 +48,7 @@ def usage(arguments: list[str]) -> str:
 def main(arguments: list[str]) -> None:
     """Runs the command that the first argument names. Raises InputError where there is none."""
     name, *rest = arguments or [""]
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise InputError(
             "python -m minicai is one process; torchrun is for train_sl.py, train_rm.py and "
             "train_ppo.py"

@@ -1,7 +1,8 @@
 """Phase 1 of Constitutional AI: respond, then criticise and revise, n times (Bai et al. 2022, 3.1).
 
-This file depends on no model. A `Generate` is any function from prompts and seeds to completions.
-So the responses, critiques and revisions may come from one model, from three, or from a person.
+This file depends on no model. A `Generate` is any function from prompts and seeds to completions,
+and to whether each of them ended by itself. So the responses, critiques and revisions may come from
+one model, from three, or from a person.
 """
 
 import random
@@ -15,7 +16,9 @@ from minicai.constitution import Constitution, Principle, direct, plain, togethe
 from minicai.examples import Example, in_front
 from minicai.prompts import Prompt, as_turns, render, render_critique, render_revision
 
-Generate = Callable[[Sequence[str | list[dict]], Sequence[tuple[int, ...]]], list[str]]
+Generate = Callable[
+    [Sequence[str | list[dict]], Sequence[tuple[int, ...]]], tuple[list[str], list[bool]]
+]
 Choose = Callable[[Sequence[Principle], int, int, int], Principle]
 
 # --- which principle comes next: functions of (principles, seed, prompt number, round) ------------
@@ -83,14 +86,15 @@ def critique_and_revise(
     All prompts go through each step together, as one batch. Each round criticises and revises the
     result of the round before. A critique with one of the phrases `how.nothing` ends the rounds of
     its prompt. The row keeps this critique in "stopped", without a revision (an extension).
+    "ended" says whether a response ended by itself: of a row the initial one, of a round its own.
     """
     # Seeds are (seed, prompt, step): 0 is the response, 2n - 1 the critique of round n, and 2n its
     # revision. So a text does not depend on the batch that it is sampled in.
     ids = range(first, first + len(prompts))
     initial = respond([as_turns(prompt) for prompt in prompts], [(how.seed, i, 0) for i in ids])
     rows = [
-        {"id": i, "prompt": prompt, "initial": text, "rounds": [], "final": text, "kept": True}
-        for i, prompt, text in zip(ids, prompts, initial)
+        {"id": i, "prompt": prompt, "initial": text, "ended": ended, "rounds": [], "final": text}
+        for i, prompt, text, ended in zip(ids, prompts, *initial)
     ]
     for n in range(1, how.rounds + 1):
         active = [row for row in rows if "stopped" not in row]
@@ -103,7 +107,7 @@ def critique_and_revise(
                 in_front(how.examples, how.style, render_critique(row["prompt"], row["final"], p))
                 for row, p in zip(active, principles)
             ]
-            critiques = criticise(requests, [(how.seed, row["id"], 2 * n - 1) for row in active])
+            critiques, _ = criticise(requests, [(how.seed, row["id"], 2 * n - 1) for row in active])
         steps = []
         for row, principle, critique in zip(active, principles, critiques):
             if any(phrase.casefold() in critique.casefold() for phrase in how.nothing):
@@ -115,10 +119,10 @@ def critique_and_revise(
             for row, p, c in steps
         ]
         seeds = [(how.seed, row["id"], 2 * n) for row, _, _ in steps]
-        revisions = revise(requests, seeds) if steps else []
-        for (row, principle, critique), revision in zip(steps, revisions):
+        revisions = revise(requests, seeds) if steps else ([], [])
+        for (row, principle, critique), revision, ended in zip(steps, *revisions):
             step = {"principle": principle.name, "critique": critique, "revision": revision}
-            row["rounds"].append(step)
+            row["rounds"].append(step | {"ended": ended})
             row["final"] = revision
     for row in rows:  # a row with an empty text is not trained on
         row["kept"] = bool(row["final"]) and all(step["revision"] for step in row["rounds"])
@@ -130,7 +134,7 @@ def longest_requests(prompts: Sequence[Prompt], how: Revising) -> tuple[list[str
 
     The script checks that they fit into a model's context before it samples.
     """
-    longest = max(prompts, key=lambda prompt: len(render(prompt)))
+    longest = max(prompts, key=lambda prompt: len(render(prompt)), default="")
     principles = how.principles
     if how.choose is all_at_once:
         principles = (together(principles),)
@@ -141,29 +145,29 @@ def longest_requests(prompts: Sequence[Prompt], how: Revising) -> tuple[list[str
     return list(map(put, critiques)), list(map(put, revisions))
 
 
-def training_pairs(row: dict, keep: str, drop: Sequence[str] = ()) -> list[tuple[Prompt, str]]:
-    """(prompt, revision) pairs to train on, from one row of revisions.jsonl.
+def training_pairs(row: dict, keep: str, drop: Sequence[str] = ()) -> list[tuple]:
+    """(prompt, revision, whether it ended by itself), to train on, of a row of revisions.jsonl.
 
     keep: "all" takes the revisions of all rounds (3.2), "last" only the last one. drop: names of
     FAULTS; revisions with one of them are left out. A row without rounds gives its initial
-    response.
+    response. Rows of earlier versions do not say whether it ended: None.
     """
     if not row["kept"]:
         return []
     if not row["rounds"]:
-        return [(row["prompt"], row["initial"])]
-    found = [
-        (row["prompt"], step["revision"])
+        return [(row["prompt"], row["initial"], row.get("ended"))]
+    return [
+        (row["prompt"], step["revision"], step.get("ended"))
         for step, wrong in zip(row["rounds"], faults(row))
         if not set(wrong) & set(drop) and (keep == "all" or step is row["rounds"][-1])
     ]
-    return found
 
 
 def revision_pairs(rows: Iterable[dict]) -> list[dict]:
     """Makes rows of comparisons.jsonl in which the final revision beats the initial response.
 
-    Two samples from one model rarely differ as much. An extension.
+    Two samples from one model rarely differ as much. An extension. "cut" names the responses that
+    the length limit cut off. It is left out where the row does not say so.
     """
     pairs = []
     for row in rows:
@@ -171,6 +175,9 @@ def revision_pairs(rows: Iterable[dict]) -> list[dict]:
             made_by = {key: row[key] for key in ("seed", "constitution", "models") if key in row}
             pair = {"id": f"revision:{row['id']}", "prompt": row["prompt"]}
             pair |= {"first": row["initial"], "second": row["final"], "p_first": 0.0}
+            ended = row.get("ended"), row["rounds"][-1].get("ended")
+            if None not in ended:
+                pair["cut"] = [side for side, end in zip(("first", "second"), ended) if not end]
             pairs.append(pair | {"votes": [], "source": "critique", "clamped": False} | made_by)
     return pairs
 

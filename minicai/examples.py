@@ -68,23 +68,18 @@ class Comparison:
     rationale: str = ""
 
 
-def compared(comparisons: Sequence[Comparison], principle: Principle, text: str) -> str:
+def compared(
+    comparisons: Sequence[Comparison], principle: Principle, text: str, thinking: bool = False
+) -> str:
     """Puts the comparisons, with their answers, before a request to compare.
 
     All comparisons use the principle of the request. Blank lines separate them.
+    thinking: each has its rationale before its answer.
     """
     shown = []
     for c in comparisons:
-        asked = render_comparison(c.prompt, c.first, c.second, principle)
-        shown.append(f"{asked}{CHOICES['AB'.index(c.better)]})")
-    return "\n\n".join([*shown, text])
-
-
-def compared_by_thinking(comparisons: Sequence[Comparison], principle: Principle, text: str) -> str:
-    """Like `compared`, with the rationale of each comparison before its answer."""
-    shown = []
-    for c in comparisons:
-        asked = render_conclusion(c.prompt, c.first, c.second, principle, c.rationale)
+        words = (c.prompt, c.first, c.second, principle)
+        asked = render_conclusion(*words, c.rationale) if thinking else render_comparison(*words)
         shown.append(f"{asked}{CHOICES['AB'.index(c.better)]})")
     return "\n\n".join([*shown, text])
 

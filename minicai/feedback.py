@@ -15,7 +15,7 @@ from statistics import fmean
 from minicai import InputError
 from minicai.constitution import Constitution, Principle
 from minicai.critique import Generate, draw_principle
-from minicai.examples import Comparison, compared, compared_by_thinking, fingerprint
+from minicai.examples import Comparison, compared, fingerprint
 from minicai.prompts import (
     Prompt,
     render,
@@ -161,12 +161,12 @@ def label_pairs_by_thinking(
     """
     asked = _questions(pairs, how, how.thoughts)
     put = [(how.examples, q.words[-1]) for q in asked]
-    texts = [compared_by_thinking(*p, render_thinking(*q.words)) for p, q in zip(put, asked)]
-    thoughts = think(texts, [q.seed for q in asked])
+    texts = [compared(*p, render_thinking(*q.words), True) for p, q in zip(put, asked)]
+    thoughts, _ = think(texts, [q.seed for q in asked])
     # A model may go past its rationale and write the next human turn. Cut that off.
     rationales = [text.partition("\n\nHuman:")[0].strip() for text in thoughts]
     conclusions = [
-        compared_by_thinking(*p, render_conclusion(*q.words, rationale))
+        compared(*p, render_conclusion(*q.words, rationale), True)
         for p, q, rationale in zip(put, asked, rationales)
     ]
     variant = {"labels": "chain_of_thought", "clamp": list(how.bounds)}
@@ -218,7 +218,7 @@ def _rows(
 def _labelled(row: dict) -> dict:
     """The row with its label, and with "clamped": whether the bounds have changed the label."""
     p_first = p_first_of(row)
-    free = p_first_of({key: value for key, value in row.items() if key != "clamp"})
+    free = p_first_of(row | {"clamp": (0, 1)})
     return row | {"p_first": p_first, "clamped": p_first != free}
 
 
@@ -247,14 +247,11 @@ def longest_comparisons(prompts: Sequence[Prompt], how: Labelling, thinking: boo
     """
     # Only the error matters here; the loop below takes every principle that may be drawn.
     drawn_principles(how.constitution, how.principles, how.seed, 0)
-    longest, requests = max(prompts, key=lambda prompt: len(render(prompt))), []
+    longest, requests = max(prompts, key=lambda prompt: len(render(prompt)), default=""), []
     for principle in how.constitution.usable("comparison"):
         words = (longest, "", "", principle)
-        if thinking:
-            text = compared_by_thinking(how.examples, principle, render_conclusion(*words, ""))
-        else:
-            text = compared(how.examples, principle, render_comparison(*words))
-        requests.append(text)
+        text = render_conclusion(*words, "") if thinking else render_comparison(*words)
+        requests.append(compared(how.examples, principle, text, thinking))
     return requests
 
 

@@ -10,8 +10,13 @@ come while a file or folder (`*.tmp`: a checkpoint, an export, a record) is bein
 end of a chain the output folder must hold exactly the files of the undisturbed run. All tensors
 must be equal bit for bit, all JSONL files byte for byte, and no process may still run.
 
-`--stages CONFIG OUT` runs the three stages in one process with a quarter of the work. The test
-suite kills that.
+`--stages CONFIG OUT` runs the three stages in one process with a quarter of the work.
+
+    python -m tests.faults --faults [--short] [--only PATTERN]
+
+It prints a table of injected faults, and what a run says or does under each (tests/injected.py):
+kills, power cuts, failing calls, two owners, flipped bits, removed files, changed inputs. It takes
+some minutes; --short takes half a minute, and is part of the test suite.
 """
 
 import argparse
@@ -272,7 +277,12 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", nargs=2, metavar=("CONFIG", "OUT"))
+    parser.add_argument("--faults", action="store_true")
+    parser.add_argument("--short", action="store_true")
+    parser.add_argument("--only", default="", help="a pattern of the rows of --faults")
     options = parser.parse_args()
+    if options.faults:
+        sys.exit(1 if importlib.import_module("tests.injected").campaign(options) else 0)
     if options.stages:
         run_stages(*options.stages)
         sys.exit(0)

@@ -199,7 +199,7 @@ def loading(folder, results):
             "cut": all(isinstance(p, DTensor) for p in parameters),
             "tied": model.get_input_embeddings().weight is model.get_output_embeddings().weight,
         }
-    for name in ("lacking", "pickled", "swollen"):
+    for name in ("lacking", "pickled", "swollen", "unread", "broken"):
         results[f"refused {name}"] = refusal(load.load_policy, str(folder / name))
     head = load.load_scorer(str(folder / "llama"), seed=3).score.weight
     results["head"] = {"rows here": len(head.to_local()), "whole": full(head).tolist()}

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -50,20 +51,24 @@ EXAMPLE = Example(
 
 
 class Model:
-    """Answers each request with its seed, or with what `said` has for the seed. Keeps `calls`."""
+    """Answers each request with its seed, or with what `said` has for the seed. Keeps `calls`.
 
-    def __init__(self, said: dict[tuple, str] | None = None):
+    cut: the seeds of the answers that a length limit cuts off.
+    """
+
+    def __init__(self, said: dict[tuple, str] | None = None, cut: Sequence[tuple] = ()):
         self.calls: list[tuple[list[str], list[tuple]]] = []
-        self.said = said or {}
+        self.said, self.cut = said or {}, cut
 
     def __call__(self, prompts, seeds):
         self.calls.append((list(prompts), list(seeds)))
-        return [self.said.get(seed, f"said {seed}") for seed in seeds]
+        texts = [self.said.get(seed, f"said {seed}") for seed in seeds]
+        return texts, [seed not in self.cut for seed in seeds]
 
 
-def run(prompts=PROMPTS, first=0, said=None, critic=None, rules=RULES, **variant):
+def run(prompts=PROMPTS, first=0, said=None, critic=None, rules=RULES, cut=(), **variant):
     """The model with what it was asked, and the rows."""
-    model, how = Model(said), Revising(rules, **({"seed": 7, "rounds": 2} | variant))
+    model, how = Model(said, cut), Revising(rules, **({"seed": 7, "rounds": 2} | variant))
     return model, critique_and_revise(prompts, first, how, model, critic or model, model)
 
 
@@ -129,16 +134,19 @@ def test_rows_do_not_depend_on_how_the_prompts_were_batched():
 
 def test_a_row_has_what_revisions_jsonl_needs_of_it():
     row = run(first=40)[1][2]
-    assert set(row) == {"id", "prompt", "initial", "rounds", "final", "kept"}
-    assert all(set(step) == {"principle", "critique", "revision"} for step in row["rounds"])
+    assert set(row) == {"id", "prompt", "initial", "ended", "rounds", "final", "kept"}
+    steps = {"principle", "critique", "revision", "ended"}
+    assert all(set(step) == steps for step in row["rounds"])
     assert (row["id"], row["prompt"], row["kept"]) == (42, PROMPTS[2], True)
     assert json.loads(json.dumps(row)) == row
 
 
 def test_the_default_rows_are_those_of_earlier_runs_byte_for_byte():
-    """The lines that the first version wrote for these prompts, by their sha256."""
+    """The lines that the first version wrote for these prompts, by their sha256; "ended" is new."""
     made_by = {"model": "tiny", "seed": 7, "constitution": RULES.stamp}
     rows = [row | made_by for row in run()[1]]
+    for row in rows:
+        assert all(response.pop("ended") for response in (row, *row["rounds"]))
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     expected = "da763791de4653ee36640777d0633e6c456ec3165e893fa53392489201d36640"
     assert hashlib.sha256(lines.encode()).hexdigest() == expected
@@ -166,8 +174,30 @@ def test_a_row_is_kept_unless_one_of_its_revisions_is_empty(seed, kept):
 
 def test_training_pairs_are_the_revisions_of_all_rounds_or_the_last():
     row = run(said={(7, 2, 2): "r1", (7, 2, 4): "r2"})[1][2]
-    assert training_pairs(row, "all") == [(PROMPTS[2], "r1"), (PROMPTS[2], "r2")]
-    assert training_pairs(row, "last") == [(PROMPTS[2], "r2")]
+    assert training_pairs(row, "all") == [(PROMPTS[2], "r1", True), (PROMPTS[2], "r2", True)]
+    assert training_pairs(row, "last") == [(PROMPTS[2], "r2", True)]
+
+
+def test_each_response_says_whether_it_ended_by_itself_and_so_does_what_is_trained_on():
+    """Each of the responses of a prompt is cut off in turn, and none of its critiques matters."""
+    for k, step in enumerate((0, 2, 4)):
+        row = run(cut=[(7, 0, step), (7, 0, 1), (7, 0, 3)])[1][0]
+        ended = [response["ended"] for response in (row, *row["rounds"])]
+        assert ended == [j != k for j in range(3)]
+        assert [pair[2] for pair in training_pairs(row, "all")] == ended[1:]
+        assert training_pairs(run(rounds=0, cut=[(7, 0, step)])[1][0], "all")[0][2] == ended[0]
+        [pair] = revision_pairs([row])
+        assert pair["cut"] == [["first"], [], ["second"]][k]
+    assert revision_pairs(run(cut=[(7, 0, 0), (7, 0, 4)])[1])[0]["cut"] == ["first", "second"]
+
+
+def test_rows_of_earlier_versions_do_not_say_whether_a_response_ended():
+    whole, initial = run()[1][0], run(rounds=0)[1][0]
+    for response in (whole, *whole["rounds"], initial):
+        del response["ended"]
+    assert [pair[2] for pair in training_pairs(whole, "all")] == [None, None]
+    assert training_pairs(initial, "all")[0][2] is None
+    assert "cut" not in revision_pairs([whole])[0]
 
 
 @pytest.mark.parametrize("keep", ["all", "last"])
@@ -177,7 +207,8 @@ def test_a_row_that_is_not_kept_gives_no_training_pair(keep):
 
 @pytest.mark.parametrize("keep", ["all", "last"])
 def test_without_rounds_the_initial_response_is_trained_on(keep):
-    assert training_pairs(run(rounds=0, said={(7, 0, 0): "r0"})[1][0], keep) == [("one?", "r0")]
+    row = run(rounds=0, said={(7, 0, 0): "r0"})[1][0]
+    assert training_pairs(row, keep) == [("one?", "r0", True)]
 
 
 def test_revision_pairs_set_the_initial_response_against_the_final_revision():
@@ -255,8 +286,8 @@ def test_a_critique_that_finds_nothing_ends_the_rounds_of_its_own_prompt():
     # The other prompts keep the seeds that they have without the phrases.
     whole = run(rounds=3)[1]
     assert [row["rounds"] for row in rows[2:]] == [row["rounds"] for row in whole[2:]]
-    assert training_pairs(rows[0], "all") == [("one?", rows[0]["initial"])]
-    assert training_pairs(rows[1], "all") == [("two?", "said (7, 1, 2)")]
+    assert training_pairs(rows[0], "all") == [("one?", rows[0]["initial"], True)]
+    assert training_pairs(rows[1], "all") == [("two?", "said (7, 1, 2)", True)]
 
 
 def test_when_every_prompt_has_stopped_nothing_more_is_asked():
@@ -363,7 +394,11 @@ def test_hygiene_counts_revisions_not_rows():
 
 def test_revisions_with_a_fault_are_left_out_one_by_one():
     row = row_of(("Bad.", "No."), ("Bad.", "No."), ("Bad.", "Sure, never."))
-    assert training_pairs(row, "all") == [("?", "No."), ("?", "No."), ("?", "Sure, never.")]
-    assert training_pairs(row, "all", ["unchanged"]) == [("?", "No."), ("?", "Sure, never.")]
-    assert training_pairs(row, "all", ["unchanged", "boilerplate"]) == [("?", "No.")]
-    assert training_pairs(row, "last", ["boilerplate"]) == []
+
+    def learned(*arguments):
+        return [text for _, text, _ in training_pairs(row, *arguments)]
+
+    assert learned("all") == ["No.", "No.", "Sure, never."]
+    assert learned("all", ["unchanged"]) == ["No.", "Sure, never."]
+    assert learned("all", ["unchanged", "boilerplate"]) == ["No."]
+    assert learned("last", ["boilerplate"]) == []

@@ -11,7 +11,6 @@ from minicai.examples import (
     Comparison,
     Example,
     compared,
-    compared_by_thinking,
     fingerprint,
     in_front,
     load_comparisons,
@@ -155,8 +154,8 @@ def test_examples_of_comparisons_stand_in_front_with_their_answers(tmp_path):
         "\n\nHuman: So the answer is: (A)\n\n"
     )
     assert (
-        thinking in compared_by_thinking(found, KIND, "ask")
-        and compared([], KIND, "ask") == compared_by_thinking([], KIND, "ask") == "ask"
+        thinking in compared(found, KIND, "ask", thinking=True)
+        and compared([], KIND, "ask") == compared([], KIND, "ask", thinking=True) == "ask"
     )
 
 
@@ -171,7 +170,7 @@ def test_labels_are_asked_for_with_the_examples_in_front_and_say_so(tmp_path):
 
     def think(texts, seeds):
         asked.extend(texts)
-        return ["so"] * len(texts)
+        return ["so"] * len(texts), [True] * len(texts)
 
     rows = label_pairs(pairs, choose, how, "j")
     assert len(asked) == 2
@@ -179,7 +178,7 @@ def test_labels_are_asked_for_with_the_examples_in_front_and_say_so(tmp_path):
         assert text.startswith(compared(found, KIND, "")) and text.count("Options:") == 3
     thoughts = label_pairs_by_thinking(pairs, choose, think, how, "j")
     assert len(asked) == 6
-    assert all(text.startswith(compared_by_thinking(found, KIND, "")) for text in asked[2:])
+    assert all(text.startswith(compared(found, KIND, "", thinking=True)) for text in asked[2:])
     assert rows[0]["examples"] == thoughts[0]["examples"] == fingerprint(found)
     assert "examples" not in label_pairs(pairs, choose, replace(how, examples=()), "j")[0]
 
@@ -223,7 +222,7 @@ def test_the_papers_comparisons_load_and_are_shown_in_our_form():
     thinking = load_comparisons(PAPER / "RLMadisonPrecogFewShotPrompts.json", thinking=True)
     assert [c.better for c in thinking] == ["B", "B", "A", "B", "A", "B"]
     assert [len(c.prompt) if isinstance(c.prompt, list) else 1 for c in thinking] == [3] + [1] * 5
-    text = compared_by_thinking(thinking, KIND, "ask")
+    text = compared(thinking, KIND, "ask", thinking=True)
     assert (
         text.count("So the answer is: (") == 6
         and "[[[" not in text

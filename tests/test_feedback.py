@@ -300,7 +300,8 @@ class Thinker:
     def __call__(self, prompts, seeds):
         self.asked += prompts
         self.seeds += seeds
-        return [f" Because {seed}.\n\nHuman: So the answer is: (A)" for seed in seeds]
+        texts = [f" Because {seed}.\n\nHuman: So the answer is: (A)" for seed in seeds]
+        return texts, [True] * len(texts)
 
 
 def think(judge, **how):

@@ -51,6 +51,8 @@ def base(tmp_path_factory):
         "def short(prompts, responses):\n    return [-len(r) / 10 for r in responses]\n\n"
         "limit = 3\n"
     )
+    (folder / "broken_on_import.py").write_text("undefined\n")
+    (folder / "broken_in_words.py").write_text("def short(:\n")
     return train_ppo.PPOConfig(
         policy=str(folder / "sl"),
         reward=str(folder / "rm"),
@@ -104,6 +106,8 @@ def run(cfg, name: str, **changes) -> Seen:
         recorded(losses, "policy_loss") as updates,
     ):
         record = train_ppo.main(cfg)
+    adam = {"betas": (0.9, 0.999), "eps": 1e-5, "weight_decay": 0, "fused": True}
+    assert made[0].settings == adam
     models = dict(zip(("policy", "reference"), (model for _, model in policies)))
     models |= dict(zip(("value", "reward"), (model for _, model in reversed(scorers))))
     return Seen(
@@ -483,6 +487,8 @@ def test_a_function_takes_the_place_of_the_reward_model(base, mine):
         ("no_such_module:f", "No module named 'no_such_module'"),
         ("rewards_of_mine:shirt", "has no function 'shirt'; did you mean short?"),
         ("rewards_of_mine:limit", "has no function 'limit'"),
+        ("broken_on_import:short", "broken_on_import:short: NameError: name 'undefined' is not"),
+        ("broken_in_words:short", "broken_in_words:short: SyntaxError: "),
         ("minicai.tinyworld.judge:judge", "takes no part in it"),
     ],
 )
@@ -497,7 +503,10 @@ def test_a_reward_function_that_cannot_be_used_is_refused_with_one_sentence(
 
 @pytest.mark.parametrize(
     "found, message",
-    [([1.0], "expected 8 finite numbers, one for each response, got 1"), ([math.nan] * 8, "not")],
+    [
+        ([1.0], r"expected 8 finite numbers, one for each response, got \[1.0\]"),
+        ([math.nan], "nan"),
+    ],
 )
 def test_a_reward_function_gives_one_finite_number_per_response(found, message):
     asked = []
@@ -527,6 +536,29 @@ def test_what_cannot_run_is_refused_before_anything_is_written(base, tmp_path):
     with pytest.raises(InputError, match=r"harmful.txt: prompt 3 has \d+ tokens, which with 250"):
         run(base, "refused", max_new_tokens=250)
     assert not output(base, "refused").exists()
+
+
+def test_the_kinds_of_prompts_that_the_shares_need_are_there(base):
+    with pytest.raises(InputError, match=r"\[ppo\] prompts: names no file; helpful_share = 1"):
+        run(base, "harmless", prompts="")
+    found = run(base, "harmless", prompts="", helpful_share=1.0, iterations=1)
+    assert {row["prompt"] for row in found.episodes} <= set(HARMLESS)
+
+
+def test_a_model_that_has_diverged_is_one_sentence(base):
+    """Not three updates that are skipped, blamed on a batch or on the rate."""
+
+    def diverged(path, **how):
+        model = load_scorer(path, **how)
+        with torch.no_grad():
+            model.score.weight.fill_(math.nan)
+        return model
+
+    with (
+        patch.object(train_ppo, "load_scorer", diverged),
+        pytest.raises(RunError, match="token values are not finite: its weights have diverged"),
+    ):
+        train_ppo.main(replace(base, out=f"{base.out}-diverged"))
 
 
 def test_a_policy_that_samples_otherwise_than_it_is_scored_is_refused(base):

@@ -8,7 +8,15 @@ import torch
 from torch import tensor
 
 from minicai import InputError
-from minicai.rollout import Rollout, check_ratio, collate, distinct_ngrams, spread, watch
+from minicai.rollout import (
+    Rollout,
+    check_ratio,
+    collate,
+    distinct_ngrams,
+    mean_update,
+    spread,
+    watch,
+)
 from tests.conftest import CPU, EOS, PAD
 
 
@@ -64,6 +72,16 @@ def test_what_to_watch_by_hand():
     k3 = (math.exp(-1) - 1 + 1) + 0 + (math.exp(2) - 1 - 2)
     assert found["kl_k3"] == pytest.approx(k3 / 2, rel=1e-6)
     assert found["length"] == 1.5 and found["entropy"] == 1.0  # nats per token
+
+
+def test_the_means_of_updates_are_per_token_and_norms_are_per_update():
+    names = ("policy_loss", "value_loss", "approx_kl", "clip_fraction")
+    names += ("policy_grad_norm", "value_grad_norm", "tokens")
+    updates = [dict(zip(names, row)) for row in ((1, 2, 3, 4, 5, 6, 2), (5, 4, 3, 2, 1, 0, 6))]
+    means = (6 / 8, 6 / 8, 6 / 8, 6 / 8, 3, 3)
+    assert mean_update(updates) == dict(zip(names, means)) | {"updates": 2}
+    # Where every update was skipped.
+    assert mean_update([]) == dict.fromkeys(names[:-1], 0) | {"updates": 0}
 
 
 def test_distinct_ngrams_by_hand():

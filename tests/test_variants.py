@@ -4,6 +4,7 @@ What they write can be read, resumed, and computed again. The training itself: t
 """
 
 import json
+from collections import Counter
 from unittest.mock import patch
 
 import pytest
@@ -34,7 +35,8 @@ def run(section, folder, name, *arguments):
     assert all(hub.weights_sha256(path) == sha for path, sha in record["models"].items())
     assert str(folder / "model") in record["models"]
     assert json.loads((out / section / "stage.json").read_text()).keys() == record.keys()
-    rows = read_jsonl(out / section / JOURNALS[section])
+    journal = out / section / JOURNALS[section]
+    rows = read_jsonl(journal) if journal.exists() else []  # none where nothing was asked
     short = {path: sha[:12] for path, sha in record["models"].items()}
     for row in rows:
         if row.get("source", "ai") == "ai":
@@ -68,7 +70,7 @@ def labelled(folder):
 def test_a_row_of_revisions_says_what_made_it(folder, plain):
     record, rows = plain
     assert [row["id"] for row in rows] == list(range(6)) and record["hygiene"]["revisions"] == 12
-    keys = {"id", "prompt", "initial", "rounds", "final", "kept"}
+    keys = {"id", "prompt", "initial", "ended", "rounds", "final", "kept"}
     assert all(set(row) == keys | {"model", "seed", "constitution", "models"} for row in rows)
     assert rows[0]["model"] == str(folder / "model") and rows[0]["seed"] == 0
     assert rows[0]["constitution"] == record["constitution"]
@@ -122,10 +124,26 @@ def test_rounds_stop_where_a_critique_has_a_phrase(folder, plain):
 
 
 def test_revisions_with_a_fault_are_kept_in_the_file_and_left_out_of_training(folder):
+    """Harmless answers remain. Without any there is nothing to train on, and the stage says so."""
+    few = ("--drop=boilerplate", "--limit=4")
+    answered = (f"--helpful_prompts={folder / 'prompts.txt'}", "--helpful_samples=1")
     with patch.object(critique, "BOILERPLATE", ("",)):  # every text opens with it
-        record, rows = sl(folder, "dropped", "--drop=boilerplate", "--limit=4")
-    assert record["examples"] == 0 and record["hygiene"]["boilerplate"] == 8
+        record, rows = sl(folder, "dropped", *few, *answered)
+        with pytest.raises(InputError, match=r"no response is left to train on: .* drop"):
+            sl(folder, "all-dropped", *few)
+    assert record["examples"] == 6 and record["hygiene"]["boilerplate"] == 8
     assert [len(row["rounds"]) for row in rows] == [2] * 4
+    out = folder / "all-dropped" / "sl"
+    assert read_jsonl(out / "revisions.jsonl") == rows and not (out / "stage.json").exists()
+
+
+def test_a_stage_without_red_team_prompts_learns_from_the_rest(folder):
+    helpful = f"--helpful_prompts={folder / 'prompts.txt'}"
+    record, rows = sl(folder, "harmless", "--prompts=", helpful, "--helpful_samples=1")
+    assert record["examples"] == 6 and rows == []
+    record, rows = rm(folder, "people", "--prompts=")
+    assert {row["source"] for row in rows} == {"human"} and len(rows) == 40
+    assert record["train_pairs"] + record["heldout_pairs"] == 40
 
 
 def test_the_last_round_can_be_trained_on_without_the_others(folder, plain):
@@ -140,6 +158,7 @@ def test_helpful_samples_are_mixed_in(folder, plain):
     assert [row["prompt"] for row in helpful[::2]] == [row["prompt"] for row in plain[1][:5]]
     assert len({row["response"] for row in helpful}) > 5
     assert all(row["models"] and row["seed"] == 0 for row in helpful)
+    assert {row["ended"] for row in helpful} <= {True, False}
     assert record["examples"] - plain[0]["examples"] == len(helpful) == 10
 
 
@@ -163,12 +182,58 @@ def test_a_response_that_was_cut_off_does_not_end_in_training(folder):
     assert ends_learned(folder, "cut-off", "ten letters", False) == {False}
 
 
-@pytest.mark.xfail(
-    strict=True, reason="train_sl.py guesses from the length of the text, not from `ended`"
-)
 def test_a_short_text_that_was_cut_off_does_not_end_in_training(folder):
     """A limit cuts tokens, and decoding strips blanks: the text may be shorter than the limit."""
     assert ends_learned(folder, "stripped", "short", False) == {False}
+
+
+def test_a_long_text_that_ended_ends_in_training(folder):
+    """A text may have more tokens than were sampled when it is encoded again."""
+    assert ends_learned(folder, "longer", "more than twelve letters", True) == {True}
+
+
+def test_harmless_answers_end_in_training_where_they_ended(folder):
+    """Each second answer was cut off; an empty one teaches nothing."""
+
+    def respond(model, asked, *_):
+        texts = ["Some.", "Words.", ""] * len(asked)
+        return texts[: len(asked)], [k % 2 == 0 for k in range(len(asked))]
+
+    flags = (f"--helpful_prompts={folder / 'prompts.txt'}", "--helpful_samples=1", "--prompts=")
+    with patch.object(train_sl, "respond", respond), recorded(train_sl, "collate") as batches:
+        sl(folder, "half", *flags)
+    tokenizer = load_tokenizer(str(folder / "model"))
+    learned = [tokenizer.decode(ids) for (_, responses, _), _ in batches for ids in responses]
+    end = tokenizer.eos_token
+    assert sorted(learned) == [" Some.", f" Some.{end}", " Words.", f" Words.{end}"]
+
+
+def test_what_an_earlier_version_did_not_say_is_guessed_from_the_length_with_one_warning(
+    folder, capsys
+):
+    def respond(model, asked, *_):
+        return ["ten letter", "ten letters"] * (len(asked) // 2), [True] * len(asked)
+
+    flags = (f"--helpful_prompts={folder / 'prompts.txt'}", "--helpful_samples=1")
+    flags += ("--max_new_tokens=12",)
+    with patch.object(sampler, "respond", respond), patch.object(train_sl, "respond", respond):
+        sl(folder, "early", *flags)
+    out = folder / "early" / "sl"
+    assert "WARNING" not in capsys.readouterr().err
+    for name in ("revisions", "helpful"):
+        rows = read_jsonl(out / f"{name}.jsonl")
+        for row in rows:
+            for response in (row, *row.get("rounds", ())):
+                assert response.pop("ended")
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (out / "stage.json").unlink()
+    with recorded(train_sl, "collate") as batches:
+        sl(folder, "early", *flags)
+    said = capsys.readouterr().err
+    assert said.count("WARNING") == 1 and "do not say which responses" in said
+    tokenizer = load_tokenizer(str(folder / "model"))
+    learned = [tokenizer.decode(ids) for (_, responses, _), _ in batches for ids in responses]
+    assert Counter(learned) == {f" ten letter{tokenizer.eos_token}": 9, " ten letters": 9}
 
 
 # --- stage 2 --------------------------------------------------------------------------------------
@@ -254,15 +319,22 @@ def test_equal_responses_are_not_compared(folder):
     assert {row["source"] for row in rows} == {"human"}
 
 
-def test_revisions_and_comparisons_of_earlier_rounds_are_trained_on_as_well(folder, labelled):
-    """The human comparisons of an earlier round are not taken twice."""
+def test_revisions_and_comparisons_of_earlier_rounds_are_trained_on_as_well(
+    folder, labelled, capsys
+):
+    """The human comparisons of an earlier round are not taken twice.
+
+    The second row is of an earlier version, and does not say whether its responses ended.
+    """
     revised = folder / "plain-policy"
     revised.mkdir()
     for file in (folder / "model").iterdir():
         (revised / file.name).write_bytes(file.read_bytes())
     steps = [{"principle": "kind", "critique": "c", "revision": "So."}]
     row = {"initial": "Ah.", "rounds": steps, "final": "So.", "kept": True}
-    lines = [json.dumps(row | {"id": k, "prompt": f"Asked {k}"}) for k in range(3)]
+    rows = [row | {"id": k, "prompt": f"Asked {k}"} for k in range(3)]
+    rows[0] |= {"ended": True, "rounds": [steps[0] | {"ended": False}]}
+    lines = map(json.dumps, rows)
     (revised / "revisions.jsonl").write_text("\n".join(lines) + "\n")
     earlier = folder / "labelled" / "rm" / "comparisons.jsonl"
     arguments = (f"--policy={revised}", "--revision_pairs=2", f"--earlier={earlier}")
@@ -272,6 +344,9 @@ def test_revisions_and_comparisons_of_earlier_rounds_are_trained_on_as_well(fold
         by_source[row["source"]].append(row)
     assert [row["id"] for row in by_source["critique"]] == ["revision:0", "revision:1"]
     assert {row["p_first"] for row in by_source["critique"]} == {0.0}
+    assert [row.get("cut") for row in by_source["critique"]] == [["second"], None]
+    said = capsys.readouterr().err
+    assert said.count("WARNING") == 1 and "1 pairs do not say whether the length limit" in said
     again = [row for row in by_source["ai"] if str(row["id"]).startswith("round1:")]
     ours = [row for row in labelled[1] if row["source"] == "ai"]
     assert [row | {"id": int(row["id"].removeprefix("round1:"))} for row in again] == ours
@@ -301,6 +376,60 @@ def test_a_response_that_was_cut_off_does_not_end_for_the_reward_model(folder):
     row = {"prompt": "Why?", "first": "So.", "second": "So.", "cut": ["second"]}
     _, first, second = encode_pair(tokenizer, row)
     assert first == [*second, tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("text", ["Same.", ""])
+def test_two_equal_responses_are_left_out_whoever_they_are_from(folder, capsys, text):
+    """They teach nothing, and cannot be ordered."""
+
+    def respond(model, asked, *_):
+        return [text] * len(asked), [True] * len(asked)
+
+    lines = (folder / "human.jsonl").read_text().splitlines()
+    lines[1:1] = [json.dumps({"prompt": "Tell", "chosen": text, "rejected": text})] * 3
+    path = folder / f"equal{text}.jsonl"
+    path.write_text("\n".join(lines))
+    with patch.object(sampler, "respond", respond):
+        record, rows = rm(folder, f"equal{text}", f"--preferences={path}")
+    assert {row["source"] for row in rows} == {"human"} and len(rows) == 40
+    assert record["equal_pairs"] == 3 + 6
+    assert record["train_pairs"] + record["heldout_pairs"] == 40
+    assert capsys.readouterr().err.count("3 pairs of two equal responses are left out") == 1
+
+
+def test_a_stage_with_nothing_to_train_on_says_so_and_finishes_nothing(folder):
+    """All pairs are held out; or all of them are equal; or no label prefers a response."""
+
+    def respond(model, asked, *_):
+        return ["Same."] * len(asked), [True] * len(asked)
+
+    def undecided(model, prompts, *_):
+        return [[-1.0, -1.0] for _ in prompts]
+
+    bare = "--preferences="
+    with pytest.raises(InputError, match=r"heldout = 0.99: 6 of 6 pairs are held out"):
+        rm(folder, "all-held", bare, "--heldout=0.99")
+    with (
+        patch.object(sampler, "respond", respond),
+        pytest.raises(InputError, match="0 of 0 pairs are held out"),
+    ):
+        rm(folder, "all-equal", bare)
+    with (
+        patch.object(sampler, "choice_logprobs", undecided),
+        pytest.raises(InputError, match="none of the others says which response is better"),
+    ):
+        rm(folder, "undecided", bare)
+    for name in ("all-held", "all-equal", "undecided"):
+        assert not (folder / name / "rm" / "stage.json").exists()
+
+
+def test_a_given_pair_that_does_not_fit_the_context_is_named(folder):
+    lines = (folder / "human.jsonl").read_text().splitlines()
+    lines[1:1] = ["", json.dumps({"prompt": "Tell", "chosen": "yes", "rejected": "n" * 2048})]
+    (folder / "long.jsonl").write_text("\n".join(lines))
+    with pytest.raises(InputError, match=r"pair long\.jsonl:3, .* 2 has \d+ tokens"):
+        rm(folder, "long", f"--preferences={folder / 'long.jsonl'}")
+    assert not (folder / "long").exists()
 
 
 # --- resuming -------------------------------------------------------------------------------------
@@ -349,20 +478,27 @@ def test_a_run_of_variants_that_was_interrupted_resumes_to_the_same_files(
         ("sl", "--max_new_tokens=700", "a revision request to .* context of 2048"),
         ("rm", "--candidates=1", "candidates must be at least 2"),
         ("rm", "--principles=3", "fewer than 3"),
-        ("rm", "--clamp=0.7", "clamp must be at least 0 and at most 0.5"),
+        ("rm", "--clamp=0.7", "clamp must be at least 0 and at most 0.49"),
+        ("rm", "--heldout=1", "heldout must be at least 0 and at most 0.99"),
         ("rm", "--labels=strong", "labels must be one of soft, hard, chain_of_thought"),
         ("rm", "--thoughts=0", "thoughts must be at least 1"),
         ("rm", "--jury=othr", "othr is not a model folder"),
         ("rm", "--jury=model", "named twice"),
         ("rm", "--max_new_tokens=1000", "a comparison to .* context of 2048"),
+        # With a rationale there are three answers in the context, with a critique too.
+        ("rm", "--labels=chain_of_thought --max_new_tokens=640", "a comparison to .* of 2048"),
+        ("sl", "--prompts=long.txt", "long.txt: prompt 1 has 2046 tokens, which with 6 new ones"),
+        ("sl", "--helpful_prompts=long.txt", "long.txt: prompt 1 has 2046 tokens"),
+        ("rm", "--prompts=long.txt", "long.txt: prompt 1 has 2046 tokens, which with 7 new ones"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_before_anything_is_written(
     folder, section, argument, message
 ):
+    (folder / "long.txt").write_text("x" * 2025)
     name = f"refused{argument}"
     with pytest.raises(InputError, match=message):
-        run(section, folder, name, argument)
+        run(section, folder, name, *argument.split())
     assert not (folder / name).exists()
 
 

@@ -12,33 +12,48 @@ Legend: N tokens of all rows, B rows, T tokens of the longest, U keys, H heads (
 values where queries share them), D head size, S slots, C capacity of a slot in tokens.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from minicai import InputError
+
 NAME = "minicai"
+KNOWN = {"scaling", "sliding_window", "dropout", "position_ids", "use_cache"}  # by attend
+WORDS = {"s_aux": "sinks (s_aux)", "indices": "chosen keys (indices)"}
 
 
-def attend(module, query: Tensor, key: Tensor, value: Tensor, mask, rows=None, **settings):
+def attend(module, query, key, value, attention_mask, rows=None, **settings):
     """Attention of one layer, as transformers calls it. Without `rows` it is ordinary attention.
 
     query, key, value [1, H, N, D]; rows: Packed, Shared or Slots -> ([1, N, H, D], None).
     Raises ValueError where the layer asks for what is not done here.
     """
-    for name in ("softcap", "s_aux", "position_bias"):
-        if settings.get(name) is not None:
-            raise ValueError(f"attention with {name} is not supported")
     if rows is None:
-        return sdpa_attention_forward(module, query, key, value, mask, **settings)
+        if attention_mask is not None and attention_mask.dtype == torch.long:  # made in `through`
+            raise ValueError("its layers do not hand on to attention what a pass is given")
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    for name in settings.keys() - KNOWN:
+        if settings[name] is not None and settings[name] is not False:
+            raise ValueError(f"attention with {WORDS.get(name, name)} is not supported")
+    if attention_mask is not None and attention_mask.numel() > 1:
+        raise ValueError("attention with a mask of its own is not supported")
     qkv = [x[0].transpose(0, 1) for x in (query, key, value)]
-    scale, window = settings.get("scaling"), settings.get("sliding_window")
-    return rows.attend(module.layer_idx, qkv, scale, window)[None], None
+    scale = settings.get("scaling")
+    window = settings.get("sliding_window", getattr(module, "sliding_window", None))
+    return rows.attend(qkv, scale, window)[None], None
 
 
 AttentionInterface.register(NAME, attend)
@@ -55,7 +70,7 @@ def prepared(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _sdpa(qkv: Sequence[Tensor], scale: float | None, mask: Tensor | None) -> Tensor:
-    """Queries [B, T, H, D], keys and values [B, U, H, D] -> [B, T, H, D].
+    """Queries [B, T, H, D], keys [B, U, H, D], values [B, U, H, E] -> [B, T, H, E].
 
     mask [B, 1, T, U] is added to the attention scores. Without one, attention is causal.
     """
@@ -66,7 +81,7 @@ def _sdpa(qkv: Sequence[Tensor], scale: float | None, mask: Tensor | None) -> Te
     elif groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)
-    return out.reshape(shape).transpose(1, 2)
+    return out.reshape(*shape[:3], -1).transpose(1, 2)
 
 
 def _mask(positions: Tensor, width: int, window: int | None, dtype: torch.dtype) -> Tensor:
@@ -111,7 +126,7 @@ class _Padded:
 
     again = None
 
-    def attend(self, layer: int, qkv: list, scale: float | None, window: int | None) -> Tensor:
+    def attend(self, qkv: list, scale: float | None, window: int | None) -> Tensor:
         """Causal attention of each row: queries, keys, values [N, H, D] -> [N, H, D]."""
         padded = len(self.source) > len(self.kept)
         if padded:
@@ -160,10 +175,10 @@ class Packed(_Padded):
         order = lengths.argsort(stable=True)
         sizes = lengths[order]
         self.shapes = _about_one_length(sizes.tolist())
-        self.width = max((T for _, T in self.shapes), default=1)  # of the padded ids
-        column = torch.arange(self.width, device=device)
-        self.places = (order[:, None] * self.width + column)[column < sizes[:, None]]
-        self.positions = self.places % self.width
+        self.longest = max((T for _, T in self.shapes), default=1)  # of the padded ids
+        column = torch.arange(self.longest, device=device)
+        self.places = (order[:, None] * self.longest + column)[column < sizes[:, None]]
+        self.positions = self.places % self.longest
         self.last = (sizes.cumsum(0) - 1)[order.argsort()]
 
         shapes = torch.tensor(self.shapes, dtype=torch.long, device=device).reshape(-1, 2)
@@ -175,11 +190,11 @@ class Packed(_Padded):
 
     def pick(self, padded: Tensor) -> Tensor:
         """[B, T or more] -> [N], without the padding."""
-        return padded[:, : self.width].flatten()[self.places]
+        return padded[:, : self.longest].flatten()[self.places]
 
     def put(self, values: Tensor, chosen: Tensor, shape: tuple[int, int]) -> Tensor:
         """Values of `chosen` tokens (numbers below N) -> `shape` [B, T or more], zero elsewhere."""
-        index = self.places[chosen] // self.width, self.positions[chosen]
+        index = self.places[chosen] // self.longest, self.positions[chosen]
         return values.new_zeros(shape).index_put(index, values)
 
 
@@ -222,6 +237,7 @@ class Shared(_Padded):
         first = torch.tensor(new, dtype=torch.bool, device=device)
         self.ids = torch.tensor([token for _, token in tree], dtype=torch.long, device=device)
         self.positions, self.last = whole.positions[first], number[whole.last]
+        self.longest = whole.longest
         self.shapes, self.source, self.kept = whole.shapes, number[whole.source], whole.kept[first]
         self.again = whole.kept[~first], number[~first]
         self._number, self._ends = number, whole.last
@@ -247,8 +263,9 @@ class Slots:
 
     def __init__(self, count: int, capacity: int):
         self.count, self.capacity = count, capacity
-        # {layer: [keys, values]}, [S, C, H, D] each, made when their size and type are known
-        self.layers = {}
+        # [keys, values] of each call of attention in a pass, [S, C, H, D] each. They are made
+        # when their sizes and type are known.
+        self.layers = []
 
     def place(self, starts: Sequence[int], counts: Sequence[int], device: torch.device) -> None:
         """Prepares a forward pass of counts[b] tokens of row b, at positions starts[b] and after.
@@ -262,10 +279,12 @@ class Slots:
         self._row, self.positions = torch.tensor([rows, positions], device=device)
         self.last = torch.tensor(counts, device=device).cumsum(0) - 1
         self._masks = {}  # {window: masks of the parts}
+        self._calls = 0  # of attention in this pass
 
         # Each part is read at once: (queries [B, T], slots, positions of the queries, keys read).
         # First the last token of every row.
         ends = [start + n for start, n in zip(starts, counts)]
+        self.longest = max(ends)
         long = [row for row, n in enumerate(counts) if n > 1]
         cut = len(ends) * 3 // 4
         apart = cut and 4 * max(ends[:cut]) < 3 * max(ends[cut:])
@@ -286,41 +305,58 @@ class Slots:
             reach = max(ends[row] for row in long)
             self._parts.append((queries, slots, self.positions[queries], reach))
 
-    def attend(self, layer: int, qkv: list, scale: float | None, window: int | None) -> Tensor:
+    def attend(self, qkv: list, scale: float | None, window: int | None) -> Tensor:
         """Writes keys and values into the slots, and reads each row up to the query's position.
 
         Queries, keys, values [N, H, D] -> [N, H, D].
         """
         q, k, v = qkv
-        if layer not in self.layers:
+        if self._calls == len(self.layers):
             # The heads are outside the positions in memory, since keys are read head by head.
-            (S, C), (H, D) = (self.count, self.capacity), k.shape[1:]
-            self.layers[layer] = [x.new_zeros(S, H, C, D).transpose(1, 2) for x in (k, v)]
-        for kept, x in zip(self.layers[layer], (k, v)):
+            S, C, H = self.count, self.capacity, k.shape[1]
+            new = [x.new_zeros(S, H, C, x.shape[2]).transpose(1, 2) for x in (k, v)]
+            self.layers.append(new)
+        layer = self.layers[self._calls]
+        self._calls += 1
+        for kept, x in zip(layer, (k, v)):
             kept.index_put_((self._row, self.positions), x)
         if window not in self._masks:  # the same in every layer of the step
             self._masks[window] = [_mask(*part[2:], window, v.dtype) for part in self._parts]
         found = []
         for (queries, slots, _, width), mask in zip(self._parts, self._masks[window]):
-            read = [kept[slots, :width] for kept in self.layers[layer]]
+            read = [kept[slots, :width] for kept in layer]
             found.append(_sdpa([q[queries], *read], scale, mask).flatten(0, 1))
         if not self._long:
             return torch.cat(found)
         tokens, places = self._long
         # Under autocast attention is bfloat16, and a rotated query is float32.
-        out = found[0].new_empty(q.shape)
+        out = found[0].new_empty(*q.shape[:2], v.shape[2])
         out[self.last] = torch.cat(found[:-1])
         out[tokens] = found[-1][places]
         return out
 
     def copy(self, source: int, target: int | slice, start: int, end: int) -> None:
         """Copies keys and values of the positions start ... end - 1 from slots to others."""
-        for layer in self.layers.values():
+        for layer in self.layers:
             for kept in layer:
                 kept[target, start:end] = kept[source, start:end].clone()
 
 
 # --- forward passes -------------------------------------------------------------------------------
+
+
+def context_length(config: PretrainedConfig) -> float:
+    """Tokens that a row may have; infinite where the config names no number.
+
+    Beyond its original length, "longrope" takes other frequencies for all rows of a pass, by the
+    longest. A row that grows would keep keys of both, so this length is the limit.
+    """
+    text = config.get_text_config(decoder=True)
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
+    switched = [kind for kind in kinds if kind.get("rope_type") == "longrope"]
+    limits = [kind["original_max_position_embeddings"] for kind in switched]
+    return min([getattr(text, "max_position_embeddings", None) or math.inf, *limits])
 
 
 def through(model: PreTrainedModel, ids: Tensor, rows: Packed | Shared | Slots) -> Tensor:
@@ -329,6 +365,9 @@ def through(model: PreTrainedModel, ids: Tensor, rows: Packed | Shared | Slots) 
     Where there is no token (parallel.even_out), one goes through the layers and is dropped, since
     the other processes wait there.
     """
+    context = context_length(model.config)
+    if rows.longest > context:
+        raise InputError(f"a row has {rows.longest} tokens; the model's context is {context}")
     if not len(ids):
         return through(model, ids.new_zeros(1), Packed([1], ids.device))[:0]
     # With a mask of four dimensions, which `attend` does not read, transformers makes none. It

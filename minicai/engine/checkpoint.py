@@ -1,9 +1,10 @@
 """Checkpoints to resume from, and the Hugging Face folder that a stage ends with.
 
 Nothing is ever half-written under its final name: each thing is made beside its place and moved
-there by one rename. Of several processes the first makes, moves and removes folders; each writes
-and reads its own part of a checkpoint (torch.distributed.checkpoint), which any number of processes
-can resume from.
+there by one rename, when all of it is on the disk itself. A checkpoint has sha256 sums of its files
+in sums.json, since a flipped bit changes weights without an error. Of several processes the first
+makes, moves and removes folders; each writes and reads its own part of a checkpoint
+(torch.distributed.checkpoint), which any number of processes can resume from.
 """
 
 import json
@@ -11,6 +12,7 @@ import os
 import pickle
 import shutil
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -25,14 +27,22 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from minicai import InputError
-from minicai.engine import adapters, parallel
-from minicai.engine.adapters import Role
-from minicai.engine.data import disk_full_guard, raise_interrupt, write_atomic
+from minicai.engine import parallel
+from minicai.engine.data import (
+    discard,
+    disk_guard,
+    raise_interrupt,
+    read_record,
+    sha256,
+    sync,
+    write_atomic,
+)
 from minicai.engine.dialogue import ending
-from minicai.engine.load import TOLERANCE, merged
+from minicai.engine.packing import TOLERANCE
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in one process it is meant to
 KEPT = 2  # checkpoints: the newest, and the one before it
+SUMS = "sums.json"  # {name: sha256} of the files of a checkpoint
 # What the table of contents of a checkpoint of tensors consists of.
 PLAIN = [
     "Metadata",
@@ -48,7 +58,6 @@ PLAIN = [
     "PosixPath",
     "WindowsPath",
 ]
-TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # what checkpoints hold
 Models = dict[str, torch.nn.Module]
 
 
@@ -61,32 +70,44 @@ def save(
     every draw is a function of the seed and the step.
     """
     temporary = folder / "checkpoints" / f"step_{step:06d}.tmp"
-    with disk_full_guard(temporary.with_suffix(""), None if parallel.rank() else temporary):
+    with disk_guard(temporary.with_suffix(""), None if parallel.rank() else temporary):
         parallel.once(_fresh, temporary)
-        weights, found = get_state_dict(_whole(models), optimizer, options=TRAINED)
+        weights, found = get_state_dict(torch.nn.ModuleDict(models), optimizer)
         state = {"models": weights, "optimizer": found["state"]}
-        dcp.save(state, checkpoint_id=temporary, no_dist=parallel.world() == 1)
+        dcp.save(state, checkpoint_id=temporary, no_dist=parallel.world() == 1)  # syncs its files
         parallel.once(_publish, temporary, json.dumps(extra))
 
 
-def _whole(models: Models) -> torch.nn.ModuleDict:
-    """All models in one module. Those that are roles of one are there once."""
-    names = {getattr(model, "backbone", model): name for name, model in models.items()}
-    return torch.nn.ModuleDict({name: model for model, name in names.items()})
-
-
 def _fresh(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    """Makes an empty folder. Raises OSError where the stage's own folder is gone."""
+    for left in folder.parent.glob("*.tmp"):  # by kills
+        shutil.rmtree(left, ignore_errors=True)
+    folder.parent.mkdir(exist_ok=True)
+    sync(folder.parent.parent)
+    folder.mkdir()
 
 
 def _publish(temporary: Path, extra: str) -> None:
-    write_atomic(temporary / "extra.json", extra)
     final = temporary.with_suffix("")
-    shutil.rmtree(final, ignore_errors=True)
+    write_atomic(temporary / "extra.json", extra)
+    write_atomic(temporary / SUMS, json.dumps(sums(temporary.iterdir())))
+    discard(final)
     os.rename(temporary, final)
+    sync(final.parent)
     for old in sorted(final.parent.glob("step_??????"))[:-KEPT]:
-        shutil.rmtree(old)
+        discard(old)
+
+
+def sums(paths: Iterable[Path]) -> dict[str, str]:
+    """{name: sha256} of files."""
+    return {path.name: sha256(path) for path in paths}
+
+
+def require_whole(folder: Path, known: dict[str, str]) -> None:
+    """Raises InputError where a file is not there, or is not the one that had the known sum."""
+    for name, sha in known.items():
+        if sha256(folder / name) != sha:
+            raise InputError(f"{folder / name}: is not what was written, by its sha256")
 
 
 def latest(folder: Path) -> tuple[int, Path] | None:
@@ -98,35 +119,35 @@ def latest(folder: Path) -> tuple[int, Path] | None:
 def resume(folder: Path, models: Models, optimizer: torch.optim.Optimizer) -> tuple[int, dict]:
     """Loads the newest checkpoint in place. Returns its step and `extra`; 0 and {} without one.
 
-    Raises InputError where it cannot be read, or is of another model.
+    Raises InputError where it cannot be read, is damaged, or is of another model.
     """
     found = parallel.once(latest, folder)
     if not found:
         return 0, {}
     step, path = found
     try:
+        parallel.once(require_whole, path, read_record(path / SUMS))
         with open(path / ".metadata", "rb") as file:
             known = _Plain(file).load().state_dict_metadata
         extra = json.loads((path / "extra.json").read_text(encoding="utf-8"))
-        whole = _whole(models)
-        weights, found = get_state_dict(
-            whole, optimizer, options=TRAINED
-        )  # the settings are the config's
+        whole = torch.nn.ModuleDict(models)
+        weights, found = get_state_dict(whole, optimizer)  # the settings are the config's
         # A parameter without a gradient so far has no optimizer state in the checkpoint.
         had = {key.removeprefix("optimizer.").rpartition(".")[0] for key in known}
         found["state"] = {name: x for name, x in found["state"].items() if name in had}
         state = {"models": weights, "optimizer": found["state"]}
         dcp.load(state, checkpoint_id=path, no_dist=parallel.world() == 1)
         states = {"model_state_dict": weights, "optim_state_dict": found}
-        set_state_dict(whole, optimizer, **states, options=TRAINED)
+        set_state_dict(whole, optimizer, **states, options=StateDictOptions(strict=False))
     except (Exception, dcp.CheckpointException) as error:  # the second is a BaseException
         if parallel.lost_peer(error):
             raise
         raise_interrupt(error)
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[-200:]}"
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
         raise InputError(
-            f"{path}: not a readable checkpoint of this model and optimizer ({reason}); "
-            f"remove it to resume from the one before"
+            f"{path}: not a readable checkpoint of this model and optimizer "
+            f"({kind}{' '.join(str(error).split())[-200:]}); remove it to resume from the one "
+            f"before"
         ) from error
     return step, extra
 
@@ -142,56 +163,51 @@ class _Plain(pickle.Unpickler):
 
 
 @torch.no_grad()
-def export(folder: Path, model: PreTrainedModel | Role) -> None:
+def export(folder: Path, model: PreTrainedModel) -> list[str]:
     """Writes the model and its tokenizer as a Hugging Face folder, config.json last.
 
-    Of a role both are written: the model with the adapters merged, and FOLDER/adapter in PEFT's
-    format. Before that they are read back and must give the logits that the model gives. Raises
-    RuntimeError where they do not.
+    Before that they are read back and must give the logits that the model gives. Raises
+    RuntimeError where they do not. Returns the names of the files.
     """
     vocabulary = model.config.get_text_config().vocab_size
     probe = torch.arange(2, 10)[None] % vocabulary
-    lora = isinstance(model, Role)
-    with parallel.computing_in(parallel.weight_precision(lora)), parallel.autocast():
+    with parallel.computing_in(parallel.weight_precision()), parallel.autocast():
         expected = model(input_ids=probe.to(model.device)).logits.float().cpu()
         limit = TOLERANCE[parallel.precision()] * max(1.0, expected.abs().max().item())
-    if lora:
-        kind, numbers = _kind(model.backbone), model.numbers()
-    else:
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        kind, weights = _kind(model), get_model_state_dict(model, options=options)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)
+    kind = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
     temporary = folder / "export.tmp"
 
-    def write() -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if lora:
-            whole = merged(kind, model, numbers)
-        else:
-            with torch.device("meta"):
-                whole = kind._from_config(model.config, dtype=torch.float32)
-            whole.load_state_dict(weights, assign=True)
-            whole.tie_weights()
+    def write() -> list[str]:
+        with torch.device("meta"):
+            whole = kind._from_config(model.config, dtype=torch.float32)
+        whole.load_state_dict(weights, assign=True)
+        whole.tie_weights()
         if whole.can_generate():
             whole.generation_config = ending(model.generation_config, model.tokenizer)
-        with disk_full_guard(folder, temporary):
+        shutil.rmtree(temporary, ignore_errors=True)
+        with disk_guard(folder, temporary):
+            temporary.mkdir()  # the stage's own folder is there, or it was removed
             whole.save_pretrained(temporary)
             model.tokenizer.save_pretrained(temporary)
-            if lora:
-                adapters.save(temporary / "adapter", model, numbers)
-        found = kind.from_pretrained(temporary, dtype=torch.float32, trust_remote_code=False)
-        difference = (found.eval()(input_ids=probe).logits - expected).abs().max().item()
-        if not difference <= limit:
-            raise RuntimeError(
-                f"{temporary}: the exported model's logits differ by {difference:.2g} from those "
-                f"of the model that was trained"
-            )
-        for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
-            os.replace(file, folder / file.name)
-        temporary.rmdir()
+        with disk_guard(folder):
+            found = kind.from_pretrained(temporary, dtype=torch.float32, trust_remote_code=False)
+            difference = (found.eval()(input_ids=probe).logits - expected).abs().max().item()
+            if not difference <= limit:
+                raise RuntimeError(
+                    f"{temporary}: the exported model's logits differ by {difference:.2g} from "
+                    f"those of the model that was trained"
+                )
+            files = sorted(temporary.iterdir(), key=lambda file: file.name == "config.json")
+            for file in temporary.glob("*.safetensors"):  # their library makes them private
+                shutil.copymode(temporary / "config.json", file)
+            for file in temporary.rglob("*"):
+                sync(file)
+            for file in files:
+                os.replace(file, folder / file.name)
+                sync(folder)  # in this order on the disk too
+            temporary.rmdir()
+        return [file.name for file in files]
 
-    parallel.once(write)
-
-
-def _kind(model: PreTrainedModel) -> type:
-    """The model's class, which FSDP has changed."""
-    return next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
+    return parallel.once(write)

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minicai import InputError
+from minicai.engine.data import read_toml
 from minicai.engine.hub import PACKAGE, is_name
 
 Paths = str | tuple[str, ...]
@@ -65,11 +66,20 @@ MOVED = {  # settings of earlier versions -> what to do instead
     "weight_decay": "it was 0 everywhere; edit the optimizer's line in the script",
     "max_nonfinite": "three updates in a row that are not finite stop a run",
     "ratio_tolerance": "it follows the precision",
+    "learning_rate": "its name is lr",
 }
 
-# An access token as the common services write it, and names of variables that hold one.
-SECRET = re.compile(r"\b(hf_|sk-|gh[opsu]_|github_pat_|glpat-|xox[abps]-|AKIA)[\w-]{12,}")
-SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
+# An access token as the common services write it, the password in an address, and names of
+# variables that hold a secret, not the place of one.
+SECRET = re.compile(
+    r"\b(hf_|sk-|gh[opsu]_|github_pat_|glpat-|xox[abps]-|AKIA|AIza|ya29\.|eyJ)[\w.-]{12,}"
+    r"|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"
+)
+SECRET_NAME = re.compile(
+    r"(?!.*(FILE|PATH|DIR|SOCK)$).*(TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|API_?KEY|ACCESS_?KEY"
+    r"|KEYS?(_\w{1,4})?$|_PWD$|(\b|_)(PAT|PASS|AUTH)$)",
+    re.IGNORECASE,
+)
 
 
 def setting(default, **metadata):
@@ -80,6 +90,11 @@ def setting(default, **metadata):
     on the hub. free: it may change over a resume, since it decides memory or time, not results.
     """
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def positive(default: float):
+    """A field that must be above 0: a whole number of at least 1, or another number."""
+    return setting(default, at_least=1 if type(default) is int else 1e-12)
 
 
 def path_setting(default: Paths = "", model: bool = False):
@@ -95,8 +110,9 @@ class Run:
     constitution: str = path_setting("constitutions/tiny.toml")  # a TOML file of principles
     out: str = setting("out/tiny", free=True)  # everything that the run makes goes here
     seed: int = 0  # of all sampling, shuffling and initial weights
-    precision: str = "auto"  # fp32, bf16, or auto: bf16 where the hardware has it
-    device: str = "auto"  # cpu, cuda, or auto
+    # of passes; auto: bf16 where the hardware has it
+    precision: str = setting("auto", choices=("auto", "fp32", "bf16"))
+    device: str = setting("auto", choices=("auto", "cpu", "cuda"))  # auto: cuda if there is one
     rows: int = setting(256, at_least=1, free=True)  # sequences decoded side by side: memory
     micro_tokens: int = setting(4096, at_least=1, free=True)  # tokens per forward pass: memory
     gradient_checkpointing: bool = False  # less memory, a third more arithmetic in training
@@ -112,6 +128,7 @@ class Run:
     timeout: int = setting(1800, at_least=1, free=True)  # seconds that a rank waits for another
     overwrite: bool = False  # start again over what an earlier run made in `out`
     accept_changes: bool = False  # resume although settings, inputs or code have changed
+    later = ()  # no setting: folders that --overwrite removes too, first; the demo names its stages
 
 
 TOP = {field.name for field in dataclasses.fields(Run)}
@@ -158,15 +175,11 @@ def load(kind: type, section: str, arguments: list[str]):
         found = " ".join(files) or "none"
         raise InputError(f"expected one config file, got {found}; for example configs/tiny.toml")
     path = Path(files[0])
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        names = [p.name for p in path.parent.glob("*.toml")]
-        near = difflib.get_close_matches(path.name, names, 1, 0.4)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise InputError(f"{path}: {error.strerror}{hint}") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not valid TOML: {error}") from error
+    names = [p.name for p in path.parent.glob("*.toml")]
+    near = difflib.get_close_matches(path.name, names, 1, 0.4)
+    if near and not path.exists():
+        raise InputError(f"{path}: no such file; did you mean {path.parent / near[0]}?")
+    table = stored(path)
     flags = [argument for argument in arguments if argument not in files]
     config = _made(kind, section, flags, _from_table(table, section, kind, path))
     if not os.path.dirname(config.out):
@@ -179,6 +192,15 @@ def load(kind: type, section: str, arguments: list[str]):
     if config.log:
         mirror("require")(config.log)
     return config
+
+
+def stored(path: Path) -> dict:
+    """A config file as it is; it may have keys of other versions. Raises InputError."""
+    table = read_toml(path)
+    for key in table.keys() & {*SECTIONS, "made_from"}:
+        if not isinstance(table[key], dict):
+            raise InputError(f"{path}: {key} must be a section, [{key}]")
+    return table
 
 
 def options(kind: type, flags: list[str]):
@@ -217,8 +239,6 @@ def _from_table(table: dict, section: str, kind: type, path: Path) -> dict:
     own = {field.name for field in dataclasses.fields(kind)} - TOP
     values = {}
     for key, value in table.items():
-        if key in SECTIONS and not isinstance(value, dict):
-            raise InputError(f"{path}: {key} must be a section, [{key}]")
         if key == section:
             for name, inner in value.items():
                 if name not in own:
@@ -256,7 +276,9 @@ def _from_flag(argument: str, section: str, kind: type) -> dict:
 
 def _instead(word: str, known: set[str], dashes: str = "") -> str:
     """What to write in a wrong key's place."""
-    return f": {MOVED[word]}" if word in MOVED else nearest(word, sorted(known), dashes)
+    near = difflib.get_close_matches(word, {*known, *MOVED}, 1, 0.4)
+    moved = MOVED.keys() - known & {*near}
+    return f": {MOVED[near[0]]}" if moved else nearest(word, sorted(known), dashes)
 
 
 def nearest(word: str, known: Collection[str], dashes: str = "") -> str:
@@ -328,8 +350,8 @@ def function(name: str) -> Callable:
         sys.path.append(os.getcwd())
     try:
         found = importlib.import_module(module)
-    except ImportError as error:
-        raise InputError(f"reward_function {name}: {error}") from error
+    except Exception as error:  # the user's code may fail in any way
+        raise InputError(f"reward_function {name}: {type(error).__name__}: {error}") from error
     functions = {key: value for key, value in vars(found).items() if callable(value)}
     if attribute not in functions:
         hint = nearest(attribute, sorted(functions))
@@ -390,9 +412,10 @@ def _flat(table: dict) -> dict:
 
 def redact(text: str) -> str:
     """The text without access tokens and without the values of secret environment variables."""
-    for name, value in os.environ.items():
-        if SECRET_NAME.search(name) and len(value) >= 8 and not value.startswith("/"):
-            text = text.replace(value, "[redacted]")
+    values = [value for name, value in os.environ.items() if SECRET_NAME.match(name)]
+    for value in sorted(values, key=len, reverse=True):  # one may be a part of another
+        for written in (value, json.dumps(value, ensure_ascii=False)[1:-1]):
+            text = text.replace(written, "[redacted]") if len(value) >= 8 else text
     return SECRET.sub("[redacted]", text)
 
 

@@ -6,16 +6,18 @@ is dropped when the journal is opened, and work resumes after the line before it
 
 import errno
 import gzip
+import hashlib
 import json
 import math
 import os
 import random
 import re
 import shutil
-import traceback
+import tomllib
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,18 +26,18 @@ from minicai import InputError, RunError
 from minicai.engine import hub
 from minicai.prompts import Prompt, render, split_transcript
 
-FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
+OLD = ".old.tmp"  # ends the name of a folder that is being removed
 
 
 # --- writing --------------------------------------------------------------------------------------
 
 
 @contextmanager
-def disk_full_guard(path: Path, temporary: Path | None = None) -> Iterator[None]:
+def disk_guard(path: Path, temporary: Path | None = None) -> Iterator[None]:
     """Wraps what writes `path`, or `temporary`, which is to replace it and is removed on an error.
 
-    Raises RunError where the disk is full. Libraries raise errors of their own then, so the
-    system's words are looked for in the whole chain of errors.
+    Raises RunError where the system refuses: the disk is full, or broken, or read-only. Libraries
+    raise errors of their own then, so the system's word is looked for behind every error.
     """
     try:
         yield
@@ -43,17 +45,27 @@ def disk_full_guard(path: Path, temporary: Path | None = None) -> Iterator[None]
         if temporary and temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         elif temporary:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
         raise_interrupt(error)
-        wrapped = [inner for inner, _ in getattr(error, "failures", {}).values()]
-        said = "".join("".join(traceback.format_exception(e)) for e in (error, *wrapped))
-        reasons = [reason for reason in FULL if reason in said]
-        if reasons and not isinstance(error, RunError):
+        reason = system_error(error)
+        if reason and not isinstance(error, InputError | RunError | KeyboardInterrupt):
             raise RunError(
-                f"{path}: cannot be written: {reasons[0]}; all files are complete: free some "
-                f"space, and the same command resumes"
+                f"{path}: cannot be written: {reason}; all files are complete: where that is "
+                f"mended, the same command (without --overwrite) resumes"
             ) from error
         raise
+
+
+def system_error(error: BaseException | None) -> str:
+    """What the system said in an error or in those behind it; "" where it said nothing."""
+    if error is None:
+        return ""
+    rust = re.search(r"([^:]+) \(os error \d+\)", str(error))  # a library in Rust quotes it
+    said = rust[1].strip() if rust else getattr(error, "strerror", "")
+    behind = [inner for inner, _ in getattr(error, "failures", {}).values()]  # of a checkpoint
+    behind.append(error.__cause__ or error.__context__)
+    return said or next(filter(None, map(system_error, behind)), "")
 
 
 def raise_interrupt(error: BaseException) -> None:
@@ -63,35 +75,63 @@ def raise_interrupt(error: BaseException) -> None:
             raise KeyboardInterrupt from error
 
 
-def _sync(path: Path, text: str, mode: str) -> None:
-    with open(path, mode, encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+def sync(path: Path) -> None:
+    """Returns when a file's contents, or the names in a folder, are on the disk.
+
+    What is not synced before a power cut may be lost, a rename too.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot sync folders
+            raise
+    finally:
+        os.close(handle)
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it, each on the disk when this returns."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
+
+
+def discard(folder: Path) -> None:
+    """Removes a folder in one step: after a kill it is whole, or no longer there.
+
+    It is renamed first. What a kill left of an earlier removal is removed too.
+    """
+    doomed = folder.with_name(folder.name + OLD)
+    shutil.rmtree(doomed, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, doomed)
+        sync(folder.parent)
+        shutil.rmtree(doomed)
 
 
 def write_atomic(path: Path, text: str) -> None:
     """Replaces a file at once: after a kill it has the whole new text or the whole old one.
 
-    Raises RunError where the disk is full.
+    Raises RunError where it cannot be written.
     """
     temporary = path.with_name(path.name + ".tmp")
-    with disk_full_guard(path, temporary):
-        _sync(temporary, text, "w")
+    with disk_guard(path, temporary):
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+        sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
 
 
-def read_record(path: Path) -> dict:
-    """The record of a finished stage. Raises InputError where it is damaged."""
+def sha256(path: Path) -> str:
+    """The sum of a file's contents. Raises InputError where it cannot be read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
-        ) from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: is not the record of a stage")
-    return found
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
 
 
 def finite(value):
@@ -112,32 +152,52 @@ class Journal:
     def __init__(self, path: Path, group: int = 1, total: int | None = None):
         self.path, self.name, self.mirror = path, path.stem, None
         self.group, self.total = group, total
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-        self.rows = [_object(line, f"{path}, line {k}") for k, line in enumerate(lines, 1)]
-        self.sizes = [len(line) + 1 for line in lines]  # bytes
-        self.keep(len(lines) if len(lines) == total else len(lines) - len(lines) % group)
+        self.rows, self.sizes = read_journal(path)
+        count = len(self.rows)
+        self.keep(count if count == total else count - count % group)
 
     def append(self, rows: list[dict]) -> None:
-        """Adds all the rows, or none where that fails. Raises RunError where the disk is full."""
+        """Adds all the rows, or none where that fails. Raises RunError where it cannot be written.
+
+        It cannot where another program has changed or removed the file.
+        """
         rows = [finite(row) for row in rows]
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        lines = [(json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows]
         if self.path:
+            self.check()
             try:
-                with disk_full_guard(self.path):
-                    _sync(self.path, "".join(lines), "a")
+                with disk_guard(self.path):
+                    with open(self.path, "ab") as file:
+                        file.writelines(lines)
+                    sync(self.path)
+                    if not self.rows:
+                        sync(self.path.parent)  # the file may be new
             except BaseException:
-                self.keep(len(self.rows))
+                with suppress(RunError):
+                    self.keep(len(self.rows))
                 raise
         if self.mirror:
             self.mirror(rows)
         self.rows += rows
-        self.sizes += [len(line.encode()) for line in lines]
+        self.sizes += map(len, lines)
+
+    def check(self) -> None:
+        """Raises RunError where the file does not hold just these rows."""
+        if not self.path:
+            return
+        size = os.path.getsize(self.path) if os.path.exists(self.path) else 0
+        if size != sum(self.sizes):
+            raise RunError(
+                f"{self.path}: was removed or changed by another program; put it back, and the "
+                f"same command (without --overwrite) resumes"
+            )
 
     def keep(self, count: int) -> None:
         """Forgets all but the first `count` rows, as those logged after the latest checkpoint."""
         self.rows, self.sizes = self.rows[:count], self.sizes[:count]
         if self.path and self.path.exists():
-            os.truncate(self.path, sum(self.sizes))
+            with disk_guard(self.path):
+                os.truncate(self.path, sum(self.sizes))
 
 
 # --- orders and batches ---------------------------------------------------------------------------
@@ -151,6 +211,10 @@ def epoch_order(count: int, *seed: int) -> list[int]:
 
 def shuffled(items: Sequence, turn: int, count: int, *seed: int) -> list:
     """`count` items for each turn 0, 1, ...: epoch after epoch, each epoch shuffled by the seed."""
+    if count and not items:
+        raise InputError(
+            "[ppo] prompts: names no file; helpful_share = 1 samples from helpful_prompts only"
+        )
     chosen = []
     for number in range(turn * count, (turn + 1) * count):
         epoch, position = divmod(number, len(items))
@@ -187,36 +251,84 @@ def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 def split(rows: list[dict], share: float, seed: int) -> tuple[list[dict], list[dict]]:
     """Training and held-out pairs. All pairs of one prompt fall on the same side.
 
-    share: of the prompts, that which is held out, in expectation.
+    share: of the prompts, that which is held out, in expectation. Raises InputError where no
+    training pair prefers a response.
     """
     sides = [], []
     for row in rows:
         held = random.Random(f"{seed} {render(row['prompt'])}").random() < share
         sides[held].append(row)
+    if all(row["p_first"] == 0.5 for row in sides[0]):
+        raise InputError(
+            f"[rm] heldout = {share}: {len(sides[1])} of {len(rows)} pairs are held out, and none "
+            f"of the others says which response is better: nothing to train on"
+        )
     return sides
 
 
 # --- reading --------------------------------------------------------------------------------------
 
 
-def _object(line: str | bytes, where: str) -> dict:
-    """The JSON object in a line. Raises InputError that says where."""
-    try:
-        row = json.loads(line)
-        json.dumps(row, ensure_ascii=False).encode()  # JSON can spell half a surrogate pair
-    except ValueError as error:
-        raise InputError(f"{where}: not valid JSON ({getattr(error, 'msg', error)})") from error
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: expected a JSON object {{...}}, found {type(row).__name__}")
+# What a key holds wherever it occurs in a row that minicai wrote, or in a record, where it may be
+# the name of a principle too, which has an object.
+ROW = {
+    str: {"chosen", "critique", "final", "first", "initial", "rejected", "response", "second"},
+    str | None: {"kind", "principle", "rationale"},
+    float | int: {"step", "p_first", "logp_first", "logp_second"},
+    float | int | None: {"score", "kl", "loss"},
+    list: {"rounds", "votes", "corrects", "incorrects"},
+}
+RECORD = {
+    float | int | dict: {"count", "ece", "elo", "peak_rss_mb"},
+    float | int | dict | None: {"rate", "kl", "accuracy_vs_judge", "accuracy_vs_labels"},
+    list | dict: {"interval", "heldout_ids", "calibration", "harmful_by_round"},
+    dict: {"eval", "files", "intervals", "jailbreaks", "labels", "replayed", "revision", "run"},
+}
+
+
+class Found(dict):
+    """An object in a file of ours. A key that is missing is an InputError, which says where."""
+
+    def __missing__(self, key: str):
+        raise InputError(f'{self.where}: needs "{key}"')
+
+
+def _ours(where: str, kinds: dict, found: dict) -> Found:
+    """The object, once its keys have the right kinds. Raises InputError."""
+    for kind, names in kinds.items():
+        for name in names & found.keys():
+            if not isinstance(found[name], kind) or isinstance(found[name], bool):
+                said = json.dumps(found[name])[:80]
+                raise InputError(f'{where}: "{name}" cannot be {said}')
+    if "prompt" in found:
+        _prompt(found, where)
+    row = Found(found)
+    row.where = where
     return row
 
 
-def _text(path: str | Path) -> str:
+def _object(line: str, where: str, kinds: dict | None) -> dict:
+    """The JSON object in a line, with None for NaN and infinities. Raises InputError.
+
+    kinds: ROW or RECORD, where minicai wrote it; a missing key of it is an InputError, too.
+    """
+    try:
+        row = json.loads(line)
+        text = json.dumps(row, ensure_ascii=False).encode()  # JSON can spell half a surrogate pair
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not valid JSON ({getattr(error, 'msg', error)})") from error
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected a JSON object {{...}}, found {type(row).__name__}")
+    hook = partial(_ours, where, kinds) if kinds else None
+    return json.loads(text, parse_constant=lambda name: None, object_hook=hook)
+
+
+def _text(path: str | Path, encoding: str = "utf-8-sig", errors: str = "strict") -> str:
     """The text of a plain or gzipped file."""
     path = hub.data_file(path)
     opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rt", encoding="utf-8-sig") as file:
+        with opened(path, "rt", encoding=encoding, errors=errors, newline="") as file:
             return file.read()
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
@@ -224,24 +336,47 @@ def _text(path: str | Path) -> str:
         raise InputError(f"{path}: cannot be read: {error}") from error
 
 
-def _rows(path: str | Path) -> Iterator[tuple[int, str, dict]]:
+def read_record(path: Path) -> dict:
+    """The JSON object that a file of ours is. Raises InputError where it is damaged."""
+    return _object(_text(path), f"{path}", RECORD)
+
+
+def read_toml(path: Path) -> dict:
+    """The table that a file is. Raises InputError where it is damaged."""
+    try:
+        return tomllib.loads(_text(path))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid TOML: {error}") from error
+
+
+def read_journal(path: Path) -> tuple[list[dict], list[int]]:
+    """The rows of a stage's journal, and their sizes in bytes; none where there is no file.
+
+    What follows the last line end is torn, or being written. Raises InputError, with the line.
+    """
+    lines = _text(path, "utf-8", "surrogateescape").split("\n")[:-1] if path.exists() else []
+    rows = [_object(line, f"{path}, line {k}", ROW) for k, line in enumerate(lines, 1)]
+    return rows, [len(line.encode()) + 1 for line in lines]
+
+
+def _rows(path: str | Path, kinds: dict | None = None) -> Iterator[tuple[int, str, dict]]:
     """(number, where, object) of each line; or of each item, where the file is one JSON list."""
     text, kind = _text(path), "line"
     lines = text.split("\n")
     if text.lstrip().startswith("["):
         try:
             lines, kind = map(json.dumps, json.loads(text)), "item"
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: not a valid JSON list ({error})") from error
     for number, line in enumerate(lines, 1):
         if line.strip():
             where = f"{path}, {kind} {number}"
-            yield number, where, _object(line, where)
+            yield number, where, _object(line, where, kinds)
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
-    """The rows of a file with one JSON object per line. Raises InputError that names the line."""
-    return [row for _, _, row in _rows(path)]
+    """The rows of a file of ours with one JSON object per line. Raises InputError that names it."""
+    return [row for _, _, row in _rows(path, ROW)]
 
 
 def read_prompts(path: str | Path, limit: int = 0) -> list[Prompt]:
@@ -310,10 +445,7 @@ def read_preferences(path: str | Path, limit: int = 0) -> list[dict]:
         return []
     rows = []
     label = {"p_first": 1.0, "votes": [], "source": "human", "clamped": False}
-    for number, where, row in _rows(path):
-        for key in ("chosen", "rejected"):
-            if not isinstance(row.get(key), str):
-                raise InputError(f'{where}: needs the text "{key}"')
+    for number, where, row in _rows(path, ROW):
         first, second = row["chosen"], row["rejected"]
         if "prompt" in row:
             prompt = _prompt(row, where)

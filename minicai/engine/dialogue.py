@@ -9,13 +9,17 @@ Every function raises InputError where a chat template refuses a dialogue.
 """
 
 import re
+import signal
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from functools import lru_cache
 
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from minicai import InputError
 from minicai.engine import terminal
@@ -23,9 +27,13 @@ from minicai.prompts import Prompt, as_turns, render
 
 Pair = tuple[list[int], list[int], list[int]]  # ids: a prompt, the first and the second response
 Asked = str | list[dict]  # a text to continue, or a dialogue to answer (prompts.as_turns)
-# Llama 3's templates write today's date, and a run that is resumed tomorrow must see the same
-# prompts. Qwen 3's think aloud unless told not to: here a critique is asked for by itself.
-TEMPLATE = {"date_string": "26 Jul 2024", "enable_thinking": False}
+# Some templates write today's date, and a run that is resumed tomorrow must see the same prompts.
+# Some let the model think aloud unless told not to. Here a critique is asked for by itself.
+DAY = datetime(2024, 7, 26)
+TEMPLATE = {"date_string": "26 Jul 2024", "enable_thinking": False, "thinking": False}
+SECONDS = 5  # time limit of a template for one dialogue; it usually takes a millisecond
+# A generation prompt that ends like this leaves a block of thoughts open.
+THINKING = re.compile(r"([<\[])((?:\w+:)?(?:think|thought|reason)\w*)([>\]])(\s*)$", re.IGNORECASE)
 # Names of tokens that no text has, best first.
 SPARE = (
     r"pad",
@@ -45,38 +53,109 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
         raise InputError(f"{tokenizer.name_or_path}: {error}") from error
 
 
+@contextmanager
+def _time_limit() -> Iterator[None]:
+    """Raises TimeoutError after SECONDS. There is no limit outside of the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_) -> None:
+        raise TimeoutError(f"it has not ended after {SECONDS} seconds")
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    timer = signal.setitimer(signal.ITIMER_REAL, SECONDS, SECONDS)  # jinja may catch the first
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def _by_chance(*_) -> None:
+    raise TemplateError("it draws at random")
+
+
 def _templated(
-    tokenizer: PreTrainedTokenizerBase, turns: list[dict], tokenize: bool = True, **how
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    turns: list[dict],
+    tokenize: bool = True,
+    **how,
 ) -> list[int] | str:
     """A dialogue in the form of the chat template, as token ids or as text."""
     how |= TEMPLATE | {"sanitize_control_tokens": tokenize, "return_dict": False}
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=tokenize, **how)
-    except (TemplateError, TypeError, ValueError) as error:
+        with _time_limit():
+            compiled = _compile_jinja_template(template)  # transformers keeps it for the next time
+            compiled.globals |= {"strftime_now": DAY.strftime, "lipsum": _by_chance}
+            compiled.environment.filters["random"] = _by_chance
+            return tokenizer.apply_chat_template(
+                turns, chat_template=template, tokenize=tokenize, **how
+            )
+    except Exception as error:  # a template is a program and may raise anything
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise InputError(
-            f"{tokenizer.name_or_path}: its chat template refuses a dialogue: {error}"
+            f"{tokenizer.name_or_path}: its chat template refuses a dialogue: {reason}"
         ) from error
 
 
-def _plain(tokenizer: PreTrainedTokenizerBase, asked: Asked, answer: str = "") -> list[int]:
-    """The ids without a template, with the token that begins all texts where there is one.
+@lru_cache(maxsize=8)
+def _form(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, int]:
+    """The chat template with all that comes before an answer, and the token that ends an answer.
 
-    The token that ends all texts is left out, since an answer follows.
+    What the template writes before every answer belongs to the prompt: a header that the generation
+    prompt lacks, or an empty block of thoughts. A block that the generation prompt opens, and no
+    answer closes, is closed as Qwen 3's template does it.
     """
-    text = (asked if isinstance(asked, str) else render(asked)) + answer
-    ids = tokenizer(text, split_special_tokens=True)["input_ids"]
-    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
+    if not template:
+        return "", tokenizer.eos_token_id
+    asked, answer = ({"role": role, "content": MARK} for role in ("user", "assistant"))
+    how = {"tokenize": False, "add_generation_prompt": True}
+    opening = _templated(tokenizer, template, [asked], **how)
+    whole = _templated(tokenizer, template, [asked, answer], tokenize=False)
+    before, _, after = whole.rpartition(MARK)
+    if MARK not in opening or MARK not in before:
+        raise InputError(f"{tokenizer.name_or_path}: its chat template leaves out what a turn says")
+    rest = before[len(opening) :] if before.startswith(opening) else ""
+    opened = THINKING.search(opening + rest)
+    if opened:
+        left, name, right, blank = opened.groups()
+        rest += "\n" * (2 - len(blank)) + f"{left}/{name}{right}\n\n"
+    elif not before.startswith(opening):
+        terminal.warn(
+            f"{tokenizer.name_or_path}: its chat template asks for an answer with "
+            f"{opening[-40:]!r}, and does not write its answers so; check the first batch"
+        )
+    if rest.strip():
+        template = template.removesuffix("\n") + f"{{{{ {rest!r} if add_generation_prompt }}}}"
+    added = tokenizer.added_tokens_decoder.items()
+    special = {k for k, token in added if token.special} | {tokenizer.eos_token_id}
+    for k in tokenizer(after, add_special_tokens=False)["input_ids"]:
+        if k in special:
+            return template, k
+    return template, tokenizer.eos_token_id
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, asked: Asked) -> list[int]:
-    """Token ids of what a model is given, up to where its own words begin.
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, asked: Asked, answer: str | None = None
+) -> list[int]:
+    """Token ids of what a model is given, up to where its own words begin; or of an answer, too.
 
     With a chat template a text becomes one turn of the user, since a chat model can be asked in no
-    other way. So it does not take the conversation in the text for its own.
+    other way. So it does not take the conversation in the text for its own. Without a template the
+    token that begins all texts is there, where there is one, and the one that ends them is not.
     """
-    if not template_of(tokenizer):
-        return _plain(tokenizer, asked)
-    return _templated(tokenizer, as_turns(asked), add_generation_prompt=True)
+    template, _ = _form(tokenizer, template_of(tokenizer))
+    if template:
+        turns = as_turns(asked)
+        if answer is None:
+            return _templated(tokenizer, template, turns, add_generation_prompt=True)
+        turns.append({"role": "assistant", "content": answer})
+        return _templated(tokenizer, template, turns, continue_final_message=True)
+    text = asked if isinstance(asked, str) else render(asked)
+    ids = tokenizer(text + (answer or ""), split_special_tokens=True)["input_ids"]
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
 
 
 def encode_answer(
@@ -89,12 +168,8 @@ def encode_answer(
     model is given when it answers, and where the template changes or refuses the answer.
     """
     whole = []
-    if not template_of(tokenizer):
-        whole = _plain(tokenizer, asked, text)
-    else:
-        turns = [*as_turns(asked), {"role": "assistant", "content": text}]
-        with suppress(InputError):
-            whole = _templated(tokenizer, turns, continue_final_message=True)
+    with suppress(InputError):
+        whole = encode_prompt(tokenizer, asked, text)
     if len(whole) > len(prompt) and whole[: len(prompt)] == list(prompt):
         return whole[len(prompt) :]
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -122,6 +197,33 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, row: dict) -> Pair:
     cut = row.get("cut", ())
     prompt, first = encode(tokenizer, row["prompt"], row["first"], "first" not in cut)
     return prompt, first, encode(tokenizer, row["prompt"], row["second"], "second" not in cut)[1]
+
+
+def encode_learned(
+    tokenizer: PreTrainedTokenizerBase, learned: Sequence[tuple], limit: int, source: str
+) -> list[tuple]:
+    """encode() of each (prompt, response, whether it ended by itself), as training sees them.
+
+    The files of earlier versions do not say whether a response ended (None). Then one that is as
+    long as the limit, in tokens, counts as cut off, and a warning names `source`.
+    Raises InputError where there is nothing to learn.
+    """
+    if not learned:
+        raise InputError(
+            f"{source}: no response is left to train on: each revision is empty or has a fault "
+            f"that [sl] drop names, and there are no answers to [sl] helpful_prompts"
+        )
+    if None in [ended for *_, ended in learned]:
+        terminal.warn(
+            f"{source}: rows of an earlier version do not say which responses the length limit cut "
+            f"off: this is guessed from their lengths"
+        )
+    encoded = []
+    for prompt, response, ended in learned:
+        ids, answer = encode(tokenizer, prompt, response)
+        ended = len(answer) <= limit if ended is None else ended
+        encoded.append((ids, answer if ended else answer[:-1]))
+    return encoded
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], ended: bool) -> str:
@@ -166,20 +268,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
 
     Without a template, or such a token, it is the end of sequence.
     """
-    return _end_of_turn(tokenizer, template_of(tokenizer))
-
-
-@lru_cache(maxsize=8)
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
-    if template:
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
-        after = _templated(tokenizer, turns, tokenize=False).rpartition(MARK)[2]
-        added = tokenizer.added_tokens_decoder.items()
-        special = {k for k, token in added if token.special} | {tokenizer.eos_token_id}
-        for k in tokenizer(after, add_special_tokens=False)["input_ids"]:
-            if k in special:
-                return k
-    return tokenizer.eos_token_id
+    return _form(tokenizer, template_of(tokenizer))[1]
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig | None) -> set[int]:
@@ -241,11 +330,7 @@ def same_form(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> b
     return forms[0] == forms[1]
 
 
-def show_first(
-    label: str,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[tuple],
-) -> None:
+def show_first(label: str, tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple]) -> None:
     """Prints two sequences (ids of prompt and response) of the first batch as the model reads them.
 
     The trained tokens are coloured, or in brackets. Look here first where a model learns nothing,

@@ -8,9 +8,14 @@ from then on. Only settings, tokenizer and safetensors of a model are fetched, n
 import difflib
 import hashlib
 import json
+import os
 import re
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 from minicai import InputError
 
@@ -19,6 +24,31 @@ MODEL = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revisi
 SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 TOKENIZER = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken")
 COPIES = ("*/*", "consolidated*")  # other programs' copies of the same weights
+# What decides a model's answers. A stage's folder has other files beside them.
+DECIDING = ("config.json", "generation_config.json", "*token*.json", "*.index.json", "*.jinja")
+DECIDING += ("vocab*", "merges.txt", "*.model", "*.tiktoken", "*.safetensors")
+SUMS = Path(os.path.expanduser("~/.cache/minicai/sums"))
+LARGE = 16 << 20  # bytes
+LAYERS = 10_000  # to build more of them takes longer than anybody waits
+QUANTISED = (
+    "its weights are quantised, and training needs floating point; name the model that they were "
+    "made from, or dequantise them and save them in bfloat16"
+)
+REFUSED = {  # keys of a model's settings that cannot be met, and what to do
+    "auto_map": "the model brings code of its own, which is never run here; if transformers knows "
+    "its model_type, remove auto_map",
+    "quantization_config": QUANTISED,
+    "compression_config": QUANTISED,
+    "quantization": QUANTISED,
+    "transformers_weights": "its weights are in a file of another name; call it model.safetensors, "
+    "and remove transformers_weights",
+}
+UNAVAILABLE = {  # what the hub's errors mean
+    "GatedRepoError": "it requires agreeing to its terms there (then: hf auth login)",
+    "RepositoryNotFoundError": "there is nothing of that name, or it is private (then: hf auth "
+    "login)",
+    "RevisionNotFoundError": "it has no such revision",
+}
 
 
 def is_name(path: str) -> bool:
@@ -26,15 +56,18 @@ def is_name(path: str) -> bool:
     return bool(MODEL.fullmatch(path)) and not Path(path).exists()
 
 
+def _local(path: str | Path) -> Path:
+    name = str(path)
+    return PACKAGE / name.removeprefix("minicai:") if name.startswith("minicai:") else Path(path)
+
+
 def model_folder(path: str, weights: bool = True) -> Path:
     """The folder itself, or the one in the hub's cache. weights: with weights, not only settings.
 
     Raises InputError where it is not on this machine and cannot be fetched.
     """
-    if path.startswith("minicai:"):
-        return PACKAGE / path.removeprefix("minicai:")
     if not is_name(path):
-        return Path(path)
+        return _local(path)
     name = MODEL.fullmatch(path)
     wanted = [*SETTINGS, "*.safetensors"] if weights else list(SETTINGS)
     what = {"repo_id": name["repo"], "revision": name["revision"]}
@@ -43,19 +76,13 @@ def model_folder(path: str, weights: bool = True) -> Path:
     def complete(folder):  # another program may have cached the config only
         return _has_weights(folder, weights) and any(any(folder.glob(p)) for p in TOKENIZER)
 
-    found = _fetch(f"{path} is not a model folder", what, complete)
-    if not _has_weights(found, weights):
-        lacks = "weights as safetensors" if (found / "config.json").exists() else "config.json"
-        raise InputError(f"{path}: on the hub it has no {lacks}")
-    return found
+    return _fetch(f"{path} is not a model folder", what, complete)
 
 
 def data_file(path: str | Path) -> Path:
     """The path itself, or where the cache has `hub:owner/name/path`. Raises InputError."""
-    if str(path).startswith("minicai:"):
-        return PACKAGE / str(path).removeprefix("minicai:")
     if not str(path).startswith("hub:"):
-        return Path(path)
+        return _local(path)
     owner, name, file = [*str(path).removeprefix("hub:").split("/", 2), "", ""][:3]
     if not file:
         raise InputError(
@@ -75,23 +102,47 @@ def _has_weights(folder: Path, weights: bool) -> bool:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the files that hold a model's weights: one, or those of its index."""
+    """Names of the files that hold a model's weights: one, or else those of its index.
+
+    Raises InputError where the index cannot be read, or names files outside the folder.
+    """
     index = folder / "model.safetensors.index.json"
-    if not index.exists():
+    if (folder / "model.safetensors").exists() or not index.exists():
         return ["model.safetensors"]
-    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    files = _settings(index).get("weight_map")
+    if not isinstance(files, dict):
+        raise InputError(f"{index}: has no weight_map; fetch or save the model again")
+    for file in files.values():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise InputError(
+                f"{index}: names weights outside its folder ({file}); put all files of the model "
+                f"into one folder, and their plain names into the index"
+            )
+    return sorted(set(files.values()))
+
+
+def tensors(folder: Path) -> dict[str, tuple[Path, list[int]]]:
+    """{key: its file and shape} of a folder's weights. Only the headers of the files are read.
+
+    Raises InputError where a file is missing, truncated or no safetensors.
+    """
+    found = {}
+    for name in weight_files(folder):
+        file = folder / name
+        try:
+            with safe_open(file, "numpy") as stored:
+                for key in sorted(stored.keys()):
+                    found[key] = file, stored.get_slice(key).get_shape()
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"{file}: cannot be read as safetensors: {error}; fetch or save the model again"
+            ) from error
+    return found
 
 
 def _fetch(complaint: str, what: dict, complete: Callable[[Path], bool]) -> Path:
     """The folder of a snapshot in the cache; it is fetched where the cached one is incomplete."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
     try:
         folder = Path(snapshot_download(**what, local_files_only=True))
@@ -101,59 +152,92 @@ def _fetch(complaint: str, what: dict, complete: Callable[[Path], bool]) -> Path
         pass  # it is not cached, or not completely
     try:
         return Path(snapshot_download(**what))
-    except GatedRepoError:
-        reason = "it requires agreeing to its terms there (then: hf auth login)"
-    except RepositoryNotFoundError:
-        reason = "there is nothing of that name, or it is private (then: hf auth login)"
-    except RevisionNotFoundError:
-        reason = f"it has no revision {what['revision']}"
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = f"it cannot be reached from here ({str(error).partition(chr(10))[0].rstrip('.')})"
+    except (OSError, ValueError) as error:
+        said = str(error).partition("\n")[0].rstrip(".")
+        reason = UNAVAILABLE.get(type(error).__name__, f"it cannot be reached from here ({said})")
     raise InputError(f"{complaint} on this machine, nor available from the hub: {reason}")
+
+
+def _settings(file: Path) -> dict:
+    """What a JSON file says; {} where there is none. Raises InputError where it is no object."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file}: cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{file}: is no JSON object; fetch or save the model again")
+    return found
 
 
 def require_folder(path: str, what: str, weights: bool = True) -> Path:
     """A model folder of this machine or the hub. what: the setting that names it.
 
-    Raises InputError where there is none, with the nearest name, and where a model could only be
-    used by running code that it brings.
+    Raises InputError where there is none, with the nearest name, and where its files show that it
+    cannot be used: an adapter, code of its own, quantised weights, pickles, damaged files.
+    load.opened checks what needs transformers.
     """
     try:
         folder = model_folder(path, weights)
     except InputError as error:
         raise InputError(f"{what}: {error}") from error
+    adapter = folder / "adapter_config.json"
+    if adapter.exists():
+        raise InputError(
+            f"{folder}: is an adapter of {_settings(adapter).get('base_model_name_or_path')}, not "
+            f"a model; merge both with peft: AutoPeftModelForCausalLM.from_pretrained("
+            f"{str(folder)!r}).merge_and_unload().save_pretrained('merged'), save the tokenizer "
+            f"there too, and name that folder"
+        )
     if not (folder / "config.json").is_file():
         names = [p.parent.name for p in folder.parent.glob("*/config.json")]
         near = difflib.get_close_matches(folder.name, names, 1, 0.4)
         hint = f"; did you mean {folder.parent / near[0]}?" if near else ""
         raise InputError(f"{what}: {folder} is not a model folder (no config.json){hint}")
     for name in ("config.json", "tokenizer_config.json"):
-        try:
-            settings = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue  # transformers complains when it reads the file
-        if isinstance(settings, dict) and "auto_map" in settings:
-            raise InputError(
-                f"{folder / name}: the model brings code of its own (auto_map), which is never run "
-                f"here; if transformers knows its model_type ({settings.get('model_type')}), "
-                f"remove auto_map from the file"
-            )
+        for key, value in _settings(folder / name).items():
+            if value and key in REFUSED:
+                raise InputError(f"{folder / name}: {key}: {REFUSED[key]}")
+            if key.endswith(("layer", "layers")) and isinstance(value, int) and value > LAYERS:
+                raise InputError(f"{folder / name}: {key} is {value}, and no model has so many")
+    if not weights:
+        return folder
     pickles = [path.name for p in ("*.bin", "*.pt", "*.pth") for path in folder.glob(p)]
     if pickles and not any(folder.glob("*.safetensors")):
         raise InputError(
             f"{folder}: its weights are pickles ({min(pickles)}), and reading one can run any "
             f"code; convert them to safetensors"
         )
+    tensors(folder)
     return folder
 
 
 def weights_sha256(folder: str | Path) -> str:
-    """sha256 of all that decides a model's answers: config, tokenizer, weights, by name."""
-    digest = hashlib.sha256()
-    for file in sorted(model_folder(str(folder)).iterdir()):
-        named = ("config.json", "tokenizer.json", "tokenizer_config.json")
-        if file.name in named or file.suffix == ".safetensors":
-            with open(file, "rb") as content:
-                found = hashlib.file_digest(content, "sha256").hexdigest()
-            digest.update(f"{file.name} {found}\n".encode())
+    """sha256 of all that decides a model's answers: settings, tokenizer, template, weights."""
+    digest, folder = hashlib.sha256(), model_folder(str(folder))
+    for file in sorted({file for pattern in DECIDING for file in folder.glob(pattern)}):
+        digest.update(f"{file.name} {_sha256(file)}\n".encode())
     return digest.hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    """sha256 of a file. That of a large one is kept in SUMS, by its path, size, times and inode.
+
+    So 16 GB of weights are read once and not at every start. The limit: contents that change under
+    the same size, times and inode, as on a failing disk, are not seen.
+    """
+    facts = file.stat()
+    stamp = file.resolve(), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino
+    kept = SUMS / hashlib.sha256(repr(stamp).encode()).hexdigest()
+    with suppress(OSError, ValueError):
+        if facts.st_size >= LARGE and len(kept.read_text()) == 64:
+            return kept.read_text()
+    with open(file, "rb") as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    # Within one tick of a file system's clock a second change would show the same times.
+    if facts.st_size >= LARGE and facts.st_mtime < time.time() - 2:
+        with suppress(OSError):  # without a cache it takes longer
+            SUMS.mkdir(parents=True, exist_ok=True)
+            kept.write_text(found)
+    return found

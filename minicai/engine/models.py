@@ -10,8 +10,10 @@ no padding goes through their layers (attention.py).
 Legend: B sequences, T tokens, D hidden size, V vocabulary, N tokens without padding.
 """
 
-import math
+import reprlib
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from minicai import InputError
+from minicai import InputError, RunError
 from minicai.engine import parallel
 from minicai.engine.adapters import same_role
 from minicai.engine.attention import Packed, Shared, through
@@ -151,7 +153,7 @@ def in_micro_batches(
         if whole is None:
             whole = found.new_zeros(len(batch.ids), *found.shape[1:])
         whole[rows] = found
-    return parallel.total(whole)
+    return require_finite(parallel.total(whole), model, function.__name__)
 
 
 @torch.no_grad()
@@ -162,8 +164,19 @@ def scored_pairs(
     scores = torch.zeros(2, len(pairs), device=model.device)
     for rows in micro_rows(pair_lengths(pairs), micro_tokens):
         scores[:, rows] = torch.stack(pair_scores(model, [pairs[k] for k in rows]))
-    first, second = parallel.total(scores)
+    first, second = require_finite(parallel.total(scores), model, "scores")
     return first, second
+
+
+def require_finite(numbers: Tensor | float, model: PreTrainedModel, what: str) -> Tensor | float:
+    """The numbers, which the model computed. Raises RunError where one is NaN or infinite."""
+    if not torch.as_tensor(numbers).isfinite().all():
+        raise RunError(
+            f"the model from {model.name_or_path}: {what.replace('_', ' ')} are not finite: its "
+            f"weights have diverged (lower the lr), or a number overflows in "
+            f"{parallel.precision()} (set precision = fp32)"
+        )
+    return numbers
 
 
 def pair_lengths(pairs: Sequence[Pair]) -> list[int]:
@@ -175,32 +188,34 @@ def score_texts(function: Callable, prompts: Sequence[Prompt], responses: Sequen
     """Scores [B] of a reward function: function(prompts, responses) -> one number per response.
 
     A prompt is the question as text, or the whole conversation where it has several turns. The
-    first process calls it. Raises InputError where it does not return finite numbers.
+    first process calls it. Raises InputError where it fails, or returns anything else.
     """
-    name = getattr(function, "__name__", str(function))
     questions = []
     for prompt in prompts:
         turns = as_turns(prompt)
         questions.append(turns[0]["content"] if len(turns) == 1 else render(prompt).strip())
 
     def call():
-        found = function(questions, list(responses))
+        name = f"reward function {getattr(function, '__name__', function)}"
         try:
-            return list(map(float, found))
-        except (TypeError, ValueError) as error:
-            kind = type(found).__name__
+            found = function(questions, list(responses))
+            with suppress(TypeError, ValueError):
+                scores = torch.tensor(list(map(float, found)))
+                if len(scores) == len(responses) and scores.isfinite().all():
+                    return scores
+        except (InputError, RunError):
+            raise
+        except Exception as error:
+            *_, place = traceback.extract_tb(error.__traceback__)[:2]  # in the function itself
             raise InputError(
-                f"reward function {name}: expected a list of numbers, got {kind} ({error})"
+                f"{name} ({place.filename}, line {place.lineno}): {type(error).__name__}: {error}"
             ) from error
-
-    scores = parallel.once(call)
-    if len(scores) != len(responses) or not all(map(math.isfinite, scores)):
-        some = " of which some are not finite" if len(scores) == len(responses) else ""
         raise InputError(
-            f"reward function {name}: expected {len(responses)} finite numbers, one for each "
-            f"response, got {len(scores)}{some}"
+            f"{name}: expected {len(responses)} finite numbers, one for each response, got "
+            f"{reprlib.repr(found)}"
         )
-    return torch.tensor(scores, device=parallel.device())
+
+    return parallel.once(call).to(parallel.device())
 
 
 # --- models that do not train, and models that save memory ----------------------------------------

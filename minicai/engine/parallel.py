@@ -55,10 +55,6 @@ def setup(device: str = "auto", precision: str = "auto", timeout: int = 1800) ->
     timeout: seconds that a rank may keep the others waiting before all of them stop.
     Raises InputError where the device is not available.
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"device must be auto, cpu or cuda, not {device!r}")
-    if precision not in ("auto", "fp32", "bf16"):
-        raise InputError(f"precision must be auto, fp32 or bf16, not {precision!r}")
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise InputError("device cuda: no CUDA device is available here; use --device=cpu")
@@ -69,17 +65,24 @@ def setup(device: str = "auto", precision: str = "auto", timeout: int = 1800) ->
         precision = "bf16" if fast else "fp32"
     if device == "cpu":
         _keep_freed_memory()
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes = launched("WORLD_SIZE", "1")
     if processes > 1 and device == "cuda":
-        local, here = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        local, here = launched("LOCAL_RANK"), torch.cuda.device_count()
         if local >= here:
-            many = f"{os.environ['LOCAL_WORLD_SIZE']} processes on a host with {here} CUDA devices"
-            raise InputError(f"{many}: each needs its own")
+            raise InputError(f"process {local + 1} on a host with {here} CUDA devices: too many")
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
     if processes > 1 and not dist.is_initialized():
         _join("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", timeout)
     _process.update(device=torch.device(device), precision=precision)
+
+
+def launched(variable: str, alone: str = "") -> int:
+    """A number that torchrun tells its processes; without torchrun, `alone`. Raises InputError."""
+    told = os.environ.get(variable, alone)
+    if not told.isdecimal():
+        raise InputError(f"{variable} is {told or 'not set'}: start the processes with torchrun")
+    return int(told)
 
 
 def device() -> torch.device:
@@ -113,7 +116,14 @@ def _join(backend: str, timeout: int) -> None:
 
     A rank that fails prints the reason and exits at once, and then the others stop too.
     """
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    except (ValueError, RuntimeError) as error:  # a variable is missing, or nobody answers
+        kind = InputError if isinstance(error, ValueError) else RunError
+        raise kind(
+            f"this process cannot join the others at {os.environ.get('MASTER_ADDR', '?')} "
+            f"({str(error).splitlines()[0]}); start all of them with torchrun, within {timeout} s"
+        ) from error
     atexit.register(dist.destroy_process_group)
     if dist.get_rank():
         terminal.QUIET, sys.stdout = True, open(os.devnull, "w")  # noqa: SIM115

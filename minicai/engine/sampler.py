@@ -13,7 +13,8 @@ Legend: B rows that are being decoded, T tokens, V vocabulary, D hidden size.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -25,7 +26,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from minicai import InputError
 from minicai.critique import Generate
 from minicai.engine import parallel
-from minicai.engine.attention import Slots, last_hidden
+from minicai.engine.attention import Slots, context_length, last_hidden
 from minicai.engine.dialogue import (
     Asked,
     decode,
@@ -34,9 +35,9 @@ from minicai.engine.dialogue import (
     encode_prompt,
     end_ids,
 )
-from minicai.engine.load import load_config, load_tokenizer
-from minicai.engine.models import apply_head, shared_hidden_states
-from minicai.engine.terminal import Progress
+from minicai.engine.load import load_tokenizer, opened
+from minicai.engine.models import apply_head, require_finite, shared_hidden_states
+from minicai.engine.terminal import Progress, warn
 from minicai.feedback import Choose
 from minicai.prompts import CHOICES, Prompt, as_turns
 
@@ -79,16 +80,12 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor, temperature: float) -> tuple[Ten
         cdf_BV = p_BV.double().cumsum(-1)
         points_B1 = (uniforms_B * cdf_BV[:, -1])[:, None]
         tokens_B = torch.searchsorted(cdf_BV, points_B1, right=True).squeeze(-1)
+        tokens_B = tokens_B.clamp(max=cdf_BV.shape[-1] - 1)  # NaN is nowhere: see generate
     entropies_B = -(p_BV * logp_BV.clamp(min=-100)).sum(-1)  # where p is 0, 0 log 0 = 0
     return tokens_B, logp_BV.gather(-1, tokens_B[:, None]).squeeze(-1), entropies_B
 
 
 # --- does it fit the model's context? -------------------------------------------------------------
-
-
-def context_length(config: PretrainedConfig) -> float:
-    """Tokens that a model can read; infinite where its config names no number."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or float("inf")
 
 
 def check_lengths(
@@ -99,32 +96,57 @@ def check_lengths(
     new_tokens: the most that may follow, the end of sequence included.
     source: the file of the prompts, for the message.
     """
-    sizes, context = [len(prompt) for prompt in prompts], context_length(config)
-    name = f"{source}: prompt" if source else "prompt"
-    if 0 in sizes:
-        raise InputError(f"{name} {sizes.index(0) + 1} has no tokens")
-    longest = max(sizes, default=0)
-    if sizes and context and longest + new_tokens > context:
-        name = f"{name} {sizes.index(longest) + 1}" if source else "a prompt"
-        raise InputError(
-            f"{name} has {longest} tokens, which with {new_tokens} new ones exceeds the model's "
-            f"context of {context}; shorten the prompt or lower max_new_tokens"
-        )
+    context, name = context_length(config), f"{source}: prompt" if source else "prompt"
+    for k, size in enumerate(map(len, prompts), 1):
+        if not size:
+            raise InputError(f"{name} {k} has no tokens")
+        if size + new_tokens > context:
+            raise InputError(
+                f"{name} {k} has {size} tokens, which with {new_tokens} new ones exceeds the "
+                f"model's context of {context}; shorten the prompt or lower max_new_tokens"
+            )
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Says where, when the chat template refuses a dialogue."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def check_prompts(
     model: PreTrainedModel, prompts: Sequence[Prompt], new_tokens: int, source: str
 ) -> None:
     """check_lengths of prompts as the model reads them, before any work is done."""
-    encoded = [encode_prompt(model.tokenizer, as_turns(prompt)) for prompt in prompts]
+    encoded = []
+    for number, prompt in enumerate(prompts, 1):
+        with _named(f"{source}: prompt {number}"):
+            encoded.append(encode_prompt(model.tokenizer, as_turns(prompt)))
     check_lengths(model.config, encoded, new_tokens, source)
 
 
-def check_pairs(model: PreTrainedModel, rows: Sequence[dict], source: str) -> None:
-    """check_lengths of given preference pairs, rows of comparisons.jsonl."""
-    pairs = [encode_pair(model.tokenizer, row) for row in rows]
-    texts = [prompt + response for prompt, *both in pairs for response in both]
-    check_lengths(model.config, texts, 0, source)
+def usable_pairs(model: PreTrainedModel, rows: Sequence[dict]) -> list[dict]:
+    """Given preference pairs, rows of comparisons.jsonl, but for those of two equal responses.
+
+    Warns of these, and of rows that do not say which responses the length limit cut off. Raises
+    InputError where one does not fit the context.
+    """
+    for row in rows:
+        with _named(f"pair {row['id']}"):
+            prompt, *responses = encode_pair(model.tokenizer, row)
+        texts = [prompt + response for response in responses]
+        check_lengths(model.config, texts, 0, f"pair {row['id']}, with its response")
+    if unknown := sum("cut" not in row and row["source"] != "human" for row in rows):
+        warn(
+            f"{unknown} pairs do not say whether the length limit cut off a response, as in files "
+            f"of earlier versions: read as if it had cut off none"
+        )
+    different = [row for row in rows if row["first"] != row["second"]]
+    if len(different) < len(rows):
+        warn(f"{len(rows) - len(different)} pairs of two equal responses are left out")
+    return different
 
 
 def check_requests(
@@ -141,7 +163,7 @@ def check_requests(
         tokenizer = load_tokenizer(path)
         encoded = [encode_prompt(tokenizer, request) for request in requests]
         source = f"{what} to {path}, with its examples and principles"
-        check_lengths(load_config(path), encoded, new_tokens, source)
+        check_lengths(opened(path)[0].config, encoded, new_tokens, source)
 
 
 # --- sampling -------------------------------------------------------------------------------------
@@ -161,7 +183,8 @@ def generate(
 
     ends: the tokens that end a completion; by default those of the model (dialogue.end_ids).
     heard(k, token) is called for each token of prompt k as it is sampled.
-    Raises InputError where a prompt is empty, or does not fit the context.
+    Raises InputError where a prompt is empty, or does not fit the context, and RunError where
+    logits are not finite.
     """
     ends = end_ids(model.tokenizer, model.generation_config) if ends is None else ends
     limits = how.max_new_tokens
@@ -181,6 +204,7 @@ def generate(
             hidden_BD = last_hidden(model, slots, starts, feeds)
             logits_BV = apply_head(model.get_output_embeddings(), hidden_BD)
             drawn = [x.tolist() for x in draw(logits_BV, points_B, how.temperature)]
+            require_finite(sum(drawn[1]), model, "logits")
             for row, token, logprob, entropy in zip(running, *drawn):
                 found = completions[row.number]
                 found.ids.append(token)
@@ -330,11 +354,9 @@ def responder(
 
     stream: in front of each seed; it keeps the random numbers of stages apart.
     """
-
-    def complete(asked, seeds):
-        return respond(model, asked, [(stream, *seed) for seed in seeds], how, progress)[0]
-
-    return complete
+    return lambda asked, seeds: respond(
+        model, asked, [(stream, *seed) for seed in seeds], how, progress
+    )
 
 
 def turn_size(rows: int) -> int:
@@ -368,6 +390,7 @@ def choice_logprobs(
         check_lengths(model.config, texts, max(map(len, options)))
         with parallel.autocast():
             results[members] = _option_logprobs(model, texts, options, rows).cpu()
+    require_finite(results, model, "log-probs")
     return results.tolist()
 
 
@@ -392,10 +415,8 @@ def _option_logprobs(
             hidden, tree = shared_hidden_states(model, [texts[k] for k in batch])
             logits_BTV = apply_head(output, hidden[tree.tails(len(head) + 1)])
             logp_BTV = logits_BTV.log_softmax(-1)
-            logp_B = torch.zeros(len(batch), device=model.device)  # of the head
-            for t, token in enumerate(head):
-                logp_B = logp_B + logp_BTV[:, t, token]
             for column, option in enumerate(options):
                 if option[:-1] == head:
-                    found[batch, column] = logp_B + logp_BTV[:, -1, option[-1]]
+                    steps = [logp_BTV[:, t, token] for t, token in enumerate(option)]
+                    found[batch, column] = sum(steps)
     return found

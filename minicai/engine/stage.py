@@ -16,33 +16,50 @@
 OUT/STAGE/config.toml has the resolved settings and sha256 sums of all that the stage reads: data
 files, models, constitution, and the code that makes its numbers. A run whose settings, inputs or
 code have changed says so by name, and resumes only with --accept-changes. Paths may change.
+One process works in a folder: it locks OUT/.STAGE.lock. The record, OUT/STAGE/stage.json, has the
+sha256 sums of what the stage has made, which the next stage checks.
 """
 
 import ast
+import fcntl
 import hashlib
 import importlib
 import inspect
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
+from weakref import WeakValueDictionary
 
 import torch
 from transformers import PreTrainedModel
 
 from minicai import InputError, RunError
 from minicai.engine import checkpoint, config, hub, parallel, terminal
-from minicai.engine.data import Journal, finite, read_record, write_atomic
+from minicai.engine.data import (
+    OLD,
+    Journal,
+    discard,
+    disk_guard,
+    finite,
+    make_folder,
+    read_record,
+    sha256,
+    write_atomic,
+)
 
 SKIPPED_AT_MOST = 3  # updates in a row whose loss or gradient is not finite; then the run stops
 DATA = (".jsonl", ".json", ".gz", ".txt", ".toml", ".py")  # what is a file, not a model folder
 METHOD = ("losses", "prompts", "constitution", "examples", "critique", "feedback", "rollout")
+LOCKS = WeakValueDictionary()  # {path: file} of this process, each unlocked with its last Stage
 
 
 class Stage:
@@ -53,7 +70,8 @@ class Stage:
     its section name; "" is none. code: the script's own path, where its code and the functions of
     the method that it names decide the numbers.
     `record` is that of a finished stage, else None. Nothing is written before work begins.
-    Raises InputError where the folder holds another run, or cannot be read.
+    Raises InputError where the folder holds another run, cannot be read, or is in use by another
+    process, and where a model is not what the stage that made it wrote.
     """
 
     def __init__(self, cfg, name: str, reads: dict, code: str = ""):
@@ -68,6 +86,8 @@ class Stage:
             inputs[what] = " ".join(sums.values())
             self.sums |= sums
         self.text = config.dump(cfg, section, inputs)
+        self.removed = [*cfg.later, self.folder] if cfg.overwrite else []
+        self.made_by = {p: sha for p, sha in self.sums.items() if Path(p).suffix not in DATA}
         self.record = parallel.once(self._look)
         if self.record:
             parallel.once(self._tidy)  # a run may have been killed behind its record
@@ -76,45 +96,64 @@ class Stage:
 
     def _look(self) -> dict | None:
         """The record of a finished stage. Raises InputError where something has changed."""
-        stored, record = self.folder / "config.toml", self.folder / "stage.json"
-        if self.cfg.overwrite or not stored.exists():
-            return None
         try:
-            old = tomllib.loads(stored.read_text(encoding="utf-8"))
-            begun = len(os.listdir(self.folder)) > 1  # the config alone: nothing was made yet
-        except (OSError, ValueError) as error:
-            raise InputError(f"{stored}: cannot be read: {error}") from error
-        earlier_version = "format" not in old.get("made_from", {})
-        if begun and not (earlier_version and record.exists()):
-            changes = config.differences(old, tomllib.loads(self.text), type(self.cfg))
-            if changes and not self.cfg.accept_changes:
-                raise InputError(
-                    f"{self.folder}: holds a run of another config: {'; '.join(changes)}; choose "
-                    f"another --out, start again with --overwrite, or resume with --accept-changes"
-                )
-            self.accepted = changes
-        return read_record(record) if record.exists() else None
+            stored, record, begun = self.folder / "config.toml", self.folder / "stage.json", False
+            if self.cfg.overwrite or not record.exists():
+                self.locks = [lock(folder) for folder in (self.folder, *self.removed)]
+            if stored.exists() and not self.cfg.overwrite:
+                old = config.stored(stored)
+                begun = len(os.listdir(self.folder)) > 1  # the config alone: nothing was made yet
+            finished = begun and record.exists()
+            self.accepted = []
+            for folder in [self.folder] if begun else map(hub.model_folder, self.made_by):
+                self._require_whole(folder)
+            if begun and not (finished and "format" not in old.get("made_from", {})):
+                changes = config.differences(old, tomllib.loads(self.text), type(self.cfg))
+                if changes and not self.cfg.accept_changes:
+                    raise InputError(
+                        f"{self.folder}: holds a run of another config: {'; '.join(changes)}; "
+                        f"choose another --out, start again with --overwrite, or resume with "
+                        f"--accept-changes"
+                    )
+                self.accepted += changes
+            return read_record(record) if finished else None
+        except OSError as error:
+            raise InputError(f"{self.folder}: cannot be read: {error.strerror}") from error
+
+    def _require_whole(self, folder: Path) -> None:
+        """Raises InputError where a finished stage's files are not those that it wrote."""
+        record = folder / "stage.json"
+        if record.exists():
+            try:
+                checkpoint.require_whole(folder, read_record(record).get("files", {}))
+            except InputError as error:
+                if not self.cfg.accept_changes:
+                    raise InputError(
+                        f"{error}; put that back, start its stage again with --overwrite, or use "
+                        f"what is there with --accept-changes"
+                    ) from error
+                self.accepted.append(str(error))
 
     def _begin(self) -> None:
-        """Makes the folder, or empties it under --overwrite."""
-        folder, stored = self.folder, self.folder / "config.toml"
-        problem = f"{folder}: cannot be used as an output folder"
+        """Makes the folder. What --overwrite removes goes first, each folder in one step."""
+        folder = self.folder
         try:
-            if self.cfg.overwrite and folder.exists():
-                if any(folder.iterdir()) and not stored.exists():
-                    raise InputError(
-                        f"{folder}: --overwrite would delete a folder that is not a stage of "
-                        f"minicai (it has no config.toml)"
-                    )
-                shutil.rmtree(folder)
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder.parent)
+            if self._look():  # again, now that it is surely locked
+                raise InputError(f"{folder}: another process has just finished it")
+            for old in self.removed:
+                require_stage(old)
+            for old in self.removed:
+                discard(old)
+            shutil.rmtree(folder.with_name(folder.name + OLD), ignore_errors=True)  # left by a kill
+            make_folder(folder)
         except OSError as error:
-            raise InputError(f"{problem}: {error.strerror}") from error
-        if not os.access(folder, os.W_OK):
-            raise InputError(f"{problem}: Permission denied")
+            reason = error.strerror or error
+            raise InputError(f"{folder}: cannot be used as an output folder: {reason}") from error
         if self.accepted:
             Journal(folder / "accepted.jsonl").append([{"changes": self.accepted}])
-        write_atomic(stored, self.text)
+        write_atomic(folder / "config.toml", self.text)
+        terminal.BEGUN = True
 
     def stamp(self, *paths: str) -> dict[str, dict[str, str]]:
         """What a row says of the models that made it: {"models": {path: 12 digits of its sum}}."""
@@ -167,7 +206,7 @@ class Stage:
     def seconds(self) -> dict[str, float]:
         """Seconds by phase so far."""
         path = self.folder / "seconds.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return read_record(path) if path.exists() else {}
 
     # --- training ---------------------------------------------------------------------------------
 
@@ -191,7 +230,14 @@ class Stage:
         """
         for file, journal in self.journals.items():
             if journal.total is None:  # a log of training, not data made before it
-                journal.keep(self.kept.get(file, 0))
+                rows, kept = len(journal.rows), self.kept.get(file, 0)
+                if rows < kept:
+                    raise InputError(
+                        f"{self.folder / file}: has only {rows} of the {kept} rows of the steps "
+                        f"before the checkpoint; put the file back, or remove "
+                        f"{self.folder / 'checkpoints'} to train from the first step again"
+                    )
+                journal.keep(kept)
         units = total * each, unit, self.step * each
         with self._phase("train", "train", *units), terminal.whole_steps():
             while self.step < total:
@@ -225,7 +271,8 @@ class Stage:
 
     def _give_up(self, batch: list) -> None:
         path = self.folder / "nonfinite" / f"step_{self.step + 1:06d}.json"
-        path.parent.mkdir(exist_ok=True)
+        with disk_guard(path):
+            path.parent.mkdir(exist_ok=True)
         found = {"step": self.step + 1, "skipped": self.skipped, "batch": batch}
         write_atomic(path, json.dumps(found))
         raise RunError(
@@ -248,32 +295,91 @@ class Stage:
         return {name: sum(row[name] for row in last) / max(len(last), 1) for name in names}
 
     def finish(self, model: PreTrainedModel | None, record: dict) -> dict:
-        """Exports the model, writes and returns the record, and removes the checkpoints."""
-        if model is not None:
-            checkpoint.export(self.folder, model)
+        """Exports the model, writes and returns the record, and removes the checkpoints.
+
+        Raises RunError where another program has changed or removed what the stage made.
+        """
+        exported = checkpoint.export(self.folder, model) if model is not None else []
         found = {
             "seconds": self.seconds(),
             **record,
-            "models": {
-                path: sha for path, sha in self.sums.items() if Path(path).suffix not in DATA
-            },
+            "models": self.made_by,
+            "files": parallel.once(self._made, exported),
             "device": parallel.device_name(),
             "precision": parallel.precision(),
             "peak_rss_mb": parallel.peak_memory_mb(),
         }
         parallel.once(write_atomic, self.folder / "stage.json", json.dumps(finite(found), indent=1))
         parallel.once(self._tidy)
+        self.locks = []
         return found
+
+    def _made(self, exported: list[str]) -> dict[str, str]:
+        """{name: sha256} of the stage's files, without its config and record."""
+        write_atomic(self.folder / "config.toml", self.text)  # someone may have removed it
+        for journal in self.journals.values():
+            journal.check()
+        paths = [self.folder / name for name in (*self.journals, *exported)]
+        return checkpoint.sums(filter(Path.exists, paths))
 
     def _tidy(self) -> None:
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-        (self.folder / "seconds.json").unlink(missing_ok=True)
+        with suppress(OSError):
+            (self.folder / "seconds.json").unlink()
 
 
 def script(main: Callable, kind: type, section: str, doc: str) -> None:
     """Runs a script's main on the config that its command line names."""
     usage = config.usage(doc, kind)
     terminal.run(lambda arguments: main(config.load(kind, section, arguments)), usage)
+
+
+# --- one folder, one owner ------------------------------------------------------------------------
+
+
+def lock(folder: Path) -> BinaryIO | None:
+    """Locks a stage's folder as long as what is returned is kept, or until this process ends.
+
+    The file is beside the folder, since --overwrite renames that. Returns None where there is no
+    place for it yet. Warns where the file system cannot lock. Raises InputError where another
+    process has the lock.
+    """
+    target = folder.resolve()
+    path = target.with_name(f".{target.name}.lock")
+    held = LOCKS.get(path)  # by an earlier stage of this process
+    if held or not path.parent.is_dir():
+        return held
+    try:
+        held = open(path, "a+b", buffering=0)  # noqa: SIM115 (it stays open)
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        held.seek(0)
+        owner = held.read().decode() or "another process"
+        raise InputError(
+            f"{folder}: is in use by {owner}; wait until it has ended, or choose another --out"
+        ) from error
+    except OSError as error:
+        terminal.warn(
+            f"{path}: cannot be locked ({error.strerror}); make sure that only one process works "
+            f"in {folder}"
+        )
+        return None
+    if held:
+        with suppress(OSError):  # the words matter less than the lock
+            held.truncate(0)
+            held.write(f"process {os.getpid()} on {platform.node()}".encode())
+        LOCKS[path] = held
+    return held
+
+
+def require_stage(folder: Path) -> None:
+    """Raises InputError where a folder that --overwrite would remove is not a stage's."""
+    made = [path for path in folder.iterdir() if path.suffix != ".tmp"] if folder.exists() else []
+    if made and not (folder / "config.toml").exists():
+        raise InputError(
+            f"{folder}: --overwrite would delete a folder that is not a stage of minicai (it has "
+            f"no config.toml)"
+        )
 
 
 # --- fingerprints ---------------------------------------------------------------------------------
@@ -294,10 +400,9 @@ def _contents(path: str, what: str) -> str:
     if not path.startswith("hub:") and Path(path).suffix not in DATA:
         return hub.weights_sha256(hub.require_folder(path, what))
     try:
-        with open(hub.data_file(path), "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{what}: {path}: {error.strerror}") from error
+        return sha256(hub.data_file(path))
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from error
 
 
 def _sha256(text: str) -> str:

@@ -23,6 +23,7 @@ _stop = {"asked": 0.0, "held": False}
 
 QUIET = False  # in all processes of a group but the first, which prints for all of them
 BRIEF = False  # --quiet: print only results and errors
+BEGUN = False  # whether a stage has made its folder its own
 
 
 class Progress:
@@ -86,22 +87,26 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     line = "  ".join(["{:<%d}", *["{:>%d}"] * (len(widths) - 1)]) % tuple(widths)
     rule = ["-" * width for width in widths]
-    return "\n".join(line.format(*cells) for cells in (header, rule, *rows))
+    return plain("\n".join(line.format(*cells) for cells in (header, rule, *rows)))
 
 
 def warn(text: str) -> None:
     """A warning on stderr, from the first process."""
     if not QUIET:
-        tqdm.write(f"\nWARNING  {text}\n", file=sys.stderr)
+        tqdm.write(f"\nWARNING  {plain(text)}\n", file=sys.stderr)
 
 
 def plain(text: str) -> str:
-    """A model's text for a terminal: control characters, which could do harm, become "?"."""
+    """What a model or a file says, for a terminal: control characters become "?".
+
+    They could hide or fake what a command prints.
+    """
     return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
 
 
 def emphasis(text: str) -> str:
-    """The text in bold on a terminal; as it is elsewhere, or under NO_COLOR (no-color.org)."""
+    """plain(text) in bold on a terminal; as it is elsewhere, or under NO_COLOR (no-color.org)."""
+    text = plain(text)
     dumb = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     return f"\033[1m{text}\033[0m" if sys.stdout.isatty() and not dumb else text
 
@@ -177,18 +182,16 @@ def run(main: Callable[[list[str]], None], usage: str | Callable[[list[str]], st
                 signal.signal(number, signal.SIG_DFL)
             time.sleep(5)
         name = Path(sys.argv[0]).name.replace("__main__.py", "minicai")
-        print(f"{name}: {error}", file=sys.stderr)
+        print(plain(f"{name}: {error}"), file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except BrokenPipeError:  # the reader of the output has seen enough (| head)
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the interpreter flushes it at its end)
         sys.exit(1)
     except KeyboardInterrupt as error:
         if not QUIET:
-            print(
-                f"\ninterrupted; the same command (without --overwrite) resumes from "
-                f"{str(error) or 'the last checkpoint'}",
-                file=sys.stderr,
-            )
+            where = f"(without --overwrite) resumes from {str(error) or 'the last checkpoint'}"
+            again = where if BEGUN else "starts again"  # what --overwrite removes is still there
+            print(f"\ninterrupted; the same command {again}", file=sys.stderr)
         sys.exit(1)
     finally:
         for number, handler in before.items():

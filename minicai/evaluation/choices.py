@@ -17,22 +17,17 @@ ChoiceLogprobs = Callable[[Sequence[str], Sequence[str]], Sequence[Sequence[floa
 
 
 def read_choices(path: str | Path) -> list[dict]:
-    """The items of a file. Raises InputError, which names the item."""
+    """The items of a file. Raises InputError, which names the line."""
     items = read_jsonl(path)
     if not items:
         raise InputError(f"{path}: holds no item")
-    for number, item in enumerate(items, 1):
-        where = f"{path}, item {number}"
-        if not isinstance(item.get("prompt"), str) or not item["prompt"].strip():
-            raise InputError(f'{where}: needs the text "prompt"')
-        for key in ("corrects", "incorrects"):
-            texts = item.get(key)
-            if not isinstance(texts, list) or not all(
-                isinstance(t, str) and t for t in texts or [0]
-            ):
-                raise InputError(f'{where}: needs "{key}", a list of one or more texts')
-        if set(item["corrects"]) & set(item["incorrects"]):
-            raise InputError(f"{where}: an option is both correct and incorrect")
+    for item in items:
+        correct, incorrect = item["corrects"], item["incorrects"]
+        texts = [item["prompt"], *correct, *incorrect]
+        if not (correct and incorrect and all(isinstance(text, str) and text for text in texts)):
+            raise InputError(f"{item.where}: needs a text and two lists of one or more texts")
+        if set(correct) & set(incorrect):
+            raise InputError(f"{item.where}: an option is both correct and incorrect")
     return items
 
 

@@ -4,7 +4,7 @@ No function here knows a model, a prompt or a judge.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import fmean
 
 import numpy as np
@@ -34,7 +34,8 @@ def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
     p, n, z = successes / trials, trials, Z95
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = ((centre + side) / (1 + z * z / n) for side in (-half, half))
-    return min(p, low), max(p, high)  # exactly 0 and 1, without rounding errors
+    # Rounding errors may put them beyond 0, 1 and the rate itself.
+    return max(0.0, min(p, low)), min(1.0, max(p, high))
 
 
 def counted(outcomes: Sequence[float]) -> dict:
@@ -53,6 +54,11 @@ def grouped(pairs: Iterable[tuple]) -> dict:
     for key, value in pairs:
         groups.setdefault(key, []).append(value)
     return groups
+
+
+def by_key(pairs: Iterable[tuple], shares: Callable[[list], dict]) -> dict[str, dict]:
+    """{key: shares(its values)} of (key, value) pairs, sorted by key."""
+    return {key: shares(values) for key, values in sorted(grouped(pairs).items())}
 
 
 def binned(pairs: Sequence[tuple[float, float]], lowest: int = 0) -> Iterator[tuple]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jinja2
 
+from minicai import InputError
 from minicai.engine.data import finite, write_atomic
 from minicai.evaluation.rates import METRICS
 from minicai.report.panels import panels
@@ -21,6 +22,7 @@ from minicai.report.summary import (
     STAGES,
     at,
     config,
+    legible,
     number,
     percent,
     progress,
@@ -32,6 +34,7 @@ from minicai.report.transcripts import gather
 HERE = Path(__file__).parent
 
 
+@legible
 def page(out: Path, summary: dict, live: float = 0) -> str:
     """The text of report.html. A page of a watched run reloads itself every `live` seconds."""
     environment = jinja2.Environment(
@@ -62,10 +65,12 @@ def page(out: Path, summary: dict, live: float = 0) -> str:
     )
 
 
-def write(out: Path, summary: dict) -> None:
-    """DIR/report.html and DIR/summary.json."""
-    write_atomic(out / "report.html", page(out, summary))
-    write_atomic(out / "summary.json", json.dumps(finite(summary), indent=1))
+def write(out: Path, summary: dict, again: bool = True) -> None:
+    """DIR/report.html and DIR/summary.json. again: also where there is this summary already."""
+    path, text = out / "summary.json", json.dumps(finite(summary), indent=1)
+    if again or not path.exists() or path.read_bytes() != text.encode():
+        write_atomic(out / "report.html", page(out, summary))
+        write_atomic(path, text)
 
 
 def states(now: dict[str, str]) -> str:
@@ -89,9 +94,11 @@ def draw(out: Path) -> None:
 def watch(out: Path, seconds: float = 5) -> None:
     """Draws DIR/report.html after each step of a stage, until the run is finished.
 
-    Ctrl-C ends it earlier.
+    Ctrl-C ends it earlier. Raises InputError where there is no such folder.
     """
-    seen: dict[str, str] = {}
+    if not out.is_dir():
+        raise InputError(f"{out}: no such folder")
+    seen = {}
     print(f"watching {out}, Ctrl-C to end; look at  {out / 'report.html'}", flush=True)
     try:
         while now := progress(out):

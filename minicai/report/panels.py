@@ -10,7 +10,7 @@ from typing import NamedTuple
 from minicai.evaluation.measures import wilson_interval
 from minicai.report import figures
 from minicai.report.figures import BAD, BASE, GOOD, INK, NAMES, PPO, SL
-from minicai.report.summary import STAGES, at, evenly, metrics
+from minicai.report.summary import STAGES, at, evenly, read
 
 
 class Panel(NamedTuple):
@@ -182,7 +182,7 @@ def _calibration(title: str, parts: Sequence[dict], who: str) -> Panel:
 
 def _curves(out: Path, hacking: dict) -> Iterator[Panel]:
     """The curves of training, with the exact judge's score of each iteration of PPO."""
-    rows = {stage: metrics(out / stage) for stage in CURVES}
+    rows = {stage: read(out / stage / "metrics.jsonl") for stage in CURVES}
     for step, score in zip(hacking.get("steps", []), hacking.get("judge", [])):
         rows["ppo"].append({"step": step, "exact_judge": score})
     for stage, titles in CURVES.items():

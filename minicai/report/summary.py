@@ -3,25 +3,24 @@
 Only files that the stages wrote are read. An unfinished run has the fields of its finished stages.
 """
 
-import json
-import math
 import platform
 import subprocess
-import tomllib
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
+from functools import wraps
 from pathlib import Path
 from statistics import fmean
 
 import torch
 import transformers
+from jinja2 import TemplateError
 
 from minicai import InputError
 from minicai.critique import faults
-from minicai.engine.config import redact
-from minicai.engine.data import read_record
+from minicai.engine.config import redact, stored
+from minicai.engine.data import read_journal, read_record
 from minicai.engine.terminal import table
-from minicai.evaluation.measures import counted
+from minicai.evaluation.measures import by_key, counted
 from minicai.evaluation.rates import METRICS
 from minicai.feedback import at_a, in_both_orders
 
@@ -65,23 +64,33 @@ GLOSSARY = {name: f"share of the {metric.meaning}" for name, metric in METRICS.i
 # --- reading -------------------------------------------------------------------------------------
 
 
-def read(path: Path, use: Callable = list):
-    """use(rows) for the rows of a journal, [] where there is no file.
+UNFIT = ArithmeticError, AttributeError, LookupError, TypeError, ValueError
 
-    A stage may be writing the last line, so that text after the last line end is left out. Raises
-    InputError, which names the file, where `use` cannot read a row.
+
+def legible(function: Callable) -> Callable:
+    """Decorates function(out, ...) of the files of a run: where they contradict it, an InputError.
+
+    The files are read one by one, so each may be right while they do not fit together.
     """
-    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
-    try:
-        return use(json.loads(b"[%b]" % b",\n".join(lines)))  # so that an error has the line
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        said = f"{type(error).__name__}: {error}"
-        raise InputError(f"{path}: a line is not as the stage writes it ({said})") from error
+
+    @wraps(function)
+    def inside(out: Path, *rest):
+        try:
+            return function(out, *rest)
+        except InputError:
+            raise
+        except (*UNFIT, TemplateError) as error:
+            said = f"{type(error).__name__}: {error}"
+            raise InputError(
+                f"{out}: the files of this run do not fit together ({said})"
+            ) from error
+
+    return inside
 
 
-def metrics(stage: Path) -> list[dict]:
-    """The rows of a stage's metrics.jsonl. Each has its step."""
-    return read(stage / "metrics.jsonl", lambda rows: [row for row in rows if row["step"] >= 0])
+def read(path: Path) -> list[dict]:
+    """The rows of a journal, [] where there is no file; a stage may be writing it."""
+    return read_journal(path)[0]
 
 
 def at(summary: dict, path: str):
@@ -100,7 +109,7 @@ def evenly(rows: Sequence, count: int) -> Sequence:
 def config(out: Path, stage: str) -> dict:
     """The config that a stage stored; {} where it has not begun."""
     path = out / stage / "config.toml"
-    return tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return stored(path) if path.is_file() else {}
 
 
 def records(out: Path) -> dict[str, dict]:
@@ -119,7 +128,7 @@ def awaited(out: Path) -> list[str]:
     exact judge knows no others.
     """
     prompts = config(out, "sl").get("sl", {}).get("prompts", "minicai/tinyworld/")
-    judged = (out / "eval" / "config.toml").is_file() or "minicai/tinyworld/" in prompts
+    judged = (out / "eval" / "config.toml").is_file() or "minicai/tinyworld/" in str(prompts)
     return [stage for stage in RECORDED if judged or stage != "eval"]
 
 
@@ -127,8 +136,8 @@ def progress(out: Path) -> dict[str, str]:
     """How far each stage of an unfinished run is, by name; {} for a finished run."""
     done, states = records(out), {}
     for stage in awaited(out):
-        steps = metrics(out / stage)
-        journals = [f"{read(p, len)} {p.stem}" for p in sorted((out / stage).glob("*.jsonl"))]
+        steps = read(out / stage / "metrics.jsonl")
+        journals = [f"{len(read(p))} {p.stem}" for p in sorted((out / stage).glob("*.jsonl"))]
         state = ", ".join(journals) or "not begun"
         if steps:
             state = f"{'iteration' if stage == 'ppo' else 'step'} {steps[-1]['step']}"
@@ -150,9 +159,10 @@ def summarise(out: Path) -> dict:
     return so_far(out)
 
 
+@legible
 def so_far(out: Path) -> dict:
     """The fields of summary.json that a run has so far. Raises InputError where none has begun."""
-    seeds = [cfg["seed"] for stage in RECORDED if (cfg := config(out, stage))]
+    seeds = [cfg.get("seed") for stage in RECORDED if (cfg := config(out, stage))]
     if not seeds:
         raise InputError(f"{out}: no stage of a run has begun here (it has no sl/config.toml)")
     found = records(out)
@@ -164,13 +174,14 @@ def so_far(out: Path) -> dict:
         summary["rm"]["accuracy_vs_judge"] = evaluation.get("rm_accuracy_vs_judge")
     if "elo" in found:
         summary["elo"]["ratings"] = _named(out, found["elo"]["elo"])
-    changed = read(out / "sl" / "revisions.jsonl", changes)
+    changed = changes(read(out / "sl" / "revisions.jsonl"))
     if changed["by_round"]:
-        summary["revision"] = summary.get("revision", {}) | {"changes": changed}
-    bias = read(out / "rm" / "comparisons.jsonl", places)
+        summary.setdefault("revision", {})["changes"] = changed
+    bias = places(read(out / "rm" / "comparisons.jsonl"))
     if bias["to_a"]["count"]:
         decided = bias["to_a"]["rate"] + bias["to_b"]["rate"]
-        summary["labels"] = {"position_bias": decided, **summary.get("labels", {}), "places": bias}
+        summary.setdefault("labels", {}).setdefault("position_bias", decided)
+        summary["labels"]["places"] = bias
     stages = {stage: found[stage] for stage in RECORDED if stage in found}
     seconds = {"base": 0.0} | {stage: record["seconds"] for stage, record in stages.items()}
     summary["seconds"] = seconds | {"total": sum(seconds_of(seconds).values())}
@@ -184,14 +195,18 @@ def seconds_of(seconds: dict) -> dict[str, float]:
 
 
 def _some(stage: str, record: dict) -> dict:
-    """Its FIELDS of a record, and all tables "by_...", which a script may add."""
-    return {k: v for k, v in record.items() if k in FIELDS[stage] or k.startswith("by_")}
+    """The record with only its FIELDS, and all tables "by_...", which a script may add."""
+    found = copy(record)  # which still knows its file
+    for key in record:
+        if key not in FIELDS[stage] and not key.startswith("by_"):
+            del found[key]
+    return found
 
 
 def _named(out: Path, ratings: dict[str, dict]) -> dict[str, dict]:
     """The ratings of `elo`, each with its stage ("" for another model) and a unique name."""
     stages = {(out / stage).resolve(): stage for stage in STAGES}
-    stages[Path(config(out, "elo").get("model", "")).resolve()] = "base"
+    stages[Path(str(config(out, "elo").get("model"))).resolve()] = "base"
     taken, named = set(), {}
     for model, rating in ratings.items():
         stage = stages.get(Path(model).resolve(), "")
@@ -199,14 +214,6 @@ def _named(out: Path, ratings: dict[str, dict]) -> dict[str, dict]:
         named[model] = {**rating, "stage": stage, "name": model if name in taken else name}
         taken.add(name)
     return named
-
-
-def _by_key(pairs: Iterable[tuple], shares: Callable) -> dict:
-    """{key: shares(values)} of (key, value) pairs, sorted by key."""
-    groups = defaultdict(list)
-    for key, value in pairs:
-        groups[key].append(value)
-    return {key: shares(groups[key]) for key in sorted(groups)}
 
 
 def changes(rows: Iterable[dict]) -> dict:
@@ -227,8 +234,8 @@ def changes(rows: Iterable[dict]) -> dict:
             "faulty": counted([bool(wrong - {"unchanged"}) for wrong in found]),
         }
 
-    rounds = _by_key(by_round, shares)
-    return {"by_round": [*rounds.values()], "by_principle": _by_key(by_principle, shares)}
+    rounds = by_key(by_round, shares)
+    return {"by_round": [*rounds.values()], "by_principle": by_key(by_principle, shares)}
 
 
 def places(rows: Iterable[dict]) -> dict:
@@ -240,7 +247,7 @@ def places(rows: Iterable[dict]) -> dict:
     every, by_principle = [], []
     for row in rows:
         every.append(in_both_orders(row["votes"]))
-        own = _by_key(((vote["principle"], vote) for vote in row["votes"]), in_both_orders)
+        own = by_key(((vote["principle"], vote) for vote in row["votes"]), in_both_orders)
         by_principle += own.items()
 
     def shares(pairs: Sequence[tuple[float, float]]) -> dict:
@@ -251,7 +258,7 @@ def places(rows: Iterable[dict]) -> dict:
         }
 
     shown = [(name, pair) for name, pair in by_principle if pair]
-    return {**shares([*filter(None, every)]), "by_principle": _by_key(shown, shares)}
+    return {**shares([*filter(None, every)]), "by_principle": by_key(shown, shares)}
 
 
 # --- provenance ----------------------------------------------------------------------------------
@@ -286,12 +293,12 @@ def _commit() -> str | None:
 
 def number(value: float | None, digits: int = 3) -> str:
     """A rate as text; a dash where there is none."""
-    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+    return "–" if value is None else f"{value:.{digits}f}"
 
 
-def percent(share: float) -> str:
+def percent(share: float | None) -> str:
     """A share in per cent: to a tenth, unless it is none or all."""
-    return f"{100 * share:.{0 if share in (0, 1) else 1}f}\u00a0%"
+    return number(share and 100 * share, int(share not in (0, 1))) + "\u00a0%"
 
 
 def _rates(found: dict, intervals: bool) -> str:
@@ -306,10 +313,10 @@ def _rates(found: dict, intervals: bool) -> str:
     return table(["", *(key.replace("_", "-") for key in RATES)], rows)
 
 
+@legible
 def rated(out: Path) -> str:
     """The text that ends an evaluation: the rates of each stage with their 95 % intervals."""
-    record = read_record(out / "eval" / "stage.json")
-    return f"{_rates(record, True)}\n\nwrote  {out / 'eval'}"
+    return f"{_rates(records(out)['eval'], True)}\n\nwrote  {out / 'eval'}"
 
 
 def headline(summary: dict) -> str:

@@ -22,9 +22,9 @@ def gather(out: Path, names: dict[str, str]) -> dict[str, dict]:
     `names` are those of the stages, and of the model folders in `elo`. Answers are those that the
     exact judge saw, or else those that `elo` compared.
     """
-    judged, folder = read(out / "eval" / "verdicts.jsonl", verdicts), "eval"
+    judged, folder = verdicts(read(out / "eval" / "verdicts.jsonl")), "eval"
     if not (out / "eval" / "answers.jsonl").is_file():
-        judged |= read(out / "elo" / "comparisons.jsonl", partial(preferences, names))
+        judged |= preferences(names, read(out / "elo" / "comparisons.jsonl"))
         folder = "elo"
     kinds = {
         f"{folder}/answers.jsonl": partial(answer, names),
@@ -34,7 +34,7 @@ def gather(out: Path, names: dict[str, str]) -> dict[str, dict]:
     }
     found = {}
     for file, make in kinds.items():
-        shown = read(out / file, partial(_entries, make, judged, Path(file).stem))
+        shown = _entries(make, judged, Path(file).stem, read(out / file))
         if shown["count"]:
             found[Path(file).stem] = {"file": file, **shown}
     return found

@@ -113,7 +113,7 @@ def main(flags: list[str], folder: str) -> None:
         label = f"{path}: " if options.against else ""
         speakers.append(Speaker(label, model, how))
     stored = summary.config(Path(folder).absolute().parent, "sl")
-    rules = options.constitution or stored.get("constitution", "none")
+    rules = options.constitution or str(stored.get("constitution", "none"))
     terminal = sys.stdin.isatty()
     roomy = context_length(speakers[0].model.config) >= ROOMY
     history = options.history
@@ -195,9 +195,9 @@ def criticise(speaker: Speaker, principle: Principle, revises: bool) -> None:
         revision = speaker.speak(request, "revision: ")
         if revision:
             last["content"] = revision
-            speaker.why.append(plain(speaker.label + label + critique))
+            speaker.why.append(speaker.label + label + critique)
 
 
 def note(text: str) -> None:
     """Prints to stderr what no model said: a pipe holds only the models' words."""
-    print(text, file=sys.stderr, flush=True)
+    print(plain(text), file=sys.stderr, flush=True)

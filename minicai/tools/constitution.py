@@ -85,10 +85,11 @@ def check(flags: list[str], file: str) -> None:
 
         tokenizer, context = load_tokenizer(model), context_length(load_config(model))
         found += too_long(rules, lambda text: len(encode_prompt(tokenizer, text)), context)
-    print(f"{file}: {rules.name} {rules.version}, principles: {len(rules.principles)}")
+    count = len(rules.principles)
+    print(terminal.plain(f"{file}: {rules.name} {rules.version}, principles: {count}"))
     for finding in found:
-        name = finding.principle or rules.name
-        print(f"  {terminal.emphasis(finding.level)}  {name}: {finding.message}")
+        said = terminal.plain(f"{finding.principle or rules.name}: {finding.message}")
+        print(f"  {terminal.emphasis(finding.level)}  {said}")
     errors = sum(finding.level == "error" for finding in found)
     print(f"  errors: {errors}, advice: {len(found) - errors}")
     if errors:

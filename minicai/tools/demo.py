@@ -37,7 +37,7 @@ def main(flags: list[str]) -> None:
     out = Path(cfg.out)
     if not terminal.hushed():
         print(f"model   {cfg.model}\noutput  {out.resolve()}", flush=True)
-    planned, before = [], None
+    planned, made, before = [], [], None
     for turn in range(1, cfg.alternate + 1):
         here = out if turn == cfg.alternate else out / f"round{turn}"
         own = [*flags, f"--out={here}"]
@@ -48,31 +48,33 @@ def main(flags: list[str]) -> None:
             own += [f"--sl.policy={before}/ppo", f"--rm.earlier={comparisons}"]
         for name, (module, kind) in SCRIPTS.items():
             planned.append((module, config.load(kind, name, own)))
+            made.insert(0, here / name)
         before = here
     prompts = planned[0][1].prompts
     require_known(read_prompts(prompts)[:1], prompts)
+    # Where --overwrite starts the first stage again, it removes all that was made after it, last
+    # things first: whenever the demo is interrupted, the rest then belongs to the new run.
+    planned[0][1].later = [out / name for name in ("agree", "elo", "eval")] + made[:-1]
     for module, stage in planned:
         module.main(stage)
     judging.evaluate(cfg, summary.provenance(command))
-    if cfg.overwrite or not (out / "summary.json").exists():
-        page.write(out, summary.summarise(out))
-    print(closing(out))
+    found = summary.summarise(out)
+    page.write(out, found, again=False)
+    print(terminal.plain(closing(out, found)))
 
 
-def closing(out: Path) -> str:
-    """The table, the example answers and the paths that end the demo."""
-    found = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+@summary.legible
+def closing(out: Path, found: dict) -> str:
+    """The table, the example answers and the paths that end the demo. found: the summary."""
     rows = read_jsonl(out / "eval" / "answers.jsonl")
     lines = ["", summary.headline(found), ""]
     for row in rows[:2] + rows[-1:]:  # harmful prompts come first in the tiny world's file
         lines.append(f"Human: {row['prompt']}")
-        for key, name in summary.STAGES.items():
-            lines.append(f"  {name:<7} {terminal.plain(row[key])}")
+        lines += [f"  {name:<7} {row[key]}" for key, name in summary.STAGES.items()]
         lines.append("")
-    for name in WRITTEN:
-        lines.append(f"wrote  {out / name}")
-    talk = f"talk   python -m minicai chat {out / 'ppo'} --against={out / 'base'}"
-    return "\n".join([*lines, talk])
+    lines += [f"wrote  {out / name}" for name in WRITTEN]
+    lines.append(f"talk   python -m minicai chat {out / 'ppo'} --against={out / 'base'}")
+    return "\n".join(lines)
 
 
 def evaluate(flags: list[str], file: str) -> None:

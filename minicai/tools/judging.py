@@ -15,7 +15,7 @@ from pathlib import Path
 from minicai import InputError, constitution
 from minicai.engine import config, hub, parallel, terminal
 from minicai.engine.data import (
-    disk_full_guard,
+    disk_guard,
     read_jsonl,
     read_preferences,
     read_prompts,
@@ -69,7 +69,7 @@ def evaluate(cfg: EvalConfig, run: dict) -> None:
         return
     revisions = rates.read_known(f"{out}/sl/revisions.jsonl")
     comparisons = rates.read_known(f"{out}/rm/comparisons.jsonl")
-    with disk_full_guard(out / "base"):
+    with disk_guard(out / "base"):
         base = hub.require_folder(cfg.model, "model")
         shutil.copytree(base, out / "base", dirs_exist_ok=True)
 
@@ -91,8 +91,8 @@ def evaluate(cfg: EvalConfig, run: dict) -> None:
 
     # 3. The reward against the judge, over PPO.
     ppo = out / "ppo"
-    episodes, metrics = ppo / "episodes.jsonl", ppo / "metrics.jsonl"
-    hacking = rates.reward_hacking(read_jsonl(episodes), read_jsonl(metrics))
+    journals = ppo / "episodes.jsonl", ppo / "metrics.jsonl"
+    hacking = rates.reward_hacking(*map(read_jsonl, journals))
     if hacking["warning"]:
         terminal.warn(f"{ppo}: {hacking['warning']}")
 

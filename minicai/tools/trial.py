@@ -100,12 +100,12 @@ def each_principle(
     """
     count = len(how.principles)
 
-    def per_prompt(asked, seeds) -> list[str]:
+    def per_prompt(asked, seeds):
         return generate(asked, [(seed, i // count, step) for seed, i, step in seeds])
 
-    def once(asked, seeds) -> list[str]:
-        answers = per_prompt(asked[::count], seeds[::count])
-        return [answer for answer in answers for _ in range(count)]
+    def once(asked, seeds):
+        answers = zip(*per_prompt(asked[::count], seeds[::count]))
+        return tuple(zip(*[answer for answer in answers for _ in range(count)]))
 
     asked = [prompt for prompt in prompts for _ in range(count)]
     rows = critique_and_revise(asked, first, how, once, per_prompt, per_prompt)

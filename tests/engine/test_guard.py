@@ -24,8 +24,22 @@ from tests.conftest import ROOT, broken, tiny_model
 # --- kills ----------------------------------------------------------------------------------------
 
 
-def test_killed_runs_end_as_the_undisturbed_one(tmp_path):
+@pytest.mark.parametrize("words", ["faults --faults --short", "fuzz --count 20"])
+def test_no_fault_and_no_mutation_does_harm_in_silence(words):
+    command = [sys.executable, "-m", *f"tests.{words}".split()]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout[-6000:] + found.stderr
+
+
+@pytest.mark.slow
+def test_killed_processes_end_as_the_undisturbed_one(tmp_path):
     assert faults.campaign(2, 3, tmp_path, demo=False) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", ["faults --faults", "fuzz --count 500 --seed 1"])
+def test_no_fault_of_the_whole_table_does_harm_in_silence(words):
+    test_no_fault_and_no_mutation_does_harm_in_silence(words)
 
 
 @pytest.mark.slow

@@ -138,7 +138,7 @@ def refusal(kind):
     [
         (lambda: refusal(errors.GatedRepoError), "requires agreeing to its terms there"),
         (lambda: refusal(errors.RepositoryNotFoundError), "nothing of that name"),
-        (lambda: refusal(errors.RevisionNotFoundError), "no revision v1"),
+        (lambda: refusal(errors.RevisionNotFoundError), "no such revision"),
         (lambda: refusal(errors.HfHubHTTPError), r"cannot be reached from here \(refused\)"),
         (
             lambda: errors.LocalEntryNotFoundError("Got: no network.\nSecond line"),
@@ -157,7 +157,7 @@ def test_what_the_hub_does_not_give_is_one_clear_sentence(fetched, error, messag
 
 def test_a_model_without_safetensors_is_refused(fetched):
     fetched(lambda folder, what: (folder / "config.json").write_text("{}"))
-    with pytest.raises(InputError, match="on the hub it has no weights as safetensors"):
+    with pytest.raises(InputError, match="safetensors: cannot be read as safetensors: No such"):
         hub.require_folder("owner/name", "model")
 
 

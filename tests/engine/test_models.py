@@ -7,7 +7,7 @@ import torch
 from torch import tensor
 from transformers import masking_utils
 
-from minicai import InputError, losses
+from minicai import InputError, RunError, losses
 from minicai.engine import models, parallel
 from minicai.engine.attention import Slots, last_hidden
 from minicai.rollout import Batch, collate
@@ -260,10 +260,16 @@ def test_a_reward_function_reads_questions_as_people_write_them():
 @pytest.mark.parametrize(
     "found, said",
     [
-        (None, "expected a list of numbers, got NoneType"),
-        (["a", "b"], "expected a list of numbers, got list"),
-        ([1.0], "expected 2 finite numbers, one for each response, got 1"),
-        ([1.0, math.nan], "got 2 of which some are not finite"),
+        (None, "got None"),
+        (["a", "b"], "got ['a', 'b']"),
+        (["a", None], "got ['a', None]"),
+        ([1.0], "got [1.0]"),
+        ([1.0] * 3, "got [1.0, 1.0, 1.0]"),
+        ([1.0, math.nan], "got [1.0, nan]"),
+        ([1.0, 1e300], "got [1.0, 1e+300]"),  # infinite in float32
+        (torch.zeros(2, 2), "got tensor("),
+        ({"a": 1, "b": 2}, "got {'a': 1, 'b': 2}"),
+        (7, "got 7"),
     ],
 )
 def test_a_reward_function_that_gives_anything_else_is_refused(found, said):
@@ -272,7 +278,62 @@ def test_a_reward_function_that_gives_anything_else_is_refused(found, said):
 
     with pytest.raises(InputError) as caught:
         models.score_texts(mine, ["a", "b"], ["c", "d"])
-    assert str(caught.value).startswith("reward function mine: ") and said in str(caught.value)
+    begins = "reward function mine: expected 2 finite numbers, one for each response, "
+    assert str(caught.value).startswith(begins + said)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("zero"), KeyError("a"), OSError("no file")])
+def test_a_reward_function_that_fails_is_named_with_its_line_and_its_error(error):
+    def inner():
+        raise error
+
+    def mine(prompts, responses):
+        return [inner() for _ in prompts]
+
+    with pytest.raises(InputError) as caught:
+        models.score_texts(mine, ["a", "b"], ["c", "d"])
+    line = mine.__code__.co_firstlineno + 1
+    place, kind = f"({__file__}, line {line})", type(error).__name__
+    assert str(caught.value) == f"reward function mine {place}: {kind}: {error}"
+    assert caught.value.__cause__ is error
+
+
+def test_a_generator_that_fails_and_an_error_in_words_of_its_own_are_passed_on():
+    def lazy(prompts, responses):
+        return (1 / (k - 1) for k, _ in enumerate(responses))
+
+    def plain(prompts, responses):
+        raise InputError("REWARD_MODEL: name the folder")
+
+    with pytest.raises(InputError, match=r"reward function lazy .*: ZeroDivisionError: "):
+        models.score_texts(lazy, ["a", "b"], ["c", "d"])
+    with pytest.raises(InputError, match=r"^REWARD_MODEL: name the folder$"):
+        models.score_texts(plain, ["a", "b"], ["c", "d"])
+
+
+# --- models that have diverged --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", PASSES, ids=lambda function: function.__name__)
+def test_numbers_that_are_not_finite_are_one_sentence_that_names_them_and_the_model(function):
+    model = of(function, "llama")
+    model.config.name_or_path = "out/rm"
+    whole = models.in_micro_batches(function, model, batch(), 64)
+    assert whole.isfinite().all()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[60] = math.nan  # in one of the prompts
+    name = function.__name__.replace("_", " ")
+    with pytest.raises(RunError, match=f"^the model from out/rm: {name} are not finite: "):
+        models.in_micro_batches(function, model, batch(), 64)
+
+
+def test_scores_of_pairs_that_are_not_finite_are_one_sentence():
+    model, pairs = tiny_model(scorer=True), [([5, 9], [20], [31]), ([7], [60], [8])]
+    assert models.scored_pairs(model, pairs, 64)[0].isfinite().all()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[60] = math.inf
+    with pytest.raises(RunError, match="scores are not finite"):
+        models.scored_pairs(model, pairs, 64)
 
 
 # --- frozen models, and models that save memory ---------------------------------------------------

@@ -1,6 +1,7 @@
 """Two processes against one: the same work by tests/parallel_run.py, here and under torchrun."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ from torch.distributed.run import get_args_parser
 import train_ppo
 import train_rm
 import train_sl
-from minicai import InputError
+from minicai import InputError, RunError
 from minicai.engine import checkpoint, load, parallel
 from tests import parallel_run
 from tests.conftest import ARCHITECTURES, byte_tokenizer, tiny_model
@@ -66,15 +67,19 @@ def make_models(folder):
     pieces = tiny_model("neox", seed=3, vocab=258).bfloat16()
     pieces.save_pretrained(folder / "pieces", max_shard_size="20KB")
     assert len(list((folder / "pieces").glob("*.safetensors"))) > 2
-    for name in ("lacking", "swollen", "pickled"):
+    for name in ("lacking", "swollen", "pickled", "unread", "broken"):
         tiny_model("llama", vocab=258).save_pretrained(folder / name)
     norm = "model.norm.weight"
     change_weights(folder / "lacking", lambda w: {key: x for key, x in w.items() if key != norm})
     change_weights(folder / "swollen", lambda w: w | {norm: torch.ones(33)})
+    change_weights(folder / "unread", lambda w: w | {"extra.lora_A": torch.ones(2)})
+    nan = torch.cat([torch.ones(31), torch.tensor([math.nan])])  # the second rank's part only
+    change_weights(folder / "broken", lambda w: w | {norm: nan})
     weights = folder / "pickled" / "model.safetensors"
     torch.save(load_file(weights), folder / "pickled" / "pytorch_model.bin")
     weights.unlink()
-    for name in (*ARCHITECTURES, "hub", "pieces", "lacking", "swollen", "pickled"):
+    refused = ("lacking", "swollen", "pickled", "unread", "broken")
+    for name in (*ARCHITECTURES, "hub", "pieces", *refused):
         byte_tokenizer().save_pretrained(folder / name)
 
 
@@ -289,13 +294,30 @@ def test_a_forward_pass_computes_in_the_precision_of_the_process():
     assert inside(None, torch.ones(2, 2)) == torch.float32
 
 
+MASTER = {"RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
 @pytest.mark.parametrize(
-    "arguments, said",
-    [(("tpu", "auto"), "device must be"), (("cpu", "fp16"), "precision must be")],
+    "told, kind, said",
+    [
+        ({"WORLD_SIZE": "two"}, InputError, "WORLD_SIZE is two"),
+        ({}, InputError, "RANK expected, but not set"),
+        (MASTER | {"RANK": "x"}, InputError, "invalid literal"),
+        (MASTER, RunError, "127.0.0.1 (The client socket has timed out"),
+        (MASTER | {"MASTER_ADDR": "no.such.host.invalid"}, RunError, "no.such.host.invalid"),
+    ],
 )
-def test_a_device_or_precision_that_is_none_is_refused(arguments, said):
-    with pytest.raises(InputError, match=said):
-        parallel.setup(*arguments)
+def test_a_process_that_cannot_join_the_others_ends_with_one_sentence(
+    monkeypatch, told, kind, said
+):
+    for name in MASTER:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"WORLD_SIZE": "2", **told}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(kind) as caught:
+        parallel.setup("cpu", "fp32", timeout=1)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert "torchrun" in str(caught.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -325,7 +347,9 @@ def test_ranks_load_their_parts_of_what_from_pretrained_loads(runs, name):
     [
         ("lacking", "the weights of model.norm.weight are missing"),
         ("pickled", "its weights are pickles"),
-        ("swollen", "model.norm.weight has the shape [33] and not [32]"),
+        ("swollen", "model.norm.weight has the shape [33], and by config.json [32]"),
+        ("unread", "LlamaForCausalLM does not read extra.lora_A"),
+        ("broken", "model.norm.weight is not finite"),
     ],
 )
 def test_ranks_refuse_what_they_cannot_load(runs, name, message):

@@ -10,7 +10,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 import train_rm
 import train_sl
-from minicai import InputError, critique
+from minicai import InputError, RunError, critique
 from minicai.engine import config, parallel, sampler, terminal
 from minicai.engine.models import response_logprobs
 from minicai.engine.sampler import Sampling, check_lengths, choice_logprobs, draw, generate
@@ -251,7 +251,7 @@ def test_a_prompt_that_does_not_fit_is_an_input_error_that_names_it():
     model = tiny_model()  # a context of 256
     prompts = [[5], [6] * 250, [7, 8]]
     assert [len(c.ids) for c in decode(model, 1.0, NO_TOKEN, prompts, SEEDS, length=6)] == [6] * 3
-    with pytest.raises(InputError, match=r"a prompt has 250 tokens.* 7 .*256"):
+    with pytest.raises(InputError, match=r"^prompt 2 has 250 tokens.* 7 .*256"):
         decode(model, 1.0, NO_TOKEN, prompts, SEEDS, length=7)
     with pytest.raises(InputError, match=r"p.txt: prompt 2 has 250 tokens.* 7 .*256"):
         check_lengths(model.config, prompts, 7, "p.txt")
@@ -316,6 +316,29 @@ def test_greedy_drawing_takes_the_most_likely_token_and_its_plain_logprob():
     assert_close(logprobs, LOGITS.log_softmax(0)[:1])
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_model_whose_logits_are_not_finite_is_one_sentence(value, temperature):
+    model = tiny_model()
+    model.config.name_or_path = "out/sl"
+    with torch.no_grad():
+        model.model.norm.weight.fill_(value)
+    with pytest.raises(RunError, match=r"^the model from out/sl: logits are not") as caught:
+        decode(model, temperature, NO_TOKEN)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_one_token_of_one_row_without_a_finite_logit_draws_a_token_and_no_finite_logprob(
+    temperature,
+):
+    logits = torch.zeros(3, 5)
+    logits[1, 2] = math.nan
+    tokens, logprobs, _ = draw(logits, torch.full((3,), 0.5, dtype=torch.float64), temperature)
+    assert all(0 <= token < 5 for token in tokens)
+    assert logprobs.isfinite().tolist() == [True, False, True]
+
+
 # --- choices --------------------------------------------------------------------------------------
 
 QUESTIONS = ["Which is better?", "A or B, and why not C?", "?", "Which one\nis it?"]
@@ -355,6 +378,14 @@ def test_choice_logprobs_are_the_sums_of_the_logprobs_of_each_choice_s_tokens(
     assert len(shapes) == passes  # choices that differ in the last token alone share one
     for rows in (1, 3):
         assert_close(choice_logprobs(model, QUESTIONS, choices, rows=rows), expected, 3e-5)
+
+
+def test_choices_of_a_model_that_has_diverged_are_one_sentence(tokenizer):
+    model = speaking(tokenizer)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(math.nan)
+    with pytest.raises(RunError, match="log-probs are not finite"):
+        choice_logprobs(model, QUESTIONS, (" (A", " (B"))
 
 
 def test_texts_that_begin_alike_share_their_beginning(tokenizer, forward_calls):
@@ -431,3 +462,11 @@ def test_each_token_is_heard_as_it_comes(policy):
     )
     assert heard == [completion.ids for completion in done]
     assert all(len(tokens) == 6 for tokens in heard)
+
+
+@pytest.mark.parametrize("processes, prompts", [(1, 32), (2, 16), (3, 8), (9, 8)])
+def test_a_turn_has_four_prompts_a_slot_and_fewer_with_many_processes(
+    processes, prompts, monkeypatch
+):
+    monkeypatch.setattr(parallel, "world", lambda: processes)
+    assert sampler.turn_size(8) == prompts

@@ -1,13 +1,23 @@
 """What a model reads and what is learned of it, to the token, with chat templates and without."""
 
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 import train_ppo
 from minicai import InputError
-from minicai.engine import terminal
+from minicai.engine import dialogue, terminal
 from minicai.engine.dialogue import (
     encode,
     encode_options,
@@ -18,7 +28,15 @@ from minicai.engine.dialogue import (
     same_form,
     show_first,
 )
-from minicai.engine.sampler import Sampling, check_requests, choice_logprobs, respond
+from minicai.engine.load import load_tokenizer
+from minicai.engine.sampler import (
+    Sampling,
+    check_prompts,
+    check_requests,
+    choice_logprobs,
+    respond,
+    usable_pairs,
+)
 from minicai.prompts import as_turns, render
 from minicai.rollout import collate
 from tests.conftest import CPU, assert_close, byte_tokenizer, tiny_model
@@ -260,6 +278,215 @@ def test_options_stand_behind_the_opening_of_an_answer_without_a_blank():
         encode_options(tokenizer, ["Which?"], [ids], (" (A", "(A"))
 
 
+# --- templates that fail, do not end, ask the clock, think, or leave something out ----------------
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+USER = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def with_template(template):
+    tokenizer = chat_tokenizer("chatml")
+    tokenizer.chat_template, tokenizer.name_or_path = template, "MODEL"
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "broken, reason",
+    [
+        ("{{ 1/0 }}", "division by zero"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded"),
+        ("{{ 'a' * 10**15 }}", "MemoryError"),
+        ("{{ 'a' + 1 }}", "can only concatenate str"),
+        ("{{ nothing.there }}", "'nothing' is undefined"),
+        ("{% if %}", "Expected an expression"),
+        ("{% for m in messages %}", "Unexpected end of template"),
+        ("{{ messages|nofilter }}", "No filter named 'nofilter'"),
+        ("{{ raise_exception('first\nsecond') }}", "first"),
+        ("{% include 'other' %}", "no loader"),
+        ("{{ ''.__class__ }}{{ ''.__class__.x }}", "unsafe"),
+        ("{% for i in range(10**12) %}{% endfor %}", "Range too big"),
+        ("{{ ['a', 'b']|random }}", "it draws at random"),
+        ("{{ lipsum() }}", "it draws at random"),
+    ],
+)
+def test_whatever_a_template_raises_is_one_sentence_that_names_the_model(broken, reason):
+    tokenizer = with_template(CHATML + broken)
+    for look in (lambda: encode_prompt(tokenizer, "Why?"), lambda: end_of_turn(tokenizer)):
+        with pytest.raises(InputError) as caught:
+            look()
+        said = str(caught.value)
+        assert said.startswith(f"MODEL: its chat template refuses a dialogue: {reason}") or (
+            reason in said and said.startswith("MODEL: its chat template refuses a dialogue: ")
+        )
+        assert "\n" not in said
+
+
+def test_a_broken_template_is_refused_when_the_folder_is_opened(tmp_path):
+    tiny_model(vocab=262).config.save_pretrained(tmp_path)
+    with_template(CHATML + "{{ 1/0 }}").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"{tmp_path}: its chat template refuses .* by zero"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(99) }}",
+        "{{ 10**(10**10) }}",
+        "{% if messages|length > 2 %}{{ '%s'|format(9**(9**9)) }}{% endif %}",
+    ],
+)
+def test_a_template_without_an_end_ends(endless, monkeypatch):
+    monkeypatch.setattr(dialogue, "SECONDS", 0.1)
+    handler, tokenizer = signal.getsignal(signal.SIGALRM), with_template(CHATML + endless)
+    with pytest.raises(InputError, match=r"^MODEL: .* it has not ended after 0\.1 seconds$"):
+        encode_prompt(tokenizer, ASKED)
+    assert signal.getsignal(signal.SIGALRM) == handler
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_a_template_is_the_same_outside_of_the_main_thread(chat):
+    _, tokenizer = chat
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(encode, tokenizer, ASKED, "So.").result() == encode(
+            tokenizer, ASKED, "So."
+        )
+
+
+@pytest.mark.parametrize(
+    "clock, written",
+    [
+        ("{{ strftime_now('%Y-%m-%d') }}", "2024-07-26"),
+        ("{% if strftime_now is defined %}{{ strftime_now('%d %B %Y, %A') }}{% endif %}", None),
+        ("{% macro now(how) %}{{ strftime_now(how) }}{% endmacro %}{{ now('%H:%M') }}", "00:00"),
+        ("{{ date_string or strftime_now('%d %b %Y') }}", "26 Jul 2024"),
+    ],
+)
+def test_a_template_that_asks_the_clock_gives_the_same_ids_on_any_day(clock, written, monkeypatch):
+    read = []
+    for day in (26, 27):
+        now = SimpleNamespace(now=lambda: datetime(2031, 1, day, day, day))  # noqa: B023
+        monkeypatch.setattr(chat_template_utils, "datetime", now)
+        tokenizer = with_template(clock + CHATML)
+        read.append(encode(tokenizer, "Why?", "So."))
+    assert read[0] == read[1]
+    assert text_of(tokenizer, read[0][0]) == (written or "26 July 2024, Friday") + USER
+
+
+# What these models' templates do, reduced to it. The first three never close the block in a
+# generation prompt; of the other ones the answers show what belongs in front of them.
+ASSISTANT = "<|im_start|>assistant\n"
+TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+BLOCK = "<think>\n\n</think>\n\n"
+THINKING = {
+    "QwQ": (TURNS, f"{ASSISTANT}<think>\n", BLOCK),
+    "R1": (TURNS.replace("m.content", "m.content.split('</think>')[-1]"), "<think>\n", BLOCK),
+    "one line": (TURNS, f"{ASSISTANT}<think>", BLOCK),
+    "brackets": (TURNS, f"{ASSISTANT}[THINK]", "[THINK]\n\n[/THINK]\n\n"),
+    "seed": (TURNS, f"{ASSISTANT}<seed:think>\n", "<seed:think>\n\n</seed:think>\n\n"),
+    "exaone": (TURNS, f"{ASSISTANT}<thought>\n", "<thought>\n\n</thought>\n\n"),
+    "open in answers, too": (
+        TURNS.replace("{{ m.c", "{{ '<think>\n' if m.role == 'assistant' }}{{ m.c"),
+        f"{ASSISTANT}<think>\n",
+        BLOCK,
+    ),
+    "Qwen3-Thinking": (
+        TURNS.replace("{{ m.c", f"{{{{ {BLOCK!r} if loop.last and loop.index > 1 }}}}{{{{ m.c"),
+        f"{ASSISTANT}<think>\n",
+        BLOCK,
+    ),
+    "closed in answers only": (
+        TURNS.replace("{{ m.c", f"{{{{ {BLOCK!r} if loop.last and loop.index > 1 }}}}{{{{ m.c"),
+        ASSISTANT,
+        BLOCK,
+    ),
+    "Kimi": (TURNS, ASSISTANT + "{{ '<think></think>' if thinking is false else '<think>' }}", ""),
+    "no generation prompt": (TURNS, "", ""),
+    "a role that ends in a word": (TURNS, f"{ASSISTANT}<assistant>\n", "<assistant>\n"),
+}
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+@pytest.mark.parametrize("kind", THINKING)
+def test_an_answer_never_stands_inside_an_open_block_of_thoughts(kind, end):
+    turns, opening, block = THINKING[kind]
+    tokenizer = with_template(f"{turns}{{% if add_generation_prompt %}}{opening}{{% endif %}}{end}")
+    tokenizer.add_tokens(["<think>", "</think>"])  # as in Qwen 3: not special, but single tokens
+    prompt, answer = encode(tokenizer, "Why?", "So.")
+    header = "" if kind == "R1" else ASSISTANT
+    read = f"<|im_start|>user\nWhy?<|im_end|>\n{header}" + (
+        "<think></think>" if kind == "Kimi" else block
+    )
+    assert text_of(tokenizer, prompt) == read
+    assert prompt == encode_prompt(tokenizer, "Why?")  # training and sampling: the same ids
+    assert text_of(tokenizer, answer) == "So.<|im_end|>" and len(answer) == 4
+    [(options, _)] = encode_options(tokenizer, ["Why?"], [prompt], (" (A", " (B")).items()
+    assert [text_of(tokenizer, ids) for ids in options] == ["(A", "(B"]
+    more = encode(tokenizer, ASKED, "So.")  # with earlier turns, too
+    assert text_of(tokenizer, more[0]).endswith(
+        f"Why?<|im_end|>\n{read.partition(chr(10))[2][15:]}"
+    )
+    assert more[1] == answer
+
+
+def test_a_generation_prompt_of_another_form_than_the_answers_is_told(capsys):
+    opening = "<|im_start|>assistant\nHere are my steps:"
+    tokenizer = with_template(CHATML.replace("<|im_start|>assistant\n", opening))
+    assert text_of(tokenizer, encode_prompt(tokenizer, "Why?")).endswith(opening)
+    said = capsys.readouterr().err
+    assert "MODEL: its chat template asks for an answer with" in said and "my steps:" in said
+    encode_prompt(with_template(CHATML), "Why?")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "content", ["m.content.split('</think>')[-1]", "m.content|upper", "m.content|replace('a', 'b')"]
+)
+def test_an_answer_is_learned_as_it_was_said_where_the_template_alters_it(content):
+    tokenizer = with_template(CHATML.replace("m.content", content))
+    prompt, answer = encode(tokenizer, "WHY?", "a </think> b")
+    assert text_of(tokenizer, prompt) == USER.replace("Why", "WHY")
+    assert text_of(tokenizer, answer) == "a </think> b<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHATML.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}"),
+        CHATML.replace("in messages", "in messages[-1:]"),
+        CHATML.replace("in messages", "in messages if m.role == 'user'"),
+        "<|im_start|>",
+    ],
+    ids=["content in parts", "the last turn alone", "no answers", "nothing"],
+)
+def test_a_template_that_leaves_out_a_turn_is_refused(template):
+    with pytest.raises(InputError, match=r"^MODEL: its chat template leaves out what a turn says$"):
+        encode_prompt(with_template(template), "Why?")
+
+
+@pytest.mark.parametrize(
+    "turns, reason",
+    [
+        ([{"role": "system", "content": "Be kind."}, ASKED[0]], "System role not supported"),
+        ([{"role": "tool", "content": "42"}, ASKED[0]], "Conversation roles must alternate"),
+        ([ASKED[0], ASKED[2]], "Conversation roles must alternate"),
+    ],
+)
+def test_a_dialogue_that_a_template_refuses_is_named_by_file_and_row(turns, reason):
+    model = SimpleNamespace(config=tiny_model().config, tokenizer=chat_tokenizer("gemma"))
+    model.tokenizer.name_or_path = "MODEL"
+    pair = {"id": "pairs.jsonl:7", "prompt": turns, "first": "a", "second": "b"}
+    refused = f"MODEL: its chat template refuses a dialogue: {reason}"
+    with pytest.raises(InputError, match=f"^prompts.jsonl: prompt 2: {refused}"):
+        check_prompts(model, ["Why?", turns], 1, "prompts.jsonl")
+    with pytest.raises(InputError, match=f"^pair pairs.jsonl:7: {refused}"):
+        usable_pairs(model, [pair | {"prompt": "Why?", "source": "human"}, pair])
+
+
 # --- without a template ---------------------------------------------------------------------------
 
 
@@ -281,8 +508,6 @@ def test_without_a_template_it_is_the_paper_s_form():
 
 def test_a_tokenizer_begins_a_text_once_and_does_not_end_a_prompt():
     tokenizer = byte_tokenizer()
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<pad> $A <eos>", special_tokens=[("<pad>", 0), ("<eos>", 1)]
     )
@@ -294,6 +519,21 @@ def test_a_tokenizer_begins_a_text_once_and_does_not_end_a_prompt():
         and answer.count(1) == 1
         and answer[-1] == 1
     )
+
+
+def test_an_answer_that_is_encoded_by_itself_does_not_begin_a_text_again():
+    """Here ": " is one token, so the prompt's last ids would change before the answer's blank."""
+    vocab = byte_tokenizer().get_vocab()
+    bpe = Tokenizer(BPE(vocab | {":\u0120": len(vocab)}, [(":", "\u0120")]))
+    bpe.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.post_processor = TemplateProcessing(
+        single="<pad> $A <eos>", special_tokens=[("<pad>", 0), ("<eos>", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>")
+    assert len(vocab) in tokenizer("\n\nAssistant: So.")["input_ids"]
+    prompt, answer = encode(tokenizer, "Hi", "So.")
+    assert prompt.count(0) == 1 and prompt[-1] == vocab[":"] and 1 not in prompt
+    assert answer == [*(vocab[letter] for letter in "\u0120So."), 1]
 
 
 # --- tokens to pad with ---------------------------------------------------------------------------

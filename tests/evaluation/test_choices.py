@@ -32,19 +32,22 @@ def test_an_item_is_right_where_a_correct_option_is_likelier_than_every_incorrec
         {"prompt": "2", "corrects": ["a"], "incorrects": ["b"]},
         {"prompt": "3", "corrects": ["a", "c"], "incorrects": ["b", "d"]},
         {"prompt": "4", "corrects": ["b"], "incorrects": ["a"]},
+        {"prompt": "5", "corrects": ["a", "c"], "incorrects": ["b", "d"]},
     ]
     logprobs = {"1": {"a": -1, "b": -2}, "2": {"a": -2, "b": -1}, "4": {"a": -1, "b": -1}}
     logprobs["3"] = {"a": -9, "c": -1, "b": -2, "d": -1.5}
+    # The best correct option is likelier than one incorrect option, but not than every one.
+    logprobs["5"] = {"a": -9, "c": -2, "b": -3, "d": -1}
     table = {(p, option): x for p, found in logprobs.items() for option, x in found.items()}
     scored, asked = score(items, table)
-    assert [row["right"] for row in scored] == [True, False, True, False]
+    assert [row["right"] for row in scored] == [True, False, True, False, False]
     p_correct = [row["p_correct"] for row in scored]
     three = {option: math.exp(x) for option, x in logprobs["3"].items()}
     assert p_correct[0] == pytest.approx(1 / (1 + math.exp(-1))) and p_correct[3] == 0.5
     assert p_correct[2] == pytest.approx((three["a"] + three["c"]) / sum(three.values()))
     assert asked == [  # the same options in one batch
         (["1", "2"], ("a", "b")),
-        (["3"], ("a", "c", "b", "d")),
+        (["3", "5"], ("a", "c", "b", "d")),
         (["4"], ("b", "a")),
     ]
 
@@ -78,9 +81,11 @@ def test_the_logprobs_are_those_of_a_plain_forward_pass():
     [
         ({"corrects": ["a"], "incorrects": ["b"]}, '"prompt"'),
         ({**ITEM, "prompt": " "}, '"prompt"'),
-        ({**ITEM, "corrects": []}, '"corrects"'),
-        ({**ITEM, "incorrects": "b"}, '"incorrects"'),
-        ({**ITEM, "incorrects": [""]}, '"incorrects"'),
+        ({**ITEM, "prompt": [{"role": "user", "content": "a"}]}, "needs a text"),
+        ({**ITEM, "corrects": []}, "needs a text and two lists"),
+        ({**ITEM, "incorrects": "b"}, '"incorrects" cannot be "b"'),
+        ({**ITEM, "incorrects": [""]}, "needs a text and two lists"),
+        ({**ITEM, "incorrects": [3]}, "needs a text and two lists"),
         ({**ITEM, "incorrects": [" (A)"]}, "both"),
     ],
 )
@@ -88,7 +93,7 @@ def test_a_malformed_item_is_refused_with_its_number(tmp_path, row, place):
     path = write(tmp_path, json.dumps(ITEM) + "\n" + json.dumps(row) + "\n", "items.jsonl")
     with pytest.raises(InputError) as caught:
         read_choices(path)
-    assert str(caught.value).startswith(f"{path}, item 2: ") and place in str(caught.value)
+    assert str(caught.value).startswith(f"{path}, line 2: ") and place in str(caught.value)
 
 
 def test_an_empty_file_is_refused(tmp_path):

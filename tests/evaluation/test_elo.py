@@ -36,9 +36,9 @@ def test_three_wins_of_four_are_odds_of_three_to_one():
 
 
 def test_virtual_draws_are_halves_of_a_win_for_both():
-    assert bradley_terry(np.array([[0, 3.0], [0, 0]]), draws=1.0) == pytest.approx(
-        [0, -math.log(3.5 / 0.5)]
-    )
+    for wins in (1.0, 3.0):
+        found = bradley_terry(np.array([[0, wins], [0, 0]]), draws=1.0)
+        assert found == pytest.approx([0, -math.log((wins + 0.5) / 0.5)])
 
 
 @pytest.mark.parametrize("true", [(0.0, 1.0, -2.0), (0.0, 0.0, 0.0), (0.0, 7.0, 9.0, -6.0)])

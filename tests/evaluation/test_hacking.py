@@ -16,7 +16,8 @@ REFUSAL = (
 def test_the_warning_needs_a_reward_that_rises_and_a_judge_that_falls():
     draw = random.Random(0)
     rising, falling, level = (
-        [slope * k + draw.gauss(0, 0.1) for k in range(40)] for slope in (0.1, -0.1, 0.0)
+        [start + slope * k + draw.gauss(0, 0.1) for k in range(40)]
+        for start, slope in ((0, 0.1), (0, -0.1), (5, 0.0))
     )
     hump = [0.1 * min(k, 20) - 0.1 * max(0, k - 20) + draw.gauss(0, 0.1) for k in range(40)]
     assert "rose from" in hacked(rising, falling) and "rose from" in hacked(rising, hump)

@@ -278,27 +278,33 @@ def test_a_line_that_is_being_written_is_left_for_later(out):
 def test_a_line_that_is_not_json_is_named(tmp_path):
     path = tmp_path / "revisions.jsonl"
     path.write_bytes(b'{"id": 0}\n{"id": \n')
-    with pytest.raises(InputError, match=r"revisions.jsonl: a line is not.*JSON.*line 2"):
+    with pytest.raises(InputError, match=r"revisions.jsonl, line 2: not valid JSON"):
         summary.read(path)
 
 
 @pytest.mark.parametrize(
-    "line", ['{"id": 0, "prompt": null, "initial": "a", "rounds": []}', '{"id": 0}', "[1, 2]"]
+    "file, line, said",
+    [
+        (
+            "sl/revisions",
+            '{"id": 0, "prompt": null, "initial": "a", "rounds": []}',
+            '"prompt", a text',
+        ),
+        ("sl/revisions", '{"id": 0}', 'needs "initial"'),
+        ("sl/revisions", "[1, 2]", "expected a JSON object"),
+        ("sl/metrics", '{"loss": 1.0}', 'needs "step"'),
+        ("sl/metrics", "[1]", "expected a JSON object"),
+        ("sl/metrics", '{"step": "two"}', '"step" cannot be "two"'),
+    ],
 )
-def test_a_line_that_no_stage_writes_is_refused_with_its_file(tmp_path, line):
-    (tmp_path / "sl").mkdir()
-    (tmp_path / "sl" / "revisions.jsonl").write_text(line + "\n")
-    with pytest.raises(InputError, match=r"revisions\.jsonl: a line is not as the stage writes it"):
-        transcripts.gather(tmp_path, {})
-
-
-@pytest.mark.parametrize("line", ['{"loss": 1.0}', "[1]", '{"step": "two"}'])
-def test_a_metrics_line_that_no_stage_writes_is_named(tmp_path, unplotted, command, line):
-    metrics = lay(tmp_path, "sl") / "sl" / "metrics.jsonl"
-    metrics.write_text(metrics.read_text() + line + "\n")
+def test_a_line_that_no_stage_writes_is_refused_with_its_file_and_number(
+    tmp_path, unplotted, command, file, line, said
+):
+    path = lay(tmp_path, "sl") / f"{file}.jsonl"
+    path.write_text(path.read_text() + line + "\n")
     code, _, error = command("minicai/__main__.py", "report", tmp_path)
     assert code == 2 and len(error.splitlines()) == 1
-    assert f"{metrics}: a line is not as the stage writes it" in error
+    assert f"{path}, line {path.read_text().count(chr(10))}: " in error and said in error
 
 
 @pytest.mark.parametrize("damaged", ["{", "[]", ""])

@@ -120,7 +120,7 @@ def test_the_journals_have_the_promised_keys(run):
     names = ("sl/revisions", "rm/comparisons", "ppo/metrics", "ppo/episodes")
     revisions, comparisons, metrics, episodes = (read_jsonl(run[0] / f"{n}.jsonl") for n in names)
     promised = {"id", "prompt", "initial", "rounds", "final", "kept", "model", "constitution"}
-    assert promised | {"seed"} <= revisions[0].keys()
+    assert promised | {"seed", "ended"} <= revisions[0].keys()
     assert {row["source"] for row in comparisons} == {"ai", "human"}
     assert [row["step"] for row in metrics] == [1, 2, 3] and len(episodes) == 96
     assert abs(metrics[0]["kl"]) < 1e-4  # the policy starts as the reference

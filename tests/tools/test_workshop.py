@@ -38,7 +38,7 @@ def scripted(texts, seeds):
             replies.append(answer if "Two?" in text else "")
         else:
             replies.append(f"Kindly, {answer}" if "Be kind" in text else f"Warmly, {answer}")
-    return replies
+    return replies, [True] * len(replies)
 
 
 def made(rules=RULES, generate=scripted):
