@@ -22,6 +22,7 @@ import torch
 
 from minicai.critique import revision_pairs
 from minicai.engine import models, parallel, sampler
+from minicai.engine.adapters import Lora
 from minicai.engine.config import Run, path_setting, positive, setting
 from minicai.engine.data import batch_of_step, read_jsonl, read_preferences, read_prompts, split
 from minicai.engine.dialogue import encode_pair, show_first
@@ -101,7 +102,7 @@ def main(cfg: RMConfig) -> dict:
 
     # Check that every text fits into its model's context before the expensive sampling begins.
     # + 4: the tokens of an option such as " (A".
-    policy, limit = load_policy(policy_path, scorer="require"), cfg.max_new_tokens
+    policy, limit = models.freeze(load_policy(policy_path, scorer="require")), cfg.max_new_tokens
     sampler.check_prompts(policy, prompts, limit, cfg.prompts)
     labelled = sampler.usable_pairs(policy, given)
     requests = feedback.longest_comparisons(prompts, how, thinking)
@@ -127,7 +128,8 @@ def main(cfg: RMConfig) -> dict:
     different = [row for row in pairs.rows if row["first"] != row["second"]]
     comparisons = stage.journal("comparisons.jsonl", cfg.rows, len(different) + len(labelled))
     if len(comparisons.rows) < len(different):
-        made_by, speakers = stage.stamp(*judges), [load_policy(judge) for judge in judges]
+        made_by = stage.stamp(*judges)
+        speakers = [models.freeze(load_policy(judge)) for judge in judges]
         with parallel.gathered(*speakers):
             for first, last in stage.turns(comparisons, "label", "pairs", until=len(different)):
                 group, found = different[first:last], []
@@ -147,7 +149,8 @@ def main(cfg: RMConfig) -> dict:
 
     # 3. Minimise  L_RM = - [ p log sigma(r_A - r_B) + (1 - p) log sigma(r_B - r_A) ].
     rows, heldout = split(comparisons.rows, cfg.heldout, cfg.seed)
-    model = load_scorer(policy_path, seed=cfg.seed)  # the policy with a new head of one score
+    lora = Lora(cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
+    model = load_scorer(policy_path, cfg.seed, lora)  # the policy with a new head of one score
     encoded = [encode_pair(model.tokenizer, row) for row in rows]
     if cfg.gradient_checkpointing:
         models.checkpoint_layers(model)

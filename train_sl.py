@@ -19,6 +19,7 @@ from minicai import constitution, critique  # isort: skip (first: Ctrl-C is one 
 import torch
 
 from minicai.engine import parallel
+from minicai.engine.adapters import Lora
 from minicai.engine.config import Run, path_setting, positive, setting
 from minicai.engine.data import batch_of_step, read_prompts
 from minicai.engine.dialogue import encode_learned, show_first
@@ -101,7 +102,8 @@ def main(cfg: SLConfig) -> dict:
 
     # By default one model responds, criticises, revises and is trained. `policy` names another one
     # that responds and is trained. `critic` names another one that criticises.
-    model = load_policy(cfg.policy or cfg.model, scorer="warn")
+    lora = Lora(cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
+    model = load_policy(cfg.policy or cfg.model, lora, cfg.seed, scorer="warn")
     reviser = load_policy(cfg.model) if cfg.policy else model
     critic = load_policy(cfg.critic) if cfg.critic else reviser
     check_prompts(model, prompts, cfg.max_new_tokens, cfg.prompts)

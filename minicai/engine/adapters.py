@@ -33,6 +33,8 @@ from minicai import InputError
 from minicai.engine import hub, parallel
 
 PREFIX = "base_model.model."  # of PEFT's names
+HEAD = f"{PREFIX}score.weight"
+NAMES = re.compile(r"(^|\.)(adapters|heads)\.")  # of parameters, in a model
 A, B = ".lora_A.weight", ".lora_B.weight"
 PLAIN = {  # what PEFT's settings must be, where they are there
     "peft_type": "LORA",
@@ -180,7 +182,7 @@ class Role:
             if self.name in getattr(layer, "adapters", ()):
                 pair = layer.adapters[self.name]
                 found |= {PREFIX + path + A: pair.A, PREFIX + path + B: pair.B}
-        return found | ({f"{PREFIX}score.weight": self.score.weight} if self.score else {})
+        return found | ({HEAD: self.score.weight} if self.score else {})
 
     def parameters(self) -> list[nn.Parameter]:
         """What is trained: the role's pairs and its head."""
@@ -190,15 +192,13 @@ class Role:
         """The same, whole, on the CPU. All processes call it together."""
         return {key: parallel.whole(p.detach()).cpu() for key, p in self.named().items()}
 
-    @torch.no_grad()
     def fill(self, numbers: dict[str, Tensor], source: str) -> None:
         """Puts numbers by PEFT's names into the role. Raises InputError where they do not fit."""
         own = self.named()
         for key in sorted(own.keys() | numbers.keys()):
             if key not in own or key not in numbers or own[key].shape != numbers[key].shape:
                 raise InputError(f"{source}: {key} does not fit the model {self.name_or_path}")
-            part, where = parallel.local_part(own[key])
-            part.copy_(numbers[key][where])
+            parallel.put(own[key], numbers[key])
 
     def draw(self, seed: int) -> None:
         """First values: A from N(0, 1 / in), B and head zero. The role begins as the backbone."""
@@ -210,6 +210,14 @@ class Role:
         self.fill(first, "adapters")
 
 
+def drawn(model: PreTrainedModel, roles: dict[str, Lora], seed: int | None) -> dict[str, Role]:
+    """The roles that the model has, with their first values."""
+    views = {name: Role(model, name, how) for name, how in roles.items()}
+    for view in views.values():
+        view.draw(seed)
+    return views
+
+
 @torch.no_grad()
 def merge(model: nn.Module, how: Lora, numbers: dict[str, Tensor]) -> None:
     """W + (alpha / r) B A, in place, with A and B by PEFT's names."""
@@ -217,8 +225,7 @@ def merge(model: nn.Module, how: Lora, numbers: dict[str, Tensor]) -> None:
         path = key.removeprefix(PREFIX).removesuffix(A)
         layer = model.get_submodule(path)
         delta = how.scale * numbers[PREFIX + path + B] @ numbers[key]
-        part, where = parallel.local_part(layer.weight)
-        part += (delta.t() if isinstance(layer, Conv1D) else delta)[where].to(part)
+        layer.weight += delta.t() if isinstance(layer, Conv1D) else delta
 
 
 # --- folders in PEFT's format ---------------------------------------------------------------------
@@ -238,7 +245,7 @@ def save(folder: Path, model: Role, numbers: dict[str, Tensor]) -> None:
         "modules_to_save": ["score"] if model.score else None,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    made_on = {"format": "pt", BASE: hub.weights_sha256(model.name_or_path)}
+    made_on = {BASE: hub.weights_sha256(model.name_or_path)}
     save_file(numbers, folder / "adapter_model.safetensors", made_on)
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 

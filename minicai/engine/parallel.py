@@ -29,6 +29,7 @@ from itertools import chain
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -294,8 +295,12 @@ def _mesh(device_type: str) -> DeviceMesh:
     return mesh
 
 
-def shard(model: torch.nn.Module) -> torch.nn.Module:
+@torch.no_grad()
+def shard(model: torch.nn.Module, whole: torch.nn.Module | None = None) -> torch.nn.Module:
     """Cuts each parameter over the ranks, in place: each layer is a group, and the rest another.
+
+    model: without weights, on the "meta" device. whole: the same with weights, on the first rank,
+    which sends each rank its part.
 
     Under bf16 the layers are exchanged and used as bfloat16, and their gradients summed in float32.
     The rest (embeddings, last norm, head) stays float32, since heads are applied in float32.
@@ -315,7 +320,14 @@ def shard(model: torch.nn.Module) -> torch.nn.Module:
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for layer in layers:
         fully_shard(layer, mp_policy=policy, **how)
-    fully_shard(model, **how)
+    fully_shard(model.eval(), **how).to_empty(device=device())
+    weights = whole.state_dict() if whole else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    set_model_state_dict(model, weights, options=options)
+    for name, buffer in model.named_buffers():
+        if whole:
+            buffer.copy_(whole.get_buffer(name))
+        dist.broadcast(buffer, 0)
     model.under_hooks = lambda function, *arguments: function(*arguments)
     register_fsdp_forward_method(model, "under_hooks")
     return model
@@ -382,6 +394,13 @@ def local_part(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
         mesh, placements, local = parameter.device_mesh, parameter.placements, parameter.to_local()
         shape, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
     return local, tuple(slice(first, first + size) for first, size in zip(offset, shape))
+
+
+@torch.no_grad()
+def put(parameter: Tensor, values: Tensor) -> None:
+    """Puts a whole tensor's values into a parameter, of which this rank may keep a part."""
+    part, where = local_part(parameter)
+    part.copy_(values[where])
 
 
 # --- the process itself ---------------------------------------------------------------------------

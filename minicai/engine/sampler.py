@@ -163,7 +163,7 @@ def check_requests(
         tokenizer = load_tokenizer(path)
         encoded = [encode_prompt(tokenizer, request) for request in requests]
         source = f"{what} to {path}, with its examples and principles"
-        check_lengths(opened(path)[0].config, encoded, new_tokens, source)
+        check_lengths(opened(path).config, encoded, new_tokens, source)
 
 
 # --- sampling -------------------------------------------------------------------------------------

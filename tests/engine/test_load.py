@@ -276,7 +276,7 @@ DAMAGES = {  # name: the damage, and what is said after the folder's path
     "vocabulary": (settings(CONFIG, vocab_size=300), ": lm_head.weight has the shape [258, 32], "),
     "tied and different": (
         settings(CONFIG, tie_word_embeddings=True),
-        "/model.safetensors: lm_head.weight and model.embed_tokens.weight differ, but tie_word_",
+        ": tie_word_embeddings in config.json makes one matrix of two that differ; set it to false",
     ),
     "not finite": (
         tensors(lambda found: found[Q].fill_(float("nan"))),
