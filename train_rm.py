@@ -102,12 +102,12 @@ def main(cfg: RMConfig) -> dict:
 
     # Check that every text fits into its model's context before the expensive sampling begins.
     # + 4: the tokens of an option such as " (A".
-    policy, limit = models.freeze(load_policy(policy_path, scorer="require")), cfg.max_new_tokens
+    requests, limit = feedback.longest_comparisons(prompts, how, thinking), cfg.max_new_tokens
+    answers, what = (3 if thinking else 2) * limit + 4, "[rm] feedback and jury: a comparison"
+    sampler.check_requests(map(load_policy, judges), requests, answers, what)
+    policy = models.freeze(load_policy(policy_path, scorer="require"))
     sampler.check_prompts(policy, prompts, limit, cfg.prompts)
     labelled = sampler.usable_pairs(policy, given)
-    requests = feedback.longest_comparisons(prompts, how, thinking)
-    answers = (3 if thinking else 2) * limit + 4
-    sampler.check_requests(judges, requests, answers, "[rm] feedback and jury: a comparison")
 
     # 1. Sample `candidates` responses to each prompt, and pair them: pairs.jsonl.
     each = math.comb(cfg.candidates, 2)  # pairs per prompt

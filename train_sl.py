@@ -111,9 +111,9 @@ def main(cfg: SLConfig) -> dict:
     if cfg.rounds:
         critiques, revisions = critique.longest_requests(prompts, how)
         limit = cfg.max_new_tokens
-        check_requests([cfg.critic or cfg.model], critiques, 2 * limit, "[sl]: a critique request")
+        check_requests([critic], critiques, 2 * limit, "[sl]: a critique request")
         answers = 3 if critiques else 2  # in the context: the response, the critique, the revision
-        check_requests([cfg.model], revisions, answers * limit, "[sl]: a revision request")
+        check_requests([reviser], revisions, answers * limit, "[sl]: a revision request")
 
     # 1. Respond, criticise, revise: revisions.jsonl, one row per red-team prompt.
     models = stage.stamp(cfg.model, cfg.policy, cfg.critic)

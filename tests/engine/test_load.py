@@ -458,7 +458,7 @@ def test_stage_2_refuses_such_a_policy_and_a_damaged_judge_before_it_samples(
     shutil.copytree(models / "roomy", judge)
     settings(CONFIG, num_hidden_layers=3)(judge)
     for policy, feedback, said in (
-        (apertus, judge, f"{apertus}: is no reward model and cannot become one"),
+        (apertus, models / "roomy", f"{apertus}: is no reward model and cannot become one"),
         (models / "roomy", judge, f"{judge}: the weights of model.layers.2."),
         (models / "roomy", nemotron, f"{nemotron}: NemotronForCausalLM is a kind of model that c"),
     ):

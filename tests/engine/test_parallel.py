@@ -420,7 +420,7 @@ def test_a_checkpoint_of_two_processes_is_whole_or_not_there(runs):
     found = sorted((runs[0] / "endless" / "sl" / "checkpoints").iterdir())
     whole = [path for path in found if path.suffix != ".tmp"]
     assert 1 <= len(whole) <= 3  # two, and perhaps the one before that was about to be removed
-    names = {".metadata", "extra.json", "__0_0.distcp", "__1_0.distcp"}
+    names = {".metadata", "extra.json", "sums.json", "__0_0.distcp", "__1_0.distcp"}
     assert all({file.name for file in path.iterdir()} == names for path in whole)
 
 
