@@ -106,7 +106,8 @@ def power_cut(world: World, number: int, share: float) -> str:
     safe = STAGES[: STAGES.index([name for name in begun if name][-1])] if number else STAGES
     for name in safe:  # it was finished: the run had gone on to the next stage
         lost = differences(world.out / name, world.whole / name)
-        if lost:
+        lost = [file for file in lost if (world.whole / name / file).exists()]
+        if lost:  # but old checkpoints may have come back
             return f"LOST: {name}/{', '.join(lost)}"
     return resumed(world)
 
