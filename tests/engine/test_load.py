@@ -474,7 +474,7 @@ def test_stage_2_refuses_such_a_policy_and_a_damaged_judge_before_it_samples(
     [
         (
             "NemotronConfig",
-            "NemotronForCausalLM is a kind of model that cannot be packed: its code ",
+            "NemotronForCausalLM is a kind of model that cannot be packed: its layers do not hand on ",
         ),
         ("Llama4TextConfig", "transformers cannot run Llama4ForCausalLM without its head"),
     ],

@@ -28,7 +28,7 @@ from minicai.engine.dialogue import (
     same_form,
     show_first,
 )
-from minicai.engine.load import load_tokenizer
+from minicai.engine.load import load_policy, load_tokenizer
 from minicai.engine.sampler import (
     Sampling,
     check_prompts,
