@@ -202,12 +202,12 @@ class Role:
 
     def draw(self, seed: int) -> None:
         """First values: A from N(0, 1 / in), B and head zero. The role begins as the backbone."""
-        generator, first = torch.Generator().manual_seed(seed), {}
+        generator = torch.Generator().manual_seed(seed)
         for key, p in self.named().items():
-            first[key] = torch.zeros(p.shape)
+            first = torch.zeros(p.shape)
             if key.endswith(A):
-                first[key].normal_(0, p.shape[1] ** -0.5, generator=generator)
-        self.fill(first, "adapters")
+                first.normal_(0, p.shape[1] ** -0.5, generator=generator)
+            parallel.put(p, first)
 
 
 def drawn(model: PreTrainedModel, roles: dict[str, Lora], seed: int | None) -> dict[str, Role]:
@@ -218,13 +218,17 @@ def drawn(model: PreTrainedModel, roles: dict[str, Lora], seed: int | None) -> d
     return views
 
 
+def _paths(numbers: dict[str, Tensor]) -> list[str]:
+    """The layers that PEFT's names stand for."""
+    return [key.removeprefix(PREFIX).removesuffix(A) for key in numbers if key.endswith(A)]
+
+
 @torch.no_grad()
 def merge(model: nn.Module, how: Lora, numbers: dict[str, Tensor]) -> None:
     """W + (alpha / r) B A, in place, with A and B by PEFT's names."""
-    for key in [key for key in numbers if key.endswith(A)]:
-        path = key.removeprefix(PREFIX).removesuffix(A)
+    for path in _paths(numbers):
         layer = model.get_submodule(path)
-        delta = how.scale * numbers[PREFIX + path + B] @ numbers[key]
+        delta = how.scale * numbers[PREFIX + path + B] @ numbers[PREFIX + path + A]
         layer.weight += delta.t() if isinstance(layer, Conv1D) else delta
 
 
@@ -233,14 +237,13 @@ def merge(model: nn.Module, how: Lora, numbers: dict[str, Tensor]) -> None:
 
 def save(folder: Path, model: Role, numbers: dict[str, Tensor]) -> None:
     """Writes a role, with the numbers it gave, so that peft and vLLM load it on the same base."""
-    paths = [key.removeprefix(PREFIX).removesuffix(A) for key in numbers if key.endswith(A)]
     settings = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if model.score else "CAUSAL_LM",
         "base_model_name_or_path": model.name_or_path,
         "r": model.how.rank,
         "lora_alpha": model.how.alpha,
-        "target_modules": sorted({path.rpartition(".")[2] for path in paths}),
+        "target_modules": _paths(numbers),
         "fan_in_fan_out": any(isinstance(m, Conv1D) for m in model.modules()),
         "modules_to_save": ["score"] if model.score else None,
     }
@@ -266,5 +269,4 @@ def read(folder: Path, base: str) -> tuple[Lora, dict[str, Tensor]]:
         made_on = (file.metadata() or {}).get(BASE)
     if made_on and made_on != hub.weights_sha256(base):
         raise InputError(f"{folder}: it was trained on other weights than those of {base}")
-    paths = [key.removeprefix(PREFIX).removesuffix(A) for key in numbers if key.endswith(A)]
-    return Lora(settings["r"], settings["lora_alpha"], tuple(paths)), numbers
+    return Lora(settings["r"], settings["lora_alpha"], tuple(_paths(numbers))), numbers
