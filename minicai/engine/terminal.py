@@ -162,9 +162,9 @@ def run(main: Callable[[list[str]], None], usage: str | Callable[[list[str]], st
 
     --help prints `usage` (of the arguments). --quiet prints only results and errors.
     """
-    global BRIEF
+    global BRIEF, BEGUN
     arguments = [argument for argument in sys.argv[1:] if argument != "--quiet"]
-    BRIEF = "--quiet" in sys.argv[1:]
+    BRIEF, BEGUN = "--quiet" in sys.argv[1:], False
     if "--help" in arguments or "-h" in arguments:
         print((usage if isinstance(usage, str) else usage(arguments)).strip())
         sys.exit(0)
