@@ -141,8 +141,7 @@ def main(cfg: SLConfig) -> dict:
             rows = [dict(zip(names, row)) for row in zip(numbers, asked, *answers)]
             helpful.append(parallel.joined([row | {"seed": cfg.seed} | models for row in rows]))
 
-    # 3. The responses to learn, as token ids. One that the length limit cut off has no end token:
-    #    the model must not learn to stop there.
+    # 3. The responses to learn, as token ids. One that was cut off must not teach to stop there.
     learned = []
     for row in revisions.rows:
         learned += critique.training_pairs(row, cfg.keep, cfg.drop)

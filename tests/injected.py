@@ -339,9 +339,9 @@ CODE = (  # module, a change of its results, and after which stop a stage would 
 
 
 def tree(folder: Path) -> str:
-    """A digest of all names and contents below a folder."""
+    """A digest of all names and contents below a folder, but for its locks."""
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(path for path in folder.rglob("*") if path.suffix != ".lock"):
         digest.update(f"{path.relative_to(folder)} ".encode())
         digest.update(path.read_bytes() if path.is_file() else b"")
     return digest.hexdigest()
@@ -379,7 +379,7 @@ def changed_reward(world: World, finished: bool) -> str:
     """A reward function's file changes in the middle of PPO, or after it."""
     world.stopped("rm")
     world.again(names=("rm",))
-    source, flag = world.run_in / "reward.py", f"--reward_function={world.run_in}/reward.py:length"
+    source, flag = world.run_in / "reward.py", "--reward_function=reward:length"
     source.write_text("def length(prompts, responses):\n    return [1.0] * len(prompts)\n")
 
     def work() -> None:

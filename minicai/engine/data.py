@@ -279,8 +279,8 @@ ROW = {
     list: {"rounds", "votes", "corrects", "incorrects"},
 }
 RECORD = {
-    float | int | dict: {"count", "ece", "elo", "peak_rss_mb"},
-    float | int | dict | None: {"rate", "kl", "accuracy_vs_judge", "accuracy_vs_labels"},
+    float | int | dict: {"count", "elo", "peak_rss_mb"},
+    float | int | dict | None: {"rate", "kl", "ece", "accuracy_vs_judge", "accuracy_vs_labels"},
     list | dict: {"interval", "heldout_ids", "calibration", "harmful_by_round"},
     dict: {"eval", "files", "intervals", "jailbreaks", "labels", "replayed", "revision", "run"},
 }

@@ -292,8 +292,6 @@ def test_no_number_of_a_stage_may_be_negative(kind, section, path):
         (train_ppo.PPOConfig, "ppo", "--grad_clip=0"),
         (train_ppo.PPOConfig, "ppo", "--kl_horizon=0"),
         (train_ppo.PPOConfig, "ppo", "--epochs=0"),
-        (train_ppo.PPOConfig, "ppo", "--gamma=1.01"),
-        (train_ppo.PPOConfig, "ppo", "--lam=1.01"),
         (train_ppo.PPOConfig, "ppo", "--helpful_share=1.5"),
         (train_ppo.PPOConfig, "ppo", "--episodes=0"),
         (train_ppo.PPOConfig, "ppo", "--kl_estimator=k4"),
