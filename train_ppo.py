@@ -15,10 +15,9 @@ But kl_coef and value_clip_range must fit that scale. Variants are in examples/,
 import math
 from dataclasses import dataclass
 
-import minicai  # noqa: F401  # isort: skip (before torch: Ctrl-C while it loads is one line)
+from minicai import losses  # isort: skip (first: Ctrl-C is one line)
 import torch
 
-from minicai import losses
 from minicai.engine import parallel
 from minicai.engine.config import Run, function, path_setting, positive, setting, source_file
 from minicai.engine.data import epoch_order, read_prompts, shuffled
@@ -73,8 +72,8 @@ class PPOConfig(Run):
 
     # reward and advantage
     kl_coef: float = 0.05  # beta, reward per nat (HH: 0.001 on its reward scale)
-    gamma: float = setting(1.0, at_most=1)  # discount (HH)
-    lam: float = setting(0.95, at_most=1)  # GAE lambda
+    gamma: float = 1.0  # discount (HH)
+    lam: float = 0.95  # GAE lambda
 
     # updates
     epochs: int = positive(4)  # passes over a rollout

@@ -17,10 +17,9 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-import minicai  # noqa: F401  # isort: skip (before torch: Ctrl-C while it loads is one line)
+from minicai import constitution, feedback  # isort: skip (first: Ctrl-C is one line)
 import torch
 
-from minicai import constitution, feedback
 from minicai.critique import revision_pairs
 from minicai.engine import models, parallel, sampler
 from minicai.engine.config import Run, path_setting, positive, setting
@@ -194,8 +193,8 @@ def main(cfg: RMConfig) -> dict:
 
     # 4. Accuracy: how often the scores order a held-out pair as its label does. Ties are left out.
     decided = [row for row in heldout if row["p_first"] != 0.5]
-    pairs = [encode_pair(model.tokenizer, row) for row in decided]
-    r_first, r_second = models.scored_pairs(model, pairs, cfg.micro_tokens)
+    encoded = [encode_pair(model.tokenizer, row) for row in decided]
+    r_first, r_second = models.scored_pairs(model, encoded, cfg.micro_tokens)
     better = torch.tensor([row["p_first"] for row in decided], device=model.device) > 0.5
     agree = ((r_first > r_second) == better).double()
     record = {

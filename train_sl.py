@@ -15,10 +15,9 @@ critique. Set `examples` to do the same; by default there are none.
 import math
 from dataclasses import dataclass
 
-import minicai  # noqa: F401  # isort: skip (before torch: Ctrl-C while it loads is one line)
+from minicai import constitution, critique  # isort: skip (first: Ctrl-C is one line)
 import torch
 
-from minicai import constitution, critique
 from minicai.engine import parallel
 from minicai.engine.config import Run, path_setting, positive, setting
 from minicai.engine.data import batch_of_step, read_prompts
@@ -142,8 +141,7 @@ def main(cfg: SLConfig) -> dict:
             rows = [dict(zip(names, row)) for row in zip(numbers, asked, *answers)]
             helpful.append(parallel.joined([row | {"seed": cfg.seed} | models for row in rows]))
 
-    # 3. The responses to learn, as token ids. One that the length limit cut off has no end token:
-    #    the model must not learn to stop there.
+    # 3. The responses to learn, as token ids. One that was cut off must not teach to stop there.
     learned = []
     for row in revisions.rows:
         learned += critique.training_pairs(row, cfg.keep, cfg.drop)

@@ -4,6 +4,7 @@ What they write can be read, resumed, and computed again. The training itself: t
 """
 
 import json
+from collections import Counter
 from unittest.mock import patch
 
 import pytest
@@ -34,7 +35,8 @@ def run(section, folder, name, *arguments):
     assert all(hub.weights_sha256(path) == sha for path, sha in record["models"].items())
     assert str(folder / "model") in record["models"]
     assert json.loads((out / section / "stage.json").read_text()).keys() == record.keys()
-    rows = read_jsonl(out / section / JOURNALS[section])
+    journal = out / section / JOURNALS[section]
+    rows = read_jsonl(journal) if journal.exists() else []  # none where nothing was asked
     short = {path: sha[:12] for path, sha in record["models"].items()}
     for row in rows:
         if row.get("source", "ai") == "ai":
@@ -201,14 +203,9 @@ def test_harmless_answers_end_in_training_where_they_ended(folder):
     with patch.object(train_sl, "respond", respond), recorded(train_sl, "collate") as batches:
         sl(folder, "half", *flags)
     tokenizer = load_tokenizer(str(folder / "model"))
-    learned = [response for (_, responses, _), _ in batches for response in responses]
-    ends = [(tokenizer.decode(ids), ids[-1] == tokenizer.eos_token_id) for ids in learned]
-    assert sorted(ends) == [
-        (" Some.", False),
-        (f" Some.{tokenizer.eos_token}", True),
-        (" Words.", False),
-        (f" Words.{tokenizer.eos_token}", True),
-    ]
+    learned = [tokenizer.decode(ids) for (_, responses, _), _ in batches for ids in responses]
+    end = tokenizer.eos_token
+    assert sorted(learned) == [" Some.", f" Some.{end}", " Words.", f" Words.{end}"]
 
 
 def test_what_an_earlier_version_did_not_say_is_guessed_from_the_length_with_one_warning(
@@ -234,10 +231,9 @@ def test_what_an_earlier_version_did_not_say_is_guessed_from_the_length_with_one
         sl(folder, "early", *flags)
     said = capsys.readouterr().err
     assert said.count("WARNING") == 1 and "do not say which responses" in said
-    eos = load_tokenizer(str(folder / "model")).eos_token_id
-    learned = [response for (_, responses, _), _ in batches for response in responses]
-    assert [len(ids) - (ids[-1] == eos) for ids in learned].count(11) == 9
-    assert all((ids[-1] == eos) == (len(ids) == 12 and ids[-2] == ord("r")) for ids in learned)
+    tokenizer = load_tokenizer(str(folder / "model"))
+    learned = [tokenizer.decode(ids) for (_, responses, _), _ in batches for ids in responses]
+    assert Counter(learned) == {f" ten letter{tokenizer.eos_token}": 9, " ten letters": 9}
 
 
 # --- stage 2 --------------------------------------------------------------------------------------
@@ -493,7 +489,7 @@ def test_a_run_of_variants_that_was_interrupted_resumes_to_the_same_files(
         ("rm", "--labels=chain_of_thought --max_new_tokens=640", "a comparison to .* of 2048"),
         ("sl", "--prompts=long.txt", "long.txt: prompt 1 has 2046 tokens, which with 6 new ones"),
         ("sl", "--helpful_prompts=long.txt", "long.txt: prompt 1 has 2046 tokens"),
-        ("rm", "--prompts=long.txt", "long.txt: prompt 1 has 2046 tokens, which with 7 new ones"),
+        ("rm", "--prompts=long.txt", "long.txt: prompt 1 has 2046 tokens, which with 6 new ones"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_before_anything_is_written(

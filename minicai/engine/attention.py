@@ -42,6 +42,8 @@ def attend(module, query, key, value, attention_mask, rows=None, **settings):
     Raises ValueError where the layer asks for what is not done here.
     """
     if rows is None:
+        if attention_mask is not None and attention_mask.dtype == torch.long:  # made in `through`
+            raise ValueError("its layers do not hand on to attention what a pass is given")
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     for name in settings.keys() - KNOWN:
         if settings[name] is not None and settings[name] is not False:
@@ -261,8 +263,8 @@ class Slots:
 
     def __init__(self, count: int, capacity: int):
         self.count, self.capacity = count, capacity
-        # [keys, values] of each call of attention in a pass, [S, C, H, D] each. They are made in the
-        # first pass, when their sizes and type are known.
+        # [keys, values] of each call of attention in a pass, [S, C, H, D] each. They are made
+        # when their sizes and type are known.
         self.layers = []
 
     def place(self, starts: Sequence[int], counts: Sequence[int], device: torch.device) -> None:

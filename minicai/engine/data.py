@@ -152,7 +152,7 @@ class Journal:
     def __init__(self, path: Path, group: int = 1, total: int | None = None):
         self.path, self.name, self.mirror = path, path.stem, None
         self.group, self.total = group, total
-        self.rows, self.sizes = read_journal(path)
+        self.rows, self.sizes = read_journal(path), [len(x.encode()) + 1 for x in _whole(path)]
         count = len(self.rows)
         self.keep(count if count == total else count - count % group)
 
@@ -279,10 +279,10 @@ ROW = {
     list: {"rounds", "votes", "corrects", "incorrects"},
 }
 RECORD = {
-    float | int | dict: {"count", "ece", "elo", "peak_rss_mb"},
-    float | int | dict | None: {"rate", "kl", "accuracy_vs_judge", "accuracy_vs_labels"},
+    float | int | dict: {"count", "elo", "peak_rss_mb"},
+    float | int | dict | None: {"rate", "kl", "ece", "accuracy_vs_judge", "accuracy_vs_labels"},
     list | dict: {"interval", "heldout_ids", "calibration", "harmful_by_round"},
-    dict: {"eval", "intervals", "jailbreaks", "replayed", "labels", "revision", "run"},
+    dict: {"eval", "files", "intervals", "jailbreaks", "labels", "replayed", "revision", "run"},
 }
 
 
@@ -343,20 +343,21 @@ def read_record(path: Path) -> dict:
 
 def read_toml(path: Path) -> dict:
     """The table that a file is. Raises InputError where it is damaged."""
+    text = _text(path)
     try:
-        return tomllib.loads(_text(path))
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid TOML: {error}") from error
 
 
-def read_journal(path: Path) -> tuple[list[dict], list[int]]:
-    """The rows of a stage's journal, and their sizes in bytes; none where there is no file.
+def _whole(path: Path) -> list[str]:
+    """The lines of a journal. What follows the last line end is torn, or being written."""
+    return _text(path, "utf-8", "surrogateescape").split("\n")[:-1] if path.exists() else []
 
-    What follows the last line end is torn, or being written. Raises InputError, with the line.
-    """
-    lines = _text(path, "utf-8", "surrogateescape").split("\n")[:-1] if path.exists() else []
-    rows = [_object(line, f"{path}, line {k}", ROW) for k, line in enumerate(lines, 1)]
-    return rows, [len(line.encode()) + 1 for line in lines]
+
+def read_journal(path: Path) -> list[dict]:
+    """The whole rows of a stage's journal, [] where there is no file. Raises InputError."""
+    return [_object(line, f"{path}, line {k}", ROW) for k, line in enumerate(_whole(path), 1)]
 
 
 def _rows(path: str | Path, kinds: dict | None = None) -> Iterator[tuple[int, str, dict]]:

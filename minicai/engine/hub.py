@@ -29,6 +29,7 @@ DECIDING = ("config.json", "generation_config.json", "*token*.json", "*.index.js
 DECIDING += ("vocab*", "merges.txt", "*.model", "*.tiktoken", "*.safetensors")
 SUMS = Path(os.path.expanduser("~/.cache/minicai/sums"))
 LARGE = 16 << 20  # bytes
+LAYERS = 10_000  # to build more of them takes longer than anybody waits
 QUANTISED = (
     "its weights are quantised, and training needs floating point; name the model that they were "
     "made from, or dequantise them and save them in bfloat16"
@@ -198,6 +199,8 @@ def require_folder(path: str, what: str, weights: bool = True) -> Path:
         for key, value in _settings(folder / name).items():
             if value and key in REFUSED:
                 raise InputError(f"{folder / name}: {key}: {REFUSED[key]}")
+            if key.endswith(("layer", "layers")) and isinstance(value, int) and value > LAYERS:
+                raise InputError(f"{folder / name}: {key} is {value}, and no model has so many")
     if not weights:
         return folder
     pickles = [path.name for p in ("*.bin", "*.pt", "*.pth") for path in folder.glob(p)]

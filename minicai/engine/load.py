@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
@@ -39,7 +40,7 @@ HEADS = ("lm_head.", "embed_out.")  # a policy's, which a reward model does not 
 
 
 @contextmanager
-def _blaming(what: str, failure: str = "transformers fails on it") -> Iterator[None]:
+def _blaming(what: str) -> Iterator[None]:
     """Inside it, an error of any library is an InputError that begins with `what`."""
     try:
         yield
@@ -49,8 +50,8 @@ def _blaming(what: str, failure: str = "transformers fails on it") -> Iterator[N
             raise
         lines = [line.strip() for line in str(error).splitlines() if not line.endswith(":")]
         reason = " ".join(lines[:1])
-        if not isinstance(error, OSError | ValueError):
-            reason = f"{failure} ({type(error).__name__}: {reason})"
+        if not isinstance(error, OSError | ValueError | StrictDataclassError):
+            reason = f"transformers fails on it ({type(error).__name__}: {reason})"
         raise InputError(f"{what}: {reason}") from error
 
 
@@ -187,7 +188,9 @@ def opened(
     model.tokenizer = tokenizer
     if model.can_generate():
         model.generation_config = generation or model.generation_config
-    return model, _places(model, folder, new_head)
+    places = _places(model, folder, new_head)
+    packing.check(model, path)
+    return model, places
 
 
 def _load(path: str, auto: type, new_head: bool = False) -> PreTrainedModel:

@@ -29,6 +29,7 @@ SIZES = {  # of the copy, by a part of the setting's name; the first that fits
     "token_id": 0,
     "heads": 4,
     "n_head": 4,
+    "qk_head_dim": 16,
     "head_dim": 8,
     "n_embd": 32,
     "hidden_size": 32,
@@ -42,12 +43,17 @@ MIXING = {"linear_attention", "conv", "hybrid", "recurrent"}  # kinds of layers
 
 
 def check(model: PreTrainedModel, path: str) -> None:
-    """Puts our attention into the model. Raises InputError with the reason if that is wrong."""
+    """Puts our attention into the model. Raises InputError with the reason if that is wrong.
+
+    A model without weights (on the "meta" device) is known by its tiny copy alone.
+    """
     config, head = model.config.get_text_config(decoder=True), model.get_output_embeddings()
     mixing = MIXING.intersection(getattr(config, "layer_types", None) or ())
     try:
+        if model.base_model is model:
+            raise ValueError("its layers cannot be used without its output layer")
         with parallel.computing_in(parallel.weight_precision()), parallel.autocast():
-            if not _equal(model, SHORT, head):
+            if model.device.type != "meta" and not _equal(model, SHORT, head):
                 if head and _equal(model, SHORT):
                     raise ValueError("it does more with its logits than apply its output layer")
                 raise ValueError("the numbers of a row change with the rows beside it")
@@ -72,13 +78,12 @@ def _check_copy(config: str) -> None:
     lengths = {}
     if _equal(_copy(config, lengths), LONG):
         return
+    guilty = ", ".join(lengths)
     for name, tokens in lengths.items():
         with suppress(Exception):  # the other sizes may not fit
             if _equal(_copy(config, {}, name), LONG):
-                break
-    else:
-        name, tokens = "one of", ", ".join(lengths)
-    raise ValueError(f"its {name} ({tokens}) is not kept where rows are packed")
+                guilty = f"{name} ({tokens})"
+    raise ValueError(f"its {guilty} is not kept where rows are packed")
 
 
 @torch.no_grad()

@@ -59,7 +59,6 @@ from minicai.engine.data import (
 SKIPPED_AT_MOST = 3  # updates in a row whose loss or gradient is not finite; then the run stops
 DATA = (".jsonl", ".json", ".gz", ".txt", ".toml", ".py")  # what is a file, not a model folder
 METHOD = ("losses", "prompts", "constitution", "examples", "critique", "feedback", "rollout")
-MADE = {"files?": {"*": str}}  # what a record says of the files of its stage: {name: sha256}
 LOCKS = WeakValueDictionary()  # {path: file} of this process, each unlocked with its last Stage
 
 
@@ -116,7 +115,7 @@ class Stage:
                         f"choose another --out, start again with --overwrite, or resume with "
                         f"--accept-changes"
                     )
-                self.accepted = changes
+                self.accepted += changes
             return read_record(record) if finished else None
         except OSError as error:
             raise InputError(f"{self.folder}: cannot be read: {error.strerror}") from error
@@ -126,7 +125,7 @@ class Stage:
         record = folder / "stage.json"
         if record.exists():
             try:
-                checkpoint.require_whole(folder, read_record(record, MADE).get("files", {}))
+                checkpoint.require_whole(folder, read_record(record).get("files", {}))
             except InputError as error:
                 if not self.cfg.accept_changes:
                     raise InputError(
@@ -154,6 +153,7 @@ class Stage:
         if self.accepted:
             Journal(folder / "accepted.jsonl").append([{"changes": self.accepted}])
         write_atomic(folder / "config.toml", self.text)
+        terminal.BEGUN = True
 
     def stamp(self, *paths: str) -> dict[str, dict[str, str]]:
         """What a row says of the models that made it: {"models": {path: 12 digits of its sum}}."""

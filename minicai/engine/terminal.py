@@ -23,6 +23,7 @@ _stop = {"asked": 0.0, "held": False}
 
 QUIET = False  # in all processes of a group but the first, which prints for all of them
 BRIEF = False  # --quiet: print only results and errors
+BEGUN = False  # whether a stage has made its folder its own
 
 
 class Progress:
@@ -188,11 +189,9 @@ def run(main: Callable[[list[str]], None], usage: str | Callable[[list[str]], st
         sys.exit(1)
     except KeyboardInterrupt as error:
         if not QUIET:
-            print(
-                f"\ninterrupted; the same command (without --overwrite) resumes from "
-                f"{str(error) or 'the last checkpoint'}",
-                file=sys.stderr,
-            )
+            where = f"(without --overwrite) resumes from {str(error) or 'the last checkpoint'}"
+            again = where if BEGUN else "starts again"  # what --overwrite removes is still there
+            print(f"\ninterrupted; the same command {again}", file=sys.stderr)
         sys.exit(1)
     finally:
         for number, handler in before.items():

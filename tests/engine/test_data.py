@@ -343,8 +343,8 @@ def test_hh_transcripts_become_a_prompt_and_two_responses(tmp_path):
     "line, reason",
     [
         ("{", "not valid JSON"),
-        (pair(prompt="one?", chosen="good"), 'needs the text "rejected"'),
-        (pair(prompt="one?", chosen=["good"], rejected="bad"), 'needs the text "chosen"'),
+        (pair(prompt="one?", chosen="good"), 'needs "rejected"'),
+        (pair(prompt="one?", chosen=["good"], rejected="bad"), '"chosen" cannot be'),
         (pair(prompt="", chosen="good", rejected="bad"), 'needs "prompt"'),
         (pair(prompt=TURNS[:2], chosen="good", rejected="bad"), "must be the user's"),
         (

@@ -288,6 +288,7 @@ DAMAGES = {  # name: the damage, and what is said after the folder's path
     "no heads": (settings(CONFIG, num_attention_heads=0), "/config.json: cannot be read: "),
     "many heads": (settings(CONFIG, num_attention_heads=5), "/config.json: cannot be read: "),
     "negative": (settings(CONFIG, hidden_size=-4), "/config.json: no policy can be made from it: "),
+    "endless": (settings(CONFIG, num_hidden_layers=10**9), "/config.json: num_hidden_layers is 1"),
     "unknown act": (settings(CONFIG, hidden_act="x"), "/config.json: no policy can be made from "),
     "unknown rope": (
         settings(CONFIG, rope_parameters={"rope_type": "x"}),
@@ -453,14 +454,16 @@ def test_stage_2_refuses_such_a_policy_and_a_damaged_judge_before_it_samples(
     tmp_path, models, world, command
 ):
     judge, apertus = tmp_path / "judge", kind("ApertusConfig", tmp_path / "apertus")
+    nemotron = kind("NemotronConfig", tmp_path / "nemotron")
     shutil.copytree(models / "roomy", judge)
     settings(CONFIG, num_hidden_layers=3)(judge)
-    for policy, said in (
-        (apertus, f"{apertus}: is no reward model and cannot become one"),
-        (models / "roomy", f"{judge}: the weights of model.layers.2."),
+    for policy, feedback, said in (
+        (apertus, judge, f"{apertus}: is no reward model and cannot become one"),
+        (models / "roomy", judge, f"{judge}: the weights of model.layers.2."),
+        (models / "roomy", nemotron, f"{nemotron}: NemotronForCausalLM is a kind of model that c"),
     ):
         how = ["--prompts=prompts.jsonl", "--preferences=", "--max_new_tokens=4"]
-        how += [f"--policy={policy}", f"--feedback={judge}"]
+        how += [f"--policy={policy}", f"--feedback={feedback}"]
         code, out, err = command("train_rm.py", world / "config.toml", *how)
         assert (code, out, err.count("\n")) == (2, "", 1) and said in err
         assert not (world / "out").exists()
@@ -469,7 +472,10 @@ def test_stage_2_refuses_such_a_policy_and_a_damaged_judge_before_it_samples(
 @pytest.mark.parametrize(
     "name, reason",
     [
-        ("NemotronConfig", "NemotronForCausalLM is a kind of model that cannot be packed: its own"),
+        (
+            "NemotronConfig",
+            "NemotronForCausalLM is a kind of model that cannot be packed: its code ",
+        ),
         ("Llama4TextConfig", "transformers cannot run Llama4ForCausalLM without its head"),
     ],
 )

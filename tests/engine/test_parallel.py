@@ -19,7 +19,7 @@ from torch.distributed.run import get_args_parser
 import train_ppo
 import train_rm
 import train_sl
-from minicai import InputError
+from minicai import InputError, RunError
 from minicai.engine import checkpoint, load, parallel
 from tests import parallel_run
 from tests.conftest import ARCHITECTURES, byte_tokenizer, tiny_model
@@ -288,13 +288,30 @@ def test_a_forward_pass_computes_in_the_precision_of_the_process():
     assert inside(None, torch.ones(2, 2)) == torch.float32
 
 
+MASTER = {"RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
 @pytest.mark.parametrize(
-    "arguments, said",
-    [(("tpu", "auto"), "device must be"), (("cpu", "fp16"), "precision must be")],
+    "told, kind, said",
+    [
+        ({"WORLD_SIZE": "two"}, InputError, "WORLD_SIZE is two"),
+        ({}, InputError, "RANK expected, but not set"),
+        (MASTER | {"RANK": "x"}, InputError, "invalid literal"),
+        (MASTER, RunError, "127.0.0.1 (The client socket has timed out"),
+        (MASTER | {"MASTER_ADDR": "no.such.host.invalid"}, RunError, "no.such.host.invalid"),
+    ],
 )
-def test_a_device_or_precision_that_is_none_is_refused(arguments, said):
-    with pytest.raises(InputError, match=said):
-        parallel.setup(*arguments)
+def test_a_process_that_cannot_join_the_others_ends_with_one_sentence(
+    monkeypatch, told, kind, said
+):
+    for name in MASTER:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"WORLD_SIZE": "2", **told}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(kind) as caught:
+        parallel.setup("cpu", "fp32", timeout=1)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert "torchrun" in str(caught.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -446,7 +446,7 @@ def test_a_data_phase_writes_the_same_whatever_the_number_of_slots(folder, tmp_p
 def test_a_question_that_does_not_fit_is_an_input_error_that_names_it(tokenizer):
     model = speaking(tokenizer)
     assert len(choice_logprobs(model, ["why?", "x" * 253], (" (A", " (B"))) == 2
-    with pytest.raises(InputError, match=r"a prompt has 254 tokens"):
+    with pytest.raises(InputError, match=r"prompt 2 has 254 tokens"):
         choice_logprobs(model, ["why?", "x" * 254], (" (A", " (B"))
 
 
@@ -462,3 +462,11 @@ def test_each_token_is_heard_as_it_comes(policy):
     )
     assert heard == [completion.ids for completion in done]
     assert all(len(tokens) == 6 for tokens in heard)
+
+
+@pytest.mark.parametrize("processes, prompts", [(1, 32), (2, 16), (3, 8), (9, 8)])
+def test_a_turn_has_four_prompts_a_slot_and_fewer_with_many_processes(
+    processes, prompts, monkeypatch
+):
+    monkeypatch.setattr(parallel, "world", lambda: processes)
+    assert sampler.turn_size(8) == prompts

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from minicai import InputError, RunError, losses
-from minicai.engine import checkpoint, config, stage, terminal
+from minicai.engine import checkpoint, config, parallel, stage, terminal
 from minicai.engine.data import read_jsonl, sha256
 from minicai.engine.stage import Stage, code_fingerprints
 from tests.conftest import SHORT_RULES
@@ -671,3 +671,37 @@ def test_a_stage_names_its_script_by_its_own_path():
     root = Path(__file__).parents[2]
     for script, named in (("sl", "nll_loss"), ("rm", "preference_loss"), ("ppo", "gae")):
         assert f"losses.{named}" in code_fingerprints(str(root / f"train_{script}.py"))
+
+
+# --- who writes -----------------------------------------------------------------------------------
+
+
+def test_a_process_that_is_not_the_first_knows_the_rows_and_writes_none(place, monkeypatch):
+    monkeypatch.setattr(parallel, "rank", lambda: 1)
+    journal = opened(place).journal("rows.jsonl", 2, 6)
+    journal.append([{"id": 0}])
+    assert journal.rows == [{"id": 0}]
+    assert not (place / "out" / "sl" / "rows.jsonl").exists()
+
+
+def test_a_folder_in_use_is_refused_with_its_owner(place, monkeypatch):
+    """A lock belongs to an open file, so this process can be another one to itself."""
+    folder = place / "out" / "sl"
+    assert stage.lock(folder) is None  # there is no place for it yet
+    folder.parent.mkdir()
+    held = stage.lock(folder)
+    assert stage.lock(folder) is held
+    monkeypatch.setattr(stage, "LOCKS", {})
+    said = refusal(stage.lock, folder)
+    assert f"{folder}: is in use by process {os.getpid()} on " in said
+    held.close()
+    assert not stage.lock(folder).closed
+
+
+def test_where_no_file_can_be_locked_a_warning_says_so(place, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert stage.lock(place / "sl") is None
+    assert ".sl.lock: cannot be locked (No locks available)" in capsys.readouterr().err

@@ -578,9 +578,9 @@ def test_tokenizers_with_other_templates_or_words_are_not_the_same():
 
 def test_a_request_that_may_not_fit_is_refused_with_what_makes_it_long(tmp_path):
     byte_tokenizer().save_pretrained(tmp_path)
-    shape = tiny_model(vocab=258).config
-    shape.max_position_embeddings = 100
-    shape.save_pretrained(tmp_path)
+    model = tiny_model(vocab=258)
+    model.config.max_position_embeddings = 100
+    model.save_pretrained(tmp_path)
     check_requests([str(tmp_path)], ["x" * 20, "x" * 50], 50, "a thing")
     check_requests([str(tmp_path)], [], 500, "a thing")
     with pytest.raises(InputError) as caught:
