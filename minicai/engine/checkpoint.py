@@ -78,7 +78,7 @@ def save(
         parallel.once(_fresh, temporary)
         weights, found = get_state_dict(_whole(models), optimizer, options=TRAINED)
         state = {"models": weights, "optimizer": found["state"]}
-        dcp.save(state, checkpoint_id=temporary, no_dist=parallel.world() == 1)  # syncs its files
+        dcp.save(state, checkpoint_id=temporary, no_dist=parallel.world() == 1)
         parallel.once(_publish, temporary, json.dumps(extra))
 
 
@@ -101,6 +101,8 @@ def _publish(temporary: Path, extra: str) -> None:
     final = temporary.with_suffix("")
     write_atomic(temporary / "extra.json", extra)
     write_atomic(temporary / SUMS, json.dumps(sums(temporary, os.listdir(temporary))))
+    for file in temporary.iterdir():
+        sync(file)  # dcp.save syncs before it has flushed: its table would be empty
     discard(final)
     os.rename(temporary, final)
     sync(final.parent)

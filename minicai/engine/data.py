@@ -14,10 +14,12 @@ import random
 import re
 import shutil
 import tomllib
+import traceback
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +39,7 @@ def disk_guard(path: Path, temporary: Path | None = None) -> Iterator[None]:
     """Wraps what writes `path`, or `temporary`, which is to replace it and is removed on an error.
 
     Raises RunError where the system refuses: the disk is full, or broken, or read-only. Libraries
-    raise errors of their own then, so the system's word is looked for behind every error.
+    raise errors of their own then, so the system's number is looked for in the whole chain.
     """
     try:
         yield
@@ -48,24 +50,15 @@ def disk_guard(path: Path, temporary: Path | None = None) -> Iterator[None]:
             with suppress(OSError):
                 temporary.unlink()
         raise_interrupt(error)
-        reason = system_error(error)
-        if reason and not isinstance(error, InputError | RunError | KeyboardInterrupt):
+        wrapped = [inner for inner, _ in getattr(error, "failures", {}).values()]
+        said = "".join(chain(*map(traceback.format_exception, [error, *wrapped])))
+        number = re.search(r"(?:\[Errno |\(os error )(\d+)", said)
+        if number and not isinstance(error, InputError | RunError | KeyboardInterrupt):
             raise RunError(
-                f"{path}: cannot be written: {reason}; all files are complete: where that is "
-                f"mended, the same command (without --overwrite) resumes"
+                f"{path}: cannot be written: {os.strerror(int(number[1]))}; all files are "
+                f"complete: where that is mended, the same command (without --overwrite) resumes"
             ) from error
         raise
-
-
-def system_error(error: BaseException | None) -> str:
-    """What the system said in an error or in those behind it; "" where it said nothing."""
-    if error is None:
-        return ""
-    rust = re.search(r"([^:]+) \(os error \d+\)", str(error))  # a library in Rust quotes it
-    said = rust[1].strip() if rust else getattr(error, "strerror", "")
-    behind = [inner for inner, _ in getattr(error, "failures", {}).values()]  # of a checkpoint
-    behind.append(error.__cause__ or error.__context__)
-    return said or next(filter(None, map(system_error, behind)), "")
 
 
 def raise_interrupt(error: BaseException) -> None:

@@ -349,8 +349,8 @@ def lock(folder: Path) -> BinaryIO | None:
     held = LOCKS.get(path)  # by an earlier stage of this process
     if held or not path.parent.is_dir():
         return held
+    held = open(path, "a+b", buffering=0)  # noqa: SIM115 (it stays open)
     try:
-        held = open(path, "a+b", buffering=0)  # noqa: SIM115 (it stays open)
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         held.seek(0)
@@ -364,11 +364,10 @@ def lock(folder: Path) -> BinaryIO | None:
             f"in {folder}"
         )
         return None
-    if held:
-        with suppress(OSError):  # the words matter less than the lock
-            held.truncate(0)
-            held.write(f"process {os.getpid()} on {platform.node()}".encode())
-        LOCKS[path] = held
+    with suppress(OSError):  # the words matter less than the lock
+        held.truncate(0)
+        held.write(f"process {os.getpid()} on {platform.node()}".encode())
+    LOCKS[path] = held
     return held
 
 

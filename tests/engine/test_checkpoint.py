@@ -240,7 +240,7 @@ class Synced:
 
     def moved(self, name, source, target):
         source, target = Path(source), Path(target)
-        if not target.name.endswith(".old.tmp"):
+        if not target.name.endswith(".old.tmp") and target.parent.suffix != ".tmp":
             for path in (source, *source.rglob("*")):
                 facts = path.stat()
                 found = self.known.get(facts.st_ino)

@@ -415,21 +415,21 @@ def test_killed_under_overwrite_the_old_run_is_whole_or_gone(place, monkeypatch,
 
         return called
 
-    for module, name in ((os, "rename"), (os, "unlink"), (os, "mkdir")):
-        monkeypatch.setattr(module, name, dying(getattr(module, name)))
     cfg = settings(place, overwrite=True, rate=0.3)
     cfg.later = [later]
-    with pytest.raises(Killed):
-        Stage(cfg, "sl", {"data": cfg.data}, "").journal("rows.jsonl")
-        raise Killed  # all events are over
-    monkeypatch.undo()
+    begins = Stage(cfg, "sl", {"data": cfg.data}, "").journal
+    with pytest.raises(Killed), monkeypatch.context() as patches:
+        for name in ("rename", "unlink", "mkdir"):
+            patches.setattr(os, name, dying(getattr(os, name)))
+        begins("rows.jsonl")
+        raise Killed  # after all events
+    del begins
     gc.collect()
     left = contents(folder) if folder.exists() else {}
     assert left == before or not left.keys() - {"config.toml", "config.toml.tmp"}
     assert not (left != before and later.exists())  # the last goes first
-    monkeypatch.setattr(stage, "METHOD", (*stage.METHOD, "equations"))
     assert run(place, overwrite=True, rate=0.3)["weight"]
-    assert not list(place.rglob("*.tmp"))
+    assert not list(folder.parent.glob("sl*.tmp"))
 
 
 # --- one folder, one owner ------------------------------------------------------------------------
