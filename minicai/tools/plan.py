@@ -184,13 +184,12 @@ def planned(stage: str, arguments, N) -> dict:
             gathered = 4 * m.parameters - half
             passing = {
                 "gradients": 0,
-                # A slot keeps a key (float32, as rotation makes it) and a value (b bytes) per
-                # token and layer: (4 + b) K.
-                "slots": rows * context * m.layers * (4 + b) * m.keys,
+                # A slot keeps a key and a value per token and layer: 2 b K.
+                "slots": rows * context * m.layers * 2 * b * m.keys,
                 # Without gradients one layer's activations exist at a time. They are most when
                 # all prompts come in: 2 H for the residual stream and its norm, 3 I in the MLP,
                 # and a mask of each token against the whole slot.
-                "activations": rows * fed * 4 * (2 * m.hidden + 3 * m.inner + context),
+                "activations": rows * fed * (4 * (2 * m.hidden + context) + 3 * b * m.inner),
                 # Drawing a token: logits, log-probs and probabilities in float32, probabilities
                 # and their sums in float64: 28 V.
                 "logits": 28 * rows * m.vocabulary,
