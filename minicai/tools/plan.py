@@ -106,10 +106,11 @@ def planned(stage: str, arguments, N) -> dict:
     trained = [models[name] for name in script.TRAINED]
     frozen = [models[name] for name in script.FROZEN] if stage == "ppo" else []
     # Trained weights are float32: 4 P. With adapters the policy's are frozen, and serve all roles.
+    # The reference, the first of `frozen`, has no adapters.
     kept = b if N == 1 else 4  # bytes of a frozen weight
     if cfg.lora_rank:
         learned = sum(m.adapters for m in trained)
-        weights = stored(trained[:1], b) + 4 * sum(m.adapters for m in [*trained, *frozen])
+        weights = stored(trained[:1], b) + 4 * sum(m.adapters for m in [*trained, *frozen[1:]])
     else:
         learned = sum(m.parameters for m in trained)
         weights = 4 * learned + stored(frozen, kept)
