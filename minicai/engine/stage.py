@@ -319,8 +319,8 @@ class Stage:
         write_atomic(self.folder / "config.toml", self.text)  # someone may have removed it
         for journal in self.journals.values():
             journal.check()
-        paths = [self.folder / name for name in (*self.journals, *exported)]
-        return checkpoint.sums(filter(Path.exists, paths))
+        names = [name for name in (*self.journals, *exported) if (self.folder / name).exists()]
+        return checkpoint.sums(self.folder, names)
 
     def _tidy(self) -> None:
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)

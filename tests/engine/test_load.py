@@ -276,7 +276,7 @@ DAMAGES = {  # name: the damage, and what is said after the folder's path
     "vocabulary": (settings(CONFIG, vocab_size=300), ": lm_head.weight has the shape [258, 32], "),
     "tied and different": (
         settings(CONFIG, tie_word_embeddings=True),
-        "/model.safetensors: lm_head.weight and model.embed_tokens.weight differ, but tie_word_",
+        ": tie_word_embeddings in config.json makes one matrix of two that differ; set it to false",
     ),
     "not finite": (
         tensors(lambda found: found[Q].fill_(float("nan"))),
@@ -458,7 +458,7 @@ def test_stage_2_refuses_such_a_policy_and_a_damaged_judge_before_it_samples(
     shutil.copytree(models / "roomy", judge)
     settings(CONFIG, num_hidden_layers=3)(judge)
     for policy, feedback, said in (
-        (apertus, judge, f"{apertus}: is no reward model and cannot become one"),
+        (apertus, models / "roomy", f"{apertus}: is no reward model and cannot become one"),
         (models / "roomy", judge, f"{judge}: the weights of model.layers.2."),
         (models / "roomy", nemotron, f"{nemotron}: NemotronForCausalLM is a kind of model that c"),
     ):
@@ -474,7 +474,7 @@ def test_stage_2_refuses_such_a_policy_and_a_damaged_judge_before_it_samples(
     [
         (
             "NemotronConfig",
-            "NemotronForCausalLM is a kind of model that cannot be packed: its code ",
+            "NemotronForCausalLM is a kind of model that cannot be packed: its layers do not hand on ",
         ),
         ("Llama4TextConfig", "transformers cannot run Llama4ForCausalLM without its head"),
     ],
