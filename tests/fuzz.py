@@ -99,7 +99,7 @@ def not_utf8(path: Path, draw: random.Random) -> None:
 
 def letter_lost(path: Path, draw: random.Random) -> None:
     text = path.read_bytes()
-    where = draw.randrange(len(text))
+    where = draw.randrange(max(1, len(text)))
     path.write_bytes(text[:where] + text[where + 1 :])
 
 
@@ -140,24 +140,26 @@ def not_an_object(path: Path, draw: random.Random) -> None:
 
 def row_value(what: str, path: Path, draw: random.Random) -> None:
     lines = path.read_text().splitlines(keepends=True)
-    k = draw.randrange(len(lines))
-    row = json.loads(lines[k])
-    change(row, what, draw)
-    lines[k] = json.dumps(row) + "\n"
+    whole = [k for k, line in enumerate(lines) if line.endswith("\n")]  # a kill tears the last
+    if whole:
+        k = draw.choice(whole)
+        row = json.loads(lines[k])
+        change(row, what, draw)
+        lines[k] = json.dumps(row) + "\n"
     path.write_text("".join(lines))
 
 
 def line_order(what: str, path: Path, draw: random.Random) -> None:
     lines = path.read_text().splitlines(keepends=True)
-    k = draw.randrange(len(lines))
+    k = draw.randrange(max(1, len(lines)))
     if what == "lost":
-        del lines[k]
+        lines = lines[:k] + lines[k + 1 :]
     elif what == "doubled":
-        lines.insert(k, lines[k])
+        lines = lines[: k + 1] + lines[k:]
     elif what == "moved":
-        lines.append(lines.pop(k))
+        lines = lines[:k] + lines[k + 1 :] + lines[k : k + 1]
     else:  # torn in the middle of the file
-        lines[k] = lines[k][: len(lines[k]) // 2] + "\n"
+        lines = [x[: len(x) // 2] + "\n" if n == k else x for n, x in enumerate(lines)]
     path.write_text("".join(lines))
 
 

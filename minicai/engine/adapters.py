@@ -225,11 +225,19 @@ def _paths(numbers: dict[str, Tensor]) -> list[str]:
 
 @torch.no_grad()
 def merge(model: nn.Module, how: Lora, numbers: dict[str, Tensor]) -> None:
-    """W + (alpha / r) B A, in place, with A and B by PEFT's names."""
+    """W + (alpha / r) B A, in place, with A and B by PEFT's names.
+
+    Raises InputError where the model has no such linear layer.
+    """
+    layers, left = dict(model.named_modules()), numbers.keys() - {HEAD}
     for path in _paths(numbers):
-        layer = model.get_submodule(path)
-        delta = how.scale * numbers[PREFIX + path + B] @ numbers[PREFIX + path + A]
-        layer.weight += delta.t() if isinstance(layer, Conv1D) else delta
+        layer, pair = layers.get(path), (PREFIX + path + B, PREFIX + path + A)
+        if isinstance(layer, nn.Linear | Conv1D) and pair[0] in numbers:
+            delta = how.scale * numbers[pair[0]] @ numbers[pair[1]]
+            layer.weight += delta.t() if isinstance(layer, Conv1D) else delta
+            left -= {*pair}
+    if left:
+        raise InputError(f"{min(left)} is of no linear layer of {model.name_or_path}")
 
 
 # --- folders in PEFT's format ---------------------------------------------------------------------

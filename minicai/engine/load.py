@@ -28,7 +28,7 @@ from minicai import InputError
 from minicai.engine import adapters, packing, parallel, terminal
 from minicai.engine.adapters import Lora, Role
 from minicai.engine.dialogue import end_ids, end_of_turn, ending, give_pad, same_form, template_of
-from minicai.engine.hub import model_folder, require_folder
+from minicai.engine.hub import ADAPTER, model_folder, require_folder
 from minicai.engine.models import freeze
 
 logging.disable_progress_bar()  # commands show their own progress and complaints
@@ -267,6 +267,11 @@ def _load(path: str, auto: type, roles: dict[str, Lora], new_head: bool = False)
                     f"{path}: tie_word_embeddings in config.json makes one matrix of two that "
                     f"differ; set it to false"
                 )
+            folder = model_folder(path)
+            if (folder / ADAPTER).exists():
+                if roles:
+                    raise InputError(f"{path}: is an adapter; lora_rank needs a model: merge it")
+                adapters.merge(model, *adapters.read(folder, model.name_or_path))
             whole.append(prepare(model))
 
     parallel.once(read)

@@ -173,8 +173,7 @@ def require_finite(numbers: Tensor | float, model: PreTrainedModel, what: str) -
     if not torch.as_tensor(numbers).isfinite().all():
         raise RunError(
             f"the model from {model.name_or_path}: {what.replace('_', ' ')} are not finite: its "
-            f"weights have diverged (lower the lr), or a number overflows in "
-            f"{parallel.precision()} (set precision = fp32)"
+            f"weights have diverged (lower the lr), or numbers overflow in {parallel.precision()}"
         )
     return numbers
 

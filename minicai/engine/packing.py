@@ -48,7 +48,6 @@ def check(model: PreTrainedModel, path: str) -> None:
     A model without weights (on the "meta" device) is known by its tiny copy alone.
     """
     config, head = model.config.get_text_config(decoder=True), model.get_output_embeddings()
-    mixing = MIXING.intersection(getattr(config, "layer_types", None) or ())
     try:
         if model.base_model is model:
             raise ValueError("its layers cannot be used without its output layer")
@@ -65,8 +64,8 @@ def check(model: PreTrainedModel, path: str) -> None:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         if not isinstance(error, ValueError):
             reason = f"its code fails on packed rows: {reason}"
-        if mixing:
-            reason = f"its layers of the kind {mixing.pop()} mix tokens outside attention"
+        for kind in MIXING.intersection(getattr(config, "layer_types", None) or ()):
+            reason = f"its layers of the kind {kind} mix tokens outside attention"
         raise InputError(
             f"{path}: {type(model).__name__} is a kind of model that cannot be packed: {reason}"
         ) from error
@@ -111,7 +110,7 @@ def _copy(config: str, lengths: dict[str, int], long: str = "") -> PreTrainedMod
         lengths[name] = value
         return FEW
 
-    with torch.random.fork_rng([]), torch.device("cpu"):
+    with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(0)
         shape = AutoConfig.for_model(**small("", data))
         copy = AutoModel.from_config(shape, attn_implementation="eager", dtype=torch.float32)
@@ -127,7 +126,6 @@ def _equal(model: PreTrainedModel, sizes: tuple[int, ...], head=None) -> bool:
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.arange(sum(sizes), device=model.device) % vocabulary
     rows = ids.split(sizes)
-    steps = [n * 2 // 3 for n in sizes], [n - 1 for n in sizes], sizes  # tokens that are fed
 
     @parallel.forward_pass
     def alone(model, row):
@@ -137,17 +135,15 @@ def _equal(model: PreTrainedModel, sizes: tuple[int, ...], head=None) -> bool:
 
     @parallel.forward_pass
     def together(model):
-        found = [through(model, ids, Packed(sizes, model.device))]
-        slots, starts = Slots(len(rows), max(sizes)), [0] * len(rows)
-        for ends in steps:
-            feeds = [row[start:end].tolist() for row, start, end in zip(rows, starts, ends)]
-            found.append(last_hidden(model, slots, starts, feeds))
-            starts = ends
-        hidden = torch.cat(found)
+        packed = through(model, ids, Packed(sizes, model.device))
+        slots = Slots(len(rows), max(sizes))
+        last_hidden(model, slots, [0] * len(rows), [row[:-1].tolist() for row in rows])
+        before = [n - 1 for n in sizes]
+        decoded = last_hidden(model, slots, before, [row[-1:].tolist() for row in rows])
+        hidden = torch.cat([packed, decoded])
         return apply_head(head, hidden) if head else hidden
 
     theirs = [alone(model, row) for row in rows]
-    last = [row[[n - 1]] for ends in steps for row, n in zip(theirs, ends)]
-    theirs = torch.cat(theirs + last)
+    theirs = torch.cat(theirs + [row[-1:] for row in theirs])
     most = TOLERANCE[parallel.precision()] * max(1.0, theirs.abs().max().item())
     return (together(model) - theirs).abs().max().item() <= most

@@ -397,7 +397,8 @@ def fingerprints(stage: str, reads: dict) -> dict[str, dict[str, str]]:
 
 def _contents(path: str, what: str) -> str:
     if not path.startswith("hub:") and Path(path).suffix not in DATA:
-        return hub.weights_sha256(hub.require_folder(path, what))
+        hub.require_folder(path, what)
+        return hub.weights_sha256(path)
     try:
         return sha256(hub.data_file(path))
     except InputError as error:

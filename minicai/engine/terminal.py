@@ -162,9 +162,9 @@ def run(main: Callable[[list[str]], None], usage: str | Callable[[list[str]], st
 
     --help prints `usage` (of the arguments). --quiet prints only results and errors.
     """
-    global BRIEF
+    global BRIEF, BEGUN
     arguments = [argument for argument in sys.argv[1:] if argument != "--quiet"]
-    BRIEF = "--quiet" in sys.argv[1:]
+    BRIEF, BEGUN = "--quiet" in sys.argv[1:], False
     if "--help" in arguments or "-h" in arguments:
         print((usage if isinstance(usage, str) else usage(arguments)).strip())
         sys.exit(0)
@@ -189,8 +189,9 @@ def run(main: Callable[[list[str]], None], usage: str | Callable[[list[str]], st
         sys.exit(1)
     except KeyboardInterrupt as error:
         if not QUIET:
-            where = f"(without --overwrite) resumes from {str(error) or 'the last checkpoint'}"
-            again = where if BEGUN else "starts again"  # what --overwrite removes is still there
+            # Before a stage begins, what --overwrite removes is still there.
+            where = str(error) or ("the last checkpoint" if BEGUN else "")
+            again = f"(without --overwrite) resumes from {where}" if where else "starts again"
             print(f"\ninterrupted; the same command {again}", file=sys.stderr)
         sys.exit(1)
     finally:

@@ -6,18 +6,18 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import tensor
 
 import train_ppo
 import train_rm
 import train_sl
 from minicai import InputError
-from minicai.engine import adapters, config, models
+from minicai.engine import adapters, config, hub, load, models
 from minicai.engine.adapters import Lora, Role
 from minicai.engine.sampler import Sampling, generate
 from minicai.rollout import collate
-from tests.conftest import CPU, EOS, ROOT, assert_close, tiny_model
+from tests.conftest import CPU, EOS, ROOT, assert_close, byte_tokenizer, tiny_model
 from tests.recorders import stopped
 
 PROMPTS = [[5, 9, 17], [33, 12, 8, 40, 51, 7, 22], [60]]
@@ -325,3 +325,43 @@ def test_with_a_reward_function_the_value_model_starts_at_zero(stages, tmp_path)
     run_stage("ppo", tmp_path, f"--ppo.policy={stages / 'sl'}", reward)
     first = json.loads((tmp_path / "ppo/metrics.jsonl").read_text().splitlines()[0])
     assert first["explained_variance"] == pytest.approx(0, abs=1e-4)
+
+
+# --- an adapter as a model ------------------------------------------------------------------------
+
+
+def test_an_adapter_folder_is_a_model_with_its_base(stages):
+    whole, adapter = load.load_policy(str(stages / "sl")), load.load_policy(f"{stages}/sl/adapter")
+    for one, other in zip(whole.parameters(), adapter.parameters(), strict=True):
+        assert_close(one.detach(), other.detach(), 1e-6)
+    sums = {hub.weights_sha256(f"{stages}/{name}") for name in ("sl/adapter", "rm/adapter", "sl")}
+    assert len(sums) == 3
+
+
+def test_what_an_adapter_has_beside_linear_layers_is_refused(stages, tmp_path):
+    folder = tmp_path / "adapter"
+    shutil.copytree(stages / "sl" / "adapter", folder)
+    numbers = load_file(folder / "adapter_model.safetensors")
+    key = adapters.PREFIX + "model.embed_tokens.lora_embedding_A"
+    save_file(numbers | {key: torch.ones(2)}, folder / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=f"{key} is of no linear layer of "):
+        load.load_policy(str(folder))
+
+
+def test_peft_s_own_folder_is_a_model(tmp_path):
+    peft = pytest.importorskip("peft")
+    base = tiny_model("llama", vocab=258)
+    for name in ("base", "adapter"):
+        byte_tokenizer().save_pretrained(tmp_path / name)
+    base.save_pretrained(tmp_path / "base")
+    how = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"])
+    base.name_or_path = str(tmp_path / "base")
+    theirs = peft.get_peft_model(base, how)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.3, generator=generator)
+    theirs.save_pretrained(tmp_path / "adapter")
+    ids = tensor([PROMPTS[1]])
+    ours = load.load_policy(str(tmp_path / "adapter"))
+    assert_close(ours(input_ids=ids).logits.detach(), theirs(input_ids=ids).logits.detach(), 2e-5)

@@ -237,8 +237,8 @@ DAMAGES = {  # name: the damage, and what is said after the folder's path
         "/config.json: transformers_weights: its weights are in a file of another name",
     ),
     "adapter": (
-        written("adapter_config.json", '{"base_model_name_or_path": "owner/base"}'),
-        ": is an adapter of owner/base, not a model; merge both with peft: AutoPeftModel",
+        written("adapter_config.json", '{"base_model_name_or_path": "nowhere"}'),
+        "/adapter_config.json: its base: nowhere is not a model folder (no config.json)",
     ),
     "many tokens": (
         more_tokens,
@@ -474,7 +474,7 @@ def test_stage_2_refuses_such_a_policy_and_a_damaged_judge_before_it_samples(
     [
         (
             "NemotronConfig",
-            "NemotronForCausalLM is a kind of model that cannot be packed: its layers do not hand on ",
+            "NemotronForCausalLM is a kind of model that cannot be packed: its layers do not ",
         ),
         ("Llama4TextConfig", "transformers cannot run Llama4ForCausalLM without its head"),
     ],

@@ -320,7 +320,7 @@ def test_greedy_drawing_takes_the_most_likely_token_and_its_plain_logprob():
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_model_whose_logits_are_not_finite_is_one_sentence(value, temperature):
     model = tiny_model()
-    model.config.name_or_path = "out/sl"
+    model.name_or_path = "out/sl"
     with torch.no_grad():
         model.model.norm.weight.fill_(value)
     with pytest.raises(RunError, match=r"^the model from out/sl: logits are not") as caught:

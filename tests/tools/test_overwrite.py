@@ -21,7 +21,7 @@ JOURNALS = {"sl": "revisions", "rm": "comparisons", "ppo": "episodes", "eval": "
 RATED = dict.fromkeys(summary.RATES, 0.5) | {"ends_with_eos": 1.0}
 JUDGED = RECORDS["eval"] | {
     "eval": {"prompts": {"harmful": 1, "benign": 1}, **dict.fromkeys(("base", "sl", "ppo"), RATED)},
-    "intervals": dict.fromkeys(("base", "sl", "ppo"), {key: [0.0, 1.0] for key in RATED}),
+    "intervals": {stage: {key: [0.0, 1.0] for key in RATED} for stage in ("base", "sl", "ppo")},
 }
 PLACES = ("before sl", "sl", "rm", "ppo", "eval", "report")
 
