@@ -18,7 +18,6 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from minicai import InputError
 from minicai.engine import hub, parallel
+from minicai.engine.config import Lora
 
 PREFIX = "base_model.model."  # of PEFT's names
 HEAD = f"{PREFIX}score.weight"
@@ -46,23 +46,6 @@ PLAIN = {  # what PEFT's settings must be, where they are there
 }
 BASE = "base_sha256"  # the sum of the weights that the adapters were trained on
 _on = {"role": ""}  # the role whose adapters the layers add; "" is none
-
-
-@dataclass(frozen=True)
-class Lora:
-    """How adapters are made. targets: paths or last names of linear layers; () = all in blocks."""
-
-    rank: int  # r; 0 = no adapters
-    alpha: float
-    targets: tuple[str, ...] = ()
-
-    def __bool__(self) -> bool:
-        return self.rank > 0
-
-    @property
-    def scale(self) -> float:
-        """alpha / r."""
-        return self.alpha / self.rank
 
 
 @contextmanager

@@ -101,6 +101,23 @@ def path_setting(default: Paths = "", model: bool = False):
     return setting(default, path=True, model=model, free=True)  # contents are compared, not paths
 
 
+@dataclass(frozen=True)
+class Lora:
+    """How adapters are made. targets: paths or last names of linear layers; () = all in blocks."""
+
+    rank: int  # r; 0 = no adapters
+    alpha: float
+    targets: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return self.rank > 0
+
+    @property
+    def scale(self) -> float:
+        """alpha / r."""
+        return self.alpha / self.rank
+
+
 @dataclass
 class Run:
     """The top level of every config file."""
@@ -129,6 +146,10 @@ class Run:
     overwrite: bool = False  # start again over what an earlier run made in `out`
     accept_changes: bool = False  # resume although settings, inputs or code have changed
     later = ()  # no setting: folders that --overwrite removes too, first; the demo names its stages
+
+    @property
+    def lora(self) -> Lora:
+        return Lora(self.lora_rank, self.lora_alpha, self.lora_targets)
 
 
 TOP = {field.name for field in dataclasses.fields(Run)}

@@ -26,7 +26,8 @@ from transformers.utils import logging
 
 from minicai import InputError
 from minicai.engine import adapters, packing, parallel, terminal
-from minicai.engine.adapters import Lora, Role
+from minicai.engine.adapters import Role
+from minicai.engine.config import Lora
 from minicai.engine.dialogue import end_ids, end_of_turn, ending, give_pad, same_form, template_of
 from minicai.engine.hub import ADAPTER, model_folder, require_folder
 from minicai.engine.models import freeze

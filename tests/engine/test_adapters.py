@@ -14,7 +14,8 @@ import train_rm
 import train_sl
 from minicai import InputError
 from minicai.engine import adapters, config, hub, load, models
-from minicai.engine.adapters import Lora, Role
+from minicai.engine.adapters import Role
+from minicai.engine.config import Lora
 from minicai.engine.sampler import Sampling, generate
 from minicai.rollout import collate
 from tests.conftest import CPU, EOS, ROOT, assert_close, byte_tokenizer, tiny_model
