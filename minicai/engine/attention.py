@@ -308,6 +308,7 @@ class Slots:
         Queries, keys, values [N, H, D] -> [N, H, D].
         """
         q, k, v = qkv
+        k = k.to(v.dtype)  # rotation makes keys float32; under bf16 attention would round them
         if self._calls == len(self.layers):
             # The heads are outside the positions in memory, since keys are read head by head.
             sizes = self.count, k.shape[1], self.capacity

@@ -106,10 +106,11 @@ def planned(stage: str, arguments, N) -> dict:
     trained = [models[name] for name in script.TRAINED]
     frozen = [models[name] for name in script.FROZEN] if stage == "ppo" else []
     # Trained weights are float32: 4 P. With adapters the policy's are frozen, and serve all roles.
+    # The reference, the first of `frozen`, has no adapters.
     kept = b if N == 1 else 4  # bytes of a frozen weight
     if cfg.lora_rank:
         learned = sum(m.adapters for m in trained)
-        weights = stored(trained[:1], b) + 4 * sum(m.adapters for m in [*trained, *frozen])
+        weights = stored(trained[:1], b) + 4 * sum(m.adapters for m in [*trained, *frozen[1:]])
     else:
         learned = sum(m.parameters for m in trained)
         weights = 4 * learned + stored(frozen, kept)
@@ -184,13 +185,12 @@ def planned(stage: str, arguments, N) -> dict:
             gathered = 4 * m.parameters - half
             passing = {
                 "gradients": 0,
-                # A slot keeps a key (float32, as rotation makes it) and a value (b bytes) per
-                # token and layer: (4 + b) K.
-                "slots": rows * context * m.layers * (4 + b) * m.keys,
+                # A slot keeps a key and a value per token and layer: 2 b K.
+                "slots": rows * context * m.layers * 2 * b * m.keys,
                 # Without gradients one layer's activations exist at a time. They are most when
                 # all prompts come in: 2 H for the residual stream and its norm, 3 I in the MLP,
                 # and a mask of each token against the whole slot.
-                "activations": rows * fed * 4 * (2 * m.hidden + 3 * m.inner + context),
+                "activations": rows * fed * (4 * (2 * m.hidden + context) + 3 * b * m.inner),
                 # Drawing a token: logits, log-probs and probabilities in float32, probabilities
                 # and their sums in float64: 28 V.
                 "logits": 28 * rows * m.vocabulary,

@@ -393,7 +393,7 @@ def test_a_folder_that_cannot_be_written_is_refused(place, out, overwrite):
 @pytest.mark.parametrize("content", [b"seed = ", b"\xff"])
 def test_a_stored_config_that_cannot_be_read_is_refused(place, content):
     (interrupted(place) / "config.toml").write_bytes(content)
-    assert refusal(run, place).startswith(f"{place / 'out' / 'sl' / 'config.toml'}: cannot be read")
+    assert refusal(run, place).startswith(f"{place / 'out' / 'sl' / 'config.toml'}: ")
 
 
 # --- --overwrite is one step ----------------------------------------------------------------------
