@@ -446,7 +446,7 @@ def test_a_data_phase_writes_the_same_whatever_the_number_of_slots(folder, tmp_p
 def test_a_question_that_does_not_fit_is_an_input_error_that_names_it(tokenizer):
     model = speaking(tokenizer)
     assert len(choice_logprobs(model, ["why?", "x" * 253], (" (A", " (B"))) == 2
-    with pytest.raises(InputError, match=r"a prompt has 254 tokens"):
+    with pytest.raises(InputError, match=r"prompt 2 has 254 tokens"):
         choice_logprobs(model, ["why?", "x" * 254], (" (A", " (B"))
 
 
