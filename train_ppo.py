@@ -15,15 +15,15 @@ But kl_coef and value_clip_range must fit that scale. Variants are in examples/,
 import math
 from dataclasses import dataclass
 
-import minicai  # noqa: F401  # isort: skip (before torch: Ctrl-C while it loads is one line)
+from minicai import losses  # isort: skip (first: Ctrl-C is one line)
 import torch
 
-from minicai import losses
 from minicai.engine import parallel
+from minicai.engine.adapters import Lora
 from minicai.engine.config import Run, function, path_setting, positive, setting, source_file
 from minicai.engine.data import epoch_order, read_prompts, shuffled
 from minicai.engine.dialogue import decode, encode_prompt, show_first
-from minicai.engine.load import load_policy, load_scorer, require_same_tokens
+from minicai.engine.load import load_policy, load_roles, load_scorer, require_same_tokens
 from minicai.engine.models import (
     checkpoint_layers,
     freeze,
@@ -108,13 +108,18 @@ def main(cfg: PPOConfig) -> dict:
     parallel.require(cfg.episodes // cfg.minibatches, "[ppo]: episodes per minibatch")
 
     # Two copies of the SL-CAI model: PPO trains one, the other is the frozen reference of the KL.
-    policy, reference = load_policy(policy_path), freeze(load_policy(policy_path))
     # Two copies of the reward model: one scores, the other is trained as the value model. A reward
     # function has no weights to start from, so then the value model starts from the policy.
-    if cfg.reward_function:
-        reward_model, value_model = None, load_scorer(policy_path, seed=cfg.seed)
+    # With adapters all of them are one frozen model in four roles.
+    lora = Lora(cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
+    if lora:
+        roles = load_roles(policy_path, reads["reward"], lora, cfg.seed)
+        policy, reference, reward_model, value_model = roles
     else:
-        reward_model, value_model = freeze(load_scorer(reward_path)), load_scorer(reward_path)
+        policy, reference = load_policy(policy_path), freeze(load_policy(policy_path))
+        value_model = load_scorer(reads["reward"] or policy_path, cfg.seed if source else None)
+        reward_model = None if source else freeze(load_scorer(reward_path))
+    if reward_model:
         require_same_tokens(policy, reward_model)
     if cfg.gradient_checkpointing:
         policy, value_model = checkpoint_layers(policy), checkpoint_layers(value_model)

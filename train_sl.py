@@ -15,11 +15,11 @@ critique. Set `examples` to do the same; by default there are none.
 import math
 from dataclasses import dataclass
 
-import minicai  # noqa: F401  # isort: skip (before torch: Ctrl-C while it loads is one line)
+from minicai import constitution, critique  # isort: skip (first: Ctrl-C is one line)
 import torch
 
-from minicai import constitution, critique
 from minicai.engine import parallel
+from minicai.engine.adapters import Lora
 from minicai.engine.config import Run, path_setting, positive, setting
 from minicai.engine.data import batch_of_step, read_prompts
 from minicai.engine.dialogue import encode_learned, show_first
@@ -102,7 +102,8 @@ def main(cfg: SLConfig) -> dict:
 
     # By default one model responds, criticises, revises and is trained. `policy` names another one
     # that responds and is trained. `critic` names another one that criticises.
-    model = load_policy(cfg.policy or cfg.model, scorer="warn")
+    lora = Lora(cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
+    model = load_policy(cfg.policy or cfg.model, lora, cfg.seed, scorer="warn")
     reviser = load_policy(cfg.model) if cfg.policy else model
     critic = load_policy(cfg.critic) if cfg.critic else reviser
     check_prompts(model, prompts, cfg.max_new_tokens, cfg.prompts)
@@ -110,9 +111,9 @@ def main(cfg: SLConfig) -> dict:
     if cfg.rounds:
         critiques, revisions = critique.longest_requests(prompts, how)
         limit = cfg.max_new_tokens
-        check_requests([cfg.critic or cfg.model], critiques, 2 * limit, "[sl]: a critique request")
+        check_requests([critic], critiques, 2 * limit, "[sl]: a critique request")
         answers = 3 if critiques else 2  # in the context: the response, the critique, the revision
-        check_requests([cfg.model], revisions, answers * limit, "[sl]: a revision request")
+        check_requests([reviser], revisions, answers * limit, "[sl]: a revision request")
 
     # 1. Respond, criticise, revise: revisions.jsonl, one row per red-team prompt.
     models = stage.stamp(cfg.model, cfg.policy, cfg.critic)

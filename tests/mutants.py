@@ -2,6 +2,8 @@
 
 import ast
 import copy
+import importlib.machinery
+import runpy
 import types
 from collections import Counter
 from collections.abc import Iterator
@@ -102,7 +104,8 @@ def further(node: ast.AST) -> Iterator[ast.AST]:
         case ast.Call(args=[_, _, *_]) if not ast.unparse(node.func).endswith(UNORDERED):
             for k in range(len(node.args) - 1):
                 swapped = [*node.args[:k], node.args[k + 1], node.args[k], *node.args[k + 2 :]]
-                if not any(isinstance(argument, ast.Starred) for argument in swapped):
+                same = ast.dump(node.args[k]) == ast.dump(node.args[k + 1])
+                if not same and not any(isinstance(x, ast.Starred) for x in swapped):
                     yield ast.Call(node.func, swapped, node.keywords)
         case ast.Expr(value=ast.Call()) | ast.AugAssign() | ast.Continue() | ast.Break():
             yield ast.Pass()
@@ -172,3 +175,20 @@ def mutants(path: Path, kinds=further) -> Iterator[tuple[Mutant, ast.Module]]:
 
 def compiled(tree: ast.Module, path: Path) -> types.CodeType:
     return compile(ast.fix_missing_locations(tree), str(path), "exec")
+
+
+def install(code: types.CodeType, path: Path) -> None:
+    """The altered code takes the place of its file, where it is imported or run as a script."""
+    loader, script = importlib.machinery.SourceFileLoader, runpy._get_code_from_file
+    usual = loader.get_code
+
+    def imported(self, name):
+        return code if self.path == str(path) else usual(self, name)
+
+    def from_file(*where):
+        found = script(*where)
+        if Path(where[-1]) != path:
+            return found
+        return (code, *found[1:]) if isinstance(found, tuple) else code
+
+    loader.get_code, runpy._get_code_from_file = imported, from_file

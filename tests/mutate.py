@@ -17,7 +17,8 @@ Then each alteration gets a fork, where the altered code takes the place of its 
 run the altered line are called there, the quickest first, of BUDGET seconds together. An alteration
 without an answer after LIMIT seconds counts as noticed. Tests that start processes are left out:
 only what survives in parallel.py and checkpoint.py meets PROCESSES, on a copy of the repository.
-Recordings and verdicts are in CACHE, under the hash of what they depend on.
+Verdicts and recordings are in CACHE, under the hash of the altered file and of the test file. So a
+recording may be a little old. It decides which tests are called, not what they say.
 
 The command prints a line for each alteration that no test notices. The exit code is 1 if there is
 one in losses.py, or if more than 3 % of the sample survive.
@@ -30,14 +31,12 @@ import copy
 import functools
 import hashlib
 import importlib
-import importlib.machinery
 import io
 import itertools
 import json
 import os
 import re
 import resource
-import runpy
 import shutil
 import signal
 import subprocess
@@ -52,20 +51,18 @@ from unittest.mock import patch
 
 import pytest
 
-from tests.mutants import EQUIVALENT, Mutant, alterations, compiled, mutants
-from tests.traced import Chosen, Recorder
+from tests.mutants import EQUIVALENT, Mutant, alterations, compiled, install, mutants
+from tests.traced import Chosen, Recorder, names_of_lines
 
 ROOT = Path(__file__).parents[1]
 LOSSES, TESTS = ROOT / "minicai" / "losses.py", ROOT / "tests" / "test_losses.py"
 ENGINE = "sampler|attention|packing|models|dialogue|checkpoint|parallel|data|stage"
 ALTERED = [*ROOT.glob("train_*.py"), *ROOT.glob("minicai/*.py"), *ROOT.glob("minicai/e*/*.py")]
-ALTERED = [
-    path for path in ALTERED if re.fullmatch(ENGINE, path.stem) or path.parent.name != "engine"
-]
-ALTERED = sorted(path for path in ALTERED if not path.name.startswith("__"))
+OTHER = re.compile(rf".*/(__\w+__|engine/(?!({ENGINE})\.)\w+)\.py")
+ALTERED = sorted(path for path in ALTERED if not OTHER.fullmatch(str(path)))
 # Slow tests, and tests of what is not altered.
-LEFT_OUT = "mutate|repo|docs|guard|bench|examples_folder|variants_table|report/|tinyworld/"
-LEFT_OUT += "|tools/test_(demo|commands|plan|mirror|proofread|workshop)"
+LEFT_OUT = "mutate|repo|docs|disk|guard|matrix|bench|examples_folder|variants_table|report/"
+LEFT_OUT += "|tinyworld/|tools/test_(demo|commands|plan|mirror|proofread|workshop)"
 
 CACHE = Path(tempfile.gettempdir()) / f"minicai-mutate-{os.getuid()}"
 JOBS, BUDGET, LIMIT = 2, 10.0, 40  # forks at once, CPU seconds of tests, CPU seconds of a fork
@@ -182,23 +179,6 @@ def run_tests(plugin: object, *words: str) -> int:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def install(code: types.CodeType, path: Path) -> None:
-    """The altered code takes the place of its file, where it is imported or run as a script."""
-    loader, script = importlib.machinery.SourceFileLoader, runpy._get_code_from_file
-    usual = loader.get_code
-
-    def imported(self, name):
-        return code if self.path == str(path) else usual(self, name)
-
-    def from_file(*where):
-        found = script(*where)
-        if Path(where[-1]) != path:
-            return found
-        return (code, *found[1:]) if isinstance(found, tuple) else code
-
-    loader.get_code, runpy._get_code_from_file = imported, from_file
-
-
 def attempt(code: types.CodeType, path: Path, tests: list[str]) -> int:
     if not tests:
         return pytest.ExitCode.NO_TESTS_COLLECTED
@@ -234,14 +214,11 @@ def recordings(stop: float) -> dict:
     """What tests.traced.Recorder found of each test. Imports the packages that the tests import."""
     for name in ("numpy", "torch", "transformers"):
         importlib.import_module(name)
-    helpers = [path for path in ROOT.glob("tests/**/*.py") if not path.name.startswith("test_")]
-    own = {"mutate.py", "mutants.py", "traced.py"}
-    common = digest(*(text_of(p) for p in sorted(ALTERED + helpers) if p.name not in own))
     works, targets = [], []
     for path in sorted(ROOT.glob("tests/**/test_*.py")):
         file = str(path.relative_to(ROOT))
         if not re.search(LEFT_OUT, file):
-            targets.append(CACHE / f"{path.stem}-{digest(common, text_of(path))}.json")
+            targets.append(CACHE / f"{path.stem}-{digest(text_of(path))}.json")
             if not targets[-1].exists():
                 works.append((file, functools.partial(record, file, targets[-1])))
     in_time = itertools.takewhile(lambda _: time.monotonic() < stop, works)
@@ -262,10 +239,12 @@ def covering(mutant: Mutant, tests: dict) -> list[str]:
     They run a line of the statement. For a statement outside functions they run a line that names
     what it defines, or their file names both it and its module.
     """
-    pattern, lines = None, {str(mutant.path.relative_to(ROOT)): set(mutant.lines or ())}
+    pattern, named = None, names_of_lines(mutant.path)
+    lines = {mutant.path: {named[line] for line in mutant.lines or () if line in named}}
     if mutant.lines is None:
         pattern = re.compile(rf"\b({'|'.join(mutant.names) or '.'})\b")
-        lines = {str(path.relative_to(ROOT)): naming(path, pattern) for path in ALTERED}
+        lines = {path: naming(path, pattern) for path in ALTERED}
+    lines = {str(path.relative_to(ROOT)): found for path, found in lines.items()}
     found = []
     for test, (seconds, fixtures, ran) in tests.items():
         file = test.split("::")[0]
@@ -290,9 +269,9 @@ def text_of(path: Path) -> str:
 
 
 @functools.cache
-def naming(path: Path, pattern: re.Pattern) -> set[int]:
-    lines = text_of(path).splitlines()
-    return {number for number, line in enumerate(lines, 1) if pattern.search(line)}
+def naming(path: Path, pattern: re.Pattern) -> set[str]:
+    lines, named = text_of(path).splitlines(), names_of_lines(path)
+    return {named[k] for k, line in enumerate(lines, 1) if k in named and pattern.search(line)}
 
 
 def digest(*parts: object) -> str:
@@ -374,15 +353,15 @@ def report(chosen: list[Mutant], verdicts: dict[Mutant, dict]) -> int:
     print(f"{'':16}", *(f"{name:>10}" for name in columns))
     for name in sorted(table, key=lambda name: (name == "all", name)):
         print(f"{name:16}", *(f"{table[name][column]:10}" for column in columns))
-    total = table["all"]
-    print(f"{total['seconds'] / JOBS / 60:.1f} minutes on {JOBS} cores")
+    print(f"{table['all']['seconds'] / JOBS / 60:.1f} minutes on {JOBS} cores")
     if left:
         print(f"{left} alterations are left: run the same command again")
-    return int(bool(left) or total["survivors"] > 0.03 * total["tried"])
+    return int(bool(left) or table["all"]["survivors"] > 0.03 * table["all"]["tried"])
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(usage=__doc__)
+    how = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("tests.mutate", description=__doc__, formatter_class=how)
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--sample", type=int)
     parser.add_argument("--seed", type=int, default=0)
@@ -391,8 +370,8 @@ def main() -> int:
     given = parser.parse_args()
     if given.sample:
         os.chdir(ROOT)
-        os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        os.environ["HF_HUB_OFFLINE"] = "1"
         CACHE.mkdir(exist_ok=True)
         chosen = drawn(given.sample, given.seed, given.only)
         return report(chosen, sample(chosen, time.monotonic() + given.seconds))

@@ -44,9 +44,9 @@ def stopped(module, name: str, call: int) -> Iterator[list]:
 class Descent(torch.optim.SGD):
     """Gradient descent in AdamW's place: a step is linear in the gradient, so errors show."""
 
-    def __init__(self, parameters, lr=1.0, *_, **__):
+    def __init__(self, parameters, lr=1.0, *positional, **named):
         super().__init__(parameters, lr=lr)
-        self.rates = []
+        self.rates, self.settings = [], dict(zip(("betas", "eps"), positional)) | named
 
     def step(self, closure=None):
         self.rates.append([group["lr"] for group in self.param_groups])

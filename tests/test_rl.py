@@ -106,6 +106,8 @@ def run(cfg, name: str, **changes) -> Seen:
         recorded(losses, "policy_loss") as updates,
     ):
         record = train_ppo.main(cfg)
+    adam = {"betas": (0.9, 0.999), "eps": 1e-5, "weight_decay": 0, "fused": True}
+    assert made[0].settings == adam
     models = dict(zip(("policy", "reference"), (model for _, model in policies)))
     models |= dict(zip(("value", "reward"), (model for _, model in reversed(scorers))))
     return Seen(

@@ -37,6 +37,7 @@ ANSWERS = (
     "Hm.",
 )
 SETTINGS = {"batch_size": 4, "epochs": 2, "lr": 1e-3, "warmup": 2, "save_every": 2}
+ADAM = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0, "fused": True}
 LOSSES = {"sl": (train_sl, "nll_loss"), "rm": (train_rm, "preference_loss")}
 
 
@@ -134,7 +135,7 @@ def test_a_step_of_sl_learns_the_response_tokens_of_the_whole_batch(stage, sched
     assert (weights(model) - weights(load_policy(cfg.model))).abs().max() > 1e-3
     assert not broken or min(row["grad_norm"] for row in metrics if row["loss"]) > clip
     rates = [rate(cfg, k, 6, schedule == "linear") for k in range(6) if k + 1 not in broken]
-    assert made[0].rates == [[pytest.approx(x)] for x in rates]
+    assert made[0].rates == [[pytest.approx(x)] for x in rates] and made[0].settings == ADAM
     # Each pair once an epoch, in another order.
     rows = read_jsonl(f"{cfg.out}/sl/revisions.jsonl")
     pairs = sorted(encode(model.tokenizer, row["prompt"], row["final"]) for row in rows)
@@ -183,7 +184,7 @@ def test_a_step_of_rm_learns_the_soft_labels_of_the_whole_batch(stage, broken):
     assert_close(weights(loaded[0][1]), weights(model), 1e-5)
     assert (weights(model) - before).abs().max() > 1e-3
     rates = [rate(cfg, k, steps, True) for k in range(steps) if k + 1 not in broken]
-    assert made[0].rates == [[pytest.approx(x)] for x in rates]
+    assert made[0].rates == [[pytest.approx(x)] for x in rates] and made[0].settings == ADAM
     seen = [pair for (_, pairs), _ in scored for pair in pairs]
     assert sorted(seen[: 2 * len(encoded)]) == sorted(encoded * 2)  # then the held-out ones
 

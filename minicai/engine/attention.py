@@ -32,7 +32,6 @@ from minicai import InputError
 
 NAME = "minicai"
 KNOWN = {"scaling", "sliding_window", "dropout", "position_ids", "use_cache"}  # by attend
-WORDS = {"s_aux": "sinks (s_aux)", "indices": "chosen keys (indices)"}
 
 
 def attend(module, query, key, value, attention_mask, rows=None, **settings):
@@ -42,16 +41,16 @@ def attend(module, query, key, value, attention_mask, rows=None, **settings):
     Raises ValueError where the layer asks for what is not done here.
     """
     if rows is None:
+        if attention_mask is not None and attention_mask.dtype == torch.long:  # made in `through`
+            raise ValueError("its layers do not hand on to attention what a pass is given")
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     for name in settings.keys() - KNOWN:
         if settings[name] is not None and settings[name] is not False:
-            raise ValueError(f"attention with {WORDS.get(name, name)} is not supported")
-    if attention_mask is not None and attention_mask.numel() > 1:
-        raise ValueError("attention with a mask of its own is not supported")
+            raise ValueError(f"attention with {name} is not supported")
     qkv = [x[0].transpose(0, 1) for x in (query, key, value)]
-    scale = settings.get("scaling")
+    # Qwen2-MoE has its window in the mask only.
     window = settings.get("sliding_window", getattr(module, "sliding_window", None))
-    return rows.attend(qkv, scale, window)[None], None
+    return rows.attend(qkv, settings.get("scaling"), window)[None], None
 
 
 AttentionInterface.register(NAME, attend)
@@ -261,8 +260,8 @@ class Slots:
 
     def __init__(self, count: int, capacity: int):
         self.count, self.capacity = count, capacity
-        # [keys, values] of each call of attention in a pass, [S, C, H, D] each. They are made in the
-        # first pass, when their sizes and type are known.
+        # [keys, values] of each call of attention in a pass, [S, C, H, D] each. They are made
+        # when their sizes and type are known.
         self.layers = []
 
     def place(self, starts: Sequence[int], counts: Sequence[int], device: torch.device) -> None:
@@ -311,9 +310,8 @@ class Slots:
         q, k, v = qkv
         if self._calls == len(self.layers):
             # The heads are outside the positions in memory, since keys are read head by head.
-            S, C, H = self.count, self.capacity, k.shape[1]
-            new = [x.new_zeros(S, H, C, x.shape[2]).transpose(1, 2) for x in (k, v)]
-            self.layers.append(new)
+            sizes = self.count, k.shape[1], self.capacity
+            self.layers.append([x.new_zeros(*sizes, x.shape[2]).transpose(1, 2) for x in (k, v)])
         layer = self.layers[self._calls]
         self._calls += 1
         for kept, x in zip(layer, (k, v)):

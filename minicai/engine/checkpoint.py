@@ -27,10 +27,12 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from minicai import InputError
-from minicai.engine import parallel
+from minicai.engine import adapters, parallel
+from minicai.engine.adapters import Role
 from minicai.engine.data import (
     discard,
     disk_guard,
+    make_folder,
     raise_interrupt,
     read_record,
     sha256,
@@ -38,6 +40,7 @@ from minicai.engine.data import (
     write_atomic,
 )
 from minicai.engine.dialogue import ending
+from minicai.engine.load import merged
 from minicai.engine.packing import TOLERANCE
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in one process it is meant to
@@ -58,6 +61,7 @@ PLAIN = [
     "PosixPath",
     "WindowsPath",
 ]
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # what checkpoints hold
 Models = dict[str, torch.nn.Module]
 
 
@@ -72,10 +76,16 @@ def save(
     temporary = folder / "checkpoints" / f"step_{step:06d}.tmp"
     with disk_guard(temporary.with_suffix(""), None if parallel.rank() else temporary):
         parallel.once(_fresh, temporary)
-        weights, found = get_state_dict(torch.nn.ModuleDict(models), optimizer)
+        weights, found = get_state_dict(_whole(models), optimizer, options=TRAINED)
         state = {"models": weights, "optimizer": found["state"]}
-        dcp.save(state, checkpoint_id=temporary, no_dist=parallel.world() == 1)  # syncs its files
+        dcp.save(state, checkpoint_id=temporary, no_dist=parallel.world() == 1)
         parallel.once(_publish, temporary, json.dumps(extra))
+
+
+def _whole(models: Models) -> torch.nn.ModuleDict:
+    """All models in one module. Those that are roles of one are there once."""
+    names = {getattr(model, "backbone", model): name for name, model in models.items()}
+    return torch.nn.ModuleDict({name: model for model, name in names.items()})
 
 
 def _fresh(folder: Path) -> None:
@@ -90,7 +100,9 @@ def _fresh(folder: Path) -> None:
 def _publish(temporary: Path, extra: str) -> None:
     final = temporary.with_suffix("")
     write_atomic(temporary / "extra.json", extra)
-    write_atomic(temporary / SUMS, json.dumps(sums(temporary.iterdir())))
+    write_atomic(temporary / SUMS, json.dumps(sums(temporary, os.listdir(temporary))))
+    for file in temporary.iterdir():
+        sync(file)  # dcp.save syncs before it has flushed: its table would be empty
     discard(final)
     os.rename(temporary, final)
     sync(final.parent)
@@ -98,9 +110,9 @@ def _publish(temporary: Path, extra: str) -> None:
         discard(old)
 
 
-def sums(paths: Iterable[Path]) -> dict[str, str]:
-    """{name: sha256} of files."""
-    return {path.name: sha256(path) for path in paths}
+def sums(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """{name: sha256} of files in a folder."""
+    return {name: sha256(folder / name) for name in names}
 
 
 def require_whole(folder: Path, known: dict[str, str]) -> None:
@@ -130,15 +142,17 @@ def resume(folder: Path, models: Models, optimizer: torch.optim.Optimizer) -> tu
         with open(path / ".metadata", "rb") as file:
             known = _Plain(file).load().state_dict_metadata
         extra = json.loads((path / "extra.json").read_text(encoding="utf-8"))
-        whole = torch.nn.ModuleDict(models)
-        weights, found = get_state_dict(whole, optimizer)  # the settings are the config's
+        whole = _whole(models)
+        weights, found = get_state_dict(
+            whole, optimizer, options=TRAINED
+        )  # the settings are the config's
         # A parameter without a gradient so far has no optimizer state in the checkpoint.
         had = {key.removeprefix("optimizer.").rpartition(".")[0] for key in known}
         found["state"] = {name: x for name, x in found["state"].items() if name in had}
         state = {"models": weights, "optimizer": found["state"]}
         dcp.load(state, checkpoint_id=path, no_dist=parallel.world() == 1)
         states = {"model_state_dict": weights, "optim_state_dict": found}
-        set_state_dict(whole, optimizer, **states, options=StateDictOptions(strict=False))
+        set_state_dict(whole, optimizer, **states, options=TRAINED)
     except (Exception, dcp.CheckpointException) as error:  # the second is a BaseException
         if parallel.lost_peer(error):
             raise
@@ -163,27 +177,34 @@ class _Plain(pickle.Unpickler):
 
 
 @torch.no_grad()
-def export(folder: Path, model: PreTrainedModel) -> list[str]:
+def export(folder: Path, model: PreTrainedModel | Role) -> list[str]:
     """Writes the model and its tokenizer as a Hugging Face folder, config.json last.
+
+    A role is merged into its weights, and FOLDER/adapter has its adapters in PEFT's format.
 
     Before that they are read back and must give the logits that the model gives. Raises
     RuntimeError where they do not. Returns the names of the files.
     """
     vocabulary = model.config.get_text_config().vocab_size
     probe = torch.arange(2, 10)[None] % vocabulary
-    with parallel.computing_in(parallel.weight_precision()), parallel.autocast():
+    lora = isinstance(model, Role)
+    with parallel.computing_in(parallel.weight_precision(lora)), parallel.autocast():
         expected = model(input_ids=probe.to(model.device)).logits.float().cpu()
         limit = TOLERANCE[parallel.precision()] * max(1.0, expected.abs().max().item())
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model, options=options)
-    kind = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
+    weights = model.numbers() if lora else get_model_state_dict(model, options=options)
+    classes = type(model.backbone if lora else model).__mro__
+    kind = next(c for c in classes if not issubclass(c, FSDPModule))
     temporary = folder / "export.tmp"
 
     def write() -> list[str]:
-        with torch.device("meta"):
-            whole = kind._from_config(model.config, dtype=torch.float32)
-        whole.load_state_dict(weights, assign=True)
-        whole.tie_weights()
+        if lora:
+            whole = merged(model, kind, weights)
+        else:
+            with torch.device("meta"):
+                whole = kind._from_config(model.config, dtype=torch.float32)
+            whole.load_state_dict(weights, assign=True)
+            whole.tie_weights()
         if whole.can_generate():
             whole.generation_config = ending(model.generation_config, model.tokenizer)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -191,6 +212,8 @@ def export(folder: Path, model: PreTrainedModel) -> list[str]:
             temporary.mkdir()  # the stage's own folder is there, or it was removed
             whole.save_pretrained(temporary)
             model.tokenizer.save_pretrained(temporary)
+            if lora:
+                adapters.save(temporary / "adapter", model, weights)
         with disk_guard(folder):
             found = kind.from_pretrained(temporary, dtype=torch.float32, trust_remote_code=False)
             difference = (found.eval()(input_ids=probe).logits - expected).abs().max().item()
@@ -199,15 +222,17 @@ def export(folder: Path, model: PreTrainedModel) -> list[str]:
                     f"{temporary}: the exported model's logits differ by {difference:.2g} from "
                     f"those of the model that was trained"
                 )
-            files = sorted(temporary.iterdir(), key=lambda file: file.name == "config.json")
-            for file in temporary.glob("*.safetensors"):  # their library makes them private
-                shutil.copymode(temporary / "config.json", file)
-            for file in temporary.rglob("*"):
-                sync(file)
+            files = [file for file in temporary.rglob("*") if file.is_file()]
+            files.sort(key=lambda file: file.name == "config.json")
+            names = [str(file.relative_to(temporary)) for file in files]
             for file in files:
-                os.replace(file, folder / file.name)
-                sync(folder)  # in this order on the disk too
-            temporary.rmdir()
-        return [file.name for file in files]
+                shutil.copymode(temporary / "config.json", file)  # some libraries make them private
+                sync(file)
+            for file, name in zip(files, names):
+                make_folder((folder / name).parent)
+                os.replace(file, folder / name)
+                sync((folder / name).parent)  # in this order on the disk too
+            shutil.rmtree(temporary)
+        return names
 
     return parallel.once(write)

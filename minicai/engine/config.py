@@ -116,6 +116,11 @@ class Run:
     rows: int = setting(256, at_least=1, free=True)  # sequences decoded side by side: memory
     micro_tokens: int = setting(4096, at_least=1, free=True)  # tokens per forward pass: memory
     gradient_checkpointing: bool = False  # less memory, a third more arithmetic in training
+    # adapters instead of full training (LoRA, Hu et al. 2021): r; 0 = full. They need about ten
+    # times the learning rates
+    lora_rank: int = 0
+    lora_alpha: float = 32.0  # adapters are scaled by lora_alpha / lora_rank
+    lora_targets: tuple[str, ...] = ()  # names of linear layers; () = all in the blocks
     save_every: int = setting(20, at_least=1, free=True)  # steps or iterations between checkpoints
     # rounds of SL, RM and PPO in the demo, each from the policy of the round before; an extension
     alternate: int = setting(1, at_least=1)

@@ -14,10 +14,12 @@ import random
 import re
 import shutil
 import tomllib
+import traceback
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +39,7 @@ def disk_guard(path: Path, temporary: Path | None = None) -> Iterator[None]:
     """Wraps what writes `path`, or `temporary`, which is to replace it and is removed on an error.
 
     Raises RunError where the system refuses: the disk is full, or broken, or read-only. Libraries
-    raise errors of their own then, so the system's word is looked for behind every error.
+    raise errors of their own then, so the system's number is looked for in the whole chain.
     """
     try:
         yield
@@ -48,24 +50,15 @@ def disk_guard(path: Path, temporary: Path | None = None) -> Iterator[None]:
             with suppress(OSError):
                 temporary.unlink()
         raise_interrupt(error)
-        reason = system_error(error)
-        if reason and not isinstance(error, InputError | RunError | KeyboardInterrupt):
+        wrapped = [inner for inner, _ in getattr(error, "failures", {}).values()]
+        said = "".join(chain(*map(traceback.format_exception, [error, *wrapped])))
+        number = re.search(r"(?:\[Errno |\(os error )(\d+)", said)
+        if number and not isinstance(error, InputError | RunError | KeyboardInterrupt):
             raise RunError(
-                f"{path}: cannot be written: {reason}; all files are complete: where that is "
-                f"mended, the same command (without --overwrite) resumes"
+                f"{path}: cannot be written: {os.strerror(int(number[1]))}; all files are "
+                f"complete: where that is mended, the same command (without --overwrite) resumes"
             ) from error
         raise
-
-
-def system_error(error: BaseException | None) -> str:
-    """What the system said in an error or in those behind it; "" where it said nothing."""
-    if error is None:
-        return ""
-    rust = re.search(r"([^:]+) \(os error \d+\)", str(error))  # a library in Rust quotes it
-    said = rust[1].strip() if rust else getattr(error, "strerror", "")
-    behind = [inner for inner, _ in getattr(error, "failures", {}).values()]  # of a checkpoint
-    behind.append(error.__cause__ or error.__context__)
-    return said or next(filter(None, map(system_error, behind)), "")
 
 
 def raise_interrupt(error: BaseException) -> None:
@@ -152,7 +145,7 @@ class Journal:
     def __init__(self, path: Path, group: int = 1, total: int | None = None):
         self.path, self.name, self.mirror = path, path.stem, None
         self.group, self.total = group, total
-        self.rows, self.sizes = read_journal(path)
+        self.rows, self.sizes = read_journal(path), [len(x.encode()) + 1 for x in _whole(path)]
         count = len(self.rows)
         self.keep(count if count == total else count - count % group)
 
@@ -279,10 +272,10 @@ ROW = {
     list: {"rounds", "votes", "corrects", "incorrects"},
 }
 RECORD = {
-    float | int | dict: {"count", "ece", "elo", "peak_rss_mb"},
-    float | int | dict | None: {"rate", "kl", "accuracy_vs_judge", "accuracy_vs_labels"},
+    float | int | dict: {"count", "elo", "peak_rss_mb"},
+    float | int | dict | None: {"rate", "kl", "ece", "accuracy_vs_judge", "accuracy_vs_labels"},
     list | dict: {"interval", "heldout_ids", "calibration", "harmful_by_round"},
-    dict: {"eval", "intervals", "jailbreaks", "replayed", "labels", "revision", "run"},
+    dict: {"eval", "files", "intervals", "jailbreaks", "labels", "replayed", "revision", "run"},
 }
 
 
@@ -343,20 +336,21 @@ def read_record(path: Path) -> dict:
 
 def read_toml(path: Path) -> dict:
     """The table that a file is. Raises InputError where it is damaged."""
+    text = _text(path)
     try:
-        return tomllib.loads(_text(path))
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid TOML: {error}") from error
 
 
-def read_journal(path: Path) -> tuple[list[dict], list[int]]:
-    """The rows of a stage's journal, and their sizes in bytes; none where there is no file.
+def _whole(path: Path) -> list[str]:
+    """The lines of a journal. What follows the last line end is torn, or being written."""
+    return _text(path, "utf-8", "surrogateescape").split("\n")[:-1] if path.exists() else []
 
-    What follows the last line end is torn, or being written. Raises InputError, with the line.
-    """
-    lines = _text(path, "utf-8", "surrogateescape").split("\n")[:-1] if path.exists() else []
-    rows = [_object(line, f"{path}, line {k}", ROW) for k, line in enumerate(lines, 1)]
-    return rows, [len(line.encode()) + 1 for line in lines]
+
+def read_journal(path: Path) -> list[dict]:
+    """The whole rows of a stage's journal, [] where there is no file. Raises InputError."""
+    return [_object(line, f"{path}, line {k}", ROW) for k, line in enumerate(_whole(path), 1)]
 
 
 def _rows(path: str | Path, kinds: dict | None = None) -> Iterator[tuple[int, str, dict]]:

@@ -24,11 +24,13 @@ MODEL = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revisi
 SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 TOKENIZER = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken")
 COPIES = ("*/*", "consolidated*")  # other programs' copies of the same weights
+ADAPTER = "adapter_config.json"  # of a folder in PEFT's format, which names its base
 # What decides a model's answers. A stage's folder has other files beside them.
 DECIDING = ("config.json", "generation_config.json", "*token*.json", "*.index.json", "*.jinja")
-DECIDING += ("vocab*", "merges.txt", "*.model", "*.tiktoken", "*.safetensors")
+DECIDING += (ADAPTER, "vocab*", "merges.txt", "*.model", "*.tiktoken", "*.safetensors")
 SUMS = Path(os.path.expanduser("~/.cache/minicai/sums"))
 LARGE = 16 << 20  # bytes
+LAYERS = 10_000  # to build more of them takes longer than anybody waits
 QUANTISED = (
     "its weights are quantised, and training needs floating point; name the model that they were "
     "made from, or dequantise them and save them in bfloat16"
@@ -171,24 +173,21 @@ def _settings(file: Path) -> dict:
 
 
 def require_folder(path: str, what: str, weights: bool = True) -> Path:
-    """A model folder of this machine or the hub. what: the setting that names it.
+    """A model folder of this machine or the hub; of an adapter, its base's folder.
+
+    what: the setting that names it.
 
     Raises InputError where there is none, with the nearest name, and where its files show that it
-    cannot be used: an adapter, code of its own, quantised weights, pickles, damaged files.
+    cannot be used: code of its own, quantised weights, pickles, damaged files.
     load.opened checks what needs transformers.
     """
     try:
         folder = model_folder(path, weights)
     except InputError as error:
         raise InputError(f"{what}: {error}") from error
-    adapter = folder / "adapter_config.json"
-    if adapter.exists():
-        raise InputError(
-            f"{folder}: is an adapter of {_settings(adapter).get('base_model_name_or_path')}, not "
-            f"a model; merge both with peft: AutoPeftModelForCausalLM.from_pretrained("
-            f"{str(folder)!r}).merge_and_unload().save_pretrained('merged'), save the tokenizer "
-            f"there too, and name that folder"
-        )
+    if (folder / ADAPTER).exists():  # all that follows is asked of its base
+        base = _settings(folder / ADAPTER).get("base_model_name_or_path")
+        return require_folder(str(base), f"{folder / ADAPTER}: its base", weights)
     if not (folder / "config.json").is_file():
         names = [p.parent.name for p in folder.parent.glob("*/config.json")]
         near = difflib.get_close_matches(folder.name, names, 1, 0.4)
@@ -198,6 +197,8 @@ def require_folder(path: str, what: str, weights: bool = True) -> Path:
         for key, value in _settings(folder / name).items():
             if value and key in REFUSED:
                 raise InputError(f"{folder / name}: {key}: {REFUSED[key]}")
+            if key.endswith(("layer", "layers")) and isinstance(value, int) and value > LAYERS:
+                raise InputError(f"{folder / name}: {key} is {value}, and no model has so many")
     if not weights:
         return folder
     pickles = [path.name for p in ("*.bin", "*.pt", "*.pth") for path in folder.glob(p)]
@@ -213,6 +214,8 @@ def require_folder(path: str, what: str, weights: bool = True) -> Path:
 def weights_sha256(folder: str | Path) -> str:
     """sha256 of all that decides a model's answers: settings, tokenizer, template, weights."""
     digest, folder = hashlib.sha256(), model_folder(str(folder))
+    if (folder / ADAPTER).exists():
+        digest.update(weights_sha256(require_folder(str(folder), "model")).encode())
     for file in sorted({file for pattern in DECIDING for file in folder.glob(pattern)}):
         digest.update(f"{file.name} {_sha256(file)}\n".encode())
     return digest.hexdigest()

@@ -1,7 +1,8 @@
 """Opening model folders: policies, reward and value models, each with its tokenizer.
 
 A model and its tokenizer are one object: `model.tokenizer`. Weights are read from safetensors, as
-float32, onto the device of the process; several processes each read their own part.
+float32, onto the device of the process. Of several processes the first reads them, and sends each
+its part.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from safetensors import safe_open
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,25 +22,25 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.utils import logging
 
 from minicai import InputError
-from minicai.engine import packing, parallel, terminal
+from minicai.engine import adapters, packing, parallel, terminal
+from minicai.engine.adapters import Lora, Role
 from minicai.engine.dialogue import end_ids, end_of_turn, ending, give_pad, same_form, template_of
-from minicai.engine.hub import require_folder, tensors
+from minicai.engine.hub import ADAPTER, model_folder, require_folder
+from minicai.engine.models import freeze
 
 logging.disable_progress_bar()  # commands show their own progress and complaints
 logging.set_verbosity_error()
-Places = dict[str, tuple[Path, str]]  # file and key of each tensor by its name in the model
+FULL = Lora(0, 0.0)  # no adapters: all weights are trained
 HEADS = ("lm_head.", "embed_out.")  # a policy's, which a reward model does not need
 
 # --- tokenizers and configs -----------------------------------------------------------------------
 
 
 @contextmanager
-def _blaming(what: str, failure: str = "transformers fails on it") -> Iterator[None]:
+def _blaming(what: str) -> Iterator[None]:
     """Inside it, an error of any library is an InputError that begins with `what`."""
     try:
         yield
@@ -49,8 +50,8 @@ def _blaming(what: str, failure: str = "transformers fails on it") -> Iterator[N
             raise
         lines = [line.strip() for line in str(error).splitlines() if not line.endswith(":")]
         reason = " ".join(lines[:1])
-        if not isinstance(error, OSError | ValueError):
-            reason = f"{failure} ({type(error).__name__}: {reason})"
+        if not isinstance(error, OSError | ValueError | StrictDataclassError):
+            reason = f"transformers fails on it ({type(error).__name__}: {reason})"
         raise InputError(f"{what}: {reason}") from error
 
 
@@ -111,14 +112,18 @@ def _generation(folder: Path, tokenizer: PreTrainedTokenizerBase) -> GenerationC
 # --- models ---------------------------------------------------------------------------------------
 
 
-def load_policy(path: str, scorer: str = "") -> PreTrainedModel:
+def load_policy(
+    path: str, lora: Lora = FULL, seed: int = 0, scorer: str = ""
+) -> PreTrainedModel | Role:
     """A causal language model with its tokenizer, on this process's device, float32.
 
     It is in eval mode for good: dropout would make the first PPO ratio differ from 1. Several
     processes each hold a part of it (parallel.shard).
+    lora: its weights are frozen, and it comes in the role "policy", with adapters of this seed.
     scorer: "require" or "warn" where a reward model is to be made of it later, and cannot be.
     """
-    model = _load(path, AutoModelForCausalLM)
+    roles = {"policy": lora} if lora else {}
+    model = _load(path, AutoModelForCausalLM, roles)
     if scorer:
         try:
             opened(path, AutoModelForSequenceClassification, new_head=True)
@@ -126,37 +131,78 @@ def load_policy(path: str, scorer: str = "") -> PreTrainedModel:
             if scorer == "require":
                 raise
             terminal.warn(f"stage 2 will refuse this model: {error}")
-    return model
+    return adapters.drawn(model, roles, seed).get("policy", model)
 
 
-def load_scorer(path: str, seed: int | None = None) -> PreTrainedModel:
+def load_scorer(path: str, seed: int | None = None, lora: Lora = FULL) -> PreTrainedModel | Role:
     """A reward or value model: a transformer with a scalar head, and its tokenizer.
 
     Without `seed` it is a reward model's folder. With it, a policy's folder gets a new head, drawn
     from N(0, 1/(D + 1)) (Stiennon et al. 2020), and a pad token that no answer has (give_pad).
+    lora: its weights are frozen, and it comes in the role "reward".
     """
-    model = _load(path, AutoModelForSequenceClassification, new_head=seed is not None)
-    pad = model.tokenizer.pad_token_id
-    if pad >= model.config.get_text_config().vocab_size:  # give_pad had to add a token
-        with torch.no_grad():
-            model.resize_token_embeddings(pad + 1, mean_resizing=False).weight[-1] = 0
-        model.config.pad_token_id = pad
+    roles = {"reward": lora} if lora else {}
+    model = _load(path, AutoModelForSequenceClassification, roles, new_head=seed is not None)
+    model = adapters.drawn(model, roles, seed).get("reward", model)
     if seed is not None:
-        part, where = parallel.local_part(model.score.weight)
         width = model.score.weight.shape[1]
-        drawn = torch.randn(1, width, generator=torch.Generator().manual_seed(seed))
-        with torch.no_grad():
-            part.copy_((drawn / (width + 1) ** 0.5)[where])
+        first = torch.randn(1, width, generator=torch.Generator().manual_seed(seed))
+        parallel.put(model.score.weight, first / (width + 1) ** 0.5)
     return model
 
 
-def opened(
-    path: str, auto: type = AutoModelForCausalLM, new_head: bool = False
-) -> tuple[PreTrainedModel, Places]:
+def load_roles(
+    policy_path: str, reward_path: str, lora: Lora, seed: int
+) -> tuple[Role, PreTrainedModel, Role | None, Role]:
+    """PPO's four models as roles of one: policy, reference, reward model and value model.
+
+    The reference is the model without adapters. The value model starts as a copy of the reward
+    model. Without one (reward_path ""), it starts as the reference with a head of zeros.
+    Raises InputError where the reward model's adapters were trained on other weights.
+    """
+    folder, roles = Path(reward_path) / "adapter", {"policy": lora, "value": lora}
+    if reward_path:
+        how, numbers = adapters.read(folder, policy_path)
+        roles |= {"reward": how, "value": how}
+    model = _load(policy_path, AutoModelForCausalLM, roles)
+    views = adapters.drawn(model, roles, seed)
+    if reward_path:
+        for name in ("reward", "value"):
+            views[name].fill(numbers, str(folder))
+        for parameter in views["reward"].parameters():
+            parameter.requires_grad_(False)
+    return views["policy"], model, views.get("reward"), views["value"]
+
+
+@torch.no_grad()
+def add_pad(model: PreTrainedModel, pad: int) -> None:
+    """The pad token in the config, and a row of zeros where give_pad added a token."""
+    if pad >= model.config.get_text_config().vocab_size:
+        model.resize_token_embeddings(pad + 1, mean_resizing=False).weight[-1] = 0
+    model.config.pad_token_id = pad
+
+
+@torch.no_grad()
+def merged(role: Role, kind: type, numbers: dict[str, torch.Tensor]) -> PreTrainedModel:
+    """A role as a plain float32 model on the CPU: W + (alpha / r) B A, and its head.
+
+    numbers: role.numbers(). W is read again: frozen weights may have been rounded to bfloat16.
+    """
+    settings = {"num_labels": 1} if role.score else {}
+    folder = model_folder(role.name_or_path)
+    whole = kind.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, **settings)
+    adapters.merge(whole, role.how, numbers)
+    if role.score:
+        add_pad(whole, role.tokenizer.pad_token_id)
+        whole.score.weight.copy_(numbers[adapters.HEAD])
+    return whole.eval()
+
+
+def opened(path: str, auto: type = AutoModelForCausalLM, new_head: bool = False) -> PreTrainedModel:
     """Opens a model folder: all that is refused before weights are read is refused here.
 
-    Returns the model with its tokenizer and without weights (on the "meta" device), and where its
-    weights are. new_head: a scalar head will be drawn for it.
+    Returns the model with its tokenizer and without weights, on the "meta" device. new_head: a
+    scalar head will be drawn for it.
     """
     folder, config = require_folder(path, "model"), load_config(path)
     what = "policy" if auto is AutoModelForCausalLM else "reward model"
@@ -173,12 +219,6 @@ def opened(
             give_pad(tokenizer, end_ids(tokenizer, generation))
         if tokenizer.pad_token_id < config.get_text_config().vocab_size:
             config.pad_token_id = tokenizer.pad_token_id
-        elif parallel.world() > 1:
-            raise InputError(
-                f"{path}: its tokenizer has no token to pad with, and several processes cannot add "
-                f"one; give tokenizer and model one more token (add_special_tokens, "
-                f"resize_token_embeddings) and save both"
-            )
     with _blaming(f"{folder / 'config.json'}: no {what} can be made from it"):
         with torch.device("meta"):
             model = auto.from_config(config, dtype=torch.float32)
@@ -187,19 +227,64 @@ def opened(
     model.tokenizer = tokenizer
     if model.can_generate():
         model.generation_config = generation or model.generation_config
-    return model, _places(model, folder, new_head)
+    packing.check(model, path)
+    return model
 
 
-def _load(path: str, auto: type, new_head: bool = False) -> PreTrainedModel:
-    model, places = opened(path, auto, new_head)
-    tokenizer = model.tokenizer
-    with _blaming(f"{path}: the model cannot be loaded"):
-        model = _read(auto, model, places, new_head)
+def _load(path: str, auto: type, roles: dict[str, Lora], new_head: bool = False) -> PreTrainedModel:
+    """The float32 model with its weights. Of several processes the first reads them.
+
+    With roles the weights are frozen, and the roles' adapters are there, without numbers.
+    """
+    empty, whole = opened(path, auto, new_head), []
+    tokenizer = empty.tokenizer
+
+    def prepare(model: PreTrainedModel) -> PreTrainedModel:
+        if roles:
+            freeze(model)
+        elif not model.can_generate():
+            add_pad(model, tokenizer.pad_token_id)
+        for name, how in roles.items():
+            scores = name != "policy" and model.can_generate()
+            for parameter in adapters.attach(model, name, how, scores).parameters():
+                parameter.requires_grad_(True)
+        return model
+
+    def read() -> None:
+        with _blaming(f"{path}: the model cannot be loaded"):
+            model, found = auto.from_pretrained(
+                empty.config.name_or_path,
+                config=empty.config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # _refuse names them
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
+            _refuse(model, new_head, **found)
+            if len([*model.parameters()]) > len([*empty.parameters()]):
+                raise InputError(
+                    f"{path}: tie_word_embeddings in config.json makes one matrix of two that "
+                    f"differ; set it to false"
+                )
+            folder = model_folder(path)
+            if (folder / ADAPTER).exists():
+                if roles:
+                    raise InputError(f"{path}: is an adapter; lora_rank needs a model: merge it")
+                adapters.merge(model, *adapters.read(folder, model.name_or_path))
+            whole.append(prepare(model))
+
+    parallel.once(read)
+    if parallel.world() == 1:
+        model = whole[0].to(parallel.device())
+    else:
+        model = parallel.shard(prepare(empty), *whole)
     sums = {name: parallel.local_part(p)[0].sum() for name, p in model.named_parameters()}
-    broken = parallel.joined([name for name, total in sums.items() if not total.isfinite()])
+    broken = [name for name, total in sums.items() if not total.isfinite()]
+    broken = [name for name in parallel.joined(broken) if not adapters.NAMES.search(name)]
     if broken:
         raise InputError(f"{path}: {broken[0]} is not finite; fetch or train the model again")
-    model.tokenizer = tokenizer
+    model.tokenizer, model.name_or_path = tokenizer, path
     packing.check(model.eval(), path)
     return model
 
@@ -215,89 +300,6 @@ def require_same_tokens(policy: PreTrainedModel, reward_model: PreTrainedModel) 
 
 
 # --- weights --------------------------------------------------------------------------------------
-
-
-def _read(auto: type, empty: PreTrainedModel, places: Places, new_head: bool) -> PreTrainedModel:
-    """The float32 model with its weights, cut over the processes.
-
-    One of several processes reads its own part of each tensor, so none ever holds the whole model.
-    """
-    if parallel.world() == 1:
-        model, found = auto.from_pretrained(
-            empty.config.name_or_path,
-            config=empty.config,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # _refuse names them
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-        _refuse(model, new_head, **found)
-        return model.to(parallel.device())
-    parallel.shard(empty.eval()).to_empty(device=parallel.device())
-    _make_buffers(empty)
-    _fill(empty, places)
-    return empty
-
-
-@torch.no_grad()
-def _make_buffers(model: PreTrainedModel) -> None:
-    """Lets the model compute the tables that no file holds, such as rotary frequencies.
-
-    Raises ValueError where a buffer keeps what was in it before: 0 at first, and then 1.
-    """
-    buffers, made = dict(model.named_buffers()), []
-    for value in (0, 1):
-        for buffer in buffers.values():
-            buffer.fill_(value)
-        for module in model.modules():
-            if module._non_persistent_buffers_set:
-                model._init_weights(module)
-        made.append([buffer.clone() for buffer in buffers.values()])
-    unknown = [name for name, *pair in zip(buffers, *made) if not torch.equal(*pair)]
-    if unknown:
-        raise ValueError(f"several processes cannot make its {', '.join(unknown)}")
-
-
-def _places(model: PreTrainedModel, folder: Path, new_head: bool) -> Places:
-    """Where each tensor of the model is stored, maybe under another name.
-
-    Raises InputError where the tensors of the files are not those of the model.
-    """
-    changes = get_model_conversion_mapping(model)
-    converters = [change for change in changes if isinstance(change, WeightConverter)]
-    renamings = [change for change in changes if change not in converters]
-    state = model.state_dict(keep_vars=True)  # tied tensors are one object
-    how = renamings, converters, model.base_model_prefix, state
-    places, found, mismatched, whole = {}, {}, [], True
-    for key, (file, shape) in tensors(folder).items():
-        name, converted = rename_source_key(key, *how)
-        places[name], tensor = (file, key), state.get(name)
-        whole = whole and not converted
-        if converted and parallel.world() > 1:
-            raise InputError(
-                f"{file}: {key} is kept in another shape than the model's, which several processes "
-                f"cannot read; load it in one process and save it with its weights converted"
-            )
-        if tensor is None or converted:
-            continue
-        if shape != list(tensor.shape):
-            mismatched.append((key, shape, tensor.shape))
-        twin = found.setdefault(tensor, (file, key))
-        if twin[1] != key and not torch.equal(_stored(*twin), _stored(file, key)):
-            raise InputError(
-                f"{file}: {twin[1]} and {key} differ, but tie_word_embeddings in config.json makes "
-                f"them one; set it to false"
-            )
-    if whole:  # else only transformers knows what a tensor becomes
-        missing = [name for name, tensor in state.items() if tensor not in found]
-        _refuse(model, new_head, missing, places.keys() - state.keys(), mismatched)
-    return places
-
-
-def _stored(file: Path, key: str) -> torch.Tensor:
-    with safe_open(file, "pt") as stored:
-        return stored.get_tensor(key)
 
 
 def _refuse(
@@ -319,7 +321,7 @@ def _refuse(
             f"{folder}: {kind} does not read {', '.join(unread[:3])} ({len(unread)} weights); "
             f"correct config.json, merge an adapter (peft's merge_and_unload), or remove them"
         )
-    for key, stored, wanted in mismatched_keys:
+    for key, stored, wanted in sorted(mismatched_keys):
         raise InputError(
             f"{folder}: {key} has the shape {list(stored)}, and by config.json {list(wanted)}; "
             f"correct config.json, or fetch the model again"
@@ -330,15 +332,3 @@ def _refuse(
     if absent:
         hint = "; it is not a reward model" if absent[0].startswith("score.") else ""
         raise InputError(f"{folder}: the weights of {', '.join(absent[:3])} are missing{hint}")
-
-
-@torch.no_grad()
-def _fill(model: PreTrainedModel, places: Places) -> None:
-    """Reads this rank's part of each parameter."""
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in places:  # a tied parameter may be stored under either name
-            file, key = places[name]
-            part, where = parallel.local_part(parameter)
-            with safe_open(file, "pt") as stored:
-                if part.numel():
-                    part.copy_(stored.get_slice(key)[where])

@@ -29,6 +29,7 @@ SIZES = {  # of the copy, by a part of the setting's name; the first that fits
     "token_id": 0,
     "heads": 4,
     "n_head": 4,
+    "qk_head_dim": 16,
     "head_dim": 8,
     "n_embd": 32,
     "hidden_size": 32,
@@ -42,12 +43,16 @@ MIXING = {"linear_attention", "conv", "hybrid", "recurrent"}  # kinds of layers
 
 
 def check(model: PreTrainedModel, path: str) -> None:
-    """Puts our attention into the model. Raises InputError with the reason if that is wrong."""
+    """Puts our attention into the model. Raises InputError with the reason if that is wrong.
+
+    A model without weights (on the "meta" device) is known by its tiny copy alone.
+    """
     config, head = model.config.get_text_config(decoder=True), model.get_output_embeddings()
-    mixing = MIXING.intersection(getattr(config, "layer_types", None) or ())
     try:
+        if model.base_model is model:
+            raise ValueError("its layers cannot be used without its output layer")
         with parallel.computing_in(parallel.weight_precision()), parallel.autocast():
-            if not _equal(model, SHORT, head):
+            if model.device.type != "meta" and not _equal(model, SHORT, head):
                 if head and _equal(model, SHORT):
                     raise ValueError("it does more with its logits than apply its output layer")
                 raise ValueError("the numbers of a row change with the rows beside it")
@@ -59,8 +64,8 @@ def check(model: PreTrainedModel, path: str) -> None:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         if not isinstance(error, ValueError):
             reason = f"its code fails on packed rows: {reason}"
-        if mixing:
-            reason = f"its layers of the kind {mixing.pop()} mix tokens outside attention"
+        for kind in MIXING.intersection(getattr(config, "layer_types", None) or ()):
+            reason = f"its layers of the kind {kind} mix tokens outside attention"
         raise InputError(
             f"{path}: {type(model).__name__} is a kind of model that cannot be packed: {reason}"
         ) from error
@@ -72,13 +77,12 @@ def _check_copy(config: str) -> None:
     lengths = {}
     if _equal(_copy(config, lengths), LONG):
         return
+    guilty = ", ".join(lengths)
     for name, tokens in lengths.items():
         with suppress(Exception):  # the other sizes may not fit
             if _equal(_copy(config, {}, name), LONG):
-                break
-    else:
-        name, tokens = "one of", ", ".join(lengths)
-    raise ValueError(f"its {name} ({tokens}) is not kept where rows are packed")
+                guilty = f"{name} ({tokens})"
+    raise ValueError(f"its {guilty} is not kept where rows are packed")
 
 
 @torch.no_grad()
@@ -106,7 +110,7 @@ def _copy(config: str, lengths: dict[str, int], long: str = "") -> PreTrainedMod
         lengths[name] = value
         return FEW
 
-    with torch.random.fork_rng([]), torch.device("cpu"):
+    with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(0)
         shape = AutoConfig.for_model(**small("", data))
         copy = AutoModel.from_config(shape, attn_implementation="eager", dtype=torch.float32)
@@ -122,7 +126,6 @@ def _equal(model: PreTrainedModel, sizes: tuple[int, ...], head=None) -> bool:
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.arange(sum(sizes), device=model.device) % vocabulary
     rows = ids.split(sizes)
-    steps = [n * 2 // 3 for n in sizes], [n - 1 for n in sizes], sizes  # tokens that are fed
 
     @parallel.forward_pass
     def alone(model, row):
@@ -132,17 +135,15 @@ def _equal(model: PreTrainedModel, sizes: tuple[int, ...], head=None) -> bool:
 
     @parallel.forward_pass
     def together(model):
-        found = [through(model, ids, Packed(sizes, model.device))]
-        slots, starts = Slots(len(rows), max(sizes)), [0] * len(rows)
-        for ends in steps:
-            feeds = [row[start:end].tolist() for row, start, end in zip(rows, starts, ends)]
-            found.append(last_hidden(model, slots, starts, feeds))
-            starts = ends
-        hidden = torch.cat(found)
+        packed = through(model, ids, Packed(sizes, model.device))
+        slots = Slots(len(rows), max(sizes))
+        last_hidden(model, slots, [0] * len(rows), [row[:-1].tolist() for row in rows])
+        before = [n - 1 for n in sizes]
+        decoded = last_hidden(model, slots, before, [row[-1:].tolist() for row in rows])
+        hidden = torch.cat([packed, decoded])
         return apply_head(head, hidden) if head else hidden
 
     theirs = [alone(model, row) for row in rows]
-    last = [row[[n - 1]] for ends in steps for row, n in zip(theirs, ends)]
-    theirs = torch.cat(theirs + last)
+    theirs = torch.cat(theirs + [row[-1:] for row in theirs])
     most = TOLERANCE[parallel.precision()] * max(1.0, theirs.abs().max().item())
     return (together(model) - theirs).abs().max().item() <= most

@@ -13,7 +13,7 @@ Legend: B rows that are being decoded, T tokens, V vocabulary, D hidden size.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -35,7 +35,6 @@ from minicai.engine.dialogue import (
     encode_prompt,
     end_ids,
 )
-from minicai.engine.load import load_tokenizer, opened
 from minicai.engine.models import apply_head, require_finite, shared_hidden_states
 from minicai.engine.terminal import Progress, warn
 from minicai.feedback import Choose
@@ -150,20 +149,22 @@ def usable_pairs(model: PreTrainedModel, rows: Sequence[dict]) -> list[dict]:
 
 
 def check_requests(
-    paths: Sequence[str], requests: Sequence[str], new_tokens: int, what: str
+    models: Iterable[PreTrainedModel], requests: Sequence[str], new_tokens: int, what: str
 ) -> None:
-    """Raises InputError where the longest request exceeds the context of a model in `paths`.
+    """Raises InputError where the longest request exceeds the context of a model.
 
     requests: with empty answers in them. new_tokens: of the answers in a request and of the one
     that follows it. what: the setting and what is requested. A model may be named only once.
     """
-    if len(set(paths)) < len(paths):
-        raise InputError(f"{what}: a model is named twice among {', '.join(paths)}")
-    for path in paths:
-        tokenizer = load_tokenizer(path)
-        encoded = [encode_prompt(tokenizer, request) for request in requests]
+    names = set()
+    for model in models:
+        path = model.name_or_path
+        if path in names:
+            raise InputError(f"{what}: a model is named twice: {path}")
+        names.add(path)
+        encoded = [encode_prompt(model.tokenizer, request) for request in requests]
         source = f"{what} to {path}, with its examples and principles"
-        check_lengths(opened(path)[0].config, encoded, new_tokens, source)
+        check_lengths(model.config, encoded, new_tokens, source)
 
 
 # --- sampling -------------------------------------------------------------------------------------

@@ -96,25 +96,29 @@ class Stage:
 
     def _look(self) -> dict | None:
         """The record of a finished stage. Raises InputError where something has changed."""
-        stored, record, begun = self.folder / "config.toml", self.folder / "stage.json", False
-        if self.cfg.overwrite or not record.exists():
-            self.locks = [lock(folder) for folder in (self.folder, *self.removed)]
-        if stored.exists() and not self.cfg.overwrite:
-            old = config.stored(stored)
-            begun = len(os.listdir(self.folder)) > 1  # the config alone: nothing was made yet
-        finished = begun and record.exists()
-        self.accepted = []
-        for folder in [self.folder] if begun else map(hub.model_folder, self.made_by):
-            self._require_whole(folder)
-        if begun and not (finished and "format" not in old.get("made_from", {})):
-            changes = config.differences(old, tomllib.loads(self.text), type(self.cfg))
-            if changes and not self.cfg.accept_changes:
-                raise InputError(
-                    f"{self.folder}: holds a run of another config: {'; '.join(changes)}; choose "
-                    f"another --out, start again with --overwrite, or resume with --accept-changes"
-                )
-            self.accepted = changes
-        return read_record(record) if finished else None
+        try:
+            stored, record, begun = self.folder / "config.toml", self.folder / "stage.json", False
+            if self.cfg.overwrite or not record.exists():
+                self.locks = [lock(folder) for folder in (self.folder, *self.removed)]
+            if stored.exists() and not self.cfg.overwrite:
+                old = config.stored(stored)
+                begun = len(os.listdir(self.folder)) > 1  # the config alone: nothing was made yet
+            finished = begun and record.exists()
+            self.accepted = []
+            for folder in [self.folder] if begun else map(hub.model_folder, self.made_by):
+                self._require_whole(folder)
+            if begun and not (finished and "format" not in old.get("made_from", {})):
+                changes = config.differences(old, tomllib.loads(self.text), type(self.cfg))
+                if changes and not self.cfg.accept_changes:
+                    raise InputError(
+                        f"{self.folder}: holds a run of another config: {'; '.join(changes)}; "
+                        f"choose another --out, start again with --overwrite, or resume with "
+                        f"--accept-changes"
+                    )
+                self.accepted += changes
+            return read_record(record) if finished else None
+        except OSError as error:
+            raise InputError(f"{self.folder}: cannot be read: {error.strerror}") from error
 
     def _require_whole(self, folder: Path) -> None:
         """Raises InputError where a finished stage's files are not those that it wrote."""
@@ -149,6 +153,7 @@ class Stage:
         if self.accepted:
             Journal(folder / "accepted.jsonl").append([{"changes": self.accepted}])
         write_atomic(folder / "config.toml", self.text)
+        terminal.BEGUN = True
 
     def stamp(self, *paths: str) -> dict[str, dict[str, str]]:
         """What a row says of the models that made it: {"models": {path: 12 digits of its sum}}."""
@@ -314,8 +319,8 @@ class Stage:
         write_atomic(self.folder / "config.toml", self.text)  # someone may have removed it
         for journal in self.journals.values():
             journal.check()
-        paths = [self.folder / name for name in (*self.journals, *exported)]
-        return checkpoint.sums(filter(Path.exists, paths))
+        names = [name for name in (*self.journals, *exported) if (self.folder / name).exists()]
+        return checkpoint.sums(self.folder, names)
 
     def _tidy(self) -> None:
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
@@ -344,8 +349,8 @@ def lock(folder: Path) -> BinaryIO | None:
     held = LOCKS.get(path)  # by an earlier stage of this process
     if held or not path.parent.is_dir():
         return held
+    held = open(path, "a+b", buffering=0)  # noqa: SIM115 (it stays open)
     try:
-        held = open(path, "a+b", buffering=0)  # noqa: SIM115 (it stays open)
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         held.seek(0)
@@ -392,7 +397,8 @@ def fingerprints(stage: str, reads: dict) -> dict[str, dict[str, str]]:
 
 def _contents(path: str, what: str) -> str:
     if not path.startswith("hub:") and Path(path).suffix not in DATA:
-        return hub.weights_sha256(hub.require_folder(path, what))
+        hub.require_folder(path, what)
+        return hub.weights_sha256(path)
     try:
         return sha256(hub.data_file(path))
     except InputError as error:

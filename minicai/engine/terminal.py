@@ -23,6 +23,7 @@ _stop = {"asked": 0.0, "held": False}
 
 QUIET = False  # in all processes of a group but the first, which prints for all of them
 BRIEF = False  # --quiet: print only results and errors
+BEGUN = False  # whether a stage has made its folder its own
 
 
 class Progress:
@@ -161,9 +162,9 @@ def run(main: Callable[[list[str]], None], usage: str | Callable[[list[str]], st
 
     --help prints `usage` (of the arguments). --quiet prints only results and errors.
     """
-    global BRIEF
+    global BRIEF, BEGUN
     arguments = [argument for argument in sys.argv[1:] if argument != "--quiet"]
-    BRIEF = "--quiet" in sys.argv[1:]
+    BRIEF, BEGUN = "--quiet" in sys.argv[1:], False
     if "--help" in arguments or "-h" in arguments:
         print((usage if isinstance(usage, str) else usage(arguments)).strip())
         sys.exit(0)
@@ -188,11 +189,10 @@ def run(main: Callable[[list[str]], None], usage: str | Callable[[list[str]], st
         sys.exit(1)
     except KeyboardInterrupt as error:
         if not QUIET:
-            print(
-                f"\ninterrupted; the same command (without --overwrite) resumes from "
-                f"{str(error) or 'the last checkpoint'}",
-                file=sys.stderr,
-            )
+            # Before a stage begins, what --overwrite removes is still there.
+            where = str(error) or ("the last checkpoint" if BEGUN else "")
+            again = f"(without --overwrite) resumes from {where}" if where else "starts again"
+            print(f"\ninterrupted; the same command {again}", file=sys.stderr)
         sys.exit(1)
     finally:
         for number, handler in before.items():

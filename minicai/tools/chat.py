@@ -95,7 +95,7 @@ class Speaker:
         except KeyboardInterrupt:
             pass
         except InputError as error:
-            print(plain(f"({error})"), end="")
+            print(f"({error})", end="")
         text = decode(tokenizer, heard, ended=False)
         print(plain(text[printed:]), flush=True)
         return text

@@ -91,8 +91,8 @@ def evaluate(cfg: EvalConfig, run: dict) -> None:
 
     # 3. The reward against the judge, over PPO.
     ppo = out / "ppo"
-    journals = map(read_jsonl, (ppo / "episodes.jsonl", ppo / "metrics.jsonl"))
-    hacking = rates.reward_hacking(*journals)
+    journals = ppo / "episodes.jsonl", ppo / "metrics.jsonl"
+    hacking = rates.reward_hacking(*map(read_jsonl, journals))
     if hacking["warning"]:
         terminal.warn(f"{ppo}: {hacking['warning']}")
 

@@ -1,6 +1,9 @@
 """Checkpoints and exported folders: whole or not there, and refused where they are another's."""
 
+import json
+import os
 import pickle
+import shutil
 from pathlib import Path
 from unittest.mock import patch
 
@@ -10,8 +13,9 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from minicai import InputError
+from minicai import InputError, RunError
 from minicai.engine import checkpoint, models
+from minicai.engine.data import write_atomic
 from tests.conftest import byte_tokenizer, tiny_model
 
 
@@ -77,19 +81,37 @@ def test_a_checkpoint_that_a_kill_left_unfinished_is_ignored_and_written_again(t
 # --- what cannot be resumed from ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "extra.json"])
-@pytest.mark.parametrize("damage", ["empty", "garbage", "cut off", "missing"])
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "extra.json", "sums.json"])
+@pytest.mark.parametrize("damage", ["empty", "garbage", "cut off", "missing", "one bit"])
 def test_a_damaged_checkpoint_is_refused_with_its_name(tmp_path, name, damage):
     save(tmp_path, 1, 1.0)
     file = tmp_path / "checkpoints" / "step_000001" / name
     whole = file.read_bytes()
     file.unlink()
+    contents = {"empty": b"", "garbage": b"garbage", "cut off": whole[: len(whole) // 2]}
+    flipped = whole[len(whole) // 2] ^ 1
+    contents["one bit"] = whole[: len(whole) // 2] + bytes([flipped]) + whole[len(whole) // 2 + 1 :]
     if damage != "missing":
-        file.write_bytes(
-            {"empty": b"", "garbage": b"garbage"}.get(damage, whole[: len(whole) // 2])
-        )
+        file.write_bytes(contents[damage])
     said = refusal(tmp_path, *trained(0.0))
     assert said.startswith(f"{file.parent}: not a readable checkpoint")
+    assert name in said or name == "sums.json"
+
+
+def test_a_checkpoint_is_refused_before_anything_is_loaded_and_the_one_before_it_is_whole(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step, step)
+    newest = tmp_path / "checkpoints" / "step_000002"
+    content = bytearray((newest / "__0_0.distcp").read_bytes())
+    content[-1] ^= 16
+    (newest / "__0_0.distcp").write_bytes(content)
+    models, optimizer = trained(0.0)
+    before = models["model"].weight.clone()
+    said = refusal(tmp_path, models, optimizer)
+    assert "__0_0.distcp" in said and said.endswith("remove it to resume from the one before")
+    assert torch.equal(models["model"].weight, before)
+    shutil.rmtree(newest)
+    assert checkpoint.resume(tmp_path, models, optimizer) == (1, {"kl_coef": 1})
 
 
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
@@ -101,7 +123,10 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, name):
             return Path.touch, (ran,)
 
     save(tmp_path, 1, 1.0)
-    (tmp_path / "checkpoints" / "step_000001" / name).write_bytes(pickle.dumps(Touch()))
+    folder = tmp_path / "checkpoints" / "step_000001"
+    (folder / name).write_bytes(pickle.dumps(Touch()))
+    (folder / "sums.json").unlink()
+    (folder / "sums.json").write_text(json.dumps(checkpoint.sums(folder.iterdir())))
     refusal(tmp_path, *trained(0.0))
     assert not ran.exists()
 
@@ -167,3 +192,91 @@ def test_an_export_that_reads_back_otherwise_is_not_made(tmp_path, monkeypatch):
     monkeypatch.undo()
     checkpoint.export(tmp_path, model)
     assert AutoModelForCausalLM.from_pretrained(tmp_path) and not (tmp_path / "export.tmp").exists()
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_what_is_exported_may_be_read_by_whom_the_umask_lets(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        names = checkpoint.export(tmp_path, with_tokenizer("llama"))
+    finally:
+        os.umask(before)
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(names)
+    modes = {name: (tmp_path / name).stat().st_mode & 0o777 for name in names}
+    assert set(modes.values()) == {0o666 & ~mask}, modes
+
+
+def test_nothing_is_written_where_the_stage_s_folder_is_gone(tmp_path):
+    for write in (
+        lambda folder: checkpoint.export(folder, with_tokenizer("llama")),
+        lambda folder: save(folder, 1, 1.0),
+    ):
+        with pytest.raises(RunError, match="cannot be written: No such file or directory"):
+            write(tmp_path / "sl")
+        assert list(tmp_path.iterdir()) == []
+
+
+# --- what a power cut leaves ----------------------------------------------------------------------
+
+
+class Synced:
+    """Notes each fsync, and requires that what is renamed or replaced was synced before.
+
+    After a rename, the folder must be synced before anything is removed.
+    """
+
+    def __init__(self, monkeypatch):
+        self.known, self.waiting, self.renamed = {}, set(), 0
+        self.calls = {name: getattr(os, name) for name in ("fsync", "rename", "replace", "unlink")}
+        for name in self.calls:
+            monkeypatch.setattr(os, name, getattr(self, name))
+        monkeypatch.setattr(shutil, "rmtree", self.rmtree)
+
+    def fsync(self, number):
+        self.calls["fsync"](number)
+        path, facts = Path(os.readlink(f"/proc/self/fd/{number}")), os.fstat(number)
+        self.known[facts.st_ino] = facts.st_size, facts.st_mtime_ns
+        self.waiting.discard(path)
+
+    def moved(self, name, source, target):
+        source, target = Path(source), Path(target)
+        if not target.name.endswith(".old.tmp") and target.parent.suffix != ".tmp":
+            for path in (source, *source.rglob("*")):
+                facts = path.stat()
+                found = self.known.get(facts.st_ino)
+                assert found == (facts.st_size, facts.st_mtime_ns), f"{path} is not synced"
+        self.calls[name](source, target)
+        self.waiting.add(target.parent)
+        self.renamed += 1
+
+    def rename(self, source, target):
+        self.moved("rename", source, target)
+
+    def replace(self, source, target):
+        self.moved("replace", source, target)
+
+    def unlink(self, path, *arguments, **options):
+        assert not self.waiting, f"{path} is removed before {self.waiting} are synced"
+        self.calls["unlink"](path, *arguments, **options)
+
+    def rmtree(self, path, **options):
+        assert not self.waiting, f"{path} is removed before {self.waiting} are synced"
+        for file in sorted(Path(path).rglob("*"), reverse=True):
+            file.rmdir() if file.is_dir() else self.calls["unlink"](file)
+        if Path(path).exists():
+            Path(path).rmdir()
+
+
+def test_all_is_on_the_disk_before_it_gets_its_name_and_before_the_old_is_removed(
+    tmp_path, monkeypatch
+):
+    disk = Synced(monkeypatch)
+    for step in (1, 2, 3, 3):
+        save(tmp_path, step, step)
+    checkpoint.export(tmp_path, with_tokenizer("llama"))
+    write_atomic(tmp_path / "stage.json", "{}")
+    assert not disk.waiting and disk.renamed > 20
+    os.fsync, fsync = lambda number: None, os.fsync  # the test would see it
+    with pytest.raises(AssertionError, match="is not synced"):
+        write_atomic(tmp_path / "stage.json", "{}")
+    os.fsync = fsync

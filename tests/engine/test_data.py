@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 from itertools import chain
 from pathlib import Path
 from unittest.mock import patch
@@ -17,6 +18,7 @@ from minicai import InputError, RunError
 from minicai.engine.data import (
     Journal,
     batch_of_step,
+    discard,
     disk_guard,
     epoch_order,
     finite,
@@ -341,8 +343,8 @@ def test_hh_transcripts_become_a_prompt_and_two_responses(tmp_path):
     "line, reason",
     [
         ("{", "not valid JSON"),
-        (pair(prompt="one?", chosen="good"), 'needs the text "rejected"'),
-        (pair(prompt="one?", chosen=["good"], rejected="bad"), 'needs the text "chosen"'),
+        (pair(prompt="one?", chosen="good"), 'needs "rejected"'),
+        (pair(prompt="one?", chosen=["good"], rejected="bad"), '"chosen" cannot be'),
         (pair(prompt="", chosen="good", rejected="bad"), 'needs "prompt"'),
         (pair(prompt=TURNS[:2], chosen="good", rejected="bad"), "must be the user's"),
         (
@@ -514,9 +516,41 @@ def test_a_full_disk_is_known_in_whatever_words_a_library_puts_it(tmp_path, erro
         assert list(tmp_path.iterdir()) == []
 
 
-def test_other_errors_of_writing_are_not_taken_for_a_full_disk(tmp_path):
-    with pytest.raises(PermissionError), disk_guard(tmp_path):
-        raise PermissionError(13, "Permission denied")
+@pytest.mark.parametrize("name", ["EIO", "EACCES", "EROFS", "EXDEV", "ENOENT", "ENOSPC"])
+def test_each_error_of_the_system_is_one_sentence_and_other_errors_stay(tmp_path, name):
+    number = getattr(errno, name)
+    with pytest.raises(RunError) as caught, disk_guard(tmp_path):
+        raise OSError(number, os.strerror(number))
+    assert f"{tmp_path}: cannot be written: {os.strerror(number)}; " in str(caught.value)
+    for other in (KeyboardInterrupt, ZeroDivisionError, InputError):
+        with pytest.raises(other), disk_guard(tmp_path):
+            raise other from OSError if other is not ZeroDivisionError else None
+
+
+def test_a_folder_is_discarded_in_one_step(tmp_path):
+    folder, doomed = tmp_path / "sl", tmp_path / "sl.old.tmp"
+    folder.mkdir()
+    (folder / "a").touch()
+    with patch.object(shutil, "rmtree", lambda path, **options: None):  # as if killed before it
+        discard(folder)
+    assert not folder.exists() and (doomed / "a").exists()
+    folder.mkdir()
+    discard(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["removed", "longer", "shorter"])
+def test_a_journal_that_another_program_has_changed_is_not_written(path, what):
+    journal = Journal(path)
+    journal.append(ROWS)
+    whole = path.read_bytes()
+    path.unlink()
+    content = {"removed": None, "longer": whole + whole, "shorter": whole[:-1]}[what]
+    if content:
+        path.write_bytes(content)
+    with pytest.raises(RunError, match="was removed or changed by another program"):
+        journal.append(ROWS)
+    assert (path.read_bytes() if content else not path.exists()) == (content or True)
 
 
 def test_half_of_a_surrogate_pair_is_refused_with_its_line(tmp_path):

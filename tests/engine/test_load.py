@@ -237,8 +237,8 @@ DAMAGES = {  # name: the damage, and what is said after the folder's path
         "/config.json: transformers_weights: its weights are in a file of another name",
     ),
     "adapter": (
-        written("adapter_config.json", '{"base_model_name_or_path": "owner/base"}'),
-        ": is an adapter of owner/base, not a model; merge both with peft: AutoPeftModel",
+        written("adapter_config.json", '{"base_model_name_or_path": "nowhere"}'),
+        "/adapter_config.json: its base: nowhere is not a model folder (no config.json)",
     ),
     "many tokens": (
         more_tokens,
@@ -276,7 +276,7 @@ DAMAGES = {  # name: the damage, and what is said after the folder's path
     "vocabulary": (settings(CONFIG, vocab_size=300), ": lm_head.weight has the shape [258, 32], "),
     "tied and different": (
         settings(CONFIG, tie_word_embeddings=True),
-        "/model.safetensors: lm_head.weight and model.embed_tokens.weight differ, but tie_word_",
+        ": tie_word_embeddings in config.json makes one matrix of two that differ; set it to false",
     ),
     "not finite": (
         tensors(lambda found: found[Q].fill_(float("nan"))),
@@ -288,6 +288,7 @@ DAMAGES = {  # name: the damage, and what is said after the folder's path
     "no heads": (settings(CONFIG, num_attention_heads=0), "/config.json: cannot be read: "),
     "many heads": (settings(CONFIG, num_attention_heads=5), "/config.json: cannot be read: "),
     "negative": (settings(CONFIG, hidden_size=-4), "/config.json: no policy can be made from it: "),
+    "endless": (settings(CONFIG, num_hidden_layers=10**9), "/config.json: num_hidden_layers is 1"),
     "unknown act": (settings(CONFIG, hidden_act="x"), "/config.json: no policy can be made from "),
     "unknown rope": (
         settings(CONFIG, rope_parameters={"rope_type": "x"}),
@@ -453,14 +454,16 @@ def test_stage_2_refuses_such_a_policy_and_a_damaged_judge_before_it_samples(
     tmp_path, models, world, command
 ):
     judge, apertus = tmp_path / "judge", kind("ApertusConfig", tmp_path / "apertus")
+    nemotron = kind("NemotronConfig", tmp_path / "nemotron")
     shutil.copytree(models / "roomy", judge)
     settings(CONFIG, num_hidden_layers=3)(judge)
-    for policy, said in (
-        (apertus, f"{apertus}: is no reward model and cannot become one"),
-        (models / "roomy", f"{judge}: the weights of model.layers.2."),
+    for policy, feedback, said in (
+        (apertus, models / "roomy", f"{apertus}: is no reward model and cannot become one"),
+        (models / "roomy", judge, f"{judge}: the weights of model.layers.2."),
+        (models / "roomy", nemotron, f"{nemotron}: NemotronForCausalLM is a kind of model that c"),
     ):
         how = ["--prompts=prompts.jsonl", "--preferences=", "--max_new_tokens=4"]
-        how += [f"--policy={policy}", f"--feedback={judge}"]
+        how += [f"--policy={policy}", f"--feedback={feedback}"]
         code, out, err = command("train_rm.py", world / "config.toml", *how)
         assert (code, out, err.count("\n")) == (2, "", 1) and said in err
         assert not (world / "out").exists()
@@ -469,7 +472,10 @@ def test_stage_2_refuses_such_a_policy_and_a_damaged_judge_before_it_samples(
 @pytest.mark.parametrize(
     "name, reason",
     [
-        ("NemotronConfig", "NemotronForCausalLM is a kind of model that cannot be packed: its own"),
+        (
+            "NemotronConfig",
+            "NemotronForCausalLM is a kind of model that cannot be packed: its layers do not ",
+        ),
         ("Llama4TextConfig", "transformers cannot run Llama4ForCausalLM without its head"),
     ],
 )

@@ -462,3 +462,11 @@ def test_each_token_is_heard_as_it_comes(policy):
     )
     assert heard == [completion.ids for completion in done]
     assert all(len(tokens) == 6 for tokens in heard)
+
+
+@pytest.mark.parametrize("processes, prompts", [(1, 32), (2, 16), (3, 8), (9, 8)])
+def test_a_turn_has_four_prompts_a_slot_and_fewer_with_many_processes(
+    processes, prompts, monkeypatch
+):
+    monkeypatch.setattr(parallel, "world", lambda: processes)
+    assert sampler.turn_size(8) == prompts

@@ -4,12 +4,16 @@ The stage under test makes six rows and then trains one weight for six steps. It
 stage can be; the three scripts are interrupted in test_guard.py and tests/faults.py.
 """
 
+import errno
+import fcntl
 import gc
 import importlib.util
 import json
 import math
+import os
 import shutil
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -19,8 +23,8 @@ import torch
 from safetensors.torch import save_file
 
 from minicai import InputError, RunError, losses
-from minicai.engine import checkpoint, config, stage, terminal
-from minicai.engine.data import read_jsonl
+from minicai.engine import checkpoint, config, parallel, stage, terminal
+from minicai.engine.data import read_jsonl, sha256
 from minicai.engine.stage import Stage, code_fingerprints
 from tests.conftest import SHORT_RULES
 
@@ -88,10 +92,10 @@ def opened(place, **changes):
     return Stage(cfg, "sl", reads, code=str(place / "script.py"))
 
 
-def run(place, dies=None, broken=(), **changes):
+def run(place, dies=None, broken=(), meddle=None, **changes):
     """The whole stage. dies: the turn ("row 4") or step ("step 3") at which it ends at once.
 
-    broken: steps whose loss is not finite.
+    broken: steps whose loss is not finite. meddle: called in step 3, with the folder.
     """
     stage = opened(place, **changes)
     if stage.record:
@@ -109,6 +113,8 @@ def run(place, dies=None, broken=(), **changes):
     for step in stage.steps(6):
         if dies == f"step {step}":
             raise Killed
+        if meddle and step == 3:
+            meddle(stage.folder)
         loss = model(torch.tensor([1.0, step])).pow(2).sum()
         loss = loss * (math.nan if step in broken else 1.0)
         loss.backward()
@@ -390,6 +396,196 @@ def test_a_stored_config_that_cannot_be_read_is_refused(place, content):
     assert refusal(run, place).startswith(f"{place / 'out' / 'sl' / 'config.toml'}: cannot be read")
 
 
+# --- --overwrite is one step ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moment", range(6))
+def test_killed_under_overwrite_the_old_run_is_whole_or_gone(place, monkeypatch, moment):
+    folder, later = place / "out" / "sl", place / "out" / "rm"
+    run(place)
+    shutil.copytree(folder, later)
+    before, events = contents(folder), []
+
+    def dying(function):
+        def called(*arguments, **options):
+            events.append(function)
+            if len(events) > moment:
+                raise Killed
+            return function(*arguments, **options)
+
+        return called
+
+    cfg = settings(place, overwrite=True, rate=0.3)
+    cfg.later = [later]
+    begins = Stage(cfg, "sl", {"data": cfg.data}, "").journal
+    with pytest.raises(Killed), monkeypatch.context() as patches:
+        for name in ("rename", "unlink", "mkdir"):
+            patches.setattr(os, name, dying(getattr(os, name)))
+        begins("rows.jsonl")
+        raise Killed  # after all events
+    del begins
+    gc.collect()
+    left = contents(folder) if folder.exists() else {}
+    assert left == before or not left.keys() - {"config.toml", "config.toml.tmp"}
+    assert not (left != before and later.exists())  # the last goes first
+    assert run(place, overwrite=True, rate=0.3)["weight"]
+    assert not list(folder.parent.glob("sl*.tmp"))
+
+
+# --- one folder, one owner ------------------------------------------------------------------------
+
+
+@contextmanager
+def owner(place, words="process 7 on elsewhere"):
+    """Inside it, the stage's folder is locked as by another process."""
+    (place / "out").mkdir(exist_ok=True)
+    with open(place / "out" / ".sl.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(words)
+        file.flush()
+        yield
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_in_use_is_refused_with_its_owner_and_left_as_it_is(place, overwrite):
+    folder = interrupted(place)
+    before = contents(place / "out")
+    with owner(place):
+        said = refusal(opened, place, overwrite=overwrite)
+    assert said.startswith(f"{folder}: is in use by process 7 on elsewhere; ")
+    after = contents(place / "out")
+    assert after.pop(".sl.lock") and before.pop(".sl.lock") and after == before
+
+
+def test_a_stage_that_another_process_begins_or_ends_in_the_meantime_is_refused(place):
+    stages = [opened(place) for _ in range(3)]
+    with owner(place):
+        assert "is in use by process 7" in refusal(stages[0].journal, "rows.jsonl")
+    run(place)
+    assert "another process has just finished it" in refusal(stages[1].journal, "rows.jsonl")
+    stages[2].text = stages[2].text.replace("0.1", "0.2")
+    assert "holds a run of another config" in refusal(stages[2].journal, "rows.jsonl")
+
+
+def test_a_dead_owner_and_this_process_itself_are_no_hindrance(place):
+    interrupted(place)
+    (place / "out" / ".sl.lock").write_text("process 7 on elsewhere")
+    first = opened(place)
+    first.journal("rows.jsonl")
+    assert (place / "out" / ".sl.lock").read_text().startswith(f"process {os.getpid()} on ")
+    assert run(place)["weight"] and first
+    with open(place / "out" / ".sl.lock") as file:
+        del first
+        gc.collect()
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a finished stage is free
+
+
+def test_where_the_file_system_cannot_lock_one_warning_is_all(place, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert run(place)["weight"]
+    assert capsys.readouterr().err.count("cannot be locked (No locks available)") == 1
+
+
+# --- what another program does to the folder ------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", [".", "metrics.jsonl", "episodes.jsonl", "rows.jsonl"])
+def test_what_is_removed_in_mid_run_is_named_and_the_stage_does_not_finish(place, what):
+    def remove(folder):
+        path = folder / what
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    with pytest.raises(RunError) as caught:
+        run(place, meddle=remove)
+    assert "was removed or changed by another program" in str(caught.value)
+    assert str(place / "out" / "sl") in str(caught.value)
+    assert not (place / "out" / "sl" / "stage.json").exists()
+
+
+def test_metrics_that_are_gone_when_a_run_resumes_are_missed(place):
+    folder = interrupted(place)
+    (folder / "metrics.jsonl").unlink()
+    said = refusal(run, place)
+    assert said.startswith(f"{folder / 'metrics.jsonl'}: has only 0 of the 4 rows ")
+    shutil.rmtree(folder / "checkpoints")
+    assert run(place)["weight"] and len(read_jsonl(folder / "metrics.jsonl")) == 6
+
+
+@pytest.mark.parametrize("damage", ["flipped", "missing"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "metrics.jsonl"])
+def test_a_finished_stage_knows_its_files(place, name, damage):
+    record, path = run(place), place / "out" / "sl" / name
+    assert record["files"].keys() == {"rows.jsonl", "metrics.jsonl", "episodes.jsonl"}
+    content = bytearray(path.read_bytes())
+    content[8] ^= 1
+    path.write_bytes(content) if damage == "flipped" else path.unlink()
+    assert refusal(run, place).startswith(f"{path}: ")
+    assert run(place, accept_changes=True) == record
+
+
+def test_a_model_that_is_not_what_its_stage_wrote_is_refused_by_name_or_accepted(place):
+    weights = place / "base" / "model.safetensors"
+    record = {"files": {"model.safetensors": sha256(weights)}}
+    (place / "base" / "stage.json").write_text(json.dumps(record))
+    assert opened(place).record is None
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    said = refusal(opened, place)
+    assert said.startswith(f"{weights}: is not what was written") and "--accept-changes" in said
+    folder = interrupted(place, accept_changes=True)
+    [row] = read_jsonl(folder / "accepted.jsonl")
+    assert row["changes"] == [f"{weights}: is not what was written, by its sha256"]
+    assert run(place)["weight"]  # it is the model that the run began with
+
+
+# --- errors of the disk ---------------------------------------------------------------------------
+
+CALLS = ("fsync", "replace", "rename", "mkdir", "truncate", "open")
+ERRORS = ("EIO", "EACCES", "EROFS", "EXDEV", "ENOENT", "ENOSPC")
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_error_of_the_disk_is_one_sentence_and_the_same_command_resumes(
+    place, monkeypatch, call, begun
+):
+    straight = run(place, out=str(place / "straight"))
+    if begun:
+        interrupted(place, "step 3")
+    original, state = getattr(os, call), {"left": 0, "error": ""}
+
+    def failing(path, *arguments, **options):
+        name = os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else str(path)
+        if str(place / "out") in name:
+            state["left"] -= 1
+            if state["left"] == 0:
+                number = getattr(errno, state["error"])
+                raise OSError(number, os.strerror(number), name)
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(os, call, failing)
+    saw = 0
+    for number, error in zip((1, 2, 3, 5, 8, 13, 21), (*ERRORS, "EIO")):
+        state.update(left=number, error=error)
+        try:
+            record = run(place)
+        except (InputError, RunError) as caught:
+            saw += 1
+            assert "\n" not in str(caught) and str(place / "out") in str(caught)
+            gc.collect()
+        else:
+            break
+    state["left"] = 0
+    record = run(place)
+    assert record["weight"] == straight["weight"] and (saw or call in ("mkdir", "truncate"))
+    ours, theirs = (contents(place / out / "sl") for out in ("out", "straight"))
+    assert ours.pop("config.toml") and theirs.pop("config.toml") and ours == theirs
+
+
 # --- resuming -------------------------------------------------------------------------------------
 
 
@@ -475,3 +671,37 @@ def test_a_stage_names_its_script_by_its_own_path():
     root = Path(__file__).parents[2]
     for script, named in (("sl", "nll_loss"), ("rm", "preference_loss"), ("ppo", "gae")):
         assert f"losses.{named}" in code_fingerprints(str(root / f"train_{script}.py"))
+
+
+# --- who writes -----------------------------------------------------------------------------------
+
+
+def test_a_process_that_is_not_the_first_knows_the_rows_and_writes_none(place, monkeypatch):
+    monkeypatch.setattr(parallel, "rank", lambda: 1)
+    journal = opened(place).journal("rows.jsonl", 2, 6)
+    journal.append([{"id": 0}])
+    assert journal.rows == [{"id": 0}]
+    assert not (place / "out" / "sl" / "rows.jsonl").exists()
+
+
+def test_a_folder_in_use_is_refused_with_its_owner(place, monkeypatch):
+    """A lock belongs to an open file, so this process can be another one to itself."""
+    folder = place / "out" / "sl"
+    assert stage.lock(folder) is None  # there is no place for it yet
+    folder.parent.mkdir()
+    held = stage.lock(folder)
+    assert stage.lock(folder) is held
+    monkeypatch.setattr(stage, "LOCKS", {})
+    said = refusal(stage.lock, folder)
+    assert f"{folder}: is in use by process {os.getpid()} on " in said
+    held.close()
+    assert not stage.lock(folder).closed
+
+
+def test_where_no_file_can_be_locked_a_warning_says_so(place, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert stage.lock(place / "sl") is None
+    assert ".sl.lock: cannot be locked (No locks available)" in capsys.readouterr().err

@@ -218,7 +218,7 @@ def test_nothing_is_loaded_and_nothing_is_made(folder, capsys):
         (["CONFIG", "--processes=0"], "processes must be at least 1"),
         (["CONFIG", "--processes=many"], "--processes: invalid int value: 'many'"),
         ([], "plan: missing a required argument: 'file'"),
-        (["no/such.toml"], "no/such.toml: No such file or directory"),
+        (["no/such.toml"], "no/such.toml: no such file"),
         (["CONFIG", "--rwos=8"], "--rwos: unknown key; did you mean --rows?"),
         (["CONFIG", "--model=modle"], "is not a model folder"),
         (["CONFIG", "--sl.prompts=none.jsonl"], "none.jsonl"),
