@@ -118,7 +118,7 @@ def run(place, dies=None, broken=(), meddle=None, **changes):
         loss = model(torch.tensor([1.0, step])).pow(2).sum()
         loss = loss * (math.nan if step in broken else 1.0)
         loss.backward()
-        if stage.finite([loss.item()], [[step, 7]]):
+        if stage.finite([loss.item(), 1.0], [[step, 7]]):
             optimizer.step()
         optimizer.zero_grad()
         stage.state["drawn"] = stage.state.get("drawn", 0) + step
