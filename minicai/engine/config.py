@@ -210,12 +210,13 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
     for argument in arguments:
         if argument.startswith("--"):
             flags.append(argument)
+            name = argument.removeprefix("--").replace("-", "_")
+            waiting = "=" not in argument and name not in ALONE
         elif waiting:
             flags[-1] += f"={argument}"
+            waiting = False
         else:
             words.append(argument)
-        name = argument.removeprefix("--").replace("-", "_")
-        waiting = argument != name and "=" not in argument and name not in ALONE
     return words, flags
 
 
@@ -353,15 +354,11 @@ def mirror(log: str) -> Callable:
 
 def dump(config, section: str, made_from: dict[str, str]) -> str:
     """The resolved config as TOML, which a stage stores and compares when it is run again."""
-    sums = {f'"{what}"': sha for what, sha in made_from.items()}  # a name may hold a dot
-    tables = {"": {}, section: {}, "made_from": sums}
-    for key, value in dataclasses.asdict(config).items():
-        if key not in ALONE:
-            tables["" if key in TOP else section][key] = value
-    lines = []
-    for name, table in tables.items():
-        lines += ["", f"[{name}]"] if name else []
-        lines += [f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in table.items()]
+    values = dataclasses.asdict(config)
+    values = {k: json.dumps(v, ensure_ascii=False) for k, v in values.items() if k not in ALONE}
+    lines = [f"{k} = {v}" for k, v in values.items() if k in TOP]
+    lines += ["", f"[{section}]"] + [f"{k} = {v}" for k, v in values.items() if k not in TOP]
+    lines += ["", "[made_from]"] + [f'"{k}" = "{v}"' for k, v in made_from.items()]
     return redact("\n".join(lines)) + "\n"
 
 
@@ -382,8 +379,8 @@ def differences(old: dict, new: dict, kind: type, section: str = "") -> list[str
 
 def redact(text: str) -> str:
     """The text without access tokens and without the values of secret environment variables."""
-    secret = [value for name, value in os.environ.items() if SECRET_NAME.match(name)]
-    for value in sorted(secret, key=len, reverse=True):  # one may be a part of another
+    named = [value for name, value in os.environ.items() if SECRET_NAME.match(name)]
+    for value in sorted(named, key=len, reverse=True):  # one may be a part of another
         for written in (value, json.dumps(value, ensure_ascii=False)[1:-1]):
             text = text.replace(written, "[redacted]") if len(value) >= 8 else text
     return SECRET.sub("[redacted]", text)
@@ -396,7 +393,7 @@ def usage(doc: str, kind: type) -> str:
     """The text of --help: a docstring, and each setting with its default and its comment."""
     lines = [doc.strip()]
     for part in filter(dataclasses.is_dataclass, reversed(kind.__mro__)):
-        lines += ["", (part.__doc__ or "Options.").splitlines()[0]]
+        lines += ["", part.__doc__.splitlines()[0]]
         for above, name, behind in FIELD.findall(inspect.getsource(part)):
             field = kind.__dataclass_fields__[name]
             default = field.default if field.type is str else json.dumps(field.default)

@@ -145,7 +145,7 @@ def run(main: Callable[[list[str]], None], usage: str) -> None:
     """
     global BRIEF, BEGUN
     arguments = [argument for argument in sys.argv[1:] if argument != "--quiet"]
-    BRIEF, BEGUN = "--quiet" in sys.argv[1:], False
+    BRIEF, BEGUN = "--quiet" in sys.argv, False
     if "--help" in arguments or "-h" in arguments:
         print(usage.strip())
         sys.exit(0)

@@ -528,6 +528,7 @@ def test_the_help_text_shows_defaults_choices_and_reasons_in_lines_that_fit():
         (["--accept-changes", "a"], ["a"], ["--accept-changes"]),
         (["--out=b", "a"], ["a"], ["--out=b"]),
         (["--a", "--b", "1"], [], ["--a", "--b=1"]),
+        (["a-b.toml", "c"], ["a-b.toml", "c"], []),
         ([], [], []),
     ],
 )

@@ -95,6 +95,7 @@ def test_quiet_prints_only_results_and_errors(monkeypatch, capsys, words, shown)
         print("result")
         raise InputError("a.toml: wrong")
 
+    monkeypatch.setattr(terminal, "BRIEF", False)  # as it is again after the test
     monkeypatch.setattr(sys, "argv", ["train_sl.py", *words, "a.toml"])
     with pytest.raises(SystemExit) as end:
         terminal.run(main, "usage")
