@@ -81,7 +81,7 @@ class SLConfig(Run):
     policy: str = path_setting(model=True)  # responds and is trained; "" = top-level model
     critic: str = path_setting(model=True)  # writes the critiques; "" = top-level model
     nothing: tuple[str, ...] = ()  # phrases ("no issues"); a critique with one ends the rounds
-    drop: tuple[str, ...] = setting((), each=critique.FAULTS)  # skip revisions with these faults
+    drop: tuple[str, ...] = setting((), choices=critique.FAULTS)  # skip revisions with these faults
 
 
 def main(cfg: SLConfig) -> dict:

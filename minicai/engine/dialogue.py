@@ -338,7 +338,7 @@ def show_first(label: str, tokenizer: PreTrainedTokenizerBase, rows: Sequence[tu
     """
     if terminal.hushed():
         return
-    how = "in colour" if terminal.colours() else "in [brackets]"
+    how = "in colour" if terminal.colours(sys.stderr) else "in [brackets]"
     lines = [
         f"{label}: the first of {len(rows)} sequences of the first batch, trained tokens {how}:"
     ]

@@ -280,7 +280,7 @@ def _load(path: str, auto: type, roles: dict[str, Lora], new_head: bool = False)
         model = whole[0].to(parallel.device())
     else:
         model = parallel.shard(prepare(empty), *whole)
-    sums = {name: parallel.local_part(p)[0].sum() for name, p in model.named_parameters()}
+    sums = {name: parallel.local(p).sum() for name, p in model.named_parameters()}
     broken = [name for name, total in sums.items() if not total.isfinite()]
     broken = [name for name in parallel.joined(broken) if not adapters.NAMES.search(name)]
     if broken:

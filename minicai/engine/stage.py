@@ -188,7 +188,7 @@ class Stage:
             for first, last in parallel.turns(done, until, journal.group):
                 yield first, last
                 now = min(round(len(journal.rows) * each), self.progress.total)
-                self.progress.update(now - self.progress.done, self.shown)
+                self.progress.update(now - self.progress.n, self.shown)
 
     @contextmanager
     def _phase(self, phase: str, what: str, *units) -> Iterator[None]:

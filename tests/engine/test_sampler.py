@@ -418,7 +418,7 @@ def test_a_data_phase_writes_the_same_whatever_the_number_of_slots(folder, tmp_p
         return generate(model, prompts, seeds, how, **more)
 
     def closed(bar, *_):
-        progress.append((bar.done, bar.total, set(bar.numbers)))
+        progress.append((bar.n, bar.total, set(bar.numbers)))
 
     monkeypatch.setattr(sampler, "generate", noted)
     monkeypatch.setattr(terminal.Progress, "__exit__", closed)
