@@ -100,7 +100,7 @@ def path_setting(default: Paths = "", model: bool = False):
 
 @dataclass(frozen=True)
 class Lora:
-    """How adapters are made. targets: paths or last names of linear layers; () = all in blocks."""
+    """How adapters are made. targets: paths of linear layers, or their ends; () = all in blocks."""
 
     rank: int  # r; 0 = no adapters
     alpha: float
@@ -108,11 +108,6 @@ class Lora:
 
     def __bool__(self) -> bool:
         return self.rank > 0
-
-    @property
-    def scale(self) -> float:
-        """alpha / r."""
-        return self.alpha / self.rank
 
 
 @dataclass

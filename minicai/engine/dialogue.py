@@ -321,15 +321,6 @@ def give_pad(tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> None:
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
 
 
-def same_form(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether both make the same ids of the same dialogue. They may differ in a pad token."""
-    forms, pads = [], {one.pad_token, other.pad_token}
-    for tokenizer in (one, other):
-        ids = {name: k for name, k in tokenizer.get_vocab().items() if name not in pads}
-        forms.append((ids, template_of(tokenizer), end_of_turn(tokenizer)))
-    return forms[0] == forms[1]
-
-
 def show_first(label: str, tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple]) -> None:
     """Prints two sequences (ids of prompt and response) of the first batch as the model reads them.
 

@@ -25,10 +25,9 @@ from minicai.engine.dialogue import (
     end_ids,
     end_of_turn,
     give_pad,
-    same_form,
     show_first,
 )
-from minicai.engine.load import load_policy, load_tokenizer
+from minicai.engine.load import load_policy, load_tokenizer, require_same_tokens
 from minicai.engine.sampler import (
     Sampling,
     check_prompts,
@@ -557,20 +556,24 @@ def test_a_pad_token_that_no_answer_has_is_found_or_added():
     assert spare.pad_token == "<|finetune_right_pad_id|>"
     none = byte_tokenizer(pad="<eos>")
     give_pad(none, {1})
-    assert none.pad_token_id == 258 == len(none) - 1 and same_form(
-        none, byte_tokenizer(pad="<eos>")
-    )
+    assert none.pad_token_id == 258 == len(none) - 1
+    require_same_tokens(*with_tokenizers(none, byte_tokenizer(pad="<eos>")))
     unknown = byte_tokenizer(pad="<eos>")
     unknown.unk_token = "!"
     give_pad(unknown, {1})
     assert unknown.pad_token == "!"
 
 
+def with_tokenizers(*tokenizers):
+    return [SimpleNamespace(tokenizer=tokenizer) for tokenizer in tokenizers]
+
+
 def test_tokenizers_with_other_templates_or_words_are_not_the_same():
-    assert same_form(chat_tokenizer("chatml"), chat_tokenizer("chatml"))
-    assert not same_form(chat_tokenizer("chatml"), chat_tokenizer("qwen3")) and not same_form(
-        chat_tokenizer("chatml"), byte_tokenizer()
-    )
+    chatml = chat_tokenizer("chatml")
+    require_same_tokens(*with_tokenizers(chatml, chat_tokenizer("chatml")))
+    for other in (chat_tokenizer("qwen3"), byte_tokenizer()):
+        with pytest.raises(InputError, match="its tokenizer is not the policy's"):
+            require_same_tokens(*with_tokenizers(chatml, other))
 
 
 # --- before and at the first step -----------------------------------------------------------------
