@@ -201,7 +201,8 @@ class Stage:
             seconds = self.seconds()
             seconds[phase] = seconds.get(phase, 0.0) + time.monotonic() - began
             if parallel.rank() == 0 and self.folder.exists():
-                write_atomic(self.folder / "seconds.json", json.dumps(seconds))
+                with suppress(RunError):  # what failed first is the news
+                    write_atomic(self.folder / "seconds.json", json.dumps(seconds))
 
     def seconds(self) -> dict[str, float]:
         """Seconds by phase so far."""
@@ -229,15 +230,16 @@ class Stage:
         KeyboardInterrupt is raised. A `break` in the loop loses the step.
         """
         for file, journal in self.journals.items():
-            if journal.total is None:  # a log of training, not data made before it
-                rows, kept = len(journal.rows), self.kept.get(file, 0)
-                if rows < kept:
-                    raise InputError(
-                        f"{self.folder / file}: has only {rows} of the {kept} rows of the steps "
-                        f"before the checkpoint; put the file back, or remove "
-                        f"{self.folder / 'checkpoints'} to train from the first step again"
-                    )
-                journal.keep(kept)
+            count, known = self.kept.get(file, (0, ""))
+            logged = journal.total is None  # of training; the others are data made before it
+            if known and known != _rows_sha256(journal.rows[: count if logged else None]):
+                raise InputError(
+                    f"{self.folder / file}: its rows are not those of the checkpoint of step "
+                    f"{self.step}; put the file back, or remove {self.folder / 'checkpoints'} to "
+                    f"train from the first step again"
+                )
+            if logged:
+                journal.keep(count)
         units = total * each, unit, self.step * each
         with self._phase("train", "train", *units), terminal.whole_steps():
             while self.step < total:
@@ -251,7 +253,9 @@ class Stage:
                     raise KeyboardInterrupt(f"step {self.step} of {self.folder}")
 
     def _save(self) -> None:
-        rows = {file: len(journal.rows) for file, journal in self.journals.items()}
+        rows = {}
+        for file, journal in self.journals.items():
+            rows[file] = len(journal.rows), _rows_sha256(journal.rows)
         extra = {"state": self.state, "skipped": self.skipped, "rows": rows}
         checkpoint.save(self.folder, self.step, self.models, self.optimizer, extra)
 
@@ -407,6 +411,10 @@ def _contents(path: str, what: str) -> str:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _rows_sha256(rows: list[dict]) -> str:
+    return _sha256(json.dumps(rows))
 
 
 def code_fingerprints(path: str) -> dict[str, str]:

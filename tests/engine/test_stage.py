@@ -505,13 +505,19 @@ def test_what_is_removed_in_mid_run_is_named_and_the_stage_does_not_finish(place
     assert not (place / "out" / "sl" / "stage.json").exists()
 
 
-def test_metrics_that_are_gone_when_a_run_resumes_are_missed(place):
-    folder = interrupted(place)
-    (folder / "metrics.jsonl").unlink()
-    said = refusal(run, place)
-    assert said.startswith(f"{folder / 'metrics.jsonl'}: has only 0 of the 4 rows ")
-    shutil.rmtree(folder / "checkpoints")
-    assert run(place)["weight"] and len(read_jsonl(folder / "metrics.jsonl")) == 6
+@pytest.mark.parametrize("how", ["gone", "doubled", "changed"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "metrics.jsonl"])
+def test_rows_that_are_not_those_of_the_checkpoint_are_noticed(place, name, how):
+    path = interrupted(place) / name
+    first, *rest = path.read_text().splitlines(keepends=True)
+    changed = {"gone": [], "doubled": [first, first, *rest], "changed": [*rest, first]}[how]
+    path.write_text("".join(changed))
+    if (name, how) != ("rows.jsonl", "gone"):  # those are made again, and are the same
+        said = refusal(run, place)
+        assert said.startswith(f"{path}: its rows are not those of the checkpoint of step 4; put ")
+        path.unlink()
+        shutil.rmtree(path.parent / "checkpoints")
+    assert run(place)["weight"] and len(read_jsonl(path)) == 6
 
 
 @pytest.mark.parametrize("damage", ["flipped", "missing"])
