@@ -39,6 +39,7 @@ SIZES = {  # of the copy, by a part of the setting's name; the first that fits
     "n_positions": MANY,
     "group": 1,
 }
+BESIDE = "the numbers of a row change with the rows beside it"
 MIXING = {"linear_attention", "conv", "hybrid", "recurrent"}  # kinds of layers
 
 
@@ -55,7 +56,7 @@ def check(model: PreTrainedModel, path: str) -> None:
             if model.device.type != "meta" and not _equal(model, SHORT, head):
                 if head and _equal(model, SHORT):
                     raise ValueError("it does more with its logits than apply its output layer")
-                raise ValueError("the numbers of a row change with the rows beside it")
+                raise ValueError(BESIDE)
         with parallel.computing_in("fp32"), torch.autocast("cpu", enabled=False):
             _check_copy(json.dumps(config.to_dict()))
     except Exception as error:  # a model's own code may raise anything
@@ -77,12 +78,12 @@ def _check_copy(config: str) -> None:
     lengths = {}
     if _equal(_copy(config, lengths), LONG):
         return
-    guilty = ", ".join(lengths)
+    reason = BESIDE
     for name, tokens in lengths.items():
         with suppress(Exception):  # the other sizes may not fit
             if _equal(_copy(config, {}, name), LONG):
-                guilty = f"{name} ({tokens})"
-    raise ValueError(f"its {guilty} is not kept where rows are packed")
+                reason = f"its {name} ({tokens}) is not kept where rows are packed"
+    raise ValueError(reason)
 
 
 @torch.no_grad()
