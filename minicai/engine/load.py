@@ -106,8 +106,7 @@ def load_policy(
     lora: its weights are frozen, and it comes in the role "policy", with adapters of this seed.
     scorer: "require" or "warn" where a reward model is to be made of it later, and cannot be.
     """
-    roles = {"policy": lora} if lora else {}
-    model, views = _load(path, AutoModelForCausalLM, roles, seed)
+    model, views = _load(path, AutoModelForCausalLM, {"policy": lora} if lora else {}, seed)
     if scorer:
         try:
             opened(path, AutoModelForSequenceClassification, new_head=True)
