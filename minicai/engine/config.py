@@ -98,6 +98,18 @@ def path_setting(default: Paths = "", model: bool = False):
     return setting(default, path=True, model=model, free=True)  # contents are compared, not paths
 
 
+@dataclass(frozen=True)
+class Lora:
+    """How adapters are made. targets: paths of linear layers, or their ends; () = all in blocks."""
+
+    rank: int  # r; 0 = no adapters
+    alpha: float
+    targets: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return self.rank > 0
+
+
 @dataclass
 class Run:
     """The top level of every config file."""
@@ -126,6 +138,10 @@ class Run:
     overwrite: bool = False  # start again over what an earlier run made in `out`
     accept_changes: bool = False  # resume although settings, inputs or code have changed
     later = ()  # no setting: folders that --overwrite removes too, first; the demo names its stages
+
+    @property
+    def lora(self) -> Lora:
+        return Lora(self.lora_rank, self.lora_alpha, self.lora_targets)
 
 
 TOP = set(Run.__dataclass_fields__)

@@ -31,7 +31,7 @@ import train_rm
 import train_sl
 from minicai import InputError, constitution
 from minicai.engine import config, parallel
-from minicai.engine.adapters import Lora, attach
+from minicai.engine.adapters import attach
 from minicai.engine.data import read_prompts
 from minicai.engine.dialogue import encode_prompt
 from minicai.engine.load import load_config, load_tokenizer
@@ -70,8 +70,8 @@ def shape(cfg, name: str) -> Shape:
         raise InputError(f"{folder}: no language model can be made from its config.json") from None
     # The layers are the numbered parts: model.layers.0.mlp, transformer.h.0.attn.
     inside = [p for n, p in model.named_parameters() if re.search(r"\.\d+\.", n)]
-    whole, lora = model.num_parameters(), Lora(cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
-    pairs = attach(model, "role", lora).parameters() if lora else []
+    whole = model.num_parameters()
+    pairs = attach(model, "role", cfg.lora).parameters() if cfg.lora else []
     heads = sizes.num_attention_heads
     head = getattr(sizes, "head_dim", sizes.hidden_size // heads)
     return Shape(
@@ -106,10 +106,11 @@ def planned(stage: str, arguments, N) -> dict:
     trained = [models[name] for name in script.TRAINED]
     frozen = [models[name] for name in script.FROZEN] if stage == "ppo" else []
     # Trained weights are float32: 4 P. With adapters the policy's are frozen, and serve all roles.
+    # The reference, the first of `frozen`, has no adapters.
     kept = b if N == 1 else 4  # bytes of a frozen weight
-    if cfg.lora_rank:
+    if cfg.lora:
         learned = sum(m.adapters for m in trained)
-        weights = stored(trained[:1], b) + 4 * sum(m.adapters for m in [*trained, *frozen])
+        weights = stored(trained[:1], b) + 4 * sum(m.adapters for m in [*trained, *frozen[1:]])
     else:
         learned = sum(m.parameters for m in trained)
         weights = 4 * learned + stored(frozen, kept)
@@ -146,7 +147,7 @@ def planned(stage: str, arguments, N) -> dict:
         m = models.get(name, trained[0])
         # In bf16 the products read a bfloat16 copy of the weights in the layers: 2 bytes each. One
         # process makes it of the model at work. Several exchange it instead of the float32 weights.
-        half = 0 if cfg.lora_rank else (4 - b) * m.inside
+        half = 0 if cfg.lora else (4 - b) * m.inside
         held = weights
         if name == "training":
             # Autograd keeps what the backward pass will read. Per token and layer, this is
@@ -161,7 +162,7 @@ def planned(stage: str, arguments, N) -> dict:
             # Two layers at a time are gathered, weights in b bytes and gradients in 4, and what
             # is outside the layers, 4 and 4.
             gathered = 2 * m.inside / m.layers * (b + 4) + 8 * (m.parameters - m.inside)
-            if cfg.lora_rank:  # no gradients of frozen weights
+            if cfg.lora:  # no gradients of frozen weights
                 gathered = 2 * m.inside / m.layers * b + 4 * (m.parameters - m.inside)
             passing = {
                 # One float32 gradient per trained weight: 4 P / N.
@@ -184,13 +185,12 @@ def planned(stage: str, arguments, N) -> dict:
             gathered = 4 * m.parameters - half
             passing = {
                 "gradients": 0,
-                # A slot keeps a key (float32, as rotation makes it) and a value (b bytes) per
-                # token and layer: (4 + b) K.
-                "slots": rows * context * m.layers * (4 + b) * m.keys,
+                # A slot keeps a key and a value per token and layer: 2 b K.
+                "slots": rows * context * m.layers * 2 * b * m.keys,
                 # Without gradients one layer's activations exist at a time. They are most when
                 # all prompts come in: 2 H for the residual stream and its norm, 3 I in the MLP,
                 # and a mask of each token against the whole slot.
-                "activations": rows * fed * 4 * (2 * m.hidden + 3 * m.inner + context),
+                "activations": rows * fed * (4 * (2 * m.hidden + context) + 3 * b * m.inner),
                 # Drawing a token: logits, log-probs and probabilities in float32, probabilities
                 # and their sums in float64: 28 V.
                 "logits": 28 * rows * m.vocabulary,
