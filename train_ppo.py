@@ -19,7 +19,6 @@ from minicai import losses  # isort: skip (first: Ctrl-C is one line)
 import torch
 
 from minicai.engine import parallel
-from minicai.engine.adapters import Lora
 from minicai.engine.config import Run, function, path_setting, positive, setting, source_file
 from minicai.engine.data import epoch_order, read_prompts, shuffled
 from minicai.engine.dialogue import decode, encode_prompt, show_first
@@ -98,10 +97,10 @@ class PPOConfig(Run):
 
 def main(cfg: PPOConfig) -> dict:
     """Runs or resumes the stage. Returns its record, which is also in OUT/ppo/stage.json."""
-    policy_path, reward_path = cfg.policy or f"{cfg.out}/sl", cfg.reward or f"{cfg.out}/rm"
+    policy_path = cfg.policy or f"{cfg.out}/sl"
     source = cfg.reward_function and source_file(cfg.reward_function)
-    reads = {"policy": policy_path, "reward": "" if source else reward_path}
-    reads["reward_function"] = source
+    reward_path = "" if source else cfg.reward or f"{cfg.out}/rm"
+    reads = {"policy": policy_path, "reward": reward_path, "reward_function": source}
     stage = Stage(cfg, "ppo", reads, code=__file__)
     if stage.record:  # finished in an earlier run
         return stage.record
@@ -111,14 +110,13 @@ def main(cfg: PPOConfig) -> dict:
     # Two copies of the reward model: one scores, the other is trained as the value model. A reward
     # function has no weights to start from, so then the value model starts from the policy.
     # With adapters all of them are one frozen model in four roles.
-    lora = Lora(cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
-    if lora:
-        roles = load_roles(policy_path, reads["reward"], lora, cfg.seed)
+    if cfg.lora:
+        roles = load_roles(policy_path, reward_path, cfg.lora, cfg.seed)
         policy, reference, reward_model, value_model = roles
     else:
         policy, reference = load_policy(policy_path), freeze(load_policy(policy_path))
-        value_model = load_scorer(reads["reward"] or policy_path, cfg.seed if source else None)
-        reward_model = None if source else freeze(load_scorer(reward_path))
+        reward_model = freeze(load_scorer(reward_path)) if reward_path else None
+        value_model = load_scorer(reward_path or policy_path, cfg.seed if source else None)
     if reward_model:
         require_same_tokens(policy, reward_model)
     if cfg.gradient_checkpointing:

@@ -22,7 +22,6 @@ import torch
 
 from minicai.critique import revision_pairs
 from minicai.engine import models, parallel, sampler
-from minicai.engine.adapters import Lora
 from minicai.engine.config import Run, path_setting, positive, setting
 from minicai.engine.data import batch_of_step, read_jsonl, read_preferences, read_prompts, split
 from minicai.engine.dialogue import encode_pair, show_first
@@ -149,8 +148,7 @@ def main(cfg: RMConfig) -> dict:
 
     # 3. Minimise  L_RM = - [ p log sigma(r_A - r_B) + (1 - p) log sigma(r_B - r_A) ].
     rows, heldout = split(comparisons.rows, cfg.heldout, cfg.seed)
-    lora = Lora(cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
-    model = load_scorer(policy_path, cfg.seed, lora)  # the policy with a new head of one score
+    model = load_scorer(policy_path, cfg.seed, cfg.lora)  # the policy with a new head of one score
     encoded = [encode_pair(model.tokenizer, row) for row in rows]
     if cfg.gradient_checkpointing:
         models.checkpoint_layers(model)

@@ -19,7 +19,6 @@ from minicai import constitution, critique  # isort: skip (first: Ctrl-C is one 
 import torch
 
 from minicai.engine import parallel
-from minicai.engine.adapters import Lora
 from minicai.engine.config import Run, path_setting, positive, setting
 from minicai.engine.data import batch_of_step, read_prompts
 from minicai.engine.dialogue import encode_learned, show_first
@@ -82,7 +81,7 @@ class SLConfig(Run):
     policy: str = path_setting(model=True)  # responds and is trained; "" = top-level model
     critic: str = path_setting(model=True)  # writes the critiques; "" = top-level model
     nothing: tuple[str, ...] = ()  # phrases ("no issues"); a critique with one ends the rounds
-    drop: tuple[str, ...] = setting((), each=critique.FAULTS)  # skip revisions with these faults
+    drop: tuple[str, ...] = setting((), choices=critique.FAULTS)  # skip revisions with these faults
 
 
 def main(cfg: SLConfig) -> dict:
@@ -102,8 +101,7 @@ def main(cfg: SLConfig) -> dict:
 
     # By default one model responds, criticises, revises and is trained. `policy` names another one
     # that responds and is trained. `critic` names another one that criticises.
-    lora = Lora(cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
-    model = load_policy(cfg.policy or cfg.model, lora, cfg.seed, scorer="warn")
+    model = load_policy(cfg.policy or cfg.model, cfg.lora, cfg.seed, scorer="warn")
     reviser = load_policy(cfg.model) if cfg.policy else model
     critic = load_policy(cfg.critic) if cfg.critic else reviser
     check_prompts(model, prompts, cfg.max_new_tokens, cfg.prompts)
@@ -147,11 +145,8 @@ def main(cfg: SLConfig) -> dict:
     learned = []
     for row in revisions.rows:
         learned += critique.training_pairs(row, cfg.keep, cfg.drop)
-    learned += [
-        (row["prompt"], row["response"], row.get("ended"))
-        for row in helpful.rows
-        if row["response"]
-    ]
+    for row in filter(lambda row: row["response"], helpful.rows):
+        learned.append((row["prompt"], row["response"], row.get("ended")))
     encoded = encode_learned(model.tokenizer, learned, cfg.max_new_tokens, str(stage.folder))
 
     # 4. Minimise  L_SL = - sum_i log P(y_i_revised | x_i).

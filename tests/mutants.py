@@ -26,6 +26,24 @@ EQUIVALENT = {  # (function, altered line) -> why no test can tell it from the o
         "train_rm.main",
         "part_loss = part_loss + cfg.centering * centering_loss(r_second, r_first)",
     ): "(a + b)^2 is (b + a)^2",
+    (
+        "models.response_logprobs",
+        "again = torch.is_grad_enabled() and len(targets_N) >= CHUNK",
+    ): "a single chunk: computed again or not, the same numbers",
+    (
+        "models.sequence_scores",
+        "return apply_head(model.score, hidden_ND[rows.last]).sum(1)",
+    ): "the scores are [B, 1]",
+    ("sampler.draw", "cdf_BV = p_BV.double().cumsum(1)"): "it has two dimensions",
+    (
+        "elo.bradley_terry",
+        "for _ in range(201 if count > 1 else 0):",
+    ): "Newton's method has converged long before",
+    (
+        "stage.Stage.finish",
+        "parallel.once(write_atomic, self.folder / 'stage.json', "
+        "json.dumps(finite(found), indent=2))",
+    ): "the same JSON",
 }
 
 OPERATORS = {ast.Add: [ast.Sub], ast.Sub: [ast.Add], ast.Mult: [ast.Div], ast.Div: [ast.Mult]}

@@ -234,29 +234,35 @@ def recordings(stop: float) -> dict:
 
 
 def covering(mutant: Mutant, tests: dict) -> list[str]:
-    """The tests that may notice, the quickest first, of BUDGET seconds together.
+    """The tests that may notice, of BUDGET seconds together.
 
-    They run a line of the statement. For a statement outside functions they run a line that names
-    what it defines, or their file names both it and its module.
+    First come tests that run a line of the statement, then those of its function, the quickest
+    first. A test function has a second turn, with other parameters, after all have had their first.
+    A statement outside functions is noticed by a test that runs a line which names what it defines,
+    or whose file names both it and its module.
     """
-    pattern, named = None, names_of_lines(mutant.path)
-    lines = {mutant.path: {named[line] for line in mutant.lines or () if line in named}}
+    own, named, pattern = str(mutant.path.relative_to(ROOT)), names_of_lines(mutant.path), None
+    lines = {own: {named[line] for line in mutant.lines or () if line in named}}
+    functions = {line.split("+")[0] for line in lines[own]}
     if mutant.lines is None:
         pattern = re.compile(rf"\b({'|'.join(mutant.names) or '.'})\b")
-        lines = {path: naming(path, pattern) for path in ALTERED}
-    lines = {str(path.relative_to(ROOT)): found for path, found in lines.items()}
+        lines = {str(path.relative_to(ROOT)): naming(path, pattern) for path in ALTERED}
     found = []
     for test, (seconds, fixtures, ran) in tests.items():
         file = test.split("::")[0]
-        met = any(not lines[file].isdisjoint(ran[file]) for file in lines.keys() & ran.keys())
-        if not met and pattern:
-            text = text_of(ROOT / file)
-            met = pattern.search(text) and re.search(rf"\b{mutant.path.stem}\b", text)
-        if met:
+        near = any(not lines[path].isdisjoint(ran[path]) for path in lines.keys() & ran.keys())
+        far = any(line.split("+")[0] in functions for line in ran.get(own, ()))
+        if pattern and pattern.search(text_of(ROOT / file)):
+            far = re.search(rf"\b{mutant.path.stem}\b", text_of(ROOT / file))
+        if near or far:
             parts = {(file, name): spent for name, spent in fixtures.items()} | {test: seconds}
-            found.append((sum(parts.values()), test, parts))
-    chosen, parts = [], {}
-    for _, test, more in sorted(found, key=lambda one: one[:2]):
+            found.append((not near, sum(parts.values()), test, parts))
+    turns, met, chosen, parts = [], Counter(), [], {}
+    for far, seconds, test, more in sorted(found, key=lambda one: one[:3]):
+        function = test.split("[")[0]
+        turns.append((far, met[function], seconds, test, more))
+        met[function] += 1
+    for *_, test, more in sorted(turns, key=lambda one: one[:4]):
         if sum((parts | more).values()) < BUDGET or not chosen:
             chosen.append(test)
             parts |= more  # what tests share is done once

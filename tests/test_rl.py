@@ -548,8 +548,8 @@ def test_the_kinds_of_prompts_that_the_shares_need_are_there(base):
 def test_a_model_that_has_diverged_is_one_sentence(base):
     """Not three updates that are skipped, blamed on a batch or on the rate."""
 
-    def diverged(path, **how):
-        model = load_scorer(path, **how)
+    def diverged(path, *seed):
+        model = load_scorer(path, *seed)
         with torch.no_grad():
             model.score.weight.fill_(math.nan)
         return model

@@ -10,7 +10,7 @@ model its own head:
     "reward"     W, A and B, head       trained in stage 2, frozen in stage 3
     "value"      W, A and B, head       a copy of the reward model's, trained in stage 3
 
-`Role(model, name)` stands where a model is expected. It turns the role on while the layers run.
+`Role(model, name)` is used where a model is expected. It turns the role on while the layers run.
 Adapters are float32 and so are their gradients. A folder in PEFT's format keeps those of one role.
 """
 
@@ -18,6 +18,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,10 +32,10 @@ from transformers.pytorch_utils import Conv1D
 
 from minicai import InputError
 from minicai.engine import hub, parallel
+from minicai.engine.config import Lora
 
 PREFIX = "base_model.model."  # of PEFT's names
 HEAD = f"{PREFIX}score.weight"
-NAMES = re.compile(r"(^|\.)(adapters|heads)\.")  # of parameters, in a model
 A, B = ".lora_A.weight", ".lora_B.weight"
 PLAIN = {  # what PEFT's settings must be, where they are there
     "peft_type": "LORA",
@@ -44,36 +45,19 @@ PLAIN = {  # what PEFT's settings must be, where they are there
     "rank_pattern": {},
     "alpha_pattern": {},
 }
+LINEAR = (nn.Linear, Conv1D)
 BASE = "base_sha256"  # the sum of the weights that the adapters were trained on
-_on = {"role": ""}  # the role whose adapters the layers add; "" is none
-
-
-@dataclass(frozen=True)
-class Lora:
-    """How adapters are made. targets: paths or last names of linear layers; () = all in blocks."""
-
-    rank: int  # r; 0 = no adapters
-    alpha: float
-    targets: tuple[str, ...] = ()
-
-    def __bool__(self) -> bool:
-        return self.rank > 0
-
-    @property
-    def scale(self) -> float:
-        """alpha / r."""
-        return self.alpha / self.rank
+_on = ContextVar("role", default="")  # the role whose adapters the layers add; "" is none
 
 
 @contextmanager
 def role(name: str) -> Iterator[None]:
     """Inside it, the layers add the adapters of this role."""
-    before = _on["role"]
-    _on["role"] = name
+    before = _on.set(name)
     try:
         yield
     finally:
-        _on["role"] = before
+        _on.reset(before)
 
 
 def same_role() -> tuple[AbstractContextManager, AbstractContextManager]:
@@ -81,10 +65,15 @@ def same_role() -> tuple[AbstractContextManager, AbstractContextManager]:
 
     Another role may be on by then. Without this the gradients are wrong, and nothing says so.
     """
-    return nullcontext(), role(_on["role"])
+    return nullcontext(), role(_on.get())
 
 
 # --- layers ---------------------------------------------------------------------------------------
+
+
+def matrix(layer: nn.Module) -> Tensor:
+    """W [out, in] of a linear layer, not a copy. GPT-2's layers keep it transposed."""
+    return layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
 
 
 class Pair(nn.Module):
@@ -92,35 +81,18 @@ class Pair(nn.Module):
 
     def __init__(self, layer: nn.Module, how: Lora):
         super().__init__()
-        weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
-        outside, inside = weight.shape
-        self.A = nn.Parameter(torch.empty(how.rank, inside, device=weight.device))
-        self.B = nn.Parameter(torch.empty(outside, how.rank, device=weight.device))
-        self.scale = how.scale
+        (outside, inside), device = matrix(layer).shape, layer.weight.device
+        self.A = nn.Parameter(torch.empty(how.rank, inside, device=device))
+        self.B = nn.Parameter(torch.empty(outside, how.rank, device=device))
+        self.scale = how.alpha / how.rank
 
 
-class Adapted:
-    """A linear layer with adapters: `attach` gives one this class, and nothing else changes."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        if _on["role"] in self.adapters:
-            pair = self.adapters[_on["role"]]
-            # A x has r numbers per token. B adds to y in place: no second tensor of its size.
-            low = F.linear(x, pair.A).flatten(0, -2).to(y.dtype)
-            y.flatten(0, -2).addmm_(low, pair.B.t().to(y.dtype), alpha=pair.scale)
-        return y
-
-
-class AdaptedLinear(Adapted, nn.Linear):
-    """y = W x + b, with adapters."""
-
-
-class AdaptedConv1D(Adapted, Conv1D):
-    """GPT-2's linear layer, which keeps W transposed."""
-
-
-ADAPTED = {nn.Linear: AdaptedLinear, Conv1D: AdaptedConv1D}
+def _adapt(layer: nn.Module, inputs: tuple[Tensor], y: Tensor) -> None:
+    """Adds (alpha / r) B A x to the output of a layer, where a role is on that adapts it."""
+    name = _on.get()
+    if name in layer.adapters:
+        pair = layer.adapters[name]
+        y.add_(F.linear(F.linear(inputs[0], pair.A), pair.B), alpha=pair.scale)
 
 
 def attach(model: PreTrainedModel, name: str, how: Lora, score: bool = False) -> "Role":
@@ -130,32 +102,32 @@ def attach(model: PreTrainedModel, name: str, how: Lora, score: bool = False) ->
     The tensors of a mixture's experts are no linear layers and are not adapted.
     Raises InputError where no layer has such a name.
     """
-    found, wanted = set(), set(how.targets)
-    for path, layer in list(model.named_modules()):
-        names = {path, path.rpartition(".")[2]}
-        if not re.search(r"\.\d+\.", path) or (wanted and not names & wanted):
-            continue
-        if type(layer) in ADAPTED:
-            layer.__class__, layer.adapters = ADAPTED[type(layer)], nn.ModuleDict()
-        if isinstance(layer, Adapted):
+    inside = re.compile(r"\.\d+\.")  # model.layers.0.mlp, transformer.h.0.attn
+    layers = {f".{path}": layer for path, layer in model.named_modules() if inside.search(path)}
+    for target in how.targets or [""]:
+        end = target and f".{target}"
+        found = [x for path, x in layers.items() if path.endswith(end) and isinstance(x, LINEAR)]
+        if not found:
+            what = target or "linear layers"
+            raise InputError(f"lora_targets: {model.name_or_path} has no {what} in its blocks")
+        for layer in found:
+            if not hasattr(layer, "adapters"):
+                layer.adapters = nn.ModuleDict()
+                layer.register_forward_hook(_adapt)
             layer.adapters[name] = Pair(layer, how)
-            found |= names
-    if wanted - found or not found:
-        missing = ", ".join(sorted(wanted - found)[:3]) or "linear layers"
-        raise InputError(f"lora_targets: {model.name_or_path} has no {missing} in its blocks")
     if score:
-        if not hasattr(model, "heads"):
-            model.heads = nn.ModuleDict()
         width = model.config.get_text_config().hidden_size
-        model.heads[name] = nn.Linear(width, 1, bias=False, device=model.device)
+        model.add_module(f"{name}_head", nn.Linear(width, 1, bias=False, device=model.device))
     return Role(model, name, how)
 
 
+@dataclass(eq=False)
 class Role:
-    """A model in one of its roles, which stands where a model is expected."""
+    """A model in one of its roles, which is used where a model is expected."""
 
-    def __init__(self, backbone: PreTrainedModel, name: str, how: Lora):
-        self.backbone, self.name, self.how = backbone, name, how
+    backbone: PreTrainedModel
+    name: str
+    how: Lora
 
     def __getattr__(self, key: str):
         return getattr(self.backbone, key)
@@ -172,17 +144,19 @@ class Role:
     @property
     def score(self) -> nn.Module | None:
         """The head of a reward or value model."""
-        own = getattr(self.backbone, "heads", {})
-        return own[self.name] if self.name in own else getattr(self.backbone, "score", None)
+        own = getattr(self.backbone, f"{self.name}_head", None)
+        return own or getattr(self.backbone, "score", None)
 
     def named(self) -> dict[str, nn.Parameter]:
         """The role's parameters by PEFT's names."""
         found = {}
-        for path, layer in self.backbone.named_modules():
-            if self.name in getattr(layer, "adapters", ()):
-                pair = layer.adapters[self.name]
-                found |= {PREFIX + path + A: pair.A, PREFIX + path + B: pair.B}
-        return found | ({HEAD: self.score.weight} if self.score else {})
+        for name, parameter in self.backbone.named_parameters():
+            path, ours, letter = name.partition(f".adapters.{self.name}.")
+            if ours:
+                found[f"{PREFIX}{path}.lora_{letter}.weight"] = parameter
+        if self.score:
+            found[HEAD] = self.score.weight
+        return found
 
     def parameters(self) -> list[nn.Parameter]:
         """What is trained: the role's pairs and its head."""
@@ -195,12 +169,12 @@ class Role:
     def fill(self, numbers: dict[str, Tensor], source: str) -> None:
         """Puts numbers by PEFT's names into the role. Raises InputError where they do not fit."""
         own = self.named()
-        for key in sorted(own.keys() | numbers.keys()):
-            if key not in own or key not in numbers or own[key].shape != numbers[key].shape:
-                raise InputError(f"{source}: {key} does not fit the model {self.name_or_path}")
-            parallel.put(own[key], numbers[key])
+        if own.keys() != numbers.keys():
+            raise InputError(f"{source}: does not fit the model {self.name_or_path}")
+        for key, parameter in own.items():
+            parallel.put(parameter, numbers[key])
 
-    def draw(self, seed: int) -> None:
+    def draw(self, seed: int) -> "Role":
         """First values: A from N(0, 1 / in), B and head zero. The role begins as the backbone."""
         generator = torch.Generator().manual_seed(seed)
         for key, p in self.named().items():
@@ -208,19 +182,7 @@ class Role:
             if key.endswith(A):
                 first.normal_(0, p.shape[1] ** -0.5, generator=generator)
             parallel.put(p, first)
-
-
-def drawn(model: PreTrainedModel, roles: dict[str, Lora], seed: int | None) -> dict[str, Role]:
-    """The roles that the model has, with their first values."""
-    views = {name: Role(model, name, how) for name, how in roles.items()}
-    for view in views.values():
-        view.draw(seed)
-    return views
-
-
-def _paths(numbers: dict[str, Tensor]) -> list[str]:
-    """The layers that PEFT's names stand for."""
-    return [key.removeprefix(PREFIX).removesuffix(A) for key in numbers if key.endswith(A)]
+        return self
 
 
 @torch.no_grad()
@@ -229,13 +191,12 @@ def merge(model: nn.Module, how: Lora, numbers: dict[str, Tensor]) -> None:
 
     Raises InputError where the model has no such linear layer.
     """
-    layers, left = dict(model.named_modules()), numbers.keys() - {HEAD}
-    for path in _paths(numbers):
-        layer, pair = layers.get(path), (PREFIX + path + B, PREFIX + path + A)
-        if isinstance(layer, nn.Linear | Conv1D) and pair[0] in numbers:
-            delta = how.scale * numbers[pair[0]] @ numbers[pair[1]]
-            layer.weight += delta.t() if isinstance(layer, Conv1D) else delta
-            left -= {*pair}
+    left = numbers.keys() - {HEAD}
+    for path, layer in model.named_modules():
+        a, b = PREFIX + path + A, PREFIX + path + B
+        if a in left and isinstance(layer, LINEAR):
+            matrix(layer).add_(numbers[b] @ numbers[a], alpha=how.alpha / how.rank)
+            left -= {a, b}
     if left:
         raise InputError(f"{min(left)} is of no linear layer of {model.name_or_path}")
 
@@ -245,20 +206,19 @@ def merge(model: nn.Module, how: Lora, numbers: dict[str, Tensor]) -> None:
 
 def save(folder: Path, model: Role, numbers: dict[str, Tensor]) -> None:
     """Writes a role, with the numbers it gave, so that peft and vLLM load it on the same base."""
-    settings = {
-        "peft_type": "LORA",
+    paths = [key.removesuffix(A) for key in numbers if key.endswith(A)]
+    settings = PLAIN | {
         "task_type": "SEQ_CLS" if model.score else "CAUSAL_LM",
         "base_model_name_or_path": model.name_or_path,
         "r": model.how.rank,
         "lora_alpha": model.how.alpha,
-        "target_modules": _paths(numbers),
+        "target_modules": [path.removeprefix(PREFIX) for path in paths],
         "fan_in_fan_out": any(isinstance(m, Conv1D) for m in model.modules()),
-        "modules_to_save": ["score"] if model.score else None,
     }
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     made_on = {BASE: hub.weights_sha256(model.name_or_path)}
     save_file(numbers, folder / "adapter_model.safetensors", made_on)
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    (folder / hub.ADAPTER).write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
 def read(folder: Path, base: str) -> tuple[Lora, dict[str, Tensor]]:
@@ -267,14 +227,14 @@ def read(folder: Path, base: str) -> tuple[Lora, dict[str, Tensor]]:
     base: the model to use them with. Raises InputError where they are not plain LoRA, or were
     trained on other weights.
     """
-    path = folder / "adapter_config.json"
+    path = folder / hub.ADAPTER
     settings = json.loads(path.read_text(encoding="utf-8"))
-    other = [key for key, plain in PLAIN.items() if settings.get(key) not in (plain, None)]
-    if other:
-        raise InputError(f"{path}: {other[0]} is not that of plain LoRA; merge the model with peft")
+    for key, plain in PLAIN.items():
+        if (settings.get(key) or plain) != plain:
+            raise InputError(f"{path}: {key} is not that of plain LoRA; merge the model with peft")
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         numbers = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         made_on = (file.metadata() or {}).get(BASE)
     if made_on and made_on != hub.weights_sha256(base):
         raise InputError(f"{folder}: it was trained on other weights than those of {base}")
-    return Lora(settings["r"], settings["lora_alpha"], tuple(_paths(numbers))), numbers
+    return Lora(settings["r"], settings["lora_alpha"], tuple(settings["target_modules"])), numbers

@@ -39,8 +39,8 @@ def disk_guard(path: Path, temporary: Path | None = None) -> Iterator[None]:
         number = re.search(r"(?:\[Errno |\(os error )(\d+)", said)
         if number and not isinstance(error, InputError | RunError | KeyboardInterrupt):
             raise RunError(
-                f"{path}: cannot be written: {os.strerror(int(number[1]))}; all files are "
-                f"complete: where that is mended, the same command (without --overwrite) resumes"
+                f"{path}: cannot be written: {os.strerror(int(number[1]))}; no file is "
+                f"half-written: when that is mended, the same command (without --overwrite) resumes"
             ) from error
         raise
 

@@ -5,13 +5,11 @@ float32, onto the device of the process. Of several processes the first reads th
 its part.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,8 +24,9 @@ from transformers.utils import logging
 
 from minicai import InputError
 from minicai.engine import adapters, packing, parallel, terminal
-from minicai.engine.adapters import Lora, Role
-from minicai.engine.dialogue import end_ids, end_of_turn, ending, give_pad, same_form, template_of
+from minicai.engine.adapters import Role
+from minicai.engine.config import Lora
+from minicai.engine.dialogue import end_ids, end_of_turn, ending, give_pad, template_of
 from minicai.engine.hub import ADAPTER, model_folder, require_folder
 from minicai.engine.models import freeze
 
@@ -45,14 +44,11 @@ def _blaming(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # on a damaged file the libraries raise anything
-        passed = isinstance(error, InputError | torch.OutOfMemoryError)
-        if passed or parallel.lost_peer(error):
+        if isinstance(error, InputError | torch.OutOfMemoryError) or parallel.lost_peer(error):
             raise
+        # A line that ends in a colon announces the reason.
         lines = [line.strip() for line in str(error).splitlines() if not line.endswith(":")]
-        reason = " ".join(lines[:1])
-        if not isinstance(error, OSError | ValueError | StrictDataclassError):
-            reason = f"transformers fails on it ({type(error).__name__}: {reason})"
-        raise InputError(f"{what}: {reason}") from error
+        raise InputError(f"{what}: {' '.join(lines[:1])} ({type(error).__name__})") from error
 
 
 def load_config(path: str) -> PretrainedConfig:
@@ -84,7 +80,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     added = tokenizer.added_tokens_decoder.items()
     spare = {k for k, token in added if token.special and token.content not in template}
     spare -= {tokenizer.bos_token_id, tokenizer.eos_token_id}
-    last = max(set(tokenizer.get_vocab().values()) - spare - {tokenizer.pad_token_id})
+    last = max(set(tokenizer.get_vocab().values()) - spare)
     if last >= rows:
         raise InputError(
             f"{path}: its tokenizer makes token {last} ({tokenizer.convert_ids_to_tokens(last)!r}),"
@@ -94,19 +90,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     end_of_turn(tokenizer)  # tries the chat template
-    # sampler.check_lengths says it with the file's name
-    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
-
-
-def _generation(folder: Path, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig | None:
-    """A folder's generation_config.json, if any: it names the tokens at which to stop."""
-    file = folder / "generation_config.json"
-    if not file.exists():
-        return None
-    with _blaming(f"{file}: cannot be used"):
-        ending(GenerationConfig.from_pretrained(folder), tokenizer).validate(strict=True)
-        return GenerationConfig.from_pretrained(folder)
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -122,8 +106,7 @@ def load_policy(
     lora: its weights are frozen, and it comes in the role "policy", with adapters of this seed.
     scorer: "require" or "warn" where a reward model is to be made of it later, and cannot be.
     """
-    roles = {"policy": lora} if lora else {}
-    model = _load(path, AutoModelForCausalLM, roles)
+    model, views = _load(path, AutoModelForCausalLM, {"policy": lora} if lora else {}, seed)
     if scorer:
         try:
             opened(path, AutoModelForSequenceClassification, new_head=True)
@@ -131,7 +114,7 @@ def load_policy(
             if scorer == "require":
                 raise
             terminal.warn(f"stage 2 will refuse this model: {error}")
-    return adapters.drawn(model, roles, seed).get("policy", model)
+    return views.get("policy", model)
 
 
 def load_scorer(path: str, seed: int | None = None, lora: Lora = FULL) -> PreTrainedModel | Role:
@@ -142,13 +125,13 @@ def load_scorer(path: str, seed: int | None = None, lora: Lora = FULL) -> PreTra
     lora: its weights are frozen, and it comes in the role "reward".
     """
     roles = {"reward": lora} if lora else {}
-    model = _load(path, AutoModelForSequenceClassification, roles, new_head=seed is not None)
-    model = adapters.drawn(model, roles, seed).get("reward", model)
-    if seed is not None:
+    new_head = seed is not None
+    model, views = _load(path, AutoModelForSequenceClassification, roles, seed, new_head)
+    if new_head:
         width = model.score.weight.shape[1]
         first = torch.randn(1, width, generator=torch.Generator().manual_seed(seed))
         parallel.put(model.score.weight, first / (width + 1) ** 0.5)
-    return model
+    return views.get("reward", model)
 
 
 def load_roles(
@@ -164,8 +147,7 @@ def load_roles(
     if reward_path:
         how, numbers = adapters.read(folder, policy_path)
         roles |= {"reward": how, "value": how}
-    model = _load(policy_path, AutoModelForCausalLM, roles)
-    views = adapters.drawn(model, roles, seed)
+    model, views = _load(policy_path, AutoModelForCausalLM, roles, seed)
     if reward_path:
         for name in ("reward", "value"):
             views[name].fill(numbers, str(folder))
@@ -211,19 +193,19 @@ def opened(path: str, auto: type = AutoModelForCausalLM, new_head: bool = False)
             f"{path}: is no {what} and cannot become one: transformers has none of its type "
             f"({config.model_type}); choose a model of another type"
         )
-    tokenizer = load_tokenizer(path)
-    generation = _generation(folder, tokenizer)
+    tokenizer, generation = load_tokenizer(path), None
+    file = folder / "generation_config.json"
+    if file.exists():  # it names the tokens at which to stop
+        with _blaming(f"{file}: cannot be used"):
+            generation = ending(GenerationConfig.from_pretrained(folder), tokenizer)
+            generation.validate(strict=True)
     if auto is AutoModelForSequenceClassification:
         config.num_labels = 1
         if new_head:
             give_pad(tokenizer, end_ids(tokenizer, generation))
-        if tokenizer.pad_token_id < config.get_text_config().vocab_size:
-            config.pad_token_id = tokenizer.pad_token_id
-    with _blaming(f"{folder / 'config.json'}: no {what} can be made from it"):
-        with torch.device("meta"):
-            model = auto.from_config(config, dtype=torch.float32)
-        if model.base_model is model:
-            raise ValueError(f"transformers cannot run {type(model).__name__} without its head")
+    complaint = f"{folder / 'config.json'}: no {what} can be made from it"
+    with _blaming(complaint), torch.device("meta"):
+        model = auto.from_config(config, dtype=torch.float32)
     model.tokenizer = tokenizer
     if model.can_generate():
         model.generation_config = generation or model.generation_config
@@ -231,10 +213,12 @@ def opened(path: str, auto: type = AutoModelForCausalLM, new_head: bool = False)
     return model
 
 
-def _load(path: str, auto: type, roles: dict[str, Lora], new_head: bool = False) -> PreTrainedModel:
-    """The float32 model with its weights. Of several processes the first reads them.
+def _load(
+    path: str, auto: type, roles: dict[str, Lora], seed: int | None, new_head: bool = False
+) -> tuple[PreTrainedModel, dict[str, Role]]:
+    """The float32 model with its weights, and its roles. Of several processes the first reads it.
 
-    With roles the weights are frozen, and the roles' adapters are there, without numbers.
+    With roles the weights are frozen. seed: of the roles' first values.
     """
     empty, whole = opened(path, auto, new_head), []
     tokenizer = empty.tokenizer
@@ -261,7 +245,7 @@ def _load(path: str, auto: type, roles: dict[str, Lora], new_head: bool = False)
                 use_safetensors=True,
                 trust_remote_code=False,
             )
-            _refuse(model, new_head, **found)
+            _refuse(model, found, new_head)
             if len([*model.parameters()]) > len([*empty.parameters()]):
                 raise InputError(
                     f"{path}: tie_word_embeddings in config.json makes one matrix of two that "
@@ -279,20 +263,20 @@ def _load(path: str, auto: type, roles: dict[str, Lora], new_head: bool = False)
         model = whole[0].to(parallel.device())
     else:
         model = parallel.shard(prepare(empty), *whole)
-    sums = {name: parallel.local_part(p)[0].sum() for name, p in model.named_parameters()}
-    broken = [name for name, total in sums.items() if not total.isfinite()]
-    broken = [name for name in parallel.joined(broken) if not adapters.NAMES.search(name)]
-    if broken:
-        raise InputError(f"{path}: {broken[0]} is not finite; fetch or train the model again")
     model.tokenizer, model.name_or_path = tokenizer, path
+    views = {name: Role(model, name, how).draw(seed) for name, how in roles.items()}
     packing.check(model.eval(), path)
-    return model
+    return model, views
 
 
 def require_same_tokens(policy: PreTrainedModel, reward_model: PreTrainedModel) -> None:
     """Raises InputError where the two do not make the same token ids of the same dialogue."""
     ours, theirs = policy.tokenizer, reward_model.tokenizer
-    if not same_form(ours, theirs):
+    forms, pads = [], {ours.pad_token, theirs.pad_token}  # they may differ in these
+    for tokenizer in (ours, theirs):
+        ids = {name: k for name, k in tokenizer.get_vocab().items() if name not in pads}
+        forms.append((ids, template_of(tokenizer), end_of_turn(tokenizer)))
+    if forms[0] != forms[1]:
         raise InputError(
             f"{theirs.name_or_path}: its tokenizer is not the policy's ({ours.name_or_path}); a "
             f"reward model that reads text is in examples/foreign_reward.py"
@@ -302,33 +286,29 @@ def require_same_tokens(policy: PreTrainedModel, reward_model: PreTrainedModel) 
 # --- weights --------------------------------------------------------------------------------------
 
 
-def _refuse(
-    model: PreTrainedModel,
-    new_head: bool,
-    missing_keys: Iterable[str],
-    unexpected_keys: Iterable[str],
-    mismatched_keys: Iterable[tuple],
-    **_,
-) -> None:
-    """Raises InputError where the weights of a folder are not those of the model."""
-    info = SimpleNamespace(missing_keys=set(missing_keys), unexpected_keys=set(unexpected_keys))
-    model._adjust_missing_and_unexpected_keys(info)  # what transformers ignores on purpose
+def _refuse(model: PreTrainedModel, found: dict, new_head: bool) -> None:
+    """Raises InputError where the weights of a folder are not those of the model.
+
+    found: transformers' loading_info, without what transformers ignores on purpose.
+    """
     folder, kind = model.config.name_or_path, type(model).__name__
     ignored = () if model.can_generate() else HEADS
-    unread = sorted(key for key in info.unexpected_keys if not key.startswith(ignored))
+    unread = sorted(key for key in found["unexpected_keys"] if not key.startswith(ignored))
     if unread:
         raise InputError(
             f"{folder}: {kind} does not read {', '.join(unread[:3])} ({len(unread)} weights); "
             f"correct config.json, merge an adapter (peft's merge_and_unload), or remove them"
         )
-    for key, stored, wanted in sorted(mismatched_keys):
+    for key, stored, wanted in sorted(found["mismatched_keys"]):
         raise InputError(
             f"{folder}: {key} has the shape {list(stored)}, and by config.json {list(wanted)}; "
             f"correct config.json, or fetch the model again"
         )
-    absent = sorted(info.missing_keys)
-    if new_head:
-        absent = [key for key in absent if not key.startswith("score.")]
+    for name, parameter in model.named_parameters():
+        if not parameter.sum().isfinite():
+            raise InputError(f"{folder}: {name} is not finite; fetch or train the model again")
+    drawn = {"score.weight"} if new_head else set()
+    absent = sorted(found["missing_keys"] - drawn)
     if absent:
         hint = "; it is not a reward model" if absent[0].startswith("score.") else ""
         raise InputError(f"{folder}: the weights of {', '.join(absent[:3])} are missing{hint}")

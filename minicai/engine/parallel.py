@@ -37,8 +37,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from minicai import InputError, RunError
 from minicai.engine import terminal
@@ -66,14 +65,14 @@ def setup(device: str = "auto", precision: str = "auto", timeout: int = 1800) ->
         precision = "bf16" if fast else "fp32"
     if device == "cpu":
         _keep_freed_memory()
-    processes = launched("WORLD_SIZE", "1")
-    if processes > 1 and device == "cuda":
-        local, here = launched("LOCAL_RANK"), torch.cuda.device_count()
-        if local >= here:
-            raise InputError(f"process {local + 1} on a host with {here} CUDA devices: too many")
-        torch.cuda.set_device(local)
-        device = f"cuda:{local}"
-    if processes > 1 and not dist.is_initialized():
+    several = launched("WORLD_SIZE", "1") > 1
+    if several and device == "cuda":
+        number, here = launched("LOCAL_RANK"), torch.cuda.device_count()
+        if number >= here:
+            raise InputError(f"process {number + 1} on a host with {here} CUDA devices: too many")
+        torch.cuda.set_device(number)
+        device = f"cuda:{number}"
+    if several and not dist.is_initialized():
         _join("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", timeout)
     _process.update(device=torch.device(device), precision=precision)
 
@@ -147,10 +146,9 @@ def _join(backend: str, timeout: int) -> None:
 
 def lost_peer(error: BaseException) -> bool:
     """Whether an error means that another rank has ended or does not answer."""
-    if world() == 1 or not isinstance(error, RuntimeError):
-        return False
     said = str(error).lower()
-    return any(word in said for word in ("connection", "timed out", "timeout", "nccl"))
+    words = ("connection", "timed out", "timeout", "nccl")
+    return world() > 1 and isinstance(error, RuntimeError) and any(word in said for word in words)
 
 
 def rank() -> int:
@@ -261,7 +259,7 @@ def backward(loss: Tensor) -> None:
     The gradient of the whole batch is the sum of the ranks' gradients. FSDP takes their mean, hence
     the factor.
     """
-    (loss * world() if world() > 1 else loss).backward()
+    (loss * world()).backward()
 
 
 def clip_grad_norm(model: torch.nn.Module, limit: float) -> float:
@@ -387,20 +385,18 @@ def gathered(*models: torch.nn.Module) -> Iterator[None]:
             model.set_reshard_after_forward(True)
 
 
-def local_part(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
-    """The part of a parameter that this rank keeps (maybe empty), and its place in the whole."""
-    shape, offset, local = parameter.shape, [0] * parameter.ndim, parameter
-    if isinstance(parameter, DTensor):
-        mesh, placements, local = parameter.device_mesh, parameter.placements, parameter.to_local()
-        shape, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
-    return local, tuple(slice(first, first + size) for first, size in zip(offset, shape))
+def local(x: Tensor) -> Tensor:
+    """The part of a tensor that this rank keeps, which may be empty."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 @torch.no_grad()
 def put(parameter: Tensor, values: Tensor) -> None:
     """Puts a whole tensor's values into a parameter, of which this rank may keep a part."""
-    part, where = local_part(parameter)
-    part.copy_(values[where])
+    if isinstance(parameter, DTensor):
+        place = parameter.device_mesh, parameter.placements
+        values = distribute_tensor(values, *place, src_data_rank=None)  # every rank has the values
+    parameter.copy_(values)
 
 
 # --- the process itself ---------------------------------------------------------------------------

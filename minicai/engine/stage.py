@@ -168,7 +168,7 @@ class Stage:
             for first, last in parallel.turns(done, until, journal.group):
                 yield first, last
                 now = min(round(len(journal.rows) * each), self.progress.total)
-                self.progress.update(now - self.progress.done, self.shown)
+                self.progress.update(now - self.progress.n, self.shown)
 
     @contextmanager
     def _phase(self, phase: str, what: str, *units) -> Iterator[None]:
@@ -181,7 +181,8 @@ class Stage:
             seconds = self.seconds()
             seconds[phase] = seconds.get(phase, 0.0) + time.monotonic() - began
             if parallel.rank() == 0 and self.folder.exists():
-                write_atomic(self.folder / "seconds.json", json.dumps(seconds))
+                with suppress(RunError):  # what failed first is the news
+                    write_atomic(self.folder / "seconds.json", json.dumps(seconds))
 
     def seconds(self) -> dict[str, float]:
         """Seconds by phase so far."""
@@ -208,8 +209,16 @@ class Stage:
         KeyboardInterrupt is raised. A `break` in the loop loses the step.
         """
         for file, journal in self.journals.items():
-            if journal.total is None:  # a log of training, not data made before it
-                journal.keep(self.kept.get(file, 0))
+            count, known = self.kept.get(file, (0, ""))
+            logged = journal.total is None  # of training; the others are data made before it
+            if known and known != _rows_sha256(journal.rows[: count if logged else None]):
+                raise InputError(
+                    f"{self.folder / file}: its rows are not those of the checkpoint of step "
+                    f"{self.step}; put the file back, or remove {self.folder / 'checkpoints'} to "
+                    f"train from the first step again"
+                )
+            if logged:
+                journal.keep(count)
         units = total * each, unit, self.step * each
         with self._phase("train", "train", *units), terminal.whole_steps():
             while self.step < total:
@@ -223,7 +232,9 @@ class Stage:
                     raise KeyboardInterrupt(f"step {self.step} of {self.folder}")
 
     def _save(self) -> None:
-        rows = {file: len(journal.rows) for file, journal in self.journals.items()}
+        rows = {}
+        for file, journal in self.journals.items():
+            rows[file] = len(journal.rows), _rows_sha256(journal.rows)
         extra = {"state": self.state, "skipped": self.skipped, "rows": rows}
         checkpoint.save(self.folder, self.step, self.models, self.optimizer, extra)
 
@@ -345,6 +356,10 @@ def _contents(path: str, what: str) -> str:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _rows_sha256(rows: list[dict]) -> str:
+    return _sha256(json.dumps(rows))
 
 
 def code_fingerprints(path: str) -> dict[str, str]:

@@ -85,8 +85,8 @@ def check(flags: list[str], file: str) -> None:
 
         tokenizer, context = load_tokenizer(model), context_length(load_config(model))
         found += too_long(rules, lambda text: len(encode_prompt(tokenizer, text)), context)
-    count = len(rules.principles)
-    print(terminal.plain(f"{file}: {rules.name} {rules.version}, principles: {count}"))
+    about = f"{rules.name} {rules.version}, principles: {len(rules.principles)}"
+    print(terminal.plain(f"{file}: {about}"))
     for finding in found:
         said = terminal.plain(f"{finding.principle or rules.name}: {finding.message}")
         print(f"  {terminal.emphasis(finding.level)}  {said}")

@@ -31,7 +31,7 @@ import train_rm
 import train_sl
 from minicai import InputError, constitution
 from minicai.engine import config, parallel
-from minicai.engine.adapters import Lora, attach
+from minicai.engine.adapters import attach
 from minicai.engine.data import read_prompts
 from minicai.engine.dialogue import encode_prompt
 from minicai.engine.load import load_config, load_tokenizer
@@ -70,8 +70,8 @@ def shape(cfg, name: str) -> Shape:
         raise InputError(f"{folder}: no language model can be made from its config.json") from None
     # The layers are the numbered parts: model.layers.0.mlp, transformer.h.0.attn.
     inside = [p for n, p in model.named_parameters() if re.search(r"\.\d+\.", n)]
-    whole, lora = model.num_parameters(), Lora(cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
-    pairs = attach(model, "role", lora).parameters() if lora else []
+    whole = model.num_parameters()
+    pairs = attach(model, "role", cfg.lora).parameters() if cfg.lora else []
     heads = sizes.num_attention_heads
     head = getattr(sizes, "head_dim", sizes.hidden_size // heads)
     return Shape(
@@ -108,7 +108,7 @@ def planned(stage: str, arguments, N) -> dict:
     # Trained weights are float32: 4 P. With adapters the policy's are frozen, and serve all roles.
     # The reference, the first of `frozen`, has no adapters.
     kept = b if N == 1 else 4  # bytes of a frozen weight
-    if cfg.lora_rank:
+    if cfg.lora:
         learned = sum(m.adapters for m in trained)
         weights = stored(trained[:1], b) + 4 * sum(m.adapters for m in [*trained, *frozen[1:]])
     else:
@@ -147,7 +147,7 @@ def planned(stage: str, arguments, N) -> dict:
         m = models.get(name, trained[0])
         # In bf16 the products read a bfloat16 copy of the weights in the layers: 2 bytes each. One
         # process makes it of the model at work. Several exchange it instead of the float32 weights.
-        half = 0 if cfg.lora_rank else (4 - b) * m.inside
+        half = 0 if cfg.lora else (4 - b) * m.inside
         held = weights
         if name == "training":
             # Autograd keeps what the backward pass will read. Per token and layer, this is
@@ -162,7 +162,7 @@ def planned(stage: str, arguments, N) -> dict:
             # Two layers at a time are gathered, weights in b bytes and gradients in 4, and what
             # is outside the layers, 4 and 4.
             gathered = 2 * m.inside / m.layers * (b + 4) + 8 * (m.parameters - m.inside)
-            if cfg.lora_rank:  # no gradients of frozen weights
+            if cfg.lora:  # no gradients of frozen weights
                 gathered = 2 * m.inside / m.layers * b + 4 * (m.parameters - m.inside)
             passing = {
                 # One float32 gradient per trained weight: 4 P / N.

@@ -14,7 +14,8 @@ import train_rm
 import train_sl
 from minicai import InputError
 from minicai.engine import adapters, config, hub, load, models
-from minicai.engine.adapters import Lora, Role
+from minicai.engine.adapters import Role
+from minicai.engine.config import Lora
 from minicai.engine.sampler import Sampling, generate
 from minicai.rollout import collate
 from tests.conftest import CPU, EOS, ROOT, assert_close, byte_tokenizer, tiny_model
@@ -93,7 +94,7 @@ def test_every_linear_layer_of_the_blocks_is_adapted_and_nothing_else(kind):
     linear = {
         path
         for path, layer in tiny_model(kind).named_modules()
-        if type(layer) in adapters.ADAPTED and ".0." in path
+        if isinstance(layer, adapters.LINEAR) and ".0." in path
     }
     found = {path for path in pairs(model, "policy") if ".0." in path}
     assert found == linear and len(found) >= 4
@@ -287,7 +288,7 @@ def test_an_exported_folder_is_the_base_with_its_adapter_merged(stages, name):
     }
     for key in changed:
         path = adapters.PREFIX + key.removesuffix(".weight")
-        delta = how.scale * numbers[path + adapters.B] @ numbers[path + adapters.A]
+        delta = how.alpha / how.rank * numbers[path + adapters.B] @ numbers[path + adapters.A]
         assert_close(after[key], before[key] + delta, 1e-6)
     kept = {key for key in after if key not in before}
     assert kept == ({"score.weight"} if name == "rm" else set())

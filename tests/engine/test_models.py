@@ -1,6 +1,7 @@
 """The forward passes of training against the models' own, on four architectures."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import masking_utils
 
 from minicai import InputError, RunError, losses
 from minicai.engine import models, parallel
-from minicai.engine.attention import Slots, last_hidden
+from minicai.engine.attention import Packed, Slots, attend, context_length, last_hidden
 from minicai.rollout import Batch, collate
 from tests.conftest import ARCHITECTURES, CPU, EOS, assert_close, tiny_model
 
@@ -47,7 +48,7 @@ def logprobs_by_hand(model, temperature=1.0):
 # --- log-probs ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_logprobs_are_gathered_from_the_log_softmax_of_the_tempered_logits(policy, temperature):
     b = batch()
     logprobs = models.response_logprobs(policy, b, temperature)
@@ -368,3 +369,35 @@ def test_gradient_checkpointing_changes_no_gradient(architecture):
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(*both) for both in zip(*gradients, strict=True))
     assert max(g.abs().max() for g in gradients[0]) > 0.1
+
+
+# --- what attention does not do -------------------------------------------------------------------
+
+
+def test_attention_refuses_what_it_does_not_do_and_only_that():
+    rows, heads = Packed([3, 2], CPU), [torch.randn(1, 2, 5, 4) for _ in range(3)]
+    expected, _ = attend(None, *heads, None, rows)
+    for unused in (None, False):
+        assert torch.equal(attend(None, *heads, None, rows, softcap=unused)[0], expected)
+    for name, said in (("softcap", "softcap"), ("s_aux", "sinks")):
+        with pytest.raises(ValueError, match=f"attention with {said}.* is not supported"):
+            attend(None, *heads, None, rows, **{name: 50.0})
+    with pytest.raises(ValueError, match="a mask of its own"):
+        attend(None, *heads, torch.zeros(1, 1, 5, 5), rows)
+
+
+@pytest.mark.parametrize(
+    "ropes, length",
+    [
+        (None, 256),
+        ({"rope_type": "default"}, 256),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 32}, 32),
+        ({"a": {"rope_type": "longrope", "original_max_position_embeddings": 64}, "b": {}}, 64),
+    ],
+)
+def test_a_row_ends_where_longrope_takes_other_frequencies(ropes, length):
+    text = SimpleNamespace(max_position_embeddings=256, rope_parameters=ropes)
+    assert context_length(SimpleNamespace(get_text_config=lambda decoder: text)) == length
+    text.max_position_embeddings = None  # the config names no number
+    expected = math.inf if length == 256 else length
+    assert context_length(SimpleNamespace(get_text_config=lambda decoder: text)) == expected

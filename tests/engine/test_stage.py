@@ -119,7 +119,7 @@ def run(place, dies=None, broken=(), meddle=None, **changes):
         loss = model(torch.tensor([1.0, step])).pow(2).sum()
         loss = loss * (math.nan if step in broken else 1.0)
         loss.backward()
-        if stage.finite([loss.item()], [[step, 7]]):
+        if stage.finite([loss.item(), 1.0], [[step, 7]]):
             optimizer.step()
         optimizer.zero_grad()
         stage.state["drawn"] = stage.state.get("drawn", 0) + step
@@ -506,13 +506,19 @@ def test_what_is_removed_in_mid_run_is_named_and_the_stage_does_not_finish(place
     assert not (place / "out" / "sl" / "stage.json").exists()
 
 
-def test_metrics_that_are_gone_when_a_run_resumes_are_missed(place):
-    folder = interrupted(place)
-    (folder / "metrics.jsonl").unlink()
-    with pytest.raises(RunError, match=r"metrics.jsonl: was removed or changed by another program"):
-        run(place)
-    shutil.rmtree(folder / "checkpoints")
-    assert run(place)["weight"] and len(read_jsonl(folder / "metrics.jsonl")) == 6
+@pytest.mark.parametrize("how", ["gone", "doubled", "changed"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "metrics.jsonl"])
+def test_rows_that_are_not_those_of_the_checkpoint_are_noticed(place, name, how):
+    path = interrupted(place) / name
+    first, *rest = path.read_text().splitlines(keepends=True)
+    changed = {"gone": [], "doubled": [first, first, *rest], "changed": [*rest, first]}[how]
+    path.write_text("".join(changed))
+    if (name, how) != ("rows.jsonl", "gone"):  # those are made again, and are the same
+        said = refusal(run, place)
+        assert said.startswith(f"{path}: its rows are not those of the checkpoint of step 4; put ")
+        path.unlink()
+        shutil.rmtree(path.parent / "checkpoints")
+    assert run(place)["weight"] and len(read_jsonl(path)) == 6
 
 
 @pytest.mark.parametrize("damage", ["flipped", "missing"])

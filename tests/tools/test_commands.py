@@ -98,9 +98,8 @@ def test_a_command_of_one_process_is_refused_under_torchrun(refused, monkeypatch
 
 @pytest.mark.parametrize("words", CONFIGURED, ids=" ".join)
 def test_a_missing_config_is_refused_with_the_nearest_name(refused, world, words):
-    assert (
-        f"{world / 'confg.toml'}: no such file; did you mean {world / 'config.toml'}?"
-        in refused(*words, world / "confg.toml")
+    assert f"{world / 'confg.toml'}: no such file; did you mean config.toml?" in refused(
+        *words, world / "confg.toml"
     )
     assert not (world / "out").exists()
 
@@ -311,7 +310,6 @@ def test_a_prompt_longer_than_the_context_ends_the_process_with_2_and_one_line(w
 
 @pytest.mark.parametrize("words", [("train_sl.py",), ("train_ppo.py",), ("-m", "minicai", "plan")])
 def test_an_interrupt_while_torch_is_imported_ends_with_1_and_one_line(tmp_path, words):
-    said = "interrupted\n" if len(words) == 1 else "\ninterrupted; the same command starts again\n"
     (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")  # in torch's place
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
     done = subprocess.run(
@@ -321,7 +319,7 @@ def test_an_interrupt_while_torch_is_imported_ends_with_1_and_one_line(tmp_path,
         capture_output=True,
         text=True,
     )
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "interrupted\n")
 
 
 def test_another_error_of_an_import_still_has_its_traceback(tmp_path):
