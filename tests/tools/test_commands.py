@@ -121,10 +121,9 @@ def test_a_missing_model_folder_is_refused(refused, world, words):
     assert not (world / "out").exists()
 
 
-def test_the_nearest_model_folder_is_named(refused, world, models):
-    hole, whole = models / "hole", models / "whole"
-    message = refused("train_sl.py", world / "config.toml", f"--model={hole}")
-    assert f"{hole} is not a model folder (no config.json); did you mean {whole}?" in message
+def test_a_model_folder_without_a_config_is_refused_with_its_key(refused, world, models):
+    message = refused("train_sl.py", world / "config.toml", f"--model={models / 'hole'}")
+    assert f"[sl] model: {models / 'hole'} is not a model folder (no config.json)" in message
 
 
 # --- mistakes in what the command is given --------------------------------------------------------
