@@ -237,7 +237,7 @@ def covering(mutant: Mutant, tests: dict) -> list[str]:
     """The tests that may notice, of BUDGET seconds together.
 
     First come tests that run a line of the statement, then those of its function, the quickest
-    first. A test function has a second turn, with other parameters, after all have had their first.
+    first. A slow test is called with other parameters after all have been called with their first.
     A statement outside functions is noticed by a test that runs a line which names what it defines,
     or whose file names both it and its module.
     """
@@ -261,7 +261,7 @@ def covering(mutant: Mutant, tests: dict) -> list[str]:
     for far, seconds, test, more in sorted(found, key=lambda one: one[:3]):
         function = test.split("[")[0]
         turns.append((far, met[function], seconds, test, more))
-        met[function] += 1
+        met[function] += seconds > BUDGET / 100
     for *_, test, more in sorted(turns, key=lambda one: one[:4]):
         if sum((parts | more).values()) < BUDGET or not chosen:
             chosen.append(test)

@@ -18,6 +18,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,18 +47,17 @@ PLAIN = {  # what PEFT's settings must be, where they are there
 }
 LINEAR = (nn.Linear, Conv1D)
 BASE = "base_sha256"  # the sum of the weights that the adapters were trained on
-_on = {"role": ""}  # the role whose adapters the layers add; "" is none
+_on = ContextVar("role", default="")  # the role whose adapters the layers add; "" is none
 
 
 @contextmanager
 def role(name: str) -> Iterator[None]:
     """Inside it, the layers add the adapters of this role."""
-    before = _on["role"]
-    _on["role"] = name
+    before = _on.set(name)
     try:
         yield
     finally:
-        _on["role"] = before
+        _on.reset(before)
 
 
 def same_role() -> tuple[AbstractContextManager, AbstractContextManager]:
@@ -65,7 +65,7 @@ def same_role() -> tuple[AbstractContextManager, AbstractContextManager]:
 
     Another role may be on by then. Without this the gradients are wrong, and nothing says so.
     """
-    return nullcontext(), role(_on["role"])
+    return nullcontext(), role(_on.get())
 
 
 # --- layers ---------------------------------------------------------------------------------------
@@ -89,8 +89,9 @@ class Pair(nn.Module):
 
 def _adapt(layer: nn.Module, inputs: tuple[Tensor], y: Tensor) -> None:
     """Adds (alpha / r) B A x to the output of a layer, where a role is on that adapts it."""
-    if _on["role"] in layer.adapters:
-        pair = layer.adapters[_on["role"]]
+    name = _on.get()
+    if name in layer.adapters:
+        pair = layer.adapters[name]
         y.add_(F.linear(F.linear(inputs[0], pair.A), pair.B), alpha=pair.scale)
 
 
@@ -168,8 +169,7 @@ class Role:
     def fill(self, numbers: dict[str, Tensor], source: str) -> None:
         """Puts numbers by PEFT's names into the role. Raises InputError where they do not fit."""
         own = self.named()
-        fits = own.keys() == numbers.keys()
-        if not fits or any(own[key].shape != numbers[key].shape for key in own):
+        if own.keys() != numbers.keys():
             raise InputError(f"{source}: does not fit the model {self.name_or_path}")
         for key, parameter in own.items():
             parallel.put(parameter, numbers[key])

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -47,11 +46,9 @@ def _blaming(what: str) -> Iterator[None]:
     except Exception as error:  # on a damaged file the libraries raise anything
         if isinstance(error, InputError | torch.OutOfMemoryError) or parallel.lost_peer(error):
             raise
+        # A line that ends in a colon announces the reason.
         lines = [line.strip() for line in str(error).splitlines() if not line.endswith(":")]
-        reason = " ".join(lines[:1])
-        if not isinstance(error, OSError | ValueError | StrictDataclassError):
-            reason = f"transformers fails on it ({type(error).__name__}: {reason})"
-        raise InputError(f"{what}: {reason}") from error
+        raise InputError(f"{what}: {' '.join(lines[:1])} ({type(error).__name__})") from error
 
 
 def load_config(path: str) -> PretrainedConfig:
@@ -109,8 +106,7 @@ def load_policy(
     lora: its weights are frozen, and it comes in the role "policy", with adapters of this seed.
     scorer: "require" or "warn" where a reward model is to be made of it later, and cannot be.
     """
-    roles = {"policy": lora} if lora else {}
-    model, views = _load(path, AutoModelForCausalLM, roles, seed)
+    model, views = _load(path, AutoModelForCausalLM, {"policy": lora} if lora else {}, seed)
     if scorer:
         try:
             opened(path, AutoModelForSequenceClassification, new_head=True)
@@ -220,7 +216,7 @@ def opened(path: str, auto: type = AutoModelForCausalLM, new_head: bool = False)
 def _load(
     path: str, auto: type, roles: dict[str, Lora], seed: int | None, new_head: bool = False
 ) -> tuple[PreTrainedModel, dict[str, Role]]:
-    """The float32 model with its weights, and its roles. Of several processes the first reads them.
+    """The float32 model with its weights, and its roles. Of several processes the first reads it.
 
     With roles the weights are frozen. seed: of the roles' first values.
     """
@@ -269,10 +265,6 @@ def _load(
         model = parallel.shard(prepare(empty), *whole)
     model.tokenizer, model.name_or_path = tokenizer, path
     views = {name: Role(model, name, how).draw(seed) for name, how in roles.items()}
-    parts = {name: parallel.local(p) for name, p in model.named_parameters()}
-    broken = parallel.joined([name for name, x in parts.items() if not x.sum().isfinite()])
-    if broken:
-        raise InputError(f"{path}: {broken[0]} is not finite; fetch or train the model again")
     packing.check(model.eval(), path)
     return model, views
 
@@ -312,6 +304,9 @@ def _refuse(model: PreTrainedModel, found: dict, new_head: bool) -> None:
             f"{folder}: {key} has the shape {list(stored)}, and by config.json {list(wanted)}; "
             f"correct config.json, or fetch the model again"
         )
+    for name, parameter in model.named_parameters():
+        if not parameter.sum().isfinite():
+            raise InputError(f"{folder}: {name} is not finite; fetch or train the model again")
     drawn = {"score.weight"} if new_head else set()
     absent = sorted(found["missing_keys"] - drawn)
     if absent:

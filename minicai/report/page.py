@@ -14,8 +14,8 @@ from pathlib import Path
 import jinja2
 
 from minicai import InputError
-from minicai.engine.checkpoint import require_whole
-from minicai.engine.data import finite, write_atomic
+from minicai.engine.data import finite
+from minicai.engine.disk import damaged, write_atomic
 from minicai.engine.terminal import warn
 from minicai.evaluation.rates import METRICS
 from minicai.report.panels import panels
@@ -89,10 +89,8 @@ def draw(out: Path) -> None:
     """
     for stage, record in records(out).items():
         files = record.get("files", {})
-        try:
-            require_whole(out / stage, {k: files[k] for k in files if k.endswith(".jsonl")})
-        except InputError as error:
-            warn(f"{error}; the page shows what is there")
+        for said in damaged(out / stage, {k: files[k] for k in files if k.endswith(".jsonl")}):
+            warn(f"{said}; the page shows what is there")
     if now := progress(out):
         write_atomic(out / "report.html", page(out, so_far(out)))
         print(f"not finished  {states(now)}")

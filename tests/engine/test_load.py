@@ -108,16 +108,12 @@ def test_a_new_scorer_gets_a_pad_token_that_no_answer_has(tmp_path):
 # --- what is refused ------------------------------------------------------------------------------
 
 
-def test_a_missing_folder_names_the_nearest_one(tmp_path):
+def test_a_missing_folder_is_named(tmp_path):
     (tmp_path / "base").mkdir()
-    (tmp_path / "file").mkdir()
     (tmp_path / "base" / "config.json").write_text("{}")
     assert hub.require_folder(str(tmp_path / "base"), "model", False) == tmp_path / "base"
     said = refusal(hub.require_folder, str(tmp_path / "bse"), "model")
-    missing = f"model: {tmp_path / 'bse'} is not a model folder (no config.json)"
-    assert said == f"{missing}; did you mean {tmp_path / 'base'}?"
-    none = refusal(hub.require_folder, str(tmp_path / "none" / "base"), "model")
-    assert "did you mean" not in none
+    assert said == f"model: {tmp_path / 'bse'} is not a model folder (no config.json)"
 
 
 @pytest.mark.parametrize(
@@ -512,7 +508,8 @@ def test_weights_that_are_pickles_are_refused_and_not_read(folder):
     (folder / "model.safetensors").unlink()
     torch.save({"weight": Touch()}, folder / "pytorch_model.bin")
     said = refusal(load.load_policy, str(folder))
-    assert f"{folder}: its weights are pickles (pytorch_model.bin)" in said and not ran.exists()
+    assert said.startswith(f"{folder}/model.safetensors: cannot be read") and "pickles" in said
+    assert not ran.exists()
 
 
 def test_a_folder_with_both_kinds_of_weights_is_read_from_the_safe_ones(folder):

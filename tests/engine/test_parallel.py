@@ -346,7 +346,7 @@ def test_ranks_load_their_parts_of_what_from_pretrained_loads(runs, name):
     "name, message",
     [
         ("lacking", "the weights of model.norm.weight are missing"),
-        ("pickled", "its weights are pickles"),
+        ("pickled", "cannot be read as safetensors"),
         ("swollen", "model.norm.weight has the shape [33], and by config.json [32]"),
         ("unread", "LlamaForCausalLM does not read extra.lora_A"),
         ("broken", "model.norm.weight is not finite"),

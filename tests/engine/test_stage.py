@@ -23,8 +23,9 @@ import torch
 from safetensors.torch import save_file
 
 from minicai import InputError, RunError, losses
-from minicai.engine import checkpoint, config, parallel, stage, terminal
-from minicai.engine.data import read_jsonl, sha256
+from minicai.engine import checkpoint, config, disk, parallel, stage, terminal
+from minicai.engine.data import read_jsonl
+from minicai.engine.disk import lock, sha256
 from minicai.engine.stage import Stage, code_fingerprints
 from tests.conftest import SHORT_RULES
 
@@ -188,7 +189,7 @@ def test_a_finished_folder_of_an_earlier_version_returns_its_record(place):
 
 def test_an_unfinished_folder_of_an_earlier_version_is_refused(place):
     folder = earlier_version(place, finished=False)
-    assert refusal(run, place).startswith(f"{folder}: holds a run of another config: ")
+    assert refusal(run, place).startswith(f"{folder}: settings, inputs or files have changed: ")
 
 
 @pytest.mark.parametrize("record", ["", "[1]"])
@@ -244,7 +245,7 @@ def test_what_has_changed_is_named_and_the_folder_left_as_it_was(place, what):
     folder = interrupted(place, **more)
     changed, before = change(place, what) | more, contents(folder)
     said = refusal(run, place, **changed)
-    assert said.startswith(f"{folder}: holds a run of another config: {CHANGES[what]}; choose ")
+    assert said.startswith(f"{folder}: settings, inputs or files have changed: {CHANGES[what]}; ")
     assert "--overwrite" in said and "--accept-changes" in said
     assert contents(folder) == before
 
@@ -464,7 +465,7 @@ def test_a_stage_that_another_process_begins_or_ends_in_the_meantime_is_refused(
     run(place)
     assert "another process has just finished it" in refusal(stages[1].journal, "rows.jsonl")
     stages[2].text = stages[2].text.replace("0.1", "0.2")
-    assert "holds a run of another config" in refusal(stages[2].journal, "rows.jsonl")
+    assert "have changed" in refusal(stages[2].journal, "rows.jsonl")
 
 
 def test_a_dead_owner_and_this_process_itself_are_no_hindrance(place):
@@ -528,7 +529,7 @@ def test_a_finished_stage_knows_its_files(place, name, damage):
     content = bytearray(path.read_bytes())
     content[8] ^= 1
     path.write_bytes(content) if damage == "flipped" else path.unlink()
-    assert refusal(run, place).startswith(f"{path}: ")
+    assert f": {path}: is not what was written" in refusal(run, place)
     assert run(place, accept_changes=True) == record
 
 
@@ -541,7 +542,7 @@ def test_a_model_that_is_not_what_its_stage_wrote_is_refused_by_name_or_accepted
     content[-1] ^= 1
     weights.write_bytes(content)
     said = refusal(opened, place)
-    assert said.startswith(f"{weights}: is not what was written") and "--accept-changes" in said
+    assert f": {weights}: is not what was written" in said and "--accept-changes" in said
     folder = interrupted(place, accept_changes=True)
     [row] = read_jsonl(folder / "accepted.jsonl")
     assert row["changes"] == [f"{weights}: is not what was written, by its sha256"]
@@ -693,15 +694,15 @@ def test_a_process_that_is_not_the_first_knows_the_rows_and_writes_none(place, m
 def test_a_folder_in_use_is_refused_with_its_owner(place, monkeypatch):
     """A lock belongs to an open file, so this process can be another one to itself."""
     folder = place / "out" / "sl"
-    assert stage.lock(folder) is None  # there is no place for it yet
+    assert lock(folder) is None  # there is no place for it yet
     folder.parent.mkdir()
-    held = stage.lock(folder)
-    assert stage.lock(folder) is held
-    monkeypatch.setattr(stage, "LOCKS", {})
-    said = refusal(stage.lock, folder)
+    held = lock(folder)
+    assert lock(folder) is held
+    monkeypatch.setattr(disk, "LOCKS", {})
+    said = refusal(lock, folder)
     assert f"{folder}: is in use by process {os.getpid()} on " in said
     held.close()
-    assert not stage.lock(folder).closed
+    assert not lock(folder).closed
 
 
 def test_where_no_file_can_be_locked_a_warning_says_so(place, monkeypatch, capsys):
@@ -709,5 +710,5 @@ def test_where_no_file_can_be_locked_a_warning_says_so(place, monkeypatch, capsy
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    assert stage.lock(place / "sl") is None
+    assert lock(place / "sl") is None
     assert ".sl.lock: cannot be locked (No locks available)" in capsys.readouterr().err

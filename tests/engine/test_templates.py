@@ -307,8 +307,6 @@ def with_template(template):
         ("{% include 'other' %}", "no loader"),
         ("{{ ''.__class__ }}{{ ''.__class__.x }}", "unsafe"),
         ("{% for i in range(10**12) %}{% endfor %}", "Range too big"),
-        ("{{ ['a', 'b']|random }}", "it draws at random"),
-        ("{{ lipsum() }}", "it draws at random"),
     ],
 )
 def test_whatever_a_template_raises_is_one_sentence_that_names_the_model(broken, reason):
@@ -482,7 +480,7 @@ def test_a_dialogue_that_a_template_refuses_is_named_by_file_and_row(turns, reas
     refused = f"MODEL: its chat template refuses a dialogue: {reason}"
     with pytest.raises(InputError, match=f"^prompts.jsonl: prompt 2: {refused}"):
         check_prompts(model, ["Why?", turns], 1, "prompts.jsonl")
-    with pytest.raises(InputError, match=f"^pair pairs.jsonl:7: {refused}"):
+    with pytest.raises(InputError, match=f"^pair pairs.jsonl:7: prompt 1: {refused}"):
         usable_pairs(model, [pair | {"prompt": "Why?", "source": "human"}, pair])
 
 
@@ -558,10 +556,6 @@ def test_a_pad_token_that_no_answer_has_is_found_or_added():
     give_pad(none, {1})
     assert none.pad_token_id == 258 == len(none) - 1
     require_same_tokens(*with_tokenizers(none, byte_tokenizer(pad="<eos>")))
-    unknown = byte_tokenizer(pad="<eos>")
-    unknown.unk_token = "!"
-    give_pad(unknown, {1})
-    assert unknown.pad_token == "!"
 
 
 def with_tokenizers(*tokenizers):
