@@ -15,15 +15,14 @@ But kl_coef and value_clip_range must fit that scale. Variants are in examples/,
 import math
 from dataclasses import dataclass
 
-import minicai  # noqa: F401  # isort: skip (before torch: Ctrl-C while it loads is one line)
+from minicai import losses  # isort: skip (first: Ctrl-C is one line)
 import torch
 
-from minicai import losses
 from minicai.engine import parallel
 from minicai.engine.config import Run, function, path_setting, positive, setting, source_file
 from minicai.engine.data import epoch_order, read_prompts, shuffled
 from minicai.engine.dialogue import decode, encode_prompt, show_first
-from minicai.engine.load import load_policy, load_scorer, require_same_tokens
+from minicai.engine.load import load_policy, load_roles, load_scorer, require_same_tokens
 from minicai.engine.models import (
     checkpoint_layers,
     freeze,
@@ -73,8 +72,8 @@ class PPOConfig(Run):
 
     # reward and advantage
     kl_coef: float = 0.05  # beta, reward per nat (HH: 0.001 on its reward scale)
-    gamma: float = setting(1.0, at_most=1)  # discount (HH)
-    lam: float = setting(0.95, at_most=1)  # GAE lambda
+    gamma: float = 1.0  # discount (HH)
+    lam: float = 0.95  # GAE lambda
 
     # updates
     epochs: int = positive(4)  # passes over a rollout
@@ -98,23 +97,27 @@ class PPOConfig(Run):
 
 def main(cfg: PPOConfig) -> dict:
     """Runs or resumes the stage. Returns its record, which is also in OUT/ppo/stage.json."""
-    policy_path, reward_path = cfg.policy or f"{cfg.out}/sl", cfg.reward or f"{cfg.out}/rm"
+    policy_path = cfg.policy or f"{cfg.out}/sl"
     source = cfg.reward_function and source_file(cfg.reward_function)
-    reads = {"policy": policy_path, "reward": "" if source else reward_path}
-    reads["reward_function"] = source
+    reward_path = "" if source else cfg.reward or f"{cfg.out}/rm"
+    reads = {"policy": policy_path, "reward": reward_path, "reward_function": source}
     stage = Stage(cfg, "ppo", reads, code=__file__)
     if stage.record:  # finished in an earlier run
         return stage.record
     parallel.require(cfg.episodes // cfg.minibatches, "[ppo]: episodes per minibatch")
 
     # Two copies of the SL-CAI model: PPO trains one, the other is the frozen reference of the KL.
-    policy, reference = load_policy(policy_path), freeze(load_policy(policy_path))
     # Two copies of the reward model: one scores, the other is trained as the value model. A reward
     # function has no weights to start from, so then the value model starts from the policy.
-    if cfg.reward_function:
-        reward_model, value_model = None, load_scorer(policy_path, seed=cfg.seed)
+    # With adapters all of them are one frozen model in four roles.
+    if cfg.lora:
+        roles = load_roles(policy_path, reward_path, cfg.lora, cfg.seed)
+        policy, reference, reward_model, value_model = roles
     else:
-        reward_model, value_model = freeze(load_scorer(reward_path)), load_scorer(reward_path)
+        policy, reference = load_policy(policy_path), freeze(load_policy(policy_path))
+        reward_model = freeze(load_scorer(reward_path)) if reward_path else None
+        value_model = load_scorer(reward_path or policy_path, cfg.seed if source else None)
+    if reward_model:
         require_same_tokens(policy, reward_model)
     if cfg.gradient_checkpointing:
         policy, value_model = checkpoint_layers(policy), checkpoint_layers(value_model)

@@ -17,10 +17,9 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-import minicai  # noqa: F401  # isort: skip (before torch: Ctrl-C while it loads is one line)
+from minicai import constitution, feedback  # isort: skip (first: Ctrl-C is one line)
 import torch
 
-from minicai import constitution, feedback
 from minicai.critique import revision_pairs
 from minicai.engine import models, parallel, sampler
 from minicai.engine.config import Run, path_setting, positive, setting
@@ -102,12 +101,12 @@ def main(cfg: RMConfig) -> dict:
 
     # Check that every text fits into its model's context before the expensive sampling begins.
     # + 4: the tokens of an option such as " (A".
-    policy, limit = load_policy(policy_path, scorer="require"), cfg.max_new_tokens
+    requests, limit = feedback.longest_comparisons(prompts, how, thinking), cfg.max_new_tokens
+    answers, what = (3 if thinking else 2) * limit + 4, "[rm] feedback and jury: a comparison"
+    sampler.check_requests(map(load_policy, judges), requests, answers, what)
+    policy = models.freeze(load_policy(policy_path, scorer="require"))
     sampler.check_prompts(policy, prompts, limit, cfg.prompts)
     labelled = sampler.usable_pairs(policy, given)
-    requests = feedback.longest_comparisons(prompts, how, thinking)
-    answers = (3 if thinking else 2) * limit + 4
-    sampler.check_requests(judges, requests, answers, "[rm] feedback and jury: a comparison")
 
     # 1. Sample `candidates` responses to each prompt, and pair them: pairs.jsonl.
     each = math.comb(cfg.candidates, 2)  # pairs per prompt
@@ -128,7 +127,8 @@ def main(cfg: RMConfig) -> dict:
     different = [row for row in pairs.rows if row["first"] != row["second"]]
     comparisons = stage.journal("comparisons.jsonl", cfg.rows, len(different) + len(labelled))
     if len(comparisons.rows) < len(different):
-        made_by, speakers = stage.stamp(*judges), [load_policy(judge) for judge in judges]
+        made_by = stage.stamp(*judges)
+        speakers = [models.freeze(load_policy(judge)) for judge in judges]
         with parallel.gathered(*speakers):
             for first, last in stage.turns(comparisons, "label", "pairs", until=len(different)):
                 group, found = different[first:last], []
@@ -148,7 +148,7 @@ def main(cfg: RMConfig) -> dict:
 
     # 3. Minimise  L_RM = - [ p log sigma(r_A - r_B) + (1 - p) log sigma(r_B - r_A) ].
     rows, heldout = split(comparisons.rows, cfg.heldout, cfg.seed)
-    model = load_scorer(policy_path, seed=cfg.seed)  # the policy with a new head of one score
+    model = load_scorer(policy_path, cfg.seed, cfg.lora)  # the policy with a new head of one score
     encoded = [encode_pair(model.tokenizer, row) for row in rows]
     if cfg.gradient_checkpointing:
         models.checkpoint_layers(model)

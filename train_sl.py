@@ -15,10 +15,9 @@ critique. Set `examples` to do the same; by default there are none.
 import math
 from dataclasses import dataclass
 
-import minicai  # noqa: F401  # isort: skip (before torch: Ctrl-C while it loads is one line)
+from minicai import constitution, critique  # isort: skip (first: Ctrl-C is one line)
 import torch
 
-from minicai import constitution, critique
 from minicai.engine import parallel
 from minicai.engine.config import Run, path_setting, positive, setting
 from minicai.engine.data import batch_of_step, read_prompts
@@ -82,7 +81,7 @@ class SLConfig(Run):
     policy: str = path_setting(model=True)  # responds and is trained; "" = top-level model
     critic: str = path_setting(model=True)  # writes the critiques; "" = top-level model
     nothing: tuple[str, ...] = ()  # phrases ("no issues"); a critique with one ends the rounds
-    drop: tuple[str, ...] = setting((), each=critique.FAULTS)  # skip revisions with these faults
+    drop: tuple[str, ...] = setting((), choices=critique.FAULTS)  # skip revisions with these faults
 
 
 def main(cfg: SLConfig) -> dict:
@@ -102,7 +101,7 @@ def main(cfg: SLConfig) -> dict:
 
     # By default one model responds, criticises, revises and is trained. `policy` names another one
     # that responds and is trained. `critic` names another one that criticises.
-    model = load_policy(cfg.policy or cfg.model, scorer="warn")
+    model = load_policy(cfg.policy or cfg.model, cfg.lora, cfg.seed, scorer="warn")
     reviser = load_policy(cfg.model) if cfg.policy else model
     critic = load_policy(cfg.critic) if cfg.critic else reviser
     check_prompts(model, prompts, cfg.max_new_tokens, cfg.prompts)
@@ -110,9 +109,9 @@ def main(cfg: SLConfig) -> dict:
     if cfg.rounds:
         critiques, revisions = critique.longest_requests(prompts, how)
         limit = cfg.max_new_tokens
-        check_requests([cfg.critic or cfg.model], critiques, 2 * limit, "[sl]: a critique request")
+        check_requests([critic], critiques, 2 * limit, "[sl]: a critique request")
         answers = 3 if critiques else 2  # in the context: the response, the critique, the revision
-        check_requests([cfg.model], revisions, answers * limit, "[sl]: a revision request")
+        check_requests([reviser], revisions, answers * limit, "[sl]: a revision request")
 
     # 1. Respond, criticise, revise: revisions.jsonl, one row per red-team prompt.
     models = stage.stamp(cfg.model, cfg.policy, cfg.critic)
@@ -142,16 +141,12 @@ def main(cfg: SLConfig) -> dict:
             rows = [dict(zip(names, row)) for row in zip(numbers, asked, *answers)]
             helpful.append(parallel.joined([row | {"seed": cfg.seed} | models for row in rows]))
 
-    # 3. The responses to learn, as token ids. One that the length limit cut off has no end token:
-    #    the model must not learn to stop there.
+    # 3. The responses to learn, as token ids. One that was cut off must not teach to stop there.
     learned = []
     for row in revisions.rows:
         learned += critique.training_pairs(row, cfg.keep, cfg.drop)
-    learned += [
-        (row["prompt"], row["response"], row.get("ended"))
-        for row in helpful.rows
-        if row["response"]
-    ]
+    for row in filter(lambda row: row["response"], helpful.rows):
+        learned.append((row["prompt"], row["response"], row.get("ended")))
     encoded = encode_learned(model.tokenizer, learned, cfg.max_new_tokens, str(stage.folder))
 
     # 4. Minimise  L_SL = - sum_i log P(y_i_revised | x_i).

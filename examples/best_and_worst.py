@@ -28,7 +28,8 @@ from pathlib import Path
 from statistics import fmean
 
 from minicai import InputError
-from minicai.engine.data import read_jsonl, write_atomic
+from minicai.engine.data import read_jsonl
+from minicai.engine.disk import write_atomic
 from minicai.engine.terminal import run
 
 

@@ -17,6 +17,7 @@
 import importlib
 import inspect
 import os
+import sys
 
 from minicai import InputError
 from minicai.engine import config, terminal
@@ -60,4 +61,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    terminal.run(main, usage)
+    terminal.run(main, usage(sys.argv[1:]))

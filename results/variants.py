@@ -35,7 +35,8 @@ sys.path.insert(0, str(ROOT))  # use this checkout even if a minicai is installe
 
 from minicai import InputError
 from minicai.engine import config, parallel, terminal
-from minicai.engine.data import finite, write_atomic
+from minicai.engine.data import finite
+from minicai.engine.disk import write_atomic
 from minicai.report import summary as report
 from minicai.tools.judging import EvalConfig
 from results import collect, measure

@@ -106,7 +106,8 @@ def power_cut(world: World, number: int, share: float) -> str:
     safe = STAGES[: STAGES.index([name for name in begun if name][-1])] if number else STAGES
     for name in safe:  # it was finished: the run had gone on to the next stage
         lost = differences(world.out / name, world.whole / name)
-        if lost:
+        lost = [file for file in lost if (world.whole / name / file).exists()]
+        if lost:  # but old checkpoints may have come back
             return f"LOST: {name}/{', '.join(lost)}"
     return resumed(world)
 
@@ -338,9 +339,9 @@ CODE = (  # module, a change of its results, and after which stop a stage would 
 
 
 def tree(folder: Path) -> str:
-    """A digest of all names and contents below a folder."""
+    """A digest of all names and contents below a folder, but for its locks."""
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(path for path in folder.rglob("*") if path.suffix != ".lock"):
         digest.update(f"{path.relative_to(folder)} ".encode())
         digest.update(path.read_bytes() if path.is_file() else b"")
     return digest.hexdigest()
@@ -378,7 +379,7 @@ def changed_reward(world: World, finished: bool) -> str:
     """A reward function's file changes in the middle of PPO, or after it."""
     world.stopped("rm")
     world.again(names=("rm",))
-    source, flag = world.run_in / "reward.py", f"--reward_function={world.run_in}/reward.py:length"
+    source, flag = world.run_in / "reward.py", "--reward_function=reward:length"
     source.write_text("def length(prompts, responses):\n    return [1.0] * len(prompts)\n")
 
     def work() -> None:

@@ -266,13 +266,13 @@ def half_precision(folder, results):
 # --- whole scripts --------------------------------------------------------------------------------
 
 
-def scripts(folder, results):
+def scripts(folder, results, run, **settings):
     """All three from data to export, and each of them again, which must change nothing."""
-    out = folder / f"run-{parallel.world()}"
-    configs = (sl_config(folder, out), rm_config(folder, out), ppo_config(folder, out))
-    for script, cfg in zip((train_sl, train_rm, train_ppo), configs):
+    out, configs = folder / f"{run}-{parallel.world()}", (sl_config, rm_config, ppo_config)
+    for script, config in zip((train_sl, train_rm, train_ppo), configs):
+        cfg = config(folder, out, **settings)
         record = script.main(cfg)
-        results[f"records {script.__name__}"] = record, script.main(cfg)
+        results[f"{run} records {script.__name__}"] = record, script.main(cfg)
 
 
 def exports(folder):
@@ -330,7 +330,8 @@ def checks(folder):
     results = {}
     for architecture in ARCHITECTURES:
         script_gradients(folder, architecture, results)
-    scripts(folder, results)
+    scripts(folder, results, "run")
+    scripts(folder, results, "lora", lora_rank=4, lora_alpha=8.0, gradient_checkpointing=True)
     exports(folder)
     if parallel.world() == 1:
         store(folder, results)

@@ -533,14 +533,14 @@ def test_what_cannot_run_is_refused_before_anything_is_written(base, tmp_path):
     tokenizer.save_pretrained(tmp_path / "rm")
     with pytest.raises(InputError, match="its tokenizer is not the policy's"):
         run(base, "refused", reward=str(tmp_path / "rm"))
-    with pytest.raises(InputError, match=r"harmful.txt: prompt 3 has \d+ tokens, which with 250"):
+    with pytest.raises(InputError, match=r"harmful.txt: prompt 1 has \d+ tokens, which with 250"):
         run(base, "refused", max_new_tokens=250)
     assert not output(base, "refused").exists()
 
 
 def test_the_kinds_of_prompts_that_the_shares_need_are_there(base):
     with pytest.raises(InputError, match=r"\[ppo\] prompts: names no file; helpful_share = 1"):
-        run(base, "harmless", prompts="")
+        run(base, "no-prompts", prompts="")
     found = run(base, "harmless", prompts="", helpful_share=1.0, iterations=1)
     assert {row["prompt"] for row in found.episodes} <= set(HARMLESS)
 
@@ -548,8 +548,8 @@ def test_the_kinds_of_prompts_that_the_shares_need_are_there(base):
 def test_a_model_that_has_diverged_is_one_sentence(base):
     """Not three updates that are skipped, blamed on a batch or on the rate."""
 
-    def diverged(path, **how):
-        model = load_scorer(path, **how)
+    def diverged(path, *seed):
+        model = load_scorer(path, *seed)
         with torch.no_grad():
             model.score.weight.fill_(math.nan)
         return model

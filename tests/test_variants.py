@@ -473,7 +473,7 @@ def test_a_run_of_variants_that_was_interrupted_resumes_to_the_same_files(
         ("sl", "--critic=othr", "othr is not a model folder"),
         ("sl", "--examples=none.toml", "No such file"),
         ("sl", "--style=weak", "style must be one of plain, chain_of_thought, strong, none"),
-        ("sl", "--drop=long", "drop may hold empty, unchanged, leaked, boilerplate"),
+        ("sl", "--drop=long", "drop must be one of empty, unchanged, leaked, boilerplate"),
         ("sl", "--principles=some", "principles must be one of"),
         ("sl", "--max_new_tokens=700", "a revision request to .* context of 2048"),
         ("rm", "--candidates=1", "candidates must be at least 2"),
@@ -489,7 +489,7 @@ def test_a_run_of_variants_that_was_interrupted_resumes_to_the_same_files(
         ("rm", "--labels=chain_of_thought --max_new_tokens=640", "a comparison to .* of 2048"),
         ("sl", "--prompts=long.txt", "long.txt: prompt 1 has 2046 tokens, which with 6 new ones"),
         ("sl", "--helpful_prompts=long.txt", "long.txt: prompt 1 has 2046 tokens"),
-        ("rm", "--prompts=long.txt", "long.txt: prompt 1 has 2046 tokens, which with 7 new ones"),
+        ("rm", "--prompts=long.txt", "long.txt: prompt 1 has 2046 tokens, which with 6 new ones"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_before_anything_is_written(

@@ -9,10 +9,9 @@ makes, moves and removes folders; each writes and reads its own part of a checkp
 
 import json
 import os
-import pickle
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,37 +26,26 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from minicai import InputError
-from minicai.engine import parallel
-from minicai.engine.data import (
+from minicai.engine import adapters, parallel
+from minicai.engine.adapters import Role
+from minicai.engine.data import read_record
+from minicai.engine.dialogue import ending
+from minicai.engine.disk import (
+    damaged,
     discard,
     disk_guard,
-    raise_interrupt,
-    read_record,
-    sha256,
+    make_folder,
+    sums,
     sync,
     write_atomic,
 )
-from minicai.engine.dialogue import ending
+from minicai.engine.load import merged
 from minicai.engine.packing import TOLERANCE
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in one process it is meant to
 KEPT = 2  # checkpoints: the newest, and the one before it
 SUMS = "sums.json"  # {name: sha256} of the files of a checkpoint
-# What the table of contents of a checkpoint of tensors consists of.
-PLAIN = [
-    "Metadata",
-    "MetadataIndex",
-    "StorageMeta",
-    "TensorStorageMetadata",
-    "TensorProperties",
-    "ChunkStorageMetadata",
-    "_StorageInfo",
-    "_MEM_FORMAT_ENCODING",
-    "_get_layout",
-    "Size",
-    "PosixPath",
-    "WindowsPath",
-]
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # what checkpoints hold
 Models = dict[str, torch.nn.Module]
 
 
@@ -72,10 +60,24 @@ def save(
     temporary = folder / "checkpoints" / f"step_{step:06d}.tmp"
     with disk_guard(temporary.with_suffix(""), None if parallel.rank() else temporary):
         parallel.once(_fresh, temporary)
-        weights, found = get_state_dict(torch.nn.ModuleDict(models), optimizer)
-        state = {"models": weights, "optimizer": found["state"]}
-        dcp.save(state, checkpoint_id=temporary, no_dist=parallel.world() == 1)  # syncs its files
+        weights, found = get_state_dict(_whole(models), optimizer, options=TRAINED)
+        _together(dcp.save, {"models": weights, "optimizer": found["state"]}, temporary)
         parallel.once(_publish, temporary, json.dumps(extra))
+
+
+def _together(function: Callable, state: dict, folder: Path) -> None:
+    """Calls dcp.save or dcp.load. Raises what went wrong inside, a KeyboardInterrupt too."""
+    try:
+        return function(state, checkpoint_id=folder, no_dist=parallel.world() == 1)
+    except dcp.CheckpointException as error:
+        failed = [inner for inner, _ in error.failures.values()]
+    raise failed[0]  # outside of `except`, where it would lose its own cause
+
+
+def _whole(models: Models) -> torch.nn.ModuleDict:
+    """All models in one module. Those that are roles of one are there once."""
+    names = {getattr(model, "backbone", model): name for name, model in models.items()}
+    return torch.nn.ModuleDict({name: model for model, name in names.items()})
 
 
 def _fresh(folder: Path) -> None:
@@ -90,24 +92,14 @@ def _fresh(folder: Path) -> None:
 def _publish(temporary: Path, extra: str) -> None:
     final = temporary.with_suffix("")
     write_atomic(temporary / "extra.json", extra)
-    write_atomic(temporary / SUMS, json.dumps(sums(temporary.iterdir())))
+    write_atomic(temporary / SUMS, json.dumps(sums(temporary, os.listdir(temporary))))
+    for file in temporary.iterdir():
+        sync(file)  # dcp.save syncs before it has flushed: its table would be empty
     discard(final)
     os.rename(temporary, final)
     sync(final.parent)
     for old in sorted(final.parent.glob("step_??????"))[:-KEPT]:
         discard(old)
-
-
-def sums(paths: Iterable[Path]) -> dict[str, str]:
-    """{name: sha256} of files."""
-    return {path.name: sha256(path) for path in paths}
-
-
-def require_whole(folder: Path, known: dict[str, str]) -> None:
-    """Raises InputError where a file is not there, or is not the one that had the known sum."""
-    for name, sha in known.items():
-        if sha256(folder / name) != sha:
-            raise InputError(f"{folder / name}: is not what was written, by its sha256")
 
 
 def latest(folder: Path) -> tuple[int, Path] | None:
@@ -126,88 +118,82 @@ def resume(folder: Path, models: Models, optimizer: torch.optim.Optimizer) -> tu
         return 0, {}
     step, path = found
     try:
-        parallel.once(require_whole, path, read_record(path / SUMS))
-        with open(path / ".metadata", "rb") as file:
-            known = _Plain(file).load().state_dict_metadata
-        extra = json.loads((path / "extra.json").read_text(encoding="utf-8"))
-        whole = torch.nn.ModuleDict(models)
-        weights, found = get_state_dict(whole, optimizer)  # the settings are the config's
+        wrong = parallel.once(damaged, path, read_record(path / SUMS))
+        if wrong:
+            raise InputError(wrong[0])
+        known = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        extra, whole = read_record(path / "extra.json"), _whole(models)
+        # The optimizer's settings are the config's.
+        weights, found = get_state_dict(whole, optimizer, options=TRAINED)
         # A parameter without a gradient so far has no optimizer state in the checkpoint.
         had = {key.removeprefix("optimizer.").rpartition(".")[0] for key in known}
         found["state"] = {name: x for name, x in found["state"].items() if name in had}
-        state = {"models": weights, "optimizer": found["state"]}
-        dcp.load(state, checkpoint_id=path, no_dist=parallel.world() == 1)
+        _together(dcp.load, {"models": weights, "optimizer": found["state"]}, path)
         states = {"model_state_dict": weights, "optim_state_dict": found}
-        set_state_dict(whole, optimizer, **states, options=StateDictOptions(strict=False))
-    except (Exception, dcp.CheckpointException) as error:  # the second is a BaseException
+        set_state_dict(whole, optimizer, **states, options=TRAINED)
+    except Exception as error:
         if parallel.lost_peer(error):
             raise
-        raise_interrupt(error)
-        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        reason = " ".join(str(error).split())[-200:]
         raise InputError(
-            f"{path}: not a readable checkpoint of this model and optimizer "
-            f"({kind}{' '.join(str(error).split())[-200:]}); remove it to resume from the one "
-            f"before"
+            f"{path}: not a readable checkpoint of this model and optimizer ({reason}); remove it "
+            f"to resume from the one before"
         ) from error
     return step, extra
 
 
-class _Plain(pickle.Unpickler):
-    """Reads a checkpoint's table of contents, a pickle, and refuses one that would run code."""
-
-    def find_class(self, module: str, name: str):
-        plain = name in PLAIN or isinstance(getattr(torch, name, None), torch.dtype)
-        if plain and module.partition(".")[0] in ("torch", "pathlib"):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name}")
-
-
 @torch.no_grad()
-def export(folder: Path, model: PreTrainedModel) -> list[str]:
+def export(folder: Path, model: PreTrainedModel | Role) -> list[str]:
     """Writes the model and its tokenizer as a Hugging Face folder, config.json last.
+
+    A role is merged into its weights, and FOLDER/adapter has its adapters in PEFT's format.
 
     Before that they are read back and must give the logits that the model gives. Raises
     RuntimeError where they do not. Returns the names of the files.
     """
     vocabulary = model.config.get_text_config().vocab_size
     probe = torch.arange(2, 10)[None] % vocabulary
-    with parallel.computing_in(parallel.weight_precision()), parallel.autocast():
+    lora = isinstance(model, Role)
+    with parallel.computing_in(parallel.weight_precision(lora)), parallel.autocast():
         expected = model(input_ids=probe.to(model.device)).logits.float().cpu()
         limit = TOLERANCE[parallel.precision()] * max(1.0, expected.abs().max().item())
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model, options=options)
-    kind = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
+    weights = model.numbers() if lora else get_model_state_dict(model, options=options)
+    classes = type(model.backbone if lora else model).__mro__
+    kind = next(c for c in classes if not issubclass(c, FSDPModule))
     temporary = folder / "export.tmp"
 
     def write() -> list[str]:
-        with torch.device("meta"):
-            whole = kind._from_config(model.config, dtype=torch.float32)
-        whole.load_state_dict(weights, assign=True)
-        whole.tie_weights()
-        if whole.can_generate():
-            whole.generation_config = ending(model.generation_config, model.tokenizer)
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a kill
         with disk_guard(folder, temporary):
             temporary.mkdir()  # the stage's own folder is there, or it was removed
-            whole.save_pretrained(temporary)
+            whole, stored = model, weights
+            if lora:
+                adapters.save(temporary / "adapter", model, weights)
+                whole, stored = merged(model, kind, weights), None
+            if whole.can_generate():
+                whole.generation_config = ending(model.generation_config, model.tokenizer)
+            whole.save_pretrained(temporary, state_dict=stored)
             model.tokenizer.save_pretrained(temporary)
-        with disk_guard(folder):
+            del whole  # its memory is needed now
             found = kind.from_pretrained(temporary, dtype=torch.float32, trust_remote_code=False)
             difference = (found.eval()(input_ids=probe).logits - expected).abs().max().item()
             if not difference <= limit:
                 raise RuntimeError(
-                    f"{temporary}: the exported model's logits differ by {difference:.2g} from "
+                    f"{folder}: the exported model's logits would differ by {difference:.2g} from "
                     f"those of the model that was trained"
                 )
-            files = sorted(temporary.iterdir(), key=lambda file: file.name == "config.json")
-            for file in temporary.glob("*.safetensors"):  # their library makes them private
-                shutil.copymode(temporary / "config.json", file)
-            for file in temporary.rglob("*"):
-                sync(file)
+            files = [file for file in temporary.rglob("*") if file.is_file()]
+            files.sort(key=lambda file: file.name == "config.json")
+            names = [str(file.relative_to(temporary)) for file in files]
             for file in files:
-                os.replace(file, folder / file.name)
-                sync(folder)  # in this order on the disk too
-            temporary.rmdir()
-        return [file.name for file in files]
+                shutil.copymode(temporary / "config.json", file)  # some libraries make them private
+                sync(file)
+            for file, name in zip(files, names):
+                make_folder((folder / name).parent)
+                os.replace(file, folder / name)
+                sync((folder / name).parent)  # in this order on the disk too
+            shutil.rmtree(temporary)
+        return names
 
     return parallel.once(write)

@@ -10,18 +10,16 @@ field.
 
 import dataclasses
 import difflib
-import importlib
 import inspect
 import json
 import math
 import os
+import pkgutil
 import re
-import shutil
 import sys
 import textwrap
 import tomllib
-import typing
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +32,6 @@ Paths = str | tuple[str, ...]
 SECTIONS = ("sl", "rm", "ppo", "eval", "try")
 ALONE = ("overwrite", "accept_changes", "watch")  # flags that need no value
 FIELD = re.compile(r"^((?:    # .*\n)*)    (\w+): .*?(?:  # (.*))?$", re.MULTILINE)
-WRAPPED = {"subsequent_indent": " " * 30, "break_long_words": False, "break_on_hyphens": False}
 TYPES = {  # of settings, in words
     str: "a text",
     int: "a whole number",
@@ -85,8 +82,8 @@ SECRET_NAME = re.compile(
 def setting(default, **metadata):
     """A field with what its value may be, or how it is used.
 
-    choices: the words it may be. each: the words that a list may hold. at_least, at_most: bounds,
-    included. path: it names a file or folder, resolved by `locate`; model: a model folder or a name
+    choices: the words that it may be, or that a list may hold. at_least, at_most: bounds, included.
+    path: it names a file or folder, resolved by `locate`. model: that is a model folder or a name
     on the hub. free: it may change over a resume, since it decides memory or time, not results.
     """
     return dataclasses.field(default=default, metadata=metadata)
@@ -99,6 +96,18 @@ def positive(default: float):
 
 def path_setting(default: Paths = "", model: bool = False):
     return setting(default, path=True, model=model, free=True)  # contents are compared, not paths
+
+
+@dataclass(frozen=True)
+class Lora:
+    """How adapters are made. targets: paths of linear layers, or their ends; () = all in blocks."""
+
+    rank: int  # r; 0 = no adapters
+    alpha: float
+    targets: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return self.rank > 0
 
 
 @dataclass
@@ -116,6 +125,11 @@ class Run:
     rows: int = setting(256, at_least=1, free=True)  # sequences decoded side by side: memory
     micro_tokens: int = setting(4096, at_least=1, free=True)  # tokens per forward pass: memory
     gradient_checkpointing: bool = False  # less memory, a third more arithmetic in training
+    # adapters instead of full training (LoRA, Hu et al. 2021): r; 0 = full. They need about ten
+    # times the learning rates
+    lora_rank: int = 0
+    lora_alpha: float = 32.0  # adapters are scaled by lora_alpha / lora_rank
+    lora_targets: tuple[str, ...] = ()  # names of linear layers; () = all in the blocks
     save_every: int = setting(20, at_least=1, free=True)  # steps or iterations between checkpoints
     # rounds of SL, RM and PPO in the demo, each from the policy of the round before; an extension
     alternate: int = setting(1, at_least=1)
@@ -125,8 +139,12 @@ class Run:
     accept_changes: bool = False  # resume although settings, inputs or code have changed
     later = ()  # no setting: folders that --overwrite removes too, first; the demo names its stages
 
+    @property
+    def lora(self) -> Lora:
+        return Lora(self.lora_rank, self.lora_alpha, self.lora_targets)
 
-TOP = {field.name for field in dataclasses.fields(Run)}
+
+TOP = set(Run.__dataclass_fields__)
 
 # --- paths ----------------------------------------------------------------------------------------
 
@@ -170,10 +188,9 @@ def load(kind: type, section: str, arguments: list[str]):
         found = " ".join(files) or "none"
         raise InputError(f"expected one config file, got {found}; for example configs/tiny.toml")
     path = Path(files[0])
-    names = [p.name for p in path.parent.glob("*.toml")]
-    near = difflib.get_close_matches(path.name, names, 1, 0.4)
-    if near and not path.exists():
-        raise InputError(f"{path}: no such file; did you mean {path.parent / near[0]}?")
+    if not path.exists():
+        names = [other.name for other in path.parent.glob("*.toml")]
+        raise InputError(f"{path}: no such file{nearest(path.name, names)}")
     table = stored(path)
     flags = [argument for argument in arguments if argument not in files]
     config = _made(kind, section, flags, _from_table(table, section, kind, path))
@@ -231,49 +248,40 @@ def call(name: str, command: Callable, arguments: list[str]) -> None:
 
 def _from_table(table: dict, section: str, kind: type, path: Path) -> dict:
     """{key: (value, where)} of the top level and of the stage's own section."""
-    own = {field.name for field in dataclasses.fields(kind)} - TOP
+    own, top = kind.__dataclass_fields__.keys() - TOP, {*TOP, *SECTIONS, "made_from"}
     values = {}
     for key, value in table.items():
-        if key == section:
-            for name, inner in value.items():
-                if name not in own:
-                    hint = _instead(name, own)
-                    raise InputError(f"{path}: unknown key {name!r} in [{section}]{hint}")
-                values[name] = (inner, f"{path}: [{section}]")
-        elif key in TOP:
+        if key not in top:
+            raise InputError(f"{path}: unknown key {key!r}{_instead(key, top)}")
+        if key in TOP:
             values[key] = (value, path)
-        elif key not in (*SECTIONS, "made_from"):  # the second: of a config that a stage stored
-            raise InputError(f"{path}: unknown key {key!r}{_instead(key, TOP.union(SECTIONS))}")
+    for key, value in table.get(section, {}).items():
+        if key not in own:
+            raise InputError(f"{path}: unknown key {key!r} in [{section}]{_instead(key, own)}")
+        values[key] = (value, f"{path}: [{section}]")
     return values
 
 
 def _from_flag(argument: str, section: str, kind: type) -> dict:
     """`--seed=1`, `--lr=1e-4` or `--sl.lr=1e-4`; a key of another stage's section is ignored."""
     key, equals, text = argument.removeprefix("--").partition("=")
-    prefix, dot, name = key.replace("-", "_").rpartition(".")
-    hints = typing.get_type_hints(kind)
-    known = set(hints) - TOP if dot else set(hints)
-    foreign = dot and prefix != section
-    if foreign and prefix in SECTIONS:
+    prefix, _, name = key.replace("-", "_").rpartition(".")
+    if prefix in SECTIONS and prefix != section:
         return {}
-    if foreign or name not in known:
+    fields = kind.__dataclass_fields__
+    known = fields.keys() - TOP if prefix else fields.keys()
+    if prefix not in ("", section) or name not in known:
         raise InputError(f"--{key}: unknown key{_instead(name, known, '--')}")
-    value = text
-    if not equals:
-        value = True
-        if hints[name] is not bool:
-            raise InputError(f"{argument}: write --key=value")
-    elif hints[name] is not str or text.startswith(('"', "'")):  # --out=7 is a text
+    value = text if equals else True
+    if equals and (fields[name].type is not str or text.startswith(('"', "'"))):  # --out=7: a text
         with suppress(tomllib.TOMLDecodeError):  # a bare word
             value = tomllib.loads(f"v = {text}")["v"]
     return {name: (value, f"--{key}")}
 
 
-def _instead(word: str, known: set[str], dashes: str = "") -> str:
-    """What to write in a wrong key's place."""
-    near = difflib.get_close_matches(word, {*known, *MOVED}, 1, 0.4)
-    moved = MOVED.keys() - known & {*near}
-    return f": {MOVED[near[0]]}" if moved else nearest(word, sorted(known), dashes)
+def _instead(word: str, known: Collection[str], dashes: str = "") -> str:
+    """What to write in an unknown key's place."""
+    return f": {MOVED[word]}" if word in MOVED else nearest(word, sorted(known), dashes)
 
 
 def nearest(word: str, known: Collection[str], dashes: str = "") -> str:
@@ -281,7 +289,7 @@ def nearest(word: str, known: Collection[str], dashes: str = "") -> str:
     near = difflib.get_close_matches(word, known, 1, 0.4)
     if near:
         return f"; did you mean {dashes}{near[0]}?"
-    return f"; known: {', '.join(known)}"
+    return f"; known: {', '.join(known) or 'none'}"
 
 
 # --- checking -------------------------------------------------------------------------------------
@@ -291,40 +299,38 @@ def _made(kind: type, section: str, flags: list[str], values: dict):
     """The dataclass with values {key: (value, where)} and then those of flags, all checked."""
     for flag in flags:
         values |= _from_flag(flag, section, kind)
-    hints, typed = typing.get_type_hints(kind), {}
+    checked = {}
     for key, (value, where) in values.items():
-        typed[key] = _typed(value, hints[key], f"{where}: {key}")
-        _check(typed[key], kind.__dataclass_fields__[key].metadata, f"{where}: {key}")
-    return kind(**typed)
+        field = kind.__dataclass_fields__[key]
+        checked[key] = _typed(value, field.type, f"{where}: {key}")
+        _check(checked[key], field.metadata, f"{where}: {key}")
+    return kind(**checked)
 
 
 def _typed(value, kind: type, name: str):
     """The value as the type of its field. One text is a list of one, an empty text of none."""
-    if kind is float and type(value) is int:
-        value = float(value)
-    if kind == tuple[str, ...] and isinstance(value, str):
-        value = [value] * bool(value)
-    right = type(value) is kind
-    if kind == tuple[str, ...]:
-        right = isinstance(value, list) and all(isinstance(item, str) for item in value)
-    if not right:
-        raise InputError(f"{name} must be {TYPES[kind]}, not {json.dumps(value, default=str)}")
-    return tuple(value) if isinstance(value, list) else value
+    if kind is float:
+        if type(value) in (int, float) and math.isfinite(value):
+            return float(value)
+    elif kind == tuple[str, ...]:
+        texts = [value] * bool(value) if isinstance(value, str) else value
+        if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
+            return tuple(texts)
+    elif type(value) is kind:
+        return value
+    raise InputError(f"{name} must be {TYPES[kind]}, not {json.dumps(value, default=str)}")
 
 
-def _check(value, allowed: typing.Mapping, name: str) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"{name} must be a finite number, not {value}")
-    if "choices" in allowed and value not in allowed["choices"]:
-        words = ", ".join(word or "empty" for word in allowed["choices"])
-        raise InputError(f"{name} must be one of {words}, not {value!r}")
-    for word in value if "each" in allowed else ():
-        if word not in allowed["each"]:
-            raise InputError(f"{name} may hold {', '.join(allowed['each'])}, not {word!r}")
+def _check(value, allowed: Mapping, name: str) -> None:
+    if "choices" in allowed:
+        for word in value if isinstance(value, tuple) else (value,):
+            if word not in allowed["choices"]:
+                words = ", ".join(word or "empty" for word in allowed["choices"])
+                raise InputError(f"{name} must be one of {words}, not {word!r}")
     if type(value) in (int, float):
         low, high = allowed.get("at_least", 0), allowed.get("at_most", math.inf)
         if not low <= value <= high:
-            most = f" and at most {high}" if math.isfinite(high) else ""
+            most = f" and at most {high}" if "at_most" in allowed else ""
             raise InputError(f"{name} must be at least {low}{most}, not {value}")
 
 
@@ -333,36 +339,25 @@ def _check(value, allowed: typing.Mapping, name: str) -> None:
 
 def function(name: str) -> Callable:
     """The Python function "module:function". Raises InputError. The only import by name."""
-    module, _, attribute = name.partition(":")
-    if not (module and attribute.isidentifier()):
-        raise InputError(f"reward_function must be written module:function, not {name!r}")
-    if module.startswith("minicai.tinyworld"):
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found = pkgutil.resolve_name(name)
+    except Exception as error:  # the user's code may fail in any way
+        raise InputError(f"reward_function {name}: {type(error).__name__}: {error}") from error
+    if not inspect.isfunction(found):  # its source is a part of what a run was made from
+        raise InputError(f"reward_function must name module:function, in Python, not {name!r}")
+    if found.__module__.startswith("minicai.tinyworld"):
         raise InputError(
             f"reward_function {name}: the tiny world's judge measures what training did, and takes "
             f"no part in it"
         )
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        found = importlib.import_module(module)
-    except Exception as error:  # the user's code may fail in any way
-        raise InputError(f"reward_function {name}: {type(error).__name__}: {error}") from error
-    functions = {key: value for key, value in vars(found).items() if callable(value)}
-    if attribute not in functions:
-        hint = nearest(attribute, sorted(functions))
-        raise InputError(f"reward_function {name}: {module} has no function {attribute!r}{hint}")
-    return functions[attribute]
+    return found
 
 
 def source_file(name: str) -> str:
     """The file of the function "module:function", for its fingerprint. Raises InputError."""
-    try:
-        return inspect.getsourcefile(function(name)) or ""
-    except TypeError as error:
-        raise InputError(
-            f"reward_function {name}: its module has no Python source; write a function of your "
-            f"own that calls it"
-        ) from error
+    return inspect.getsourcefile(function(name))
 
 
 def mirror(log: str) -> Callable:
@@ -379,36 +374,29 @@ def dump(config, section: str, made_from: dict[str, str]) -> str:
     values = {k: json.dumps(v, ensure_ascii=False) for k, v in values.items() if k not in ALONE}
     lines = [f"{k} = {v}" for k, v in values.items() if k in TOP]
     lines += ["", f"[{section}]"] + [f"{k} = {v}" for k, v in values.items() if k not in TOP]
-    lines += ["", "[made_from]"] + [f'"{k}" = {json.dumps(v)}' for k, v in made_from.items()]
+    lines += ["", "[made_from]"] + [f'"{k}" = "{v}"' for k, v in made_from.items()]
     return redact("\n".join(lines)) + "\n"
 
 
-def differences(old: dict, new: dict, kind: type) -> list[str]:
+def differences(old: dict, new: dict, kind: type, section: str = "") -> list[str]:
     """What has changed between two stored configs, fields that are free to change left out."""
-    free = {field.name for field in dataclasses.fields(kind) if field.metadata.get("free")}
-    contents, settings, flat_old, flat_new = [], [], _flat(old), _flat(new)
-    for name in sorted(flat_old.keys() | flat_new.keys()):
-        was, now = flat_old.get(name), flat_new.get(name)
-        section, _, key = name.partition(".")
-        if was != now and section == "made_from":
-            contents.append(f"the contents of {key} changed")
-        elif was != now and (key or section) not in free:
-            settings.append(f"{name} ({was!r} there, {now!r} now)")
-    return contents + settings
-
-
-def _flat(table: dict) -> dict:
-    flat = {}
-    for key, value in table.items():
-        inner = value if isinstance(value, dict) else {}
-        flat |= {f"{key}.{name}": item for name, item in inner.items()} or {key: value}
-    return flat
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        was, now = old.get(key), new.get(key)
+        field = kind.__dataclass_fields__.get(key)
+        if isinstance(now or was, dict):
+            found += differences(was or {}, now or {}, kind, f"{key}.")
+        elif was != now and section == "made_from.":
+            found.append(f"the contents of {key} changed")
+        elif was != now and not (field and field.metadata.get("free")):
+            found.append(f"{section}{key} ({was!r} there, {now!r} now)")
+    return found
 
 
 def redact(text: str) -> str:
     """The text without access tokens and without the values of secret environment variables."""
-    values = [value for name, value in os.environ.items() if SECRET_NAME.match(name)]
-    for value in sorted(values, key=len, reverse=True):  # one may be a part of another
+    named = [value for name, value in os.environ.items() if SECRET_NAME.match(name)]
+    for value in sorted(named, key=len, reverse=True):  # one may be a part of another
         for written in (value, json.dumps(value, ensure_ascii=False)[1:-1]):
             text = text.replace(written, "[redacted]") if len(value) >= 8 else text
     return SECRET.sub("[redacted]", text)
@@ -419,29 +407,16 @@ def redact(text: str) -> str:
 
 def usage(doc: str, kind: type) -> str:
     """The text of --help: a docstring, and each setting with its default and its comment."""
-    width = max(80, min(120, shutil.get_terminal_size((100, 24)).columns))
     lines = [doc.strip()]
     for part in filter(dataclasses.is_dataclass, reversed(kind.__mro__)):
-        comments = _comments(inspect.getsource(part))
-        lines += ["", (part.__doc__ or "Options.").splitlines()[0]]
-        for field in dataclasses.fields(part):
-            if field.name not in comments:
-                continue  # another class's
-            default = field.default
-            default = json.dumps(list(default)) if isinstance(default, tuple) else default
-            flag = f"  --{field.name}" + ("" if default is False else f"={default}")
-            words = [" | ".join(field.metadata.get("choices", ()))]
-            words += [", ".join(field.metadata.get("each", ())), comments[field.name]]
-            text = "; ".join(filter(None, words))
-            lines += textwrap.wrap(f"{flag:<28}  {text}", width, **WRAPPED)
+        lines += ["", part.__doc__.splitlines()[0]]
+        for above, name, behind in FIELD.findall(inspect.getsource(part)):
+            field = kind.__dataclass_fields__[name]
+            default = field.default if field.type is str else json.dumps(field.default)
+            flag = f"  --{name}" + ("" if field.default is False else f"={default}")
+            comment = behind or " ".join(line.strip("# ") for line in above.splitlines())
+            words = [" | ".join(field.metadata.get("choices", ())), comment]
+            text = f"{flag:<28}  {'; '.join(filter(None, words))}"
+            lines += textwrap.wrap(text, 100, subsequent_indent=" " * 30)
     lines += ["", "  --quiet                     print only results and errors"]
     return "\n".join([*lines, "  --help                      print this text"])
-
-
-def _comments(source: str) -> dict[str, str]:
-    """{field: its comment}, which is behind the field or in the lines above it."""
-    found = {}
-    for above, name, behind in FIELD.findall(source):
-        lines = [line.strip("# ") for line in above.splitlines()]
-        found[name] = behind or " ".join(lines)
-    return found

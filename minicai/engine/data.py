@@ -4,19 +4,16 @@ Lines of a journal are written whole and synced to the disk. A kill can tear onl
 is dropped when the journal is opened, and work resumes after the line before it.
 """
 
-import errno
 import gzip
-import hashlib
 import json
 import math
 import os
 import random
 import re
-import shutil
 import tomllib
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -24,114 +21,10 @@ import numpy as np
 
 from minicai import InputError, RunError
 from minicai.engine import hub
+from minicai.engine.disk import disk_guard, sync
 from minicai.prompts import Prompt, render, split_transcript
 
-OLD = ".old.tmp"  # ends the name of a folder that is being removed
-
-
-# --- writing --------------------------------------------------------------------------------------
-
-
-@contextmanager
-def disk_guard(path: Path, temporary: Path | None = None) -> Iterator[None]:
-    """Wraps what writes `path`, or `temporary`, which is to replace it and is removed on an error.
-
-    Raises RunError where the system refuses: the disk is full, or broken, or read-only. Libraries
-    raise errors of their own then, so the system's word is looked for behind every error.
-    """
-    try:
-        yield
-    except BaseException as error:  # a checkpoint's error is not an Exception
-        if temporary and temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        elif temporary:
-            with suppress(OSError):
-                temporary.unlink()
-        raise_interrupt(error)
-        reason = system_error(error)
-        if reason and not isinstance(error, InputError | RunError | KeyboardInterrupt):
-            raise RunError(
-                f"{path}: cannot be written: {reason}; all files are complete: where that is "
-                f"mended, the same command (without --overwrite) resumes"
-            ) from error
-        raise
-
-
-def system_error(error: BaseException | None) -> str:
-    """What the system said in an error or in those behind it; "" where it said nothing."""
-    if error is None:
-        return ""
-    rust = re.search(r"([^:]+) \(os error \d+\)", str(error))  # a library in Rust quotes it
-    said = rust[1].strip() if rust else getattr(error, "strerror", "")
-    behind = [inner for inner, _ in getattr(error, "failures", {}).values()]  # of a checkpoint
-    behind.append(error.__cause__ or error.__context__)
-    return said or next(filter(None, map(system_error, behind)), "")
-
-
-def raise_interrupt(error: BaseException) -> None:
-    """Raises the KeyboardInterrupt that torch.distributed.checkpoint has wrapped, if it has."""
-    for inner, _ in getattr(error, "failures", {}).values():
-        if isinstance(inner, KeyboardInterrupt):
-            raise KeyboardInterrupt from error
-
-
-def sync(path: Path) -> None:
-    """Returns when a file's contents, or the names in a folder, are on the disk.
-
-    What is not synced before a power cut may be lost, a rename too.
-    """
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot sync folders
-            raise
-    finally:
-        os.close(handle)
-
-
-def make_folder(path: Path) -> None:
-    """Makes a folder and those above it, each on the disk when this returns."""
-    if not path.is_dir():
-        make_folder(path.parent)
-        path.mkdir(exist_ok=True)
-        sync(path.parent)
-
-
-def discard(folder: Path) -> None:
-    """Removes a folder in one step: after a kill it is whole, or no longer there.
-
-    It is renamed first. What a kill left of an earlier removal is removed too.
-    """
-    doomed = folder.with_name(folder.name + OLD)
-    shutil.rmtree(doomed, ignore_errors=True)
-    if folder.exists():
-        os.rename(folder, doomed)
-        sync(folder.parent)
-        shutil.rmtree(doomed)
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replaces a file at once: after a kill it has the whole new text or the whole old one.
-
-    Raises RunError where it cannot be written.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    with disk_guard(path, temporary):
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
-
-
-def sha256(path: Path) -> str:
-    """The sum of a file's contents. Raises InputError where it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
+# --- journals -------------------------------------------------------------------------------------
 
 
 def finite(value):
@@ -152,7 +45,7 @@ class Journal:
     def __init__(self, path: Path, group: int = 1, total: int | None = None):
         self.path, self.name, self.mirror = path, path.stem, None
         self.group, self.total = group, total
-        self.rows, self.sizes = read_journal(path)
+        self.rows, self.sizes = read_journal(path), [len(x.encode()) + 1 for x in _whole(path)]
         count = len(self.rows)
         self.keep(count if count == total else count - count % group)
 
@@ -187,13 +80,21 @@ class Journal:
             return
         size = os.path.getsize(self.path) if os.path.exists(self.path) else 0
         if size != sum(self.sizes):
-            raise RunError(
-                f"{self.path}: was removed or changed by another program; put it back, and the "
-                f"same command (without --overwrite) resumes"
-            )
+            raise self._changed()
+
+    def _changed(self) -> RunError:
+        return RunError(
+            f"{self.path}: was removed or changed by another program; put it back, and the same "
+            f"command (without --overwrite) resumes"
+        )
 
     def keep(self, count: int) -> None:
-        """Forgets all but the first `count` rows, as those logged after the latest checkpoint."""
+        """Forgets all but the first `count` rows, as those logged after the latest checkpoint.
+
+        Raises RunError where there are fewer.
+        """
+        if count > len(self.rows):
+            raise self._changed()
         self.rows, self.sizes = self.rows[:count], self.sizes[:count]
         if self.path and self.path.exists():
             with disk_guard(self.path):
@@ -279,32 +180,29 @@ ROW = {
     list: {"rounds", "votes", "corrects", "incorrects"},
 }
 RECORD = {
-    float | int | dict: {"count", "ece", "elo", "peak_rss_mb"},
-    float | int | dict | None: {"rate", "kl", "accuracy_vs_judge", "accuracy_vs_labels"},
+    float | int | dict: {"count", "elo", "peak_rss_mb"},
+    float | int | dict | None: {"rate", "kl", "ece", "accuracy_vs_judge", "accuracy_vs_labels"},
     list | dict: {"interval", "heldout_ids", "calibration", "harmful_by_round"},
-    dict: {"eval", "intervals", "jailbreaks", "replayed", "labels", "revision", "run"},
+    dict: {"eval", "files", "intervals", "jailbreaks", "labels", "replayed", "revision", "run"},
 }
 
 
 class Found(dict):
-    """An object in a file of ours. A key that is missing is an InputError, which says where."""
+    """An object in a file of ours. A wrong or missing value is an InputError, which says where."""
+
+    def __init__(self, where: str, kinds: dict, found: dict):
+        super().__init__(found)
+        self.where = where
+        for kind, names in kinds.items():
+            for name in names & found.keys():
+                if not isinstance(found[name], kind) or isinstance(found[name], bool):
+                    said = json.dumps(found[name])[:80]
+                    raise InputError(f'{where}: "{name}" cannot be {said}')
+        if "prompt" in found:
+            _prompt(found, where)
 
     def __missing__(self, key: str):
         raise InputError(f'{self.where}: needs "{key}"')
-
-
-def _ours(where: str, kinds: dict, found: dict) -> Found:
-    """The object, once its keys have the right kinds. Raises InputError."""
-    for kind, names in kinds.items():
-        for name in names & found.keys():
-            if not isinstance(found[name], kind) or isinstance(found[name], bool):
-                said = json.dumps(found[name])[:80]
-                raise InputError(f'{where}: "{name}" cannot be {said}')
-    if "prompt" in found:
-        _prompt(found, where)
-    row = Found(found)
-    row.where = where
-    return row
 
 
 def _object(line: str, where: str, kinds: dict | None) -> dict:
@@ -312,15 +210,17 @@ def _object(line: str, where: str, kinds: dict | None) -> dict:
 
     kinds: ROW or RECORD, where minicai wrote it; a missing key of it is an InputError, too.
     """
+    hook = partial(Found, where, kinds) if kinds else None
     try:
-        row = json.loads(line)
-        text = json.dumps(row, ensure_ascii=False).encode()  # JSON can spell half a surrogate pair
+        row = json.loads(line, parse_constant=lambda name: None, object_hook=hook)
+        json.dumps(row, ensure_ascii=False).encode()  # JSON can spell half a surrogate pair
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not valid JSON ({getattr(error, 'msg', error)})") from error
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object {{...}}, found {type(row).__name__}")
-    hook = partial(_ours, where, kinds) if kinds else None
-    return json.loads(text, parse_constant=lambda name: None, object_hook=hook)
+    return row
 
 
 def _text(path: str | Path, encoding: str = "utf-8-sig", errors: str = "strict") -> str:
@@ -343,20 +243,21 @@ def read_record(path: Path) -> dict:
 
 def read_toml(path: Path) -> dict:
     """The table that a file is. Raises InputError where it is damaged."""
+    text = _text(path)
     try:
-        return tomllib.loads(_text(path))
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid TOML: {error}") from error
 
 
-def read_journal(path: Path) -> tuple[list[dict], list[int]]:
-    """The rows of a stage's journal, and their sizes in bytes; none where there is no file.
+def _whole(path: Path) -> list[str]:
+    """The lines of a journal. What follows the last line end is torn, or being written."""
+    return _text(path, "utf-8", "surrogateescape").split("\n")[:-1] if path.exists() else []
 
-    What follows the last line end is torn, or being written. Raises InputError, with the line.
-    """
-    lines = _text(path, "utf-8", "surrogateescape").split("\n")[:-1] if path.exists() else []
-    rows = [_object(line, f"{path}, line {k}", ROW) for k, line in enumerate(lines, 1)]
-    return rows, [len(line.encode()) + 1 for line in lines]
+
+def read_journal(path: Path) -> list[dict]:
+    """The whole rows of a stage's journal, [] where there is no file. Raises InputError."""
+    return [_object(line, f"{path}, line {k}", ROW) for k, line in enumerate(_whole(path), 1)]
 
 
 def _rows(path: str | Path, kinds: dict | None = None) -> Iterator[tuple[int, str, dict]]:
@@ -446,10 +347,8 @@ def read_preferences(path: str | Path, limit: int = 0) -> list[dict]:
     rows = []
     label = {"p_first": 1.0, "votes": [], "source": "human", "clamped": False}
     for number, where, row in _rows(path, ROW):
-        first, second = row["chosen"], row["rejected"]
-        if "prompt" in row:
-            prompt = _prompt(row, where)
-        else:
+        prompt, first, second = row.get("prompt"), row["chosen"], row["rejected"]
+        if not prompt:
             prompt, first = split_transcript(first, where)
             other, second = split_transcript(second, where)
             if prompt != other:

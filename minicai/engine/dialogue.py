@@ -17,7 +17,6 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import lru_cache
 
-from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -31,16 +30,12 @@ Asked = str | list[dict]  # a text to continue, or a dialogue to answer (prompts
 # Some let the model think aloud unless told not to. Here a critique is asked for by itself.
 DAY = datetime(2024, 7, 26)
 TEMPLATE = {"date_string": "26 Jul 2024", "enable_thinking": False, "thinking": False}
+TEMPLATE |= {"return_dict": False}
 SECONDS = 5  # time limit of a template for one dialogue; it usually takes a millisecond
 # A generation prompt that ends like this leaves a block of thoughts open.
 THINKING = re.compile(r"([<\[])((?:\w+:)?(?:think|thought|reason)\w*)([>\]])(\s*)$", re.IGNORECASE)
-# Names of tokens that no text has, best first.
-SPARE = (
-    r"pad",
-    r"reserved|unused",
-    r"extra|dummy|placeholder|special",
-    r"fim|vision|image|audio|video|tool",
-)
+# Names of tokens that no text has.
+SPARE = re.compile("pad|reserved|unused|extra|dummy|placeholder|fim|vision|image", re.IGNORECASE)
 # A character of Unicode's private use area: no template writes it.
 MARK = "\U000f0000"
 
@@ -72,27 +67,16 @@ def _time_limit() -> Iterator[None]:
         signal.signal(signal.SIGALRM, handler)
 
 
-def _by_chance(*_) -> None:
-    raise TemplateError("it draws at random")
-
-
 def _templated(
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    turns: list[dict],
-    tokenize: bool = True,
-    **how,
+    tokenizer: PreTrainedTokenizerBase, template: str, turns: list[dict], **how
 ) -> list[int] | str:
-    """A dialogue in the form of the chat template, as token ids or as text."""
-    how |= TEMPLATE | {"sanitize_control_tokens": tokenize, "return_dict": False}
+    """A dialogue in the form of the chat template, as token ids or (tokenize=False) as text."""
+    how = TEMPLATE | {"sanitize_control_tokens": how.get("tokenize", True)} | how
     try:
         with _time_limit():
             compiled = _compile_jinja_template(template)  # transformers keeps it for the next time
-            compiled.globals |= {"strftime_now": DAY.strftime, "lipsum": _by_chance}
-            compiled.environment.filters["random"] = _by_chance
-            return tokenizer.apply_chat_template(
-                turns, chat_template=template, tokenize=tokenize, **how
-            )
+            compiled.globals["strftime_now"] = DAY.strftime
+            return tokenizer.apply_chat_template(turns, chat_template=template, **how)
     except Exception as error:  # a template is a program and may raise anything
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise InputError(
@@ -129,12 +113,11 @@ def _form(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, int]:
         )
     if rest.strip():
         template = template.removesuffix("\n") + f"{{{{ {rest!r} if add_generation_prompt }}}}"
-    added = tokenizer.added_tokens_decoder.items()
-    special = {k for k, token in added if token.special} | {tokenizer.eos_token_id}
-    for k in tokenizer(after, add_special_tokens=False)["input_ids"]:
-        if k in special:
-            return template, k
-    return template, tokenizer.eos_token_id
+    # `all_special_ids` would lack Llama 3's <|eot_id|>, which no setting names.
+    special = {k for k, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    ends = [k for k in ids if k in special | {tokenizer.eos_token_id}]
+    return template, [*ends, tokenizer.eos_token_id][0]
 
 
 def encode_prompt(
@@ -221,8 +204,8 @@ def encode_learned(
     encoded = []
     for prompt, response, ended in learned:
         ids, answer = encode(tokenizer, prompt, response)
-        ended = len(answer) <= limit if ended is None else ended
-        encoded.append((ids, answer if ended else answer[:-1]))
+        cut = len(answer) > limit if ended is None else not ended
+        encoded.append((ids, answer[:-1] if cut else answer))
     return encoded
 
 
@@ -246,17 +229,19 @@ def encode_options(
     """
     if template_of(tokenizer):
         options = [option.lstrip() for option in options]
-    ends, groups = {}, {}
+    found, groups = {}, {}
     for k, ids in enumerate(encoded):
-        ends.setdefault(tuple(ids[-8:]), []).append(k)
-    for k, *others in ends.values():
-        answers = [encode_answer(tokenizer, prompts[k], encoded[k], option) for option in options]
-        if not all(answers) or len(set(map(tuple, answers))) < len(options):
+        end = tuple(ids[-8:])
+        if end not in found:
+            answers = [encode_answer(tokenizer, prompts[k], ids, option) for option in options]
+            found[end] = tuple(map(tuple, answers))
+        groups.setdefault(found[end], []).append(k)
+    for answers in groups:
+        if not all(answers) or len(set(answers)) < len(options):
             raise InputError(
                 f"{tokenizer.name_or_path}: the tokenizer does not tell the options "
                 f"{', '.join(map(repr, options))} apart"
             )
-        groups.setdefault(tuple(map(tuple, answers)), []).extend([k, *others])
     return groups
 
 
@@ -283,8 +268,7 @@ def ending(settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> Ge
 
     With them any program stops where the model has learned to end.
     """
-    ends = sorted(end_ids(tokenizer, settings))
-    settings.eos_token_id = ends if len(ends) > 1 else ends[0]
+    settings.eos_token_id = sorted(end_ids(tokenizer, settings))
     if settings.pad_token_id is None:
         settings.pad_token_id = tokenizer.pad_token_id
     try:
@@ -300,34 +284,17 @@ def give_pad(tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> None:
     Training knows padding by lengths and needs no such token. But others use the reward model's
     folder, and AutoModelForSequenceClassification reads the score at the last token that is not the
     pad token. If that were the end of sequence too, it would score the text without its end.
-    A spare token of the vocabulary serves, or an unknown token that has no other use. If there is
-    neither, a new token is added after the last.
+    A spare token of the vocabulary serves. If there is none, a new one is added after the last.
     """
     taken, template = ends | {tokenizer.bos_token_id}, template_of(tokenizer)
     if tokenizer.pad_token_id not in taken | {None}:
         return
-    names = []
+    spare = []
     for k, token in sorted(tokenizer.added_tokens_decoder.items()):
-        if k not in taken and token.content not in template:
-            names.append(token.content)
-    for kind in SPARE:
-        for name in names:
-            if re.search(kind, name, re.IGNORECASE):
-                tokenizer.pad_token = name
-                return
-    if tokenizer.unk_token_id not in taken | {None}:
-        tokenizer.pad_token = tokenizer.unk_token
-    else:
-        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-
-
-def same_form(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether both make the same ids of the same dialogue. They may differ in a pad token."""
-    forms, pads = [], {one.pad_token, other.pad_token}
-    for tokenizer in (one, other):
-        ids = {name: k for name, k in tokenizer.get_vocab().items() if name not in pads}
-        forms.append((ids, template_of(tokenizer), end_of_turn(tokenizer)))
-    return forms[0] == forms[1]
+        if k not in taken and token.content not in template and SPARE.search(token.content):
+            spare.append(token.content)
+    spare.sort(key=lambda name: "pad" not in name.lower())
+    tokenizer.add_special_tokens({"pad_token": [*spare, "<|pad|>"][0]})
 
 
 def show_first(label: str, tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple]) -> None:
@@ -338,7 +305,7 @@ def show_first(label: str, tokenizer: PreTrainedTokenizerBase, rows: Sequence[tu
     """
     if terminal.hushed():
         return
-    how = "in colour" if terminal.colours() else "in [brackets]"
+    how = "in colour" if terminal.colours(sys.stderr) else "in [brackets]"
     lines = [
         f"{label}: the first of {len(rows)} sequences of the first batch, trained tokens {how}:"
     ]

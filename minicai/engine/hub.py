@@ -5,7 +5,6 @@ A model is a folder, or `owner/name` or `owner/name@revision` on the hub; a file
 from then on. Only settings, tokenizer and safetensors of a model are fetched, never code.
 """
 
-import difflib
 import hashlib
 import json
 import os
@@ -21,12 +20,14 @@ from minicai import InputError
 
 PACKAGE = Path(__file__).parents[1]
 MODEL = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+DATA = re.compile(r"hub:([^/]+/[^/]+)/(.+)")
 SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 TOKENIZER = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken")
 COPIES = ("*/*", "consolidated*")  # other programs' copies of the same weights
+ADAPTER = "adapter_config.json"  # of a folder in PEFT's format, which names its base
 # What decides a model's answers. A stage's folder has other files beside them.
 DECIDING = ("config.json", "generation_config.json", "*token*.json", "*.index.json", "*.jinja")
-DECIDING += ("vocab*", "merges.txt", "*.model", "*.tiktoken", "*.safetensors")
+DECIDING += (ADAPTER, "vocab*", "merges.txt", "*.model", "*.tiktoken", "*.safetensors")
 SUMS = Path(os.path.expanduser("~/.cache/minicai/sums"))
 LARGE = 16 << 20  # bytes
 LAYERS = 10_000  # to build more of them takes longer than anybody waits
@@ -74,7 +75,9 @@ def model_folder(path: str, weights: bool = True) -> Path:
     what |= {"allow_patterns": wanted, "ignore_patterns": list(COPIES)}
 
     def complete(folder):  # another program may have cached the config only
-        return _has_weights(folder, weights) and any(any(folder.glob(p)) for p in TOKENIZER)
+        files = ["config.json", *(weight_files(folder) if weights else ())]
+        whole = all((folder / file).exists() for file in files)
+        return whole and any(any(folder.glob(pattern)) for pattern in TOKENIZER)
 
     return _fetch(f"{path} is not a model folder", what, complete)
 
@@ -83,22 +86,18 @@ def data_file(path: str | Path) -> Path:
     """The path itself, or where the cache has `hub:owner/name/path`. Raises InputError."""
     if not str(path).startswith("hub:"):
         return _local(path)
-    owner, name, file = [*str(path).removeprefix("hub:").split("/", 2), "", ""][:3]
-    if not file:
+    name = DATA.fullmatch(str(path))
+    if not name:
         raise InputError(
             f"{path}: write hub:owner/name/path/in/the/data/set, for example "
             f"hub:Anthropic/hh-rlhf/harmless-base/train.jsonl.gz"
         )
-    what = {"repo_id": f"{owner}/{name}", "repo_type": "dataset", "allow_patterns": [file]}
+    repo, file = name.groups()
+    what = {"repo_id": repo, "repo_type": "dataset", "allow_patterns": [file]}
     folder = _fetch(f"{path} is not a file", what, lambda folder: (folder / file).exists())
     if not (folder / file).exists():
-        raise InputError(f"{path}: the data set {owner}/{name} has no such file")
+        raise InputError(f"{path}: the data set {repo} has no such file")
     return folder / file
-
-
-def _has_weights(folder: Path, weights: bool) -> bool:
-    files = weight_files(folder) if weights else []
-    return (folder / "config.json").exists() and all((folder / file).exists() for file in files)
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -113,31 +112,12 @@ def weight_files(folder: Path) -> list[str]:
     if not isinstance(files, dict):
         raise InputError(f"{index}: has no weight_map; fetch or save the model again")
     for file in files.values():
-        if not isinstance(file, str) or Path(file).name != file:
+        if Path(str(file)).name != file:
             raise InputError(
                 f"{index}: names weights outside its folder ({file}); put all files of the model "
                 f"into one folder, and their plain names into the index"
             )
     return sorted(set(files.values()))
-
-
-def tensors(folder: Path) -> dict[str, tuple[Path, list[int]]]:
-    """{key: its file and shape} of a folder's weights. Only the headers of the files are read.
-
-    Raises InputError where a file is missing, truncated or no safetensors.
-    """
-    found = {}
-    for name in weight_files(folder):
-        file = folder / name
-        try:
-            with safe_open(file, "numpy") as stored:
-                for key in sorted(stored.keys()):
-                    found[key] = file, stored.get_slice(key).get_shape()
-        except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"{file}: cannot be read as safetensors: {error}; fetch or save the model again"
-            ) from error
-    return found
 
 
 def _fetch(complaint: str, what: dict, complete: Callable[[Path], bool]) -> Path:
@@ -172,29 +152,23 @@ def _settings(file: Path) -> dict:
 
 
 def require_folder(path: str, what: str, weights: bool = True) -> Path:
-    """A model folder of this machine or the hub. what: the setting that names it.
+    """A model folder of this machine or the hub; of an adapter, its base's folder.
+
+    what: the setting that names it.
 
     Raises InputError where there is none, with the nearest name, and where its files show that it
-    cannot be used: an adapter, code of its own, quantised weights, pickles, damaged files.
+    cannot be used: code of its own, quantised weights, pickles, damaged files.
     load.opened checks what needs transformers.
     """
     try:
         folder = model_folder(path, weights)
     except InputError as error:
         raise InputError(f"{what}: {error}") from error
-    adapter = folder / "adapter_config.json"
-    if adapter.exists():
-        raise InputError(
-            f"{folder}: is an adapter of {_settings(adapter).get('base_model_name_or_path')}, not "
-            f"a model; merge both with peft: AutoPeftModelForCausalLM.from_pretrained("
-            f"{str(folder)!r}).merge_and_unload().save_pretrained('merged'), save the tokenizer "
-            f"there too, and name that folder"
-        )
+    if (folder / ADAPTER).exists():  # all that follows is asked of its base
+        base = _settings(folder / ADAPTER).get("base_model_name_or_path")
+        return require_folder(str(base), f"{folder / ADAPTER}: its base", weights)
     if not (folder / "config.json").is_file():
-        names = [p.parent.name for p in folder.parent.glob("*/config.json")]
-        near = difflib.get_close_matches(folder.name, names, 1, 0.4)
-        hint = f"; did you mean {folder.parent / near[0]}?" if near else ""
-        raise InputError(f"{what}: {folder} is not a model folder (no config.json){hint}")
+        raise InputError(f"{what}: {folder} is not a model folder (no config.json)")
     for name in ("config.json", "tokenizer_config.json"):
         for key, value in _settings(folder / name).items():
             if value and key in REFUSED:
@@ -203,19 +177,23 @@ def require_folder(path: str, what: str, weights: bool = True) -> Path:
                 raise InputError(f"{folder / name}: {key} is {value}, and no model has so many")
     if not weights:
         return folder
-    pickles = [path.name for p in ("*.bin", "*.pt", "*.pth") for path in folder.glob(p)]
-    if pickles and not any(folder.glob("*.safetensors")):
-        raise InputError(
-            f"{folder}: its weights are pickles ({min(pickles)}), and reading one can run any "
-            f"code; convert them to safetensors"
-        )
-    tensors(folder)
+    for name in weight_files(folder):
+        try:
+            with safe_open(folder / name, "numpy"):
+                pass  # its header fits its size
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"{folder / name}: cannot be read as safetensors: {error}; fetch the model again, "
+                f"or convert it (pickles are never read, since they can run any code)"
+            ) from error
     return folder
 
 
 def weights_sha256(folder: str | Path) -> str:
     """sha256 of all that decides a model's answers: settings, tokenizer, template, weights."""
     digest, folder = hashlib.sha256(), model_folder(str(folder))
+    if (folder / ADAPTER).exists():
+        digest.update(weights_sha256(require_folder(str(folder), "model")).encode())
     for file in sorted({file for pattern in DECIDING for file in folder.glob(pattern)}):
         digest.update(f"{file.name} {_sha256(file)}\n".encode())
     return digest.hexdigest()
@@ -231,7 +209,7 @@ def _sha256(file: Path) -> str:
     stamp = file.resolve(), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino
     kept = SUMS / hashlib.sha256(repr(stamp).encode()).hexdigest()
     with suppress(OSError, ValueError):
-        if facts.st_size >= LARGE and len(kept.read_text()) == 64:
+        if len(kept.read_text()) == 64:
             return kept.read_text()
     with open(file, "rb") as content:
         found = hashlib.file_digest(content, "sha256").hexdigest()

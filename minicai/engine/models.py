@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from minicai import InputError, RunError
 from minicai.engine import parallel
+from minicai.engine.adapters import same_role
 from minicai.engine.attention import Packed, Shared, through
 from minicai.engine.data import token_batches
 from minicai.engine.dialogue import Pair
@@ -172,8 +173,7 @@ def require_finite(numbers: Tensor | float, model: PreTrainedModel, what: str) -
     if not torch.as_tensor(numbers).isfinite().all():
         raise RunError(
             f"the model from {model.name_or_path}: {what.replace('_', ' ')} are not finite: its "
-            f"weights have diverged (lower the lr), or a number overflows in "
-            f"{parallel.precision()} (set precision = fp32)"
+            f"weights have diverged (lower the lr), or numbers overflow in {parallel.precision()}"
         )
     return numbers
 
@@ -225,10 +225,10 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
 
     Autocast would round the same matrices for each product, so every number stays the same.
     Embeddings, norms and the head stay float32. In fp32 all does: rounded weights would change the
-    KL. Of several processes each keeps its part in float32.
+    KL. A model that is cut over several processes keeps its parts in float32.
     """
     model.requires_grad_(False)
-    if parallel.precision() == "bf16" and parallel.world() == 1:
+    if parallel.precision() == "bf16" and not hasattr(model, "under_hooks"):
         for module in model.base_model.modules():
             if isinstance(module, torch.nn.Linear | Conv1D):
                 module.bfloat16()
@@ -241,7 +241,8 @@ def checkpoint_layers(model: PreTrainedModel) -> PreTrainedModel:
     64 rows of 64 tokens on the tiny model keep 34 MiB instead of 287, and a training pass takes
     0.65 CPU seconds instead of 0.50.
     """
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    how = {"use_reentrant": False, "context_fn": same_role}
+    model.activation_checkpointing_enable(how)
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.training = True  # transformers asks for it; the modules inside stay in eval mode

@@ -11,7 +11,6 @@ The copy is made on the CPU, in float32, from the config only. No random state c
 """
 
 import json
-from contextlib import suppress
 from functools import cache
 
 import torch
@@ -24,14 +23,18 @@ from minicai.engine.models import apply_head
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}  # between numbers that should be equal, relative
 FEW, MANY = 8, 64
-SHORT, LONG = (7, 12), (5, 19, 26)  # tokens of the rows
+SHORT, LONG = (4, 7), (5, 19, 26)  # tokens of the rows
+NEIGHBOURS = "the numbers of a row change with the rows beside it"
 SIZES = {  # of the copy, by a part of the setting's name; the first that fits
     "token_id": 0,
     "heads": 4,
     "n_head": 4,
+    "qk_head_dim": 16,
     "head_dim": 8,
     "n_embd": 32,
     "hidden_size": 32,
+    "intermediate": 32,
+    "experts": 4,
     "vocab_size": MANY,
     "original_max": FEW,
     "max_position": MANY,
@@ -47,13 +50,12 @@ def check(model: PreTrainedModel, path: str) -> None:
     A model without weights (on the "meta" device) is known by its tiny copy alone.
     """
     config, head = model.config.get_text_config(decoder=True), model.get_output_embeddings()
-    mixing = MIXING.intersection(getattr(config, "layer_types", None) or ())
     try:
         with parallel.computing_in(parallel.weight_precision()), parallel.autocast():
             if model.device.type != "meta" and not _equal(model, SHORT, head):
                 if head and _equal(model, SHORT):
                     raise ValueError("it does more with its logits than apply its output layer")
-                raise ValueError("the numbers of a row change with the rows beside it")
+                raise ValueError(NEIGHBOURS)
         with parallel.computing_in("fp32"), torch.autocast("cpu", enabled=False):
             _check_copy(json.dumps(config.to_dict()))
     except Exception as error:  # a model's own code may raise anything
@@ -62,8 +64,8 @@ def check(model: PreTrainedModel, path: str) -> None:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         if not isinstance(error, ValueError):
             reason = f"its code fails on packed rows: {reason}"
-        if mixing:
-            reason = f"its layers of the kind {mixing.pop()} mix tokens outside attention"
+        for kind in MIXING.intersection(getattr(config, "layer_types", None) or ()):
+            reason = f"its layers of the kind {kind} mix tokens outside attention"
         raise InputError(
             f"{path}: {type(model).__name__} is a kind of model that cannot be packed: {reason}"
         ) from error
@@ -71,23 +73,19 @@ def check(model: PreTrainedModel, path: str) -> None:
 
 @cache
 def _check_copy(config: str) -> None:
-    """Compares rows in the tiny copy. Raises ValueError with the setting by which they differ."""
-    lengths = {}
-    if _equal(_copy(config, lengths), LONG):
-        return
-    for name, tokens in lengths.items():
-        with suppress(Exception):  # the other sizes may not fit
-            if _equal(_copy(config, {}, name), LONG):
-                break
-    else:
-        name, tokens = "one of", ", ".join(lengths)
-    raise ValueError(f"its {name} ({tokens}) is not kept where rows are packed")
+    """Compares rows in the tiny copy. Raises ValueError with the lengths that it shortened."""
+    copy, lengths = _copy(config)
+    if not _equal(copy, SHORT):  # no length of the config is shorter
+        raise ValueError(NEIGHBOURS)
+    if not _equal(copy, LONG):
+        guilty = [f"{name} ({tokens})" for name, tokens in lengths.items()]
+        raise ValueError(f"its {' or '.join(guilty)} is not kept where rows are packed")
 
 
 @torch.no_grad()
-def _copy(config: str, lengths: dict[str, int], long: str = "") -> PreTrainedModel:
-    """The tiny copy. Notes in `lengths` what became FEW; the setting `long` does not."""
-    data = json.loads(config)
+def _copy(config: str) -> tuple[PreTrainedModel, dict[str, int]]:
+    """The tiny copy, and {setting: tokens} of what became FEW in it."""
+    data, lengths = json.loads(config), {}
     context = context_length(AutoConfig.for_model(**data))
 
     def small(name, value):
@@ -104,19 +102,19 @@ def _copy(config: str, lengths: dict[str, int], long: str = "") -> PreTrainedMod
             return [*sizes, value][0]
         if value <= 2 * FEW:
             return value
-        if value >= context or name == long:
+        if value >= context:
             return MANY
         lengths[name] = value
         return FEW
 
-    with torch.random.fork_rng([]), torch.device("cpu"):
+    with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(0)
         shape = AutoConfig.for_model(**small("", data))
         copy = AutoModel.from_config(shape, attn_implementation="eager", dtype=torch.float32)
         for parameter in copy.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=0.25)
-    return copy.eval()
+    return copy.eval(), lengths
 
 
 @torch.no_grad()
@@ -125,7 +123,6 @@ def _equal(model: PreTrainedModel, sizes: tuple[int, ...], head=None) -> bool:
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.arange(sum(sizes), device=model.device) % vocabulary
     rows = ids.split(sizes)
-    steps = [n * 2 // 3 for n in sizes], [n - 1 for n in sizes], sizes  # tokens that are fed
 
     @parallel.forward_pass
     def alone(model, row):
@@ -135,17 +132,15 @@ def _equal(model: PreTrainedModel, sizes: tuple[int, ...], head=None) -> bool:
 
     @parallel.forward_pass
     def together(model):
-        found = [through(model, ids, Packed(sizes, model.device))]
-        slots, starts = Slots(len(rows), max(sizes)), [0] * len(rows)
-        for ends in steps:
-            feeds = [row[start:end].tolist() for row, start, end in zip(rows, starts, ends)]
-            found.append(last_hidden(model, slots, starts, feeds))
-            starts = ends
-        hidden = torch.cat(found)
+        packed = through(model, ids, Packed(sizes, model.device))
+        slots = Slots(len(rows), max(sizes))
+        last_hidden(model, slots, [0] * len(rows), [row[:-1].tolist() for row in rows])
+        before = [n - 1 for n in sizes]
+        decoded = last_hidden(model, slots, before, [row[-1:].tolist() for row in rows])
+        hidden = torch.cat([packed, decoded])
         return apply_head(head, hidden) if head else hidden
 
     theirs = [alone(model, row) for row in rows]
-    last = [row[[n - 1]] for ends in steps for row, n in zip(theirs, ends)]
-    theirs = torch.cat(theirs + last)
+    theirs = torch.cat(theirs + [row[-1:] for row in theirs])
     most = TOLERANCE[parallel.precision()] * max(1.0, theirs.abs().max().item())
     return (together(model) - theirs).abs().max().item() <= most

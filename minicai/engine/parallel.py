@@ -29,6 +29,7 @@ from itertools import chain
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -36,8 +37,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from minicai import InputError, RunError
 from minicai.engine import terminal
@@ -65,14 +65,14 @@ def setup(device: str = "auto", precision: str = "auto", timeout: int = 1800) ->
         precision = "bf16" if fast else "fp32"
     if device == "cpu":
         _keep_freed_memory()
-    processes = launched("WORLD_SIZE", "1")
-    if processes > 1 and device == "cuda":
-        local, here = launched("LOCAL_RANK"), torch.cuda.device_count()
-        if local >= here:
-            raise InputError(f"process {local + 1} on a host with {here} CUDA devices: too many")
-        torch.cuda.set_device(local)
-        device = f"cuda:{local}"
-    if processes > 1 and not dist.is_initialized():
+    several = launched("WORLD_SIZE", "1") > 1
+    if several and device == "cuda":
+        number, here = launched("LOCAL_RANK"), torch.cuda.device_count()
+        if number >= here:
+            raise InputError(f"process {number + 1} on a host with {here} CUDA devices: too many")
+        torch.cuda.set_device(number)
+        device = f"cuda:{number}"
+    if several and not dist.is_initialized():
         _join("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", timeout)
     _process.update(device=torch.device(device), precision=precision)
 
@@ -146,10 +146,9 @@ def _join(backend: str, timeout: int) -> None:
 
 def lost_peer(error: BaseException) -> bool:
     """Whether an error means that another rank has ended or does not answer."""
-    if world() == 1 or not isinstance(error, RuntimeError):
-        return False
     said = str(error).lower()
-    return any(word in said for word in ("connection", "timed out", "timeout", "nccl"))
+    words = ("connection", "timed out", "timeout", "nccl")
+    return world() > 1 and isinstance(error, RuntimeError) and any(word in said for word in words)
 
 
 def rank() -> int:
@@ -260,13 +259,18 @@ def backward(loss: Tensor) -> None:
     The gradient of the whole batch is the sum of the ranks' gradients. FSDP takes their mean, hence
     the factor.
     """
-    (loss * world() if world() > 1 else loss).backward()
+    (loss * world()).backward()
 
 
 def clip_grad_norm(model: torch.nn.Module, limit: float) -> float:
     """Scales the gradients to a norm of at most `limit`, over all ranks. Returns the old norm."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    return whole(norm).item()
+
+
+def whole(x: Tensor) -> Tensor:
+    """A tensor of which each rank may have a part, on every rank."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -289,8 +293,12 @@ def _mesh(device_type: str) -> DeviceMesh:
     return mesh
 
 
-def shard(model: torch.nn.Module) -> torch.nn.Module:
+@torch.no_grad()
+def shard(model: torch.nn.Module, whole: torch.nn.Module | None = None) -> torch.nn.Module:
     """Cuts each parameter over the ranks, in place: each layer is a group, and the rest another.
+
+    model: without weights, on the "meta" device. whole: the same with weights, on the first rank,
+    which sends each rank its part.
 
     Under bf16 the layers are exchanged and used as bfloat16, and their gradients summed in float32.
     The rest (embeddings, last norm, head) stays float32, since heads are applied in float32.
@@ -310,18 +318,26 @@ def shard(model: torch.nn.Module) -> torch.nn.Module:
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for layer in layers:
         fully_shard(layer, mp_policy=policy, **how)
-    fully_shard(model, **how)
-    model.under_hooks = lambda function, *arguments: function(model, *arguments)
+    fully_shard(model.eval(), **how).to_empty(device=device())
+    weights = whole.state_dict() if whole else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    set_model_state_dict(model, weights, options=options)
+    for name, buffer in model.named_buffers():
+        if whole:
+            buffer.copy_(whole.get_buffer(name))
+        dist.broadcast(buffer, 0)
+    model.under_hooks = lambda function, *arguments: function(*arguments)
     register_fsdp_forward_method(model, "under_hooks")
     return model
 
 
-def weight_precision() -> str:
+def weight_precision(frozen: bool = False) -> str:
     """The precision in which the layers' weights are used.
 
     One process keeps float32 weights and autocast converts them; several exchange them as bfloat16.
+    Frozen weights below adapters are kept as bfloat16 (models.freeze).
     """
-    return precision() if world() > 1 else "fp32"
+    return precision() if frozen or world() > 1 else "fp32"
 
 
 def forward_pass(function: Callable) -> Callable:
@@ -334,8 +350,8 @@ def forward_pass(function: Callable) -> Callable:
     @functools.wraps(function)
     def inside(model, *arguments):
         with autocast():
-            if isinstance(model, FSDPModule):
-                return model.under_hooks(function, *arguments)
+            if hasattr(model, "under_hooks"):  # sharded, maybe in one of its roles (adapters.py)
+                return model.under_hooks(function, model, *arguments)
             return function(model, *arguments)
 
     return inside
@@ -348,12 +364,12 @@ def gathered(*models: torch.nn.Module) -> Iterator[None]:
     So each rank computes by itself: as many passes as it likes, of any part of the model. All ranks
     enter together. There is no training inside.
     """
-    sharded = [model for model in models if isinstance(model, FSDPModule)]
+    sharded = [model for model in models if hasattr(model, "under_hooks")]
     parts = []
     for model in sharded:
         parts += [module for module in model.modules() if isinstance(module, FSDPModule)]
         model.set_reshard_after_forward(False)
-        model.under_hooks(lambda model: None)  # the first pass of all must be the whole model's
+        model.under_hooks(lambda: None)  # the first pass of all must be the whole model's
     for handle in [part.unshard(async_op=True) for part in parts]:
         handle.wait()
     try:
@@ -361,7 +377,7 @@ def gathered(*models: torch.nn.Module) -> Iterator[None]:
         # FSDP notes the order of forward passes, and prefetches in a backward pass what the last
         # one before it ended with: that must be the same on a rank that had nothing to generate.
         for model in sharded:
-            model.under_hooks(lambda model: None)
+            model.under_hooks(lambda: None)
     finally:
         for part in parts:
             part.reshard()
@@ -369,13 +385,18 @@ def gathered(*models: torch.nn.Module) -> Iterator[None]:
             model.set_reshard_after_forward(True)
 
 
-def local_part(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
-    """The part of a parameter that this rank keeps (maybe empty), and its place in the whole."""
-    shape, offset, local = parameter.shape, [0] * parameter.ndim, parameter
+def local(x: Tensor) -> Tensor:
+    """The part of a tensor that this rank keeps, which may be empty."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+@torch.no_grad()
+def put(parameter: Tensor, values: Tensor) -> None:
+    """Puts a whole tensor's values into a parameter, of which this rank may keep a part."""
     if isinstance(parameter, DTensor):
-        mesh, placements, local = parameter.device_mesh, parameter.placements, parameter.to_local()
-        shape, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
-    return local, tuple(slice(first, first + size) for first, size in zip(offset, shape))
+        place = parameter.device_mesh, parameter.placements
+        values = distribute_tensor(values, *place, src_data_rank=None)  # every rank has the values
+    parameter.copy_(values)
 
 
 # --- the process itself ---------------------------------------------------------------------------

@@ -6,15 +6,14 @@ At temperature T the distribution is exactly softmax(logits / T). There is no to
 which would make the PPO ratios wrong. T = 0 is greedy decoding.
 
 No step decodes a finished row. Its slot takes the next prompt at once, whose tokens come in with
-the next token of every other row, in one forward pass. What prompts share goes through the model
-once: the tokens that all of them begin with, and a prompt that is sampled several times.
+the next token of every other row, in one forward pass. The tokens that all prompts begin with go
+through the model once.
 
 Legend: B rows that are being decoded, T tokens, V vocabulary, D hidden size.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -35,7 +34,6 @@ from minicai.engine.dialogue import (
     encode_prompt,
     end_ids,
 )
-from minicai.engine.load import load_tokenizer, opened
 from minicai.engine.models import apply_head, require_finite, shared_hidden_states
 from minicai.engine.terminal import Progress, warn
 from minicai.feedback import Choose
@@ -51,7 +49,7 @@ Ids = Sequence[int]  # token ids, or the whole numbers of a seed
 class Sampling:
     """How responses are sampled."""
 
-    max_new_tokens: int | Sequence[int]  # length limit of a response: of all, or of each
+    max_new_tokens: int | Sequence[int]  # length limit of a response, 1 or more: of all, or of each
     temperature: float = 1.0  # 0 = greedy
     rows: int = 256  # sequences decoded side by side; decides memory, not results
 
@@ -107,23 +105,16 @@ def check_lengths(
             )
 
 
-@contextmanager
-def _named(where: str) -> Iterator[None]:
-    """Says where, when the chat template refuses a dialogue."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
-
-
 def check_prompts(
     model: PreTrainedModel, prompts: Sequence[Prompt], new_tokens: int, source: str
 ) -> None:
     """check_lengths of prompts as the model reads them, before any work is done."""
     encoded = []
     for number, prompt in enumerate(prompts, 1):
-        with _named(f"{source}: prompt {number}"):
+        try:
             encoded.append(encode_prompt(model.tokenizer, as_turns(prompt)))
+        except InputError as error:  # the chat template refuses a dialogue
+            raise InputError(f"{source}: prompt {number}: {error}") from error
     check_lengths(model.config, encoded, new_tokens, source)
 
 
@@ -134,10 +125,11 @@ def usable_pairs(model: PreTrainedModel, rows: Sequence[dict]) -> list[dict]:
     InputError where one does not fit the context.
     """
     for row in rows:
-        with _named(f"pair {row['id']}"):
-            prompt, *responses = encode_pair(model.tokenizer, row)
+        name = f"pair {row['id']}"
+        check_prompts(model, [row["prompt"]], 0, name)
+        prompt, *responses = encode_pair(model.tokenizer, row)
         texts = [prompt + response for response in responses]
-        check_lengths(model.config, texts, 0, f"pair {row['id']}, with its response")
+        check_lengths(model.config, texts, 0, f"{name}, with its response")
     if unknown := sum("cut" not in row and row["source"] != "human" for row in rows):
         warn(
             f"{unknown} pairs do not say whether the length limit cut off a response, as in files "
@@ -150,20 +142,21 @@ def usable_pairs(model: PreTrainedModel, rows: Sequence[dict]) -> list[dict]:
 
 
 def check_requests(
-    paths: Sequence[str], requests: Sequence[str], new_tokens: int, what: str
+    models: Iterable[PreTrainedModel], requests: Sequence[str], new_tokens: int, what: str
 ) -> None:
-    """Raises InputError where the longest request exceeds the context of a model in `paths`.
+    """Raises InputError where the longest request exceeds the context of a model.
 
     requests: with empty answers in them. new_tokens: of the answers in a request and of the one
     that follows it. what: the setting and what is requested. A model may be named only once.
     """
-    if len(set(paths)) < len(paths):
-        raise InputError(f"{what}: a model is named twice among {', '.join(paths)}")
-    for path in paths:
-        tokenizer = load_tokenizer(path)
-        encoded = [encode_prompt(tokenizer, request) for request in requests]
-        source = f"{what} to {path}, with its examples and principles"
-        check_lengths(opened(path)[0].config, encoded, new_tokens, source)
+    names = []
+    for model in models:
+        if model.name_or_path in names:
+            raise InputError(f"{what}: a model is named twice: {model.name_or_path}")
+        names.append(model.name_or_path)
+        encoded = [encode_prompt(model.tokenizer, request) for request in requests]
+        source = f"{what} to {names[-1]}, with its examples and principles"
+        check_lengths(model.config, encoded, new_tokens, source)
 
 
 # --- sampling -------------------------------------------------------------------------------------
@@ -196,7 +189,7 @@ def generate(
     uniforms = [iter(np.random.default_rng(s).random(limit)) for s, limit in zip(seeds, limits)]
     with parallel.autocast():  # once: entered for each token, it would cast the weights each time
         shared = _prefill_shared(model, prompts, slots)
-        schedule = _Schedule(slots, prompts, [k for k, limit in enumerate(limits) if limit], shared)
+        schedule = _Schedule(slots, prompts, shared)
         while running := schedule.refill():
             starts, feeds = [row.start for row in running], [row.feed for row in running]
             points = [next(uniforms[row.number]) for row in running]
@@ -259,54 +252,35 @@ class _Row:
 
 
 class _Schedule:
-    """Which prompt decodes in which slot: the long prompts first, equal ones next to each other.
+    """Which prompt decodes in which slot: the long prompts first.
 
-    chosen: numbers of the prompts to decode. shared: tokens that every slot has already.
+    shared: tokens that every slot has already.
     """
 
-    def __init__(self, slots: Slots, prompts: Sequence[Ids], chosen: Sequence[int], shared: int):
-        self.slots, self.shared = slots, shared
-        self.prompts = [tuple(prompt) for prompt in prompts]
-        self.waiting = deque(sorted(chosen, key=lambda k: (-len(prompts[k]), self.prompts[k])))
+    def __init__(self, slots: Slots, prompts: Sequence[Ids], shared: int):
+        self.slots, self.prompts, self.shared = slots, prompts, shared
+        self.waiting = deque(sorted(range(len(prompts)), key=lambda k: -len(prompts[k])))
         self.running = []  # a _Row for each slot
-        # The prompt whose keys and values are in each slot; of equal prompts, in the last one's.
-        self.holds = [None] * slots.count
 
     def refill(self) -> list[_Row]:
         """The rows of the next step, without those that are done.
 
-        Waiting prompts take the free slots. A prompt whose equal is in a slot copies its keys and
-        values, all but the last token's. If the equal only comes in with this step, it waits.
-        Where no prompt waits, the last rows move into the slots that are free.
+        Waiting prompts take the free slots. Where no prompt waits, the last rows move into the
+        slots that are free.
         """
-        running, entering, held = self.running, set(), []
+        running = self.running
         free = [slot for slot, row in enumerate(running) if row.done]
         free += range(len(running), self.slots.count)
-        while free and self.waiting:
+        for slot in free[: len(self.waiting)]:
             k = self.waiting.popleft()
-            prompt = self.prompts[k]
-            if prompt in entering:
-                held.append(k)
-                continue
-            slot, start = self._after_long_rows(free.pop(0), len(prompt)), self.shared
-            if prompt in self.holds:
-                home, start = self.holds.index(prompt), len(prompt) - 1
-                if slot != home:
-                    self.slots.copy(home, slot, self.shared, start)
-                self.holds[home] = None
-            else:
-                entering.add(prompt)
-            self.holds[slot] = prompt
-            running[slot : slot + 1] = [_Row(k, prompt[start:], start)]
-        self.waiting.extendleft(reversed(held))
-        done = [slot for slot, row in enumerate(running) if row.done]
-        while done:
-            last = len(running) - 1
-            if done[-1] == last:
-                done.pop()
-            else:
-                self._move(last, done.pop(0))
-            running.pop()
+            slot = self._after_long_rows(slot, len(self.prompts[k]))
+            running[slot : slot + 1] = [_Row(k, self.prompts[k][self.shared :], self.shared)]
+        for slot in [slot for slot, row in enumerate(running) if row.done]:
+            while running and running[-1].done:
+                running.pop()
+            if slot < len(running):
+                self._move(len(running) - 1, slot)
+                running.pop()
         return running
 
     def _after_long_rows(self, free: int, tokens: int) -> int:
@@ -328,7 +302,6 @@ class _Schedule:
         """Moves a running row to the slot of a row that is done."""
         row = self.running[target] = self.running[source]
         self.slots.copy(source, target, self.shared, row.start)
-        self.holds[target], self.holds[source] = self.holds[source], None
 
 
 def respond(

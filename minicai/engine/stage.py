@@ -14,21 +14,19 @@
     return stage.finish(model, {"examples": 100})
 
 OUT/STAGE/config.toml has the resolved settings and sha256 sums of all that the stage reads: data
-files, models, constitution, and the code that makes its numbers. A run whose settings, inputs or
-code have changed says so by name, and resumes only with --accept-changes. Paths may change.
-One process works in a folder: it locks OUT/.STAGE.lock. The record, OUT/STAGE/stage.json, has the
-sha256 sums of what the stage has made, which the next stage checks.
+files, models, constitution, and the code that makes its numbers. The record, OUT/STAGE/stage.json,
+has the sums of what the stage has made, which the next stage checks. A run of which any of these
+has changed says so by name, and resumes only with --accept-changes. Paths may change.
+One process works in a folder: it locks OUT/.STAGE.lock.
 """
 
 import ast
-import fcntl
 import hashlib
 import importlib
 import inspect
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import time
@@ -36,31 +34,27 @@ import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
-from weakref import WeakValueDictionary
 
 import torch
 from transformers import PreTrainedModel
 
 from minicai import InputError, RunError
 from minicai.engine import checkpoint, config, hub, parallel, terminal
-from minicai.engine.data import (
-    OLD,
-    Journal,
+from minicai.engine.data import Journal, finite, read_record
+from minicai.engine.disk import (
+    damaged,
     discard,
     disk_guard,
-    finite,
+    lock,
     make_folder,
-    read_record,
     sha256,
+    sums,
     write_atomic,
 )
 
 SKIPPED_AT_MOST = 3  # updates in a row whose loss or gradient is not finite; then the run stops
 DATA = (".jsonl", ".json", ".gz", ".txt", ".toml", ".py")  # what is a file, not a model folder
 METHOD = ("losses", "prompts", "constitution", "examples", "critique", "feedback", "rollout")
-MADE = {"files?": {"*": str}}  # what a record says of the files of its stage: {name: sha256}
-LOCKS = WeakValueDictionary()  # {path: file} of this process, each unlocked with its last Stage
 
 
 class Stage:
@@ -78,82 +72,68 @@ class Stage:
     def __init__(self, cfg, name: str, reads: dict, code: str = ""):
         parallel.setup(cfg.device, cfg.precision, cfg.timeout)
         self.cfg, self.name, self.folder = cfg, name, Path(cfg.out) / name
-        self.step, self.state, self.skipped, self.accepted = 0, {}, 0, []
+        self.step, self.state, self.skipped = 0, {}, 0
         self.journals, self.shown, self.progress = {}, {}, None
         reads, section = config.paths(cfg) | reads, name.partition("/")[0]  # [try] of OUT/try/NAME
-        found = parallel.once(fingerprints, section, reads)
         self.sums, inputs = {}, {"format": "2"} | code_fingerprints(code)
-        for what, sums in found.items():
-            inputs[what] = " ".join(sums.values())
-            self.sums |= sums
+        for what, found in parallel.once(fingerprints, section, reads).items():
+            inputs[what] = " ".join(found.values())
+            self.sums |= found
         self.text = config.dump(cfg, section, inputs)
         self.removed = [*cfg.later, self.folder] if cfg.overwrite else []
         self.made_by = {p: sha for p, sha in self.sums.items() if Path(p).suffix not in DATA}
-        self.record = parallel.once(self._look)
+        self.record = parallel.once(self._tried, self._look)
         if self.record:
             parallel.once(self._tidy)  # a run may have been killed behind its record
             if not terminal.QUIET:
                 print(f"{self.folder}: finished already; --overwrite starts again")
 
+    def _tried(self, function: Callable) -> dict | None:
+        try:
+            return function()
+        except OSError as error:
+            raise InputError(
+                f"{self.folder}: cannot be used as an output folder: {error.strerror or error}"
+            ) from error
+
     def _look(self) -> dict | None:
         """The record of a finished stage. Raises InputError where something has changed."""
-        try:
-            stored, record, begun = self.folder / "config.toml", self.folder / "stage.json", False
-            if self.cfg.overwrite or not record.exists():
-                self.locks = [lock(folder) for folder in (self.folder, *self.removed)]
-            if stored.exists() and not self.cfg.overwrite:
-                old = config.stored(stored)
-                begun = len(os.listdir(self.folder)) > 1  # the config alone: nothing was made yet
-            finished = begun and record.exists()
-            self.accepted = []
-            for folder in [self.folder] if begun else map(hub.model_folder, self.made_by):
-                self._require_whole(folder)
-            if begun and not (finished and "format" not in old.get("made_from", {})):
-                changes = config.differences(old, tomllib.loads(self.text), type(self.cfg))
-                if changes and not self.cfg.accept_changes:
-                    raise InputError(
-                        f"{self.folder}: holds a run of another config: {'; '.join(changes)}; "
-                        f"choose another --out, start again with --overwrite, or resume with "
-                        f"--accept-changes"
-                    )
-                self.accepted += changes
-            return read_record(record) if finished else None
-        except OSError as error:
-            raise InputError(f"{self.folder}: cannot be read: {error.strerror}") from error
-
-    def _require_whole(self, folder: Path) -> None:
-        """Raises InputError where a finished stage's files are not those that it wrote."""
-        record = folder / "stage.json"
-        if record.exists():
-            try:
-                checkpoint.require_whole(folder, read_record(record, MADE).get("files", {}))
-            except InputError as error:
-                if not self.cfg.accept_changes:
-                    raise InputError(
-                        f"{error}; put that back, start its stage again with --overwrite, or use "
-                        f"what is there with --accept-changes"
-                    ) from error
-                self.accepted.append(str(error))
+        cfg, folder, changes = self.cfg, self.folder, []
+        stored, record = folder / "config.toml", folder / "stage.json"
+        if cfg.overwrite or not record.exists():
+            self.locks = [lock(path) for path in (folder, *self.removed)]
+        # With the config alone nothing was made yet.
+        begun = stored.exists() and not cfg.overwrite and len(os.listdir(folder)) > 1
+        finished = begun and record.exists()
+        for made in [folder] if begun else map(hub.model_folder, self.made_by):
+            if (made / "stage.json").exists():
+                changes += damaged(made, read_record(made / "stage.json").get("files", {}))
+        old = config.stored(stored) if begun else {}
+        if begun and not (finished and "format" not in old.get("made_from", {})):
+            changes += config.differences(old, tomllib.loads(self.text), type(cfg))
+        if changes and not cfg.accept_changes:
+            raise InputError(
+                f"{folder}: settings, inputs or files have changed: {'; '.join(changes)}; choose "
+                f"another --out, start again with --overwrite, or resume with --accept-changes"
+            )
+        self.accepted = changes
+        return read_record(record) if finished else None
 
     def _begin(self) -> None:
         """Makes the folder. What --overwrite removes goes first, each folder in one step."""
         folder = self.folder
-        try:
-            make_folder(folder.parent)
-            if self._look():  # again, now that it is surely locked
-                raise InputError(f"{folder}: another process has just finished it")
-            for old in self.removed:
-                require_stage(old)
-            for old in self.removed:
-                discard(old)
-            shutil.rmtree(folder.with_name(folder.name + OLD), ignore_errors=True)  # left by a kill
-            make_folder(folder)
-        except OSError as error:
-            reason = error.strerror or error
-            raise InputError(f"{folder}: cannot be used as an output folder: {reason}") from error
+        make_folder(folder.parent)
+        if self._look():  # again, now that it is surely locked
+            raise InputError(f"{folder}: another process has just finished it")
+        for old in self.removed:
+            require_stage(old)
+        for old in self.removed:
+            discard(old)
+        make_folder(folder)
         if self.accepted:
             Journal(folder / "accepted.jsonl").append([{"changes": self.accepted}])
         write_atomic(folder / "config.toml", self.text)
+        terminal.BEGUN = True
 
     def stamp(self, *paths: str) -> dict[str, dict[str, str]]:
         """What a row says of the models that made it: {"models": {path: 12 digits of its sum}}."""
@@ -164,7 +144,7 @@ class Stage:
     def journal(self, file: str, group: int = 1, total: int | None = None) -> Journal:
         """Opens OUT/STAGE/file, on every process; only the first writes (data.Journal)."""
         if not self.journals:
-            parallel.once(self._begin)
+            parallel.once(self._tried, self._begin)
         journal = parallel.once(Journal, self.folder / file, group, total)
         if parallel.rank():
             journal.path = None
@@ -188,7 +168,7 @@ class Stage:
             for first, last in parallel.turns(done, until, journal.group):
                 yield first, last
                 now = min(round(len(journal.rows) * each), self.progress.total)
-                self.progress.update(now - self.progress.done, self.shown)
+                self.progress.update(now - self.progress.n, self.shown)
 
     @contextmanager
     def _phase(self, phase: str, what: str, *units) -> Iterator[None]:
@@ -201,7 +181,8 @@ class Stage:
             seconds = self.seconds()
             seconds[phase] = seconds.get(phase, 0.0) + time.monotonic() - began
             if parallel.rank() == 0 and self.folder.exists():
-                write_atomic(self.folder / "seconds.json", json.dumps(seconds))
+                with suppress(RunError):  # what failed first is the news
+                    write_atomic(self.folder / "seconds.json", json.dumps(seconds))
 
     def seconds(self) -> dict[str, float]:
         """Seconds by phase so far."""
@@ -218,9 +199,8 @@ class Stage:
         self.journal("metrics.jsonl")
         self.models, self.optimizer = models, optimizer
         self.step, extra = checkpoint.resume(self.folder, models, optimizer)
-        self.state |= extra.get("state", {})
-        self.skipped = extra.get("skipped", 0)
-        self.kept = extra.get("rows", {})
+        extra = {"state": {}, "skipped": 0, "rows": {}} | extra
+        self.state, self.skipped, self.kept = extra["state"], extra["skipped"], extra["rows"]
 
     def steps(self, total: int, unit: str = "steps", each: int = 1) -> Iterator[int]:
         """The numbers of the steps that are left, from 0; each counts `each` units of progress.
@@ -229,15 +209,16 @@ class Stage:
         KeyboardInterrupt is raised. A `break` in the loop loses the step.
         """
         for file, journal in self.journals.items():
-            if journal.total is None:  # a log of training, not data made before it
-                rows, kept = len(journal.rows), self.kept.get(file, 0)
-                if rows < kept:
-                    raise InputError(
-                        f"{self.folder / file}: has only {rows} of the {kept} rows of the steps "
-                        f"before the checkpoint; put the file back, or remove "
-                        f"{self.folder / 'checkpoints'} to train from the first step again"
-                    )
-                journal.keep(kept)
+            count, known = self.kept.get(file, (0, ""))
+            logged = journal.total is None  # of training; the others are data made before it
+            if known and known != _rows_sha256(journal.rows[: count if logged else None]):
+                raise InputError(
+                    f"{self.folder / file}: its rows are not those of the checkpoint of step "
+                    f"{self.step}; put the file back, or remove {self.folder / 'checkpoints'} to "
+                    f"train from the first step again"
+                )
+            if logged:
+                journal.keep(count)
         units = total * each, unit, self.step * each
         with self._phase("train", "train", *units), terminal.whole_steps():
             while self.step < total:
@@ -251,7 +232,9 @@ class Stage:
                     raise KeyboardInterrupt(f"step {self.step} of {self.folder}")
 
     def _save(self) -> None:
-        rows = {file: len(journal.rows) for file, journal in self.journals.items()}
+        rows = {}
+        for file, journal in self.journals.items():
+            rows[file] = len(journal.rows), _rows_sha256(journal.rows)
         extra = {"state": self.state, "skipped": self.skipped, "rows": rows}
         checkpoint.save(self.folder, self.step, self.models, self.optimizer, extra)
 
@@ -300,27 +283,27 @@ class Stage:
         Raises RunError where another program has changed or removed what the stage made.
         """
         exported = checkpoint.export(self.folder, model) if model is not None else []
+        found = parallel.once(self._finish, exported, record)
+        self.locks = []
+        return found
+
+    def _finish(self, exported: list[str], record: dict) -> dict:
+        write_atomic(self.folder / "config.toml", self.text)  # someone may have removed it
+        for journal in self.journals.values():
+            journal.check()
+        made = [name for name in (*self.journals, *exported) if (self.folder / name).exists()]
         found = {
             "seconds": self.seconds(),
             **record,
             "models": self.made_by,
-            "files": parallel.once(self._made, exported),
+            "files": sums(self.folder, made),
             "device": parallel.device_name(),
             "precision": parallel.precision(),
             "peak_rss_mb": parallel.peak_memory_mb(),
         }
-        parallel.once(write_atomic, self.folder / "stage.json", json.dumps(finite(found), indent=1))
-        parallel.once(self._tidy)
-        self.locks = []
+        write_atomic(self.folder / "stage.json", json.dumps(finite(found), indent=1))
+        self._tidy()
         return found
-
-    def _made(self, exported: list[str]) -> dict[str, str]:
-        """{name: sha256} of the stage's files, without its config and record."""
-        write_atomic(self.folder / "config.toml", self.text)  # someone may have removed it
-        for journal in self.journals.values():
-            journal.check()
-        paths = [self.folder / name for name in (*self.journals, *exported)]
-        return checkpoint.sums(filter(Path.exists, paths))
 
     def _tidy(self) -> None:
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
@@ -334,42 +317,7 @@ def script(main: Callable, kind: type, section: str, doc: str) -> None:
     terminal.run(lambda arguments: main(config.load(kind, section, arguments)), usage)
 
 
-# --- one folder, one owner ------------------------------------------------------------------------
-
-
-def lock(folder: Path) -> BinaryIO | None:
-    """Locks a stage's folder as long as what is returned is kept, or until this process ends.
-
-    The file is beside the folder, since --overwrite renames that. Returns None where there is no
-    place for it yet. Warns where the file system cannot lock. Raises InputError where another
-    process has the lock.
-    """
-    target = folder.resolve()
-    path = target.with_name(f".{target.name}.lock")
-    held = LOCKS.get(path)  # by an earlier stage of this process
-    if held or not path.parent.is_dir():
-        return held
-    try:
-        held = open(path, "a+b", buffering=0)  # noqa: SIM115 (it stays open)
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        held.seek(0)
-        owner = held.read().decode() or "another process"
-        raise InputError(
-            f"{folder}: is in use by {owner}; wait until it has ended, or choose another --out"
-        ) from error
-    except OSError as error:
-        terminal.warn(
-            f"{path}: cannot be locked ({error.strerror}); make sure that only one process works "
-            f"in {folder}"
-        )
-        return None
-    if held:
-        with suppress(OSError):  # the words matter less than the lock
-            held.truncate(0)
-            held.write(f"process {os.getpid()} on {platform.node()}".encode())
-        LOCKS[path] = held
-    return held
+# --- what a stage reads ---------------------------------------------------------------------------
 
 
 def require_stage(folder: Path) -> None:
@@ -397,8 +345,9 @@ def fingerprints(stage: str, reads: dict) -> dict[str, dict[str, str]]:
 
 
 def _contents(path: str, what: str) -> str:
-    if not path.startswith("hub:") and Path(path).suffix not in DATA:
-        return hub.weights_sha256(hub.require_folder(path, what))
+    if Path(path).suffix not in DATA:
+        hub.require_folder(path, what)
+        return hub.weights_sha256(path)
     try:
         return sha256(hub.data_file(path))
     except InputError as error:
@@ -407,6 +356,10 @@ def _contents(path: str, what: str) -> str:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _rows_sha256(rows: list[dict]) -> str:
+    return _sha256(json.dumps(rows))
 
 
 def code_fingerprints(path: str) -> dict[str, str]:

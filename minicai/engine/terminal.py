@@ -5,6 +5,7 @@ except in a training step (`whole_steps`): the step is finished and saved first.
 ends that too. Only time is lost, since the files on the disk are complete at any moment.
 """
 
+import io
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -23,57 +25,37 @@ _stop = {"asked": 0.0, "held": False}
 
 QUIET = False  # in all processes of a group but the first, which prints for all of them
 BRIEF = False  # --quiet: print only results and errors
+BEGUN = False  # whether a stage has made its folder its own
 
 
-class Progress:
-    """A progress bar on a terminal; elsewhere a plain line every ten seconds and one at the end.
+class Lines(io.TextIOBase):
+    """Takes what tqdm draws over one line, and prints it to stderr line by line."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+
+
+class Progress(tqdm):
+    """A progress bar on a terminal; elsewhere a plain line every ten seconds and at both ends.
 
     total, done: in `unit`.
     """
 
+    monitor_interval = 0  # no thread that looks after slow bars: each update may draw
+
     def __init__(self, label: str, total: int, unit: str, done: int = 0):
-        self.label, self.total, self.unit, self.done, self.first = label, total, unit, done, done
-        self.began = self.spoke = time.monotonic()
-        self.numbers, self.bar = {}, None
-        self.said = done, ""  # what the last line was about
-        if sys.stderr.isatty() and not hushed():
-            self.bar = tqdm(total=total, initial=done, desc=f"{label:<22}", unit=f" {unit}")
+        how = {"desc": f"{label:<22}", "unit": f" {unit}", "miniters": 1, "disable": hushed()}
+        if not sys.stderr.isatty():
+            how |= {"desc": label, "file": Lines(), "ncols": 0, "mininterval": 10}
+        self.numbers = {}
+        super().__init__(total=total, initial=done, **how)
 
     def update(self, n: int, numbers: dict[str, float] | None = None) -> None:
         """Adds n units, and shows `numbers` beside the rate until others have their names."""
-        self.done += n
         self.numbers |= numbers or {}
-        if self.bar:
-            self.bar.set_postfix_str(self._numbers(), refresh=False)
-            self.bar.update(n)
-        elif time.monotonic() - self.spoke > 10:
-            self._say()
-
-    def _numbers(self) -> str:
-        shown = []
-        for key, value in self.numbers.items():
-            digits = 0 if isinstance(value, int) else 1 if abs(value) >= 10 else 3
-            shown.append(f"{key} {value:.{digits}f}")
-        return " ".join(shown)
-
-    def _say(self) -> None:
-        if hushed():
-            return
-        self.spoke, self.said = time.monotonic(), (self.done, self._numbers())
-        rate, left = (self.done - self.first) / max(self.spoke - self.began, 1e-9), ""
-        if rate > 0 and self.done < self.total:
-            left = f", {(self.total - self.done) / rate:.0f} s left"
-        line = f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.1f}/s{left}"
-        print(f"{line} {self.said[1]}".rstrip(), file=sys.stderr, flush=True)
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, kind, *_) -> None:
-        if self.bar:
-            self.bar.close()
-        elif kind is None and self.said != (self.done, self._numbers()):
-            self._say()
+        self.set_postfix(self.numbers, refresh=False)
+        super().update(n)
 
 
 def hushed() -> bool:
@@ -83,10 +65,12 @@ def hushed() -> bool:
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     """Aligned columns: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    line = "  ".join(["{:<%d}", *["{:>%d}"] * (len(widths) - 1)]) % tuple(widths)
-    rule = ["-" * width for width in widths]
-    return plain("\n".join(line.format(*cells) for cells in (header, rule, *rows)))
+    columns = []
+    for head, *cells in zip(header, *rows):
+        width = max(map(len, (head, *cells)))
+        align = str.rjust if columns else str.ljust
+        columns.append([align(cell, width) for cell in (head, "-" * width, *cells)])
+    return plain("\n".join(map("  ".join, zip(*columns))))
 
 
 def warn(text: str) -> None:
@@ -103,22 +87,20 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
 
 
+def colours(stream: TextIO) -> bool:
+    """Whether a stream may be coloured: it is a terminal, without NO_COLOR (no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")
+
+
 def emphasis(text: str) -> str:
-    """plain(text) in bold on a terminal; as it is elsewhere, or under NO_COLOR (no-color.org)."""
-    text = plain(text)
-    dumb = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return f"\033[1m{text}\033[0m" if sys.stdout.isatty() and not dumb else text
-
-
-def colours() -> bool:
-    """Whether stderr may be coloured: it is a terminal, without NO_COLOR (no-color.org)."""
-    return sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    """plain(text), in bold where standard output may be coloured."""
+    return f"\033[1m{plain(text)}\033[0m" if colours(sys.stdout) else plain(text)
 
 
 def marked(before: str, chosen: str) -> str:
     """Both texts, the second in green or in brackets. Of a long first text the ends are shown."""
     before = before if len(before) <= 1200 else f"{before[:600]} ... {before[-600:]}"
-    opening, closing = ("\x1b[32m", "\x1b[0m") if colours() else "[]"
+    opening, closing = ("\033[32m", "\033[0m") if colours(sys.stderr) else "[]"
     return f"{plain(before)}{opening}{plain(chosen)}{closing}"
 
 
@@ -156,22 +138,22 @@ def stop_requested() -> bool:
     return _stop["held"] and _stop["asked"] > 0
 
 
-def run(main: Callable[[list[str]], None], usage: str | Callable[[list[str]], str]) -> None:
+def run(main: Callable[[list[str]], None], usage: str) -> None:
     """Runs main on the command line's arguments, and exits with the right code on an error.
 
-    --help prints `usage` (of the arguments). --quiet prints only results and errors.
+    --help prints the usage. --quiet prints only results and errors.
     """
-    global BRIEF
+    global BRIEF, BEGUN
     arguments = [argument for argument in sys.argv[1:] if argument != "--quiet"]
-    BRIEF = "--quiet" in sys.argv[1:]
+    BRIEF, BEGUN = "--quiet" in sys.argv, False
     if "--help" in arguments or "-h" in arguments:
-        print((usage if isinstance(usage, str) else usage(arguments)).strip())
+        print(usage.strip())
         sys.exit(0)
     _stop.update(asked=0.0, held=False)
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:  # nohup and & ignore some
-            signal.signal(number, _on_signal)
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup and & ignore some
+            before[number] = signal.signal(number, _on_signal)
     try:
         main(arguments)
         sys.stdout.flush()
@@ -184,15 +166,13 @@ def run(main: Callable[[list[str]], None], usage: str | Callable[[list[str]], st
         print(plain(f"{name}: {error}"), file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except BrokenPipeError:  # the reader of the output has seen enough (| head)
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the interpreter flushes it at its end)
-        sys.exit(1)
+        os._exit(1)  # an orderly exit would write the rest
     except KeyboardInterrupt as error:
         if not QUIET:
-            print(
-                f"\ninterrupted; the same command (without --overwrite) resumes from "
-                f"{str(error) or 'the last checkpoint'}",
-                file=sys.stderr,
-            )
+            # Before a stage begins, what --overwrite removes is still there.
+            where = str(error) or ("the last checkpoint" if BEGUN else "")
+            again = f"(without --overwrite) resumes from {where}" if where else "starts again"
+            print(f"\ninterrupted; the same command {again}", file=sys.stderr)
         sys.exit(1)
     finally:
         for number, handler in before.items():

@@ -4,7 +4,7 @@ No function here knows a model, a prompt or a judge.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import fmean
 
 import numpy as np
@@ -54,6 +54,11 @@ def grouped(pairs: Iterable[tuple]) -> dict:
     for key, value in pairs:
         groups.setdefault(key, []).append(value)
     return groups
+
+
+def by_key(pairs: Iterable[tuple], shares: Callable[[list], dict]) -> dict[str, dict]:
+    """{key: shares(its values)} of (key, value) pairs, sorted by key."""
+    return {key: shares(values) for key, values in sorted(grouped(pairs).items())}
 
 
 def binned(pairs: Sequence[tuple[float, float]], lowest: int = 0) -> Iterator[tuple]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from minicai import InputError
 from minicai.engine.data import read_jsonl
-from minicai.evaluation.measures import agreement, counted, grouped, hacked, share
+from minicai.evaluation.measures import agreement, by_key, counted, grouped, hacked, share
 from minicai.feedback import by_place
 from minicai.prompts import Prompt
 from minicai.tinyworld.judge import Verdict, failed, jailbroken, judge, meaning
@@ -145,13 +145,9 @@ def revision_rates(rows: Sequence[dict]) -> dict:
     return {
         "harmful_by_round": [share(v[: n + 1][-1].harmful for v in judged) for n in rounds],
         **{change: one["rate"] for change, one in _changes(whole).items()},
-        "by_round": [*_by(by_round).values()],
-        "by_principle": _by(by_principle),
+        "by_round": [*by_key(by_round, _changes).values()],
+        "by_principle": by_key(by_principle, _changes),
     }
-
-
-def _by(gains: Iterable[tuple]) -> dict:
-    return {key: _changes(found) for key, found in sorted(grouped(gains).items())}
 
 
 def _changes(gains: Sequence[float]) -> dict[str, dict]:

@@ -14,7 +14,9 @@ from pathlib import Path
 import jinja2
 
 from minicai import InputError
-from minicai.engine.data import finite, write_atomic
+from minicai.engine.data import finite
+from minicai.engine.disk import damaged, write_atomic
+from minicai.engine.terminal import warn
 from minicai.evaluation.rates import METRICS
 from minicai.report.panels import panels
 from minicai.report.summary import (
@@ -26,6 +28,7 @@ from minicai.report.summary import (
     number,
     percent,
     progress,
+    records,
     so_far,
     summarise,
 )
@@ -81,8 +84,13 @@ def states(now: dict[str, str]) -> str:
 def draw(out: Path) -> None:
     """DIR/report.html of a run as far as it is, and DIR/summary.json if it is finished.
 
-    Raises InputError where no stage has begun.
+    Warns of journals that are not as their stage left them. Raises InputError where no stage has
+    begun.
     """
+    for stage, record in records(out).items():
+        files = record.get("files", {})
+        for said in damaged(out / stage, {k: files[k] for k in files if k.endswith(".jsonl")}):
+            warn(f"{said}; the page shows what is there")
     if now := progress(out):
         write_atomic(out / "report.html", page(out, so_far(out)))
         print(f"not finished  {states(now)}")
@@ -98,7 +106,7 @@ def watch(out: Path, seconds: float = 5) -> None:
     """
     if not out.is_dir():
         raise InputError(f"{out}: no such folder")
-    seen: dict[str, str] = {}
+    seen = {}
     print(f"watching {out}, Ctrl-C to end; look at  {out / 'report.html'}", flush=True)
     try:
         while now := progress(out):

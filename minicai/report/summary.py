@@ -3,7 +3,6 @@
 Only files that the stages wrote are read. An unfinished run has the fields of its finished stages.
 """
 
-import math
 import platform
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
@@ -14,14 +13,14 @@ from statistics import fmean
 
 import torch
 import transformers
-from jinja2 import TemplateError
 
 from minicai import InputError
 from minicai.critique import faults
 from minicai.engine.config import redact, stored
-from minicai.engine.data import read_journal, read_record
+from minicai.engine.data import read_journal as read
+from minicai.engine.data import read_record
 from minicai.engine.terminal import table
-from minicai.evaluation.measures import counted, grouped
+from minicai.evaluation.measures import by_key, counted
 from minicai.evaluation.rates import METRICS
 from minicai.feedback import at_a, in_both_orders
 
@@ -65,9 +64,6 @@ GLOSSARY = {name: f"share of the {metric.meaning}" for name, metric in METRICS.i
 # --- reading -------------------------------------------------------------------------------------
 
 
-UNFIT = ArithmeticError, AttributeError, LookupError, TypeError, ValueError
-
-
 def legible(function: Callable) -> Callable:
     """Decorates function(out, ...) of the files of a run: where they contradict it, an InputError.
 
@@ -75,23 +71,18 @@ def legible(function: Callable) -> Callable:
     """
 
     @wraps(function)
-    def inside(out: Path, *rest):
+    def inside(out, *rest):
         try:
             return function(out, *rest)
         except InputError:
             raise
-        except (*UNFIT, TemplateError) as error:
+        except Exception as error:
             said = f"{type(error).__name__}: {error}"
             raise InputError(
                 f"{out}: the files of this run do not fit together ({said})"
             ) from error
 
     return inside
-
-
-def read(path: Path) -> list[dict]:
-    """The rows of a journal, [] where there is no file; a stage may be writing it."""
-    return read_journal(path)[0]
 
 
 def at(summary: dict, path: str):
@@ -129,7 +120,7 @@ def awaited(out: Path) -> list[str]:
     exact judge knows no others.
     """
     prompts = config(out, "sl").get("sl", {}).get("prompts", "minicai/tinyworld/")
-    judged = (out / "eval" / "config.toml").is_file() or "minicai/tinyworld/" in str(prompts)
+    judged = config(out, "eval") or "minicai/tinyworld/" in str(prompts)
     return [stage for stage in RECORDED if judged or stage != "eval"]
 
 
@@ -217,11 +208,6 @@ def _named(out: Path, ratings: dict[str, dict]) -> dict[str, dict]:
     return named
 
 
-def _by_key(pairs: Iterable[tuple], shares: Callable) -> dict:
-    """{key: shares(values)} of (key, value) pairs, sorted by key."""
-    return {key: shares(values) for key, values in sorted(grouped(pairs).items())}
-
-
 def changes(rows: Iterable[dict]) -> dict:
     """How often the revisions of revisions.jsonl changed a text; no judge is needed.
 
@@ -240,8 +226,8 @@ def changes(rows: Iterable[dict]) -> dict:
             "faulty": counted([bool(wrong - {"unchanged"}) for wrong in found]),
         }
 
-    rounds = _by_key(by_round, shares)
-    return {"by_round": [*rounds.values()], "by_principle": _by_key(by_principle, shares)}
+    rounds = by_key(by_round, shares)
+    return {"by_round": [*rounds.values()], "by_principle": by_key(by_principle, shares)}
 
 
 def places(rows: Iterable[dict]) -> dict:
@@ -253,7 +239,7 @@ def places(rows: Iterable[dict]) -> dict:
     every, by_principle = [], []
     for row in rows:
         every.append(in_both_orders(row["votes"]))
-        own = _by_key(((vote["principle"], vote) for vote in row["votes"]), in_both_orders)
+        own = by_key(((vote["principle"], vote) for vote in row["votes"]), in_both_orders)
         by_principle += own.items()
 
     def shares(pairs: Sequence[tuple[float, float]]) -> dict:
@@ -264,7 +250,7 @@ def places(rows: Iterable[dict]) -> dict:
         }
 
     shown = [(name, pair) for name, pair in by_principle if pair]
-    return {**shares([*filter(None, every)]), "by_principle": _by_key(shown, shares)}
+    return {**shares([*filter(None, every)]), "by_principle": by_key(shown, shares)}
 
 
 # --- provenance ----------------------------------------------------------------------------------
@@ -275,20 +261,31 @@ def provenance(command: str) -> dict:
 
     A report may be drawn later, by another version.
     """
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     return {
         "command": redact(command.strip()),
         "commit": _commit(),
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
     }
 
 
 def _commit() -> str | None:
     """The commit of the checkout that the package runs from; None where it is installed."""
-    words = ["--git-dir=.git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    words = [
+        "git",
+        "--git-dir=.git",
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+        "--exclude=*",
+    ]
     root = Path(__file__).resolve().parents[2]
     try:
-        git = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, timeout=10)
+        git = subprocess.run(words, cwd=root, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
     return git.stdout.strip() or None
@@ -299,12 +296,12 @@ def _commit() -> str | None:
 
 def number(value: float | None, digits: int = 3) -> str:
     """A rate as text; a dash where there is none."""
-    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+    return "–" if value is None else f"{value:.{digits:d}f}"
 
 
 def percent(share: float | None) -> str:
     """A share in per cent: to a tenth, unless it is none or all."""
-    return number(share and 100 * share, int(share not in (0, 1))) + "\u00a0%"
+    return number(share and 100 * share, share not in (0, 1)) + "\u00a0%"
 
 
 def _rates(found: dict, intervals: bool) -> str:
@@ -322,13 +319,12 @@ def _rates(found: dict, intervals: bool) -> str:
 @legible
 def rated(out: Path) -> str:
     """The text that ends an evaluation: the rates of each stage with their 95 % intervals."""
-    record = read_record(out / "eval" / "stage.json")
-    return f"{_rates(record, True)}\n\nwrote  {out / 'eval'}"
+    return f"{_rates(records(out)['eval'], True)}\n\nwrote  {out / 'eval'}"
 
 
 def headline(summary: dict) -> str:
     """The text that ends the demo: the rates of each stage, and the numbers on the way there."""
-    asked, rm, kl = summary["eval"]["prompts"], summary["rm"], summary["ppo"]["kl"]
+    asked, rm = summary["eval"]["prompts"], summary["rm"]
     harmful = [f"{share:.2f}" for share in summary["revision"]["harmful_by_round"]]
     seconds = [f"{k} {s:.0f}" for k, s in seconds_of(summary["seconds"]).items() if s >= 0.5]
     return f"""{_rates(summary, False)}
@@ -339,5 +335,5 @@ harmful by critique-revision round  {"  ".join(harmful)}
 AI labels agree with the judge      {number(summary["labels"]["accuracy_vs_judge"])}
 reward model on held-out pairs      {number(rm["accuracy_vs_judge"])} with the judge, \
 {number(rm["accuracy_vs_labels"])} with the labels
-KL from SL-CAI                      {kl:.2f} nats per response
+KL from SL-CAI                      {summary["ppo"]["kl"]:.2f} nats per response
 seconds                             {"  ".join(seconds)}"""

@@ -22,7 +22,7 @@ import torch
 from minicai import constitution
 from minicai.engine import parallel, terminal
 from minicai.engine.config import builtin
-from minicai.engine.data import write_atomic
+from minicai.engine.disk import write_atomic
 from minicai.engine.load import load_policy
 from minicai.engine.sampler import Sampling, choice_logprobs, generate
 from minicai.prompts import CHOICES

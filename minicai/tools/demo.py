@@ -70,13 +70,11 @@ def closing(out: Path, found: dict) -> str:
     lines = ["", summary.headline(found), ""]
     for row in rows[:2] + rows[-1:]:  # harmful prompts come first in the tiny world's file
         lines.append(f"Human: {row['prompt']}")
-        for key, name in summary.STAGES.items():
-            lines.append(f"  {name:<7} {row[key]}")
+        lines += [f"  {name:<7} {row[key]}" for key, name in summary.STAGES.items()]
         lines.append("")
-    for name in WRITTEN:
-        lines.append(f"wrote  {out / name}")
-    talk = f"talk   python -m minicai chat {out / 'ppo'} --against={out / 'base'}"
-    return "\n".join([*lines, talk])
+    lines += [f"wrote  {out / name}" for name in WRITTEN]
+    lines.append(f"talk   python -m minicai chat {out / 'ppo'} --against={out / 'base'}")
+    return "\n".join(lines)
 
 
 def evaluate(flags: list[str], file: str) -> None:

@@ -6,7 +6,7 @@ a record and every text that was judged; the same command again shows the same r
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -14,13 +14,8 @@ from pathlib import Path
 
 from minicai import InputError, constitution
 from minicai.engine import config, hub, parallel, terminal
-from minicai.engine.data import (
-    disk_guard,
-    read_jsonl,
-    read_preferences,
-    read_prompts,
-    read_record,
-)
+from minicai.engine.data import read_jsonl, read_preferences, read_prompts, read_record
+from minicai.engine.disk import disk_guard
 from minicai.engine.load import load_policy
 from minicai.engine.sampler import Sampling, choice_logprobs, chooser
 from minicai.engine.stage import Stage
@@ -29,7 +24,7 @@ from minicai.evaluation.agreement import answer, human_agreement, orders_as
 from minicai.evaluation.choices import read_choices, score_choices
 from minicai.evaluation.elo import play, ratings
 from minicai.evaluation.jailbreaks import jailbreaks
-from minicai.evaluation.measures import counted, grouped, share
+from minicai.evaluation.measures import counted, share
 from minicai.feedback import Labelling
 
 MODELS = ("base", "sl", "ppo")  # the folders of a run whose answers are judged
@@ -62,7 +57,8 @@ def evaluate(cfg: EvalConfig, run: dict) -> None:
     not know a prompt.
     """
     began, out = time.monotonic(), Path(cfg.out)
-    answers, past, phrased = questions(cfg.prompts, cfg.limit, cfg.failures, cfg.jailbreaks)
+    prompts = rates.read_known(cfg.prompts)[: cfg.limit or None]
+    past = list(chain(*map(rates.read_known, cfg.failures)))
     made = {name: f"{out}/{name}" for name in ("sl", "rm", "ppo")}
     stage = Stage(cfg, "eval", {"model": cfg.model} | made)
     if stage.record:
@@ -74,11 +70,18 @@ def evaluate(cfg: EvalConfig, run: dict) -> None:
         shutil.copytree(base, out / "base", dirs_exist_ok=True)
 
     # 1. Every model answers every question.
-    asked, kinds = answers + past + phrased, [row["kind"] for row in answers]
+    answers, kinds = [], {"harmful": [], "benign": []}
+    for k, row in enumerate(prompts):
+        prompt, kind = row["prompt"], row.get("kind")
+        answers.append({"id": k, "prompt": prompt, "kind": kind})
+        if kind in kinds:
+            kinds[kind].append(prompt)
+    phrased = jailbreaks(kinds["harmful"][: cfg.jailbreaks], kinds["benign"])
+    asked = answers + past + phrased
     seeds = [(cfg.seed, k, 0) for k in range(len(answers))]
     seeds += [(cfg.seed, k, 1) for k in range(len(past) + len(phrased))]
     how = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
-    found = {"eval": {"prompts": {kind: kinds.count(kind) for kind in ("harmful", "benign")}}}
+    found = {"eval": {"prompts": {kind: len(rows) for kind, rows in kinds.items()}}}
     for name in MODELS:
         ended = answer(asked, name, f"{out}/{name}", seeds, how)[: len(answers)]
         for key, result in rates.stage_results(name, answers, ended, past, phrased).items():
@@ -91,40 +94,27 @@ def evaluate(cfg: EvalConfig, run: dict) -> None:
 
     # 3. The reward against the judge, over PPO.
     ppo = out / "ppo"
-    journals = map(read_jsonl, (ppo / "episodes.jsonl", ppo / "metrics.jsonl"))
-    hacking = rates.reward_hacking(*journals)
+    journals = ppo / "episodes.jsonl", ppo / "metrics.jsonl"
+    hacking = rates.reward_hacking(*map(read_jsonl, journals))
     if hacking["warning"]:
         terminal.warn(f"{ppo}: {hacking['warning']}")
 
     # 4. What fails now is asked again by later evaluations.
-    verdicts = rates.verdicts(answers, MODELS, revisions, comparisons)
     made_by = {"model": hub.weights_sha256(ppo), "seed": cfg.seed}
-    files = {"answers": answers, "replayed": past, "jailbreaks": phrased, "verdicts": verdicts}
-    files["failures"] = rates.failures(answers, "ppo", made_by)
-    for name, rows in files.items():
-        save(stage, name, rows)
-    found |= {"revision": rates.revision_rates(revisions), "labels": rates.label_rates(comparisons)}
+    save(stage, "answers", answers)
+    save(stage, "replayed", past)
+    save(stage, "jailbreaks", phrased)
+    save(stage, "verdicts", rates.verdicts(answers, MODELS, revisions, comparisons))
+    save(stage, "failures", rates.failures(answers, "ppo", made_by))
     found |= {
+        "revision": rates.revision_rates(revisions),
+        "labels": rates.label_rates(comparisons),
         "rm_accuracy_vs_judge": share(agreed),
         "run": run,
         "hacking": hacking,
         "seconds": time.monotonic() - began,
     }
     stage.finish(None, found)
-
-
-def questions(prompts: str, limit: int, failures: Sequence[str], phrased: int) -> tuple:
-    """Rows with a "prompt": of the evaluation ("id", "kind"), past failures, jailbreak phrasings.
-
-    prompts, failures: files. limit: use only the first prompts; 0 = all. phrased: the number of
-    harmful prompts to ask in each phrasing.
-    """
-    rows = enumerate(rates.read_known(prompts)[: limit or None])
-    answers = [{"id": k, "prompt": row["prompt"], "kind": row.get("kind")} for k, row in rows]
-    kinds = {"harmful": [], "benign": []}
-    kinds |= grouped((row["kind"], row["prompt"]) for row in answers)
-    past = list(chain(*map(rates.read_known, failures)))
-    return answers, past, jailbreaks(kinds["harmful"][:phrased], kinds["benign"])
 
 
 def save(stage: Stage, name: str, rows: list[dict]) -> None:

@@ -8,9 +8,10 @@ Each phase is planned at its fullest moment: every slot is taken, every response
 limit, and every micro-batch is full. All results are bytes in one process. PPO's scoring has no
 phase here: it reads the same micro-batches as training and keeps less.
 
+With adapters (lora_rank) the trained model is frozen, and PPO's four models are one.
+
 Not planned: models that some settings add (critic, jury, judge), few-shot examples and rationales
-around a request. PPO's frozen models count 4 bytes per parameter, though one process in bf16 stores
-their layers in 2 (models.freeze).
+around a request.
 
 Legend: N processes, P parameters of a model, L layers, H hidden size, I inner size of the MLP,
 Q = heads x head size, K = key-value heads x head size, V vocabulary, b bytes of a number in the
@@ -30,6 +31,7 @@ import train_rm
 import train_sl
 from minicai import InputError, constitution
 from minicai.engine import config, parallel
+from minicai.engine.adapters import attach
 from minicai.engine.data import read_prompts
 from minicai.engine.dialogue import encode_prompt
 from minicai.engine.load import load_config, load_tokenizer
@@ -45,8 +47,10 @@ SCRIPTS = {
 # The config's key for the folder of a model, where it differs from the model's name.
 STARTS = {"model": "policy", "reference": "policy", "value": "reward"}
 
-# P, the parameters inside the layers, L, H, I, Q, K, and V (0 where the head gives one number).
-Shape = namedtuple("Shape", "parameters inside layers hidden inner queries keys vocabulary")
+# P, the parameters inside the layers, those of one role's adapters, L, H, I, Q, K, and V (0 where
+# the head gives one number).
+SIZES = "parameters inside adapters layers hidden inner queries keys vocabulary"
+Shape = namedtuple("Shape", SIZES)
 
 
 def shape(cfg, name: str) -> Shape:
@@ -65,12 +69,15 @@ def shape(cfg, name: str) -> Shape:
     except ValueError:
         raise InputError(f"{folder}: no language model can be made from its config.json") from None
     # The layers are the numbered parts: model.layers.0.mlp, transformer.h.0.attn.
-    inside = (p for n, p in model.named_parameters() if re.search(r"\.\d+\.", n))
+    inside = [p for n, p in model.named_parameters() if re.search(r"\.\d+\.", n)]
+    whole = model.num_parameters()
+    pairs = attach(model, "role", cfg.lora).parameters() if cfg.lora else []
     heads = sizes.num_attention_heads
     head = getattr(sizes, "head_dim", sizes.hidden_size // heads)
     return Shape(
-        model.num_parameters(),
+        whole,
         sum(map(torch.numel, inside)),
+        sum(map(torch.numel, pairs)),
         sizes.num_hidden_layers,
         sizes.hidden_size,
         getattr(sizes, "intermediate_size", 4 * sizes.hidden_size),
@@ -80,9 +87,9 @@ def shape(cfg, name: str) -> Shape:
     )
 
 
-def count(models) -> int:
-    """P of several models together."""
-    return sum(m.parameters for m in models)
+def stored(models, b: int) -> int:
+    """Bytes of the weights of frozen models: b in the layers, 4 outside."""
+    return sum(b * m.inside + 4 * (m.parameters - m.inside) for m in models)
 
 
 def planned(stage: str, arguments, N) -> dict:
@@ -97,6 +104,16 @@ def planned(stage: str, arguments, N) -> dict:
     b = 2 if parallel.precision() == "bf16" else 4
     models = {name: shape(cfg, name) for name in script.TRAINED + script.FROZEN}
     trained = [models[name] for name in script.TRAINED]
+    frozen = [models[name] for name in script.FROZEN] if stage == "ppo" else []
+    # Trained weights are float32: 4 P. With adapters the policy's are frozen, and serve all roles.
+    # The reference, the first of `frozen`, has no adapters.
+    kept = b if N == 1 else 4  # bytes of a frozen weight
+    if cfg.lora:
+        learned = sum(m.adapters for m in trained)
+        weights = stored(trained[:1], b) + 4 * sum(m.adapters for m in [*trained, *frozen[1:]])
+    else:
+        learned = sum(m.parameters for m in trained)
+        weights = 4 * learned + stored(frozen, kept)
 
     # Lengths in tokens: of prompts, and of the longest request around a prompt and two answers.
     tokenizer = load_tokenizer(cfg.model)
@@ -130,9 +147,9 @@ def planned(stage: str, arguments, N) -> dict:
         m = models.get(name, trained[0])
         # In bf16 the products read a bfloat16 copy of the weights in the layers: 2 bytes each. One
         # process makes it of the model at work. Several exchange it instead of the float32 weights.
-        half = (4 - b) * m.inside
+        half = 0 if cfg.lora else (4 - b) * m.inside
+        held = weights
         if name == "training":
-            held = adam = trained
             # Autograd keeps what the backward pass will read. Per token and layer, this is
             #   of two norms, the input, its normalised form and the output, in float32: 24 H
             #   (in bf16, one copy of the output for each of five products: about as much);
@@ -145,9 +162,11 @@ def planned(stage: str, arguments, N) -> dict:
             # Two layers at a time are gathered, weights in b bytes and gradients in 4, and what
             # is outside the layers, 4 and 4.
             gathered = 2 * m.inside / m.layers * (b + 4) + 8 * (m.parameters - m.inside)
+            if cfg.lora:  # no gradients of frozen weights
+                gathered = 2 * m.inside / m.layers * b + 4 * (m.parameters - m.inside)
             passing = {
                 # One float32 gradient per trained weight: 4 P / N.
-                "gradients": 4 * count(trained) / N,
+                "gradients": 4 * learned / N,
                 "slots": 0,
                 "activations": again if cfg.gradient_checkpointing else m.layers * layer,
                 # The loss needs the logits of responses, CHUNK tokens at a time: as float32
@@ -155,8 +174,8 @@ def planned(stage: str, arguments, N) -> dict:
                 "logits": 12 * min(responses, CHUNK) * m.vocabulary,
             }
         else:
-            held = [m]
-            adam = []
+            if stage == "rm":
+                held, half = stored([m], kept), (kept - b) * m.inside
             # A critique, a revision and a comparison have two answers and a request around a
             # prompt. Labels are read off the end of a text: no slot is needed.
             more = 0 if name == "policy" else 2 * new + request
@@ -166,25 +185,20 @@ def planned(stage: str, arguments, N) -> dict:
             gathered = 4 * m.parameters - half
             passing = {
                 "gradients": 0,
-                # A slot keeps a key (float32, as rotation makes it) and a value (b bytes) per
-                # token and layer: (4 + b) K.
-                "slots": rows * context * m.layers * (4 + b) * m.keys,
+                # A slot keeps a key and a value per token and layer: 2 b K.
+                "slots": rows * context * m.layers * 2 * b * m.keys,
                 # Without gradients one layer's activations exist at a time. They are most when
                 # all prompts come in: 2 H for the residual stream and its norm, 3 I in the MLP,
                 # and a mask of each token against the whole slot.
-                "activations": rows * fed * 4 * (2 * m.hidden + 3 * m.inner + context),
+                "activations": rows * fed * (4 * (2 * m.hidden + context) + 3 * b * m.inner),
                 # Drawing a token: logits, log-probs and probabilities in float32, probabilities
                 # and their sums in float64: 28 V.
                 "logits": 28 * rows * m.vocabulary,
             }
-        if stage == "ppo":  # all models and Adam's state are there in all phases
-            held = models.values()
-            adam = trained
         parts = phases[f"{stage} {name}"] = {
-            # Weights are float32 and cut over the processes: 4 P / N.
-            "weights": 4 * count(held) / N,
+            "weights": held / N,  # cut over the processes
             # Adam keeps two moments of each trained weight, in float32: 8 P / N.
-            "Adam": 8 * count(adam) / N,
+            "Adam": 8 * learned / N * (name == "training" or stage == "ppo"),
             "copies": half if N == 1 else gathered,
             **passing,
             # The libraries take what they take in this process. The holes in a CPU's heap add to

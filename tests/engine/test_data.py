@@ -18,8 +18,6 @@ from minicai import InputError, RunError
 from minicai.engine.data import (
     Journal,
     batch_of_step,
-    discard,
-    disk_guard,
     epoch_order,
     finite,
     read_jsonl,
@@ -27,8 +25,8 @@ from minicai.engine.data import (
     read_prompts,
     shuffled,
     token_batches,
-    write_atomic,
 )
+from minicai.engine.disk import discard, disk_guard, write_atomic
 from minicai.prompts import split_transcript
 
 HH = (
@@ -105,7 +103,7 @@ def test_a_torn_line_does_not_count_as_the_one_that_completes_the_journal(path):
     assert Journal(path, group=4, total=7).rows == ROWS[:4]
 
 
-@pytest.mark.parametrize("count, kept", [(0, 0), (3, 3), (7, 7), (9, 7)])
+@pytest.mark.parametrize("count, kept", [(0, 0), (3, 3), (7, 7)])
 def test_keep_forgets_the_lines_beyond_a_count(path, count, kept):
     journal = Journal(path)
     journal.append(ROWS)
@@ -115,9 +113,11 @@ def test_keep_forgets_the_lines_beyond_a_count(path, count, kept):
     assert Journal(path).rows == journal.rows == [*ROWS[:kept], {"id": "next"}]
 
 
-def test_keep_on_a_journal_that_was_never_written_does_nothing(path):
-    Journal(path).keep(3)
+def test_rows_that_a_checkpoint_counts_and_the_file_lacks_are_missed(path):
+    Journal(path).keep(0)
     assert not path.exists()
+    with pytest.raises(RunError, match="was removed or changed by another program; put it back"):
+        Journal(path).keep(3)
 
 
 @pytest.mark.parametrize(
@@ -343,8 +343,8 @@ def test_hh_transcripts_become_a_prompt_and_two_responses(tmp_path):
     "line, reason",
     [
         ("{", "not valid JSON"),
-        (pair(prompt="one?", chosen="good"), 'needs the text "rejected"'),
-        (pair(prompt="one?", chosen=["good"], rejected="bad"), 'needs the text "chosen"'),
+        (pair(prompt="one?", chosen="good"), 'needs "rejected"'),
+        (pair(prompt="one?", chosen=["good"], rejected="bad"), '"chosen" cannot be'),
         (pair(prompt="", chosen="good", rejected="bad"), 'needs "prompt"'),
         (pair(prompt=TURNS[:2], chosen="good", rejected="bad"), "must be the user's"),
         (

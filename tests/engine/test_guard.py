@@ -271,8 +271,7 @@ def test_no_source_runs_what_it_reads():
     paths = [*ROOT.glob("minicai/**/*.py"), *ROOT.glob("train_*.py")]
     found = {str(p.relative_to(ROOT)): list(unsafe(ast.parse(p.read_text()))) for p in paths}
     assert len(found) > 40
-    known = {"minicai/engine/checkpoint.py": ["pickle"]}  # to refuse what is more than a table
-    assert {name: calls for name, calls in found.items() if calls} == known
+    assert not {name: calls for name, calls in found.items() if calls}
 
 
 @pytest.mark.parametrize(

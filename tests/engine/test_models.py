@@ -318,7 +318,7 @@ def test_a_generator_that_fails_and_an_error_in_words_of_its_own_are_passed_on()
 @pytest.mark.parametrize("function", PASSES, ids=lambda function: function.__name__)
 def test_numbers_that_are_not_finite_are_one_sentence_that_names_them_and_the_model(function):
     model = of(function, "llama")
-    model.config.name_or_path = "out/rm"
+    model.name_or_path = "out/rm"
     whole = models.in_micro_batches(function, model, batch(), 64)
     assert whole.isfinite().all()
     with torch.no_grad():

@@ -19,7 +19,7 @@ from torch.distributed.run import get_args_parser
 import train_ppo
 import train_rm
 import train_sl
-from minicai import InputError
+from minicai import InputError, RunError
 from minicai.engine import checkpoint, load, parallel
 from tests import parallel_run
 from tests.conftest import ARCHITECTURES, byte_tokenizer, tiny_model
@@ -171,15 +171,19 @@ def test_the_mean_of_the_ranks_means_would_be_another_gradient(runs):
 # --- the scripts ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("run", ["run", "lora"])
 @pytest.mark.parametrize("name", DATA)
-def test_the_files_of_the_data_phases_have_the_same_bytes_at_any_number_of_processes(runs, name):
-    one, two = ((runs[0] / f"run-{k}" / name).read_bytes() for k in (1, 2))
+def test_the_files_of_the_data_phases_have_the_same_bytes_at_any_number_of_processes(
+    runs, name, run
+):
+    one, two = ((runs[0] / f"{run}-{k}" / name).read_bytes() for k in (1, 2))
     assert one == two and one.count(b"\n") >= 7
 
 
+@pytest.mark.parametrize("run", ["run", "lora"])
 @pytest.mark.parametrize("stage", ["sl", "rm", "ppo"])
-def test_what_two_processes_export_is_what_one_exports(runs, stage):
-    one, two = (runs[0] / f"run-{k}" / stage for k in (1, 2))
+def test_what_two_processes_export_is_what_one_exports(runs, stage, run):
+    one, two = (runs[0] / f"{run}-{k}" / stage for k in (1, 2))
     assert {p.name for p in one.iterdir()} == {p.name for p in two.iterdir()}
     names = ["config.json", "tokenizer.json"] + ["generation_config.json"] * (stage != "rm")
     for name in names:
@@ -219,13 +223,15 @@ def test_episodes_of_two_processes_are_those_of_one_in_their_order(runs):
 
 def test_a_finished_stage_gives_every_rank_the_record_of_the_first(runs):
     for script in (train_sl, train_rm, train_ppo):
-        (made, found), (_, theirs) = (results[f"records {script.__name__}"] for results in runs[2])
+        (made, found), (_, theirs) = (
+            results[f"run records {script.__name__}"] for results in runs[2]
+        )
         assert made == found == theirs
 
 
 def test_the_held_out_accuracy_of_two_processes_is_that_of_one(runs):
     keys = ("accuracy_vs_labels", "heldout_ids", "train_sources", "models")
-    one, two = (results["records train_rm"][1] for results in (runs[1], runs[2][1]))
+    one, two = (results["run records train_rm"][1] for results in (runs[1], runs[2][1]))
     assert len(one["heldout_ids"]) > 1 and one["models"].keys() != two["models"].keys()
     assert all(one[key] == two[key] for key in keys[:3])
 
@@ -288,13 +294,30 @@ def test_a_forward_pass_computes_in_the_precision_of_the_process():
     assert inside(None, torch.ones(2, 2)) == torch.float32
 
 
+MASTER = {"RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
 @pytest.mark.parametrize(
-    "arguments, said",
-    [(("tpu", "auto"), "device must be"), (("cpu", "fp16"), "precision must be")],
+    "told, kind, said",
+    [
+        ({"WORLD_SIZE": "two"}, InputError, "WORLD_SIZE is two"),
+        ({}, InputError, "RANK expected, but not set"),
+        (MASTER | {"RANK": "x"}, InputError, "invalid literal"),
+        (MASTER, RunError, "127.0.0.1 (The client socket has timed out"),
+        (MASTER | {"MASTER_ADDR": "no.such.host.invalid"}, RunError, "no.such.host.invalid"),
+    ],
 )
-def test_a_device_or_precision_that_is_none_is_refused(arguments, said):
-    with pytest.raises(InputError, match=said):
-        parallel.setup(*arguments)
+def test_a_process_that_cannot_join_the_others_ends_with_one_sentence(
+    monkeypatch, told, kind, said
+):
+    for name in MASTER:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"WORLD_SIZE": "2", **told}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(kind) as caught:
+        parallel.setup("cpu", "fp32", timeout=1)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert "torchrun" in str(caught.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -323,7 +346,7 @@ def test_ranks_load_their_parts_of_what_from_pretrained_loads(runs, name):
     "name, message",
     [
         ("lacking", "the weights of model.norm.weight are missing"),
-        ("pickled", "its weights are pickles"),
+        ("pickled", "cannot be read as safetensors"),
         ("swollen", "model.norm.weight has the shape [33], and by config.json [32]"),
         ("unread", "LlamaForCausalLM does not read extra.lora_A"),
         ("broken", "model.norm.weight is not finite"),
@@ -397,7 +420,7 @@ def test_a_checkpoint_of_two_processes_is_whole_or_not_there(runs):
     found = sorted((runs[0] / "endless" / "sl" / "checkpoints").iterdir())
     whole = [path for path in found if path.suffix != ".tmp"]
     assert 1 <= len(whole) <= 3  # two, and perhaps the one before that was about to be removed
-    names = {".metadata", "extra.json", "__0_0.distcp", "__1_0.distcp"}
+    names = {".metadata", "extra.json", "sums.json", "__0_0.distcp", "__1_0.distcp"}
     assert all({file.name for file in path.iterdir()} == names for path in whole)
 
 

@@ -23,8 +23,9 @@ import torch
 from safetensors.torch import save_file
 
 from minicai import InputError, RunError, losses
-from minicai.engine import checkpoint, config, parallel, stage, terminal
-from minicai.engine.data import read_jsonl, sha256
+from minicai.engine import checkpoint, config, disk, parallel, stage, terminal
+from minicai.engine.data import read_jsonl
+from minicai.engine.disk import lock, sha256
 from minicai.engine.stage import Stage, code_fingerprints
 from tests.conftest import SHORT_RULES
 
@@ -188,7 +189,7 @@ def test_a_finished_folder_of_an_earlier_version_returns_its_record(place):
 
 def test_an_unfinished_folder_of_an_earlier_version_is_refused(place):
     folder = earlier_version(place, finished=False)
-    assert refusal(run, place).startswith(f"{folder}: holds a run of another config: ")
+    assert refusal(run, place).startswith(f"{folder}: settings, inputs or files have changed: ")
 
 
 @pytest.mark.parametrize("record", ["", "[1]"])
@@ -244,7 +245,7 @@ def test_what_has_changed_is_named_and_the_folder_left_as_it_was(place, what):
     folder = interrupted(place, **more)
     changed, before = change(place, what) | more, contents(folder)
     said = refusal(run, place, **changed)
-    assert said.startswith(f"{folder}: holds a run of another config: {CHANGES[what]}; choose ")
+    assert said.startswith(f"{folder}: settings, inputs or files have changed: {CHANGES[what]}; ")
     assert "--overwrite" in said and "--accept-changes" in said
     assert contents(folder) == before
 
@@ -393,7 +394,7 @@ def test_a_folder_that_cannot_be_written_is_refused(place, out, overwrite):
 @pytest.mark.parametrize("content", [b"seed = ", b"\xff"])
 def test_a_stored_config_that_cannot_be_read_is_refused(place, content):
     (interrupted(place) / "config.toml").write_bytes(content)
-    assert refusal(run, place).startswith(f"{place / 'out' / 'sl' / 'config.toml'}: cannot be read")
+    assert refusal(run, place).startswith(f"{place / 'out' / 'sl' / 'config.toml'}: ")
 
 
 # --- --overwrite is one step ----------------------------------------------------------------------
@@ -415,21 +416,21 @@ def test_killed_under_overwrite_the_old_run_is_whole_or_gone(place, monkeypatch,
 
         return called
 
-    for module, name in ((os, "rename"), (os, "unlink"), (os, "mkdir")):
-        monkeypatch.setattr(module, name, dying(getattr(module, name)))
     cfg = settings(place, overwrite=True, rate=0.3)
     cfg.later = [later]
-    with pytest.raises(Killed):
-        Stage(cfg, "sl", {"data": cfg.data}, "").journal("rows.jsonl")
-        raise Killed  # all events are over
-    monkeypatch.undo()
+    begins = Stage(cfg, "sl", {"data": cfg.data}, "").journal
+    with pytest.raises(Killed), monkeypatch.context() as patches:
+        for name in ("rename", "unlink", "mkdir"):
+            patches.setattr(os, name, dying(getattr(os, name)))
+        begins("rows.jsonl")
+        raise Killed  # after all events
+    del begins
     gc.collect()
     left = contents(folder) if folder.exists() else {}
     assert left == before or not left.keys() - {"config.toml", "config.toml.tmp"}
     assert not (left != before and later.exists())  # the last goes first
-    monkeypatch.setattr(stage, "METHOD", (*stage.METHOD, "equations"))
     assert run(place, overwrite=True, rate=0.3)["weight"]
-    assert not list(place.rglob("*.tmp"))
+    assert not list(folder.parent.glob("sl*.tmp"))
 
 
 # --- one folder, one owner ------------------------------------------------------------------------
@@ -464,7 +465,7 @@ def test_a_stage_that_another_process_begins_or_ends_in_the_meantime_is_refused(
     run(place)
     assert "another process has just finished it" in refusal(stages[1].journal, "rows.jsonl")
     stages[2].text = stages[2].text.replace("0.1", "0.2")
-    assert "holds a run of another config" in refusal(stages[2].journal, "rows.jsonl")
+    assert "have changed" in refusal(stages[2].journal, "rows.jsonl")
 
 
 def test_a_dead_owner_and_this_process_itself_are_no_hindrance(place):
@@ -505,13 +506,19 @@ def test_what_is_removed_in_mid_run_is_named_and_the_stage_does_not_finish(place
     assert not (place / "out" / "sl" / "stage.json").exists()
 
 
-def test_metrics_that_are_gone_when_a_run_resumes_are_missed(place):
-    folder = interrupted(place)
-    (folder / "metrics.jsonl").unlink()
-    said = refusal(run, place)
-    assert said.startswith(f"{folder / 'metrics.jsonl'}: has only 0 of the 4 rows ")
-    shutil.rmtree(folder / "checkpoints")
-    assert run(place)["weight"] and len(read_jsonl(folder / "metrics.jsonl")) == 6
+@pytest.mark.parametrize("how", ["gone", "doubled", "changed"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "metrics.jsonl"])
+def test_rows_that_are_not_those_of_the_checkpoint_are_noticed(place, name, how):
+    path = interrupted(place) / name
+    first, *rest = path.read_text().splitlines(keepends=True)
+    changed = {"gone": [], "doubled": [first, first, *rest], "changed": [*rest, first]}[how]
+    path.write_text("".join(changed))
+    if (name, how) != ("rows.jsonl", "gone"):  # those are made again, and are the same
+        said = refusal(run, place)
+        assert said.startswith(f"{path}: its rows are not those of the checkpoint of step 4; put ")
+        path.unlink()
+        shutil.rmtree(path.parent / "checkpoints")
+    assert run(place)["weight"] and len(read_jsonl(path)) == 6
 
 
 @pytest.mark.parametrize("damage", ["flipped", "missing"])
@@ -522,7 +529,7 @@ def test_a_finished_stage_knows_its_files(place, name, damage):
     content = bytearray(path.read_bytes())
     content[8] ^= 1
     path.write_bytes(content) if damage == "flipped" else path.unlink()
-    assert refusal(run, place).startswith(f"{path}: ")
+    assert f": {path}: is not what was written" in refusal(run, place)
     assert run(place, accept_changes=True) == record
 
 
@@ -535,7 +542,7 @@ def test_a_model_that_is_not_what_its_stage_wrote_is_refused_by_name_or_accepted
     content[-1] ^= 1
     weights.write_bytes(content)
     said = refusal(opened, place)
-    assert said.startswith(f"{weights}: is not what was written") and "--accept-changes" in said
+    assert f": {weights}: is not what was written" in said and "--accept-changes" in said
     folder = interrupted(place, accept_changes=True)
     [row] = read_jsonl(folder / "accepted.jsonl")
     assert row["changes"] == [f"{weights}: is not what was written, by its sha256"]
@@ -687,15 +694,15 @@ def test_a_process_that_is_not_the_first_knows_the_rows_and_writes_none(place, m
 def test_a_folder_in_use_is_refused_with_its_owner(place, monkeypatch):
     """A lock belongs to an open file, so this process can be another one to itself."""
     folder = place / "out" / "sl"
-    assert stage.lock(folder) is None  # there is no place for it yet
+    assert lock(folder) is None  # there is no place for it yet
     folder.parent.mkdir()
-    held = stage.lock(folder)
-    assert stage.lock(folder) is held
-    monkeypatch.setattr(stage, "LOCKS", {})
-    said = refusal(stage.lock, folder)
+    held = lock(folder)
+    assert lock(folder) is held
+    monkeypatch.setattr(disk, "LOCKS", {})
+    said = refusal(lock, folder)
     assert f"{folder}: is in use by process {os.getpid()} on " in said
     held.close()
-    assert not stage.lock(folder).closed
+    assert not lock(folder).closed
 
 
 def test_where_no_file_can_be_locked_a_warning_says_so(place, monkeypatch, capsys):
@@ -703,5 +710,5 @@ def test_where_no_file_can_be_locked_a_warning_says_so(place, monkeypatch, capsy
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    assert stage.lock(place / "sl") is None
+    assert lock(place / "sl") is None
     assert ".sl.lock: cannot be locked (No locks available)" in capsys.readouterr().err

@@ -81,9 +81,11 @@ def test_the_logprobs_are_those_of_a_plain_forward_pass():
     [
         ({"corrects": ["a"], "incorrects": ["b"]}, '"prompt"'),
         ({**ITEM, "prompt": " "}, '"prompt"'),
-        ({**ITEM, "corrects": []}, '"corrects"'),
-        ({**ITEM, "incorrects": "b"}, '"incorrects"'),
-        ({**ITEM, "incorrects": [""]}, '"incorrects"'),
+        ({**ITEM, "prompt": [{"role": "user", "content": "a"}]}, "needs a text"),
+        ({**ITEM, "corrects": []}, "needs a text and two lists"),
+        ({**ITEM, "incorrects": "b"}, '"incorrects" cannot be "b"'),
+        ({**ITEM, "incorrects": [""]}, "needs a text and two lists"),
+        ({**ITEM, "incorrects": [3]}, "needs a text and two lists"),
         ({**ITEM, "incorrects": [" (A)"]}, "both"),
     ],
 )
@@ -91,7 +93,7 @@ def test_a_malformed_item_is_refused_with_its_number(tmp_path, row, place):
     path = write(tmp_path, json.dumps(ITEM) + "\n" + json.dumps(row) + "\n", "items.jsonl")
     with pytest.raises(InputError) as caught:
         read_choices(path)
-    assert str(caught.value).startswith(f"{path}, item 2: ") and place in str(caught.value)
+    assert str(caught.value).startswith(f"{path}, line 2: ") and place in str(caught.value)
 
 
 def test_an_empty_file_is_refused(tmp_path):

@@ -58,7 +58,7 @@ def test_elo_rates_each_model_and_every_comparison_can_be_read_and_redone(
     assert record["models"] == {name: weights_sha256(name) for name in names}
     again = run(capsys, "elo", *options, folder / "model", folder / "other")
     assert "finished already" in again and printed.splitlines()[0] in again
-    with pytest.raises(InputError, match="another config"):
+    with pytest.raises(InputError, match="have changed"):
         run(capsys, "elo", *options, folder / "other", folder / "model")
 
 

@@ -320,7 +320,7 @@ def test_the_shipped_failures_are_requests_of_this_world_with_a_word_of_failed()
         assert bool(meaning(line["prompt"]).harm) == (line["failure"] == "harmful")
 
 
-@pytest.mark.parametrize("line", ['{"prompt": "Why?"}', '{"chosen": "x"}', '{"prompt": []}'])
+@pytest.mark.parametrize("line", ['{"prompt": "Why?"}', '{"chosen": "x"}'])
 def test_prompts_that_the_judge_does_not_know_are_refused_with_their_file(tmp_path, line):
     (tmp_path / "own.jsonl").write_text(line + "\n")
     with pytest.raises(InputError, match=r"own.jsonl: not of the tiny world"):

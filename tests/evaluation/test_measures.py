@@ -29,6 +29,15 @@ def test_wilson_interval_against_published_values(successes, trials, low, high):
     assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=5.1e-5)
 
 
+def test_the_interval_is_inside_0_and_1_and_holds_the_rate():
+    for n in range(1, 1001):
+        assert wilson_interval(0, n)[0] == 0 and wilson_interval(n, n)[1] == 1
+    for n in range(1, 60):
+        for successes in (k / 2 for k in range(2 * n + 1)):
+            low, high = wilson_interval(successes, n)
+            assert 0 <= low <= successes / n <= high <= 1
+
+
 @pytest.mark.parametrize("successes, trials", [(0, 7), (3, 7), (7, 7), (1, 1000), (0.5, 3)])
 def test_the_ends_of_the_interval_are_z_standard_deviations_from_what_was_counted(
     successes, trials

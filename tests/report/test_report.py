@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import math
+import random
 import re
 import sys
 import time
@@ -454,7 +455,9 @@ def test_the_tiny_worlds_run_is_finished_when_it_is_judged(tmp_path, prompts, co
     assert len(summary.awaited(tmp_path)) == count
     assert bool(summary.progress(tmp_path)) == (count == 4)
     (tmp_path / "eval").mkdir()
-    (tmp_path / "eval" / "config.toml").write_text("")  # an evaluation has begun: there is a judge
+    (tmp_path / "eval" / "config.toml").write_text(
+        "seed = 3"
+    )  # an evaluation has begun: there is a judge
     assert summary.awaited(tmp_path) == list(summary.RECORDED) and summary.progress(tmp_path)
 
 
@@ -532,3 +535,89 @@ def test_votes_in_one_order_say_nothing_of_the_position(tmp_path, unplotted):
     path.write_text(json.dumps(row | {"votes": row["votes"][:1]}) + "\n")
     found = summary.so_far(tmp_path)
     assert "labels" not in found and "Position bias" not in page.page(tmp_path, found)
+
+
+# --- damaged files: all of them ------------------------------------------------------------------
+
+WRONG = (None, True, -1, 1e300, "x", [], [1], {}, {"x": 1}, 2**70)
+
+
+def places(value, found):
+    """(container, key) of each value in a JSON value, at any depth."""
+    for key in list(value) if isinstance(value, dict) else range(len(value)):
+        found.append((value, key))
+        if isinstance(value[key], dict | list):
+            places(value[key], found)
+    return found
+
+
+def damaged(text, draw):
+    """The text of a record or journal, damaged in one way."""
+    lines, kind = [line + "\n" for line in text.removesuffix("\n").split("\n")], draw.randrange(6)
+    if kind == 0:
+        return text[: draw.randrange(len(text))]
+    if kind == 1:
+        return text.replace("0.", draw.choice(["NaN ", "Infinity ", "1e999 ", "0x"]), 1)
+    if kind == 2:
+        return draw.choice(
+            ["", "[]\n", "null\n", "{}\n", "3\n", "[" * 100_000 + "\n", '"\\ud800"\n']
+        )
+    k = draw.randrange(len(lines))
+    value = json.loads(lines[k] if len(lines) > 1 else text)
+    container, key = draw.choice(places(value, []))
+    if kind == 3:
+        del container[key]
+    else:
+        container[key] = draw.choice(WRONG)
+    lines[k] = json.dumps(value) + "\n"
+    return "".join(lines)
+
+
+def strict(text):
+    """JSON as the page's script reads it: NaN and Infinity are errors."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+@pytest.mark.parametrize("count", [12, pytest.param(500, marks=pytest.mark.slow)])
+def test_a_damaged_run_is_drawn_or_refused_in_one_sentence_that_names_the_file(
+    unplotted, tmp_path, count
+):
+    lay(out := tmp_path / "out", *summary.RECORDED)
+    lay_own(compared := tmp_path / "compared", "elo", "agree")
+    files = [*out.rglob("*.json*"), *compared.rglob("*.json*"), *out.rglob("config.toml")]
+    refused = 0
+    for number in range(count):
+        draw = random.Random(number)
+        path = draw.choice(files)
+        whole = path.read_text()
+        is_toml = path.suffix == ".toml"
+        path.write_text(
+            draw.choice(["seed =", "[sl\n", "sl = 3"]) if is_toml else damaged(whole, draw)
+        )
+        folder = path.parents[1]
+        try:
+            page.draw(folder)
+            text = (folder / "report.html").read_text()
+            strict(re.search(r'json" id="rows">(.*?)</script>', text, re.DOTALL)[1])
+            if (folder / "summary.json").exists():
+                strict((folder / "summary.json").read_text())
+        except InputError as error:
+            refused += 1
+            assert str(folder) in str(error) and "\n" not in str(error)
+            if "fit together" not in str(error):
+                assert str(path) in str(error), (number, str(path), str(error))
+        path.write_text(whole)
+    assert refused > count / 3
+
+
+def test_a_journal_that_its_stage_did_not_leave_so_is_named(out, capsys):
+    files = {"revisions.jsonl": "0" * 64, "model.safetensors": "0" * 64}
+    (out / "sl" / "stage.json").write_text(json.dumps(RECORDS["sl"] | {"files": files}))
+    page.draw(out)
+    said = capsys.readouterr().err
+    assert said.count("WARNING") == 1 and f"{out / 'sl' / 'revisions.jsonl'}: is not what" in said
+
+
+def test_a_folder_that_is_not_there_is_not_watched(command, tmp_path):
+    code, _, error = command("minicai/__main__.py", "report", tmp_path / "none", "--watch")
+    assert code == 2 and error == f"minicai: {tmp_path / 'none'}: no such folder\n"

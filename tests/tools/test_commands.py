@@ -44,7 +44,8 @@ def refused(command):
 
 def assert_nothing_is_half_written(world):
     """No record, no model and no temporary file: at most the config, for a run that began."""
-    assert {path.name for path in (world / "out").rglob("*") if path.is_file()} <= {"config.toml"}
+    files = {path.name for path in (world / "out").rglob("*") if path.is_file()}
+    assert {name for name in files if not name.endswith(".lock")} <= {"config.toml"}
 
 
 # --- mistakes on the command line -----------------------------------------------------------------
@@ -61,7 +62,7 @@ def assert_nothing_is_half_written(world):
         (["report", "out", "--wacth"], "--wacth: unknown key"),
         (["chat"], "chat: missing a required argument: 'folder'"),
         (["demo", "other.toml"], "demo: too many positional arguments; see python -m minicai demo"),
-        (["demo", "--config", "no/such.toml"], "no/such.toml: No such file or directory"),
+        (["demo", "--config", "no/such.toml"], "no/such.toml: no such file"),
         (["demo", "--sede=1"], "did you mean --seed?"),
         (["chat", "no/such/folder"], "no/such/folder is not a model folder"),
         (["choices", "model"], "choices: missing a required argument: 'file'"),
@@ -80,7 +81,7 @@ def assert_nothing_is_half_written(world):
         (["constitution", "try", "no.toml"], "no.toml: no such constitution"),
         (["constitution", "new", "a.toml", "--like=genral"], "constitutions/general.toml?"),
         (["chat", "model", "--agianst=x"], "did you mean --against?"),
-        (["elo", "no/such.toml", "one", "two"], "no/such.toml: No such file or directory"),
+        (["elo", "no/such.toml", "one", "two"], "no/such.toml: no such file"),
         (["demo", "--plan=8"], "--plan: unknown key: python -m minicai plan CONFIG"),
     ],
 )
@@ -97,9 +98,8 @@ def test_a_command_of_one_process_is_refused_under_torchrun(refused, monkeypatch
 
 @pytest.mark.parametrize("words", CONFIGURED, ids=" ".join)
 def test_a_missing_config_is_refused_with_the_nearest_name(refused, world, words):
-    assert (
-        f"{world / 'confg.toml'}: No such file or directory; did you mean {world / 'config.toml'}?"
-        in refused(*words, world / "confg.toml")
+    assert f"{world / 'confg.toml'}: no such file; did you mean config.toml?" in refused(
+        *words, world / "confg.toml"
     )
     assert not (world / "out").exists()
 
@@ -121,10 +121,9 @@ def test_a_missing_model_folder_is_refused(refused, world, words):
     assert not (world / "out").exists()
 
 
-def test_the_nearest_model_folder_is_named(refused, world, models):
-    hole, whole = models / "hole", models / "whole"
-    message = refused("train_sl.py", world / "config.toml", f"--model={hole}")
-    assert f"{hole} is not a model folder (no config.json); did you mean {whole}?" in message
+def test_a_model_folder_without_a_config_is_refused_with_its_key(refused, world, models):
+    message = refused("train_sl.py", world / "config.toml", f"--model={models / 'hole'}")
+    assert f"[sl] model: {models / 'hole'} is not a model folder (no config.json)" in message
 
 
 # --- mistakes in what the command is given --------------------------------------------------------
@@ -225,7 +224,7 @@ def test_an_interrupt_ends_with_1_and_says_how_to_resume(command, world, monkeyp
     monkeypatch.setattr(data, "read_prompts", interrupt)
     code, out, err = command("train_sl.py", world / "config.toml")
     assert (code, out) == (1, "")
-    assert "resumes from the last checkpoint" in err and "Traceback" not in err
+    assert err == "\ninterrupted; the same command starts again\n"
 
 
 def test_an_evaluation_of_prompts_that_the_judge_does_not_know_is_refused_before_it_generates(
@@ -303,3 +302,58 @@ def test_a_prompt_longer_than_the_context_ends_the_process_with_2_and_one_line(w
         and "max_new_tokens" in done.stderr
     )
     assert_nothing_is_half_written(world)
+
+
+# --- before the work begins, and what a terminal shows --------------------------------------------
+
+
+@pytest.mark.parametrize("words", [("train_sl.py",), ("train_ppo.py",), ("-m", "minicai", "plan")])
+def test_an_interrupt_while_torch_is_imported_ends_with_1_and_one_line(tmp_path, words):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")  # in torch's place
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+    done = subprocess.run(
+        [sys.executable, *words, "x.toml"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "interrupted\n")
+
+
+def test_another_error_of_an_import_still_has_its_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch')\n")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+    done = subprocess.run(
+        [sys.executable, "train_sl.py"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "Traceback" in done.stderr and "no torch" in done.stderr
+
+
+ESCAPE = "\x1b[2J\x1b]0;owned\x07\x9b31m"
+
+
+@pytest.mark.parametrize(
+    "words, content",
+    [
+        (("train_sl.py", "FILE"), f'"{ESCAPE}" = 1\n'.replace("\x1b", "\\u001b")),
+        ((MINICAI, "choices", "MODEL", "FILE"), json.dumps({ESCAPE: 1})),
+        ((MINICAI, "constitution", "check", "FILE"), f"name = {json.dumps(ESCAPE)}\n"),
+        (
+            (MINICAI, "constitution", "check", "FILE"),
+            f"name = {json.dumps(ESCAPE)}\nversion = {json.dumps(ESCAPE)}\n[[principle]]\n"
+            f'name = {json.dumps(ESCAPE)}\ncritique = "Why?"\n',
+        ),
+        ((MINICAI, "elo", "CONFIG", "MODEL", ESCAPE), ""),
+        ((MINICAI, "report", ESCAPE), ""),
+    ],
+)
+def test_no_text_of_a_file_or_a_command_line_commands_the_terminal(
+    command, models, world, words, content
+):
+    file = world / ("file.toml" if "check" in words or "train_sl.py" in words else "file.jsonl")
+    file.write_text(content.replace("\x07", "\\u0007").replace("\x9b", "\\u009b"))
+    named = {"FILE": file, "MODEL": models / "whole", "CONFIG": world / "config.toml"}
+    _, out, err = command(*(named.get(word, word) for word in words))
+    assert out + err
+    assert not [c for c in out + err if not (c.isprintable() or c in "\n\t")]

@@ -130,7 +130,7 @@ def test_bfloat16_halves_what_the_products_keep_and_adds_a_copy_of_the_layers(pl
     parts, full = (planned("sl", f"--precision={p}") for p in ("bf16", "fp32"))
     assert parts["training"]["weights"] == 4 * P
     assert parts["training"]["copies"] == parts["model"]["copies"] == 2 * INSIDE
-    assert parts["model"]["slots"] == full["model"]["slots"] * 6 / 8  # keys stay float32
+    assert parts["model"]["slots"] == full["model"]["slots"] / 2
     kept = 1000 * 2 * (24 * 32 + 2 * (5.4 * 32 + 4 * 64))
     assert parts["training"]["activations"] == pytest.approx(kept)
 
@@ -218,7 +218,7 @@ def test_nothing_is_loaded_and_nothing_is_made(folder, capsys):
         (["CONFIG", "--processes=0"], "processes must be at least 1"),
         (["CONFIG", "--processes=many"], "--processes: invalid int value: 'many'"),
         ([], "plan: missing a required argument: 'file'"),
-        (["no/such.toml"], "no/such.toml: No such file or directory"),
+        (["no/such.toml"], "no/such.toml: no such file"),
         (["CONFIG", "--rwos=8"], "--rwos: unknown key; did you mean --rows?"),
         (["CONFIG", "--model=modle"], "is not a model folder"),
         (["CONFIG", "--sl.prompts=none.jsonl"], "none.jsonl"),
@@ -243,3 +243,20 @@ def test_the_configs_of_the_tiny_world_can_be_planned(name, tmp_path):
         path = str(ROOT / "configs" / name)
         phases = plan.planned(stage, [path, f"--out={tmp_path / 'out'}"], 2)
         assert all(0 < parts["total"] < 3 * 2**30 for parts in phases.values())
+
+
+def test_with_adapters_one_frozen_model_holds_all_roles(planned):
+    # A and B of rank 3: r (in + out) in each of q, k, v, o, gate, up, down of two layers.
+    pairs = 2 * 3 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))
+    scorer = pairs + 32  # and a head
+    roles = {  # trained, and all
+        "sl": ([pairs], [pairs]),
+        "rm": ([scorer], [scorer]),
+        "ppo": ([pairs, scorer], [pairs, scorer, scorer]),  # the reference has none
+    }
+    for stage, (trained, adapted) in roles.items():
+        parts = planned(stage, "--lora_rank=3", "--precision=bf16")["training"]
+        head = 32 if stage == "rm" else EMBEDDINGS
+        assert parts["weights"] == 2 * INSIDE + 4 * (EMBEDDINGS + NORM + head + sum(adapted))
+        assert parts["Adam"] == 2 * parts["gradients"] == 8 * sum(trained)
+        assert parts["copies"] == 0
