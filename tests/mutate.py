@@ -299,7 +299,7 @@ def drawn(size: int, seed: int, only: str) -> list[Mutant]:
 def sample(chosen: list[Mutant], stop: float) -> dict[Mutant, dict]:
     """The verdict on each alteration, as far as the time allows. Equivalent ones have none."""
     tests, works, again = recordings(stop), [], []
-    for path in {mutant.path for mutant in chosen}:
+    for path in sorted({mutant.path for mutant in chosen}):
         for mutant, tree in mutants(path):
             if mutant in chosen and not mutant.equivalent:
                 called = functools.partial(covering, mutant, tests)
@@ -307,6 +307,7 @@ def sample(chosen: list[Mutant], stop: float) -> dict[Mutant, dict]:
                 if path.name in ("parallel.py", "checkpoint.py"):
                     work = functools.partial(attempt_processes, copy.deepcopy(tree))
                     again.append((mutant, lambda: [PROCESSES], work))
+    works.sort(key=lambda work: chosen.index(work[0]))  # so that a part is a sample too
     verdicts = tried(works, LIMIT, stop)
     again = [work for work in again if not verdicts.get(work[0], {"killed": True})["killed"]]
     return verdicts | tried(again, 2 * LIMIT, stop)
