@@ -237,7 +237,7 @@ def covering(mutant: Mutant, tests: dict) -> list[str]:
     """The tests that may notice, of BUDGET seconds together.
 
     First come tests that run a line of the statement, then those of its function, the quickest
-    first. A test function has a second turn, with other parameters, after all have had their first.
+    first. A slow test is called with other parameters after all have been called with their first.
     A statement outside functions is noticed by a test that runs a line which names what it defines,
     or whose file names both it and its module.
     """
@@ -261,7 +261,7 @@ def covering(mutant: Mutant, tests: dict) -> list[str]:
     for far, seconds, test, more in sorted(found, key=lambda one: one[:3]):
         function = test.split("[")[0]
         turns.append((far, met[function], seconds, test, more))
-        met[function] += 1
+        met[function] += seconds > BUDGET / 100
     for *_, test, more in sorted(turns, key=lambda one: one[:4]):
         if sum((parts | more).values()) < BUDGET or not chosen:
             chosen.append(test)
@@ -299,7 +299,7 @@ def drawn(size: int, seed: int, only: str) -> list[Mutant]:
 def sample(chosen: list[Mutant], stop: float) -> dict[Mutant, dict]:
     """The verdict on each alteration, as far as the time allows. Equivalent ones have none."""
     tests, works, again = recordings(stop), [], []
-    for path in {mutant.path for mutant in chosen}:
+    for path in sorted({mutant.path for mutant in chosen}):
         for mutant, tree in mutants(path):
             if mutant in chosen and not mutant.equivalent:
                 called = functools.partial(covering, mutant, tests)
@@ -307,6 +307,7 @@ def sample(chosen: list[Mutant], stop: float) -> dict[Mutant, dict]:
                 if path.name in ("parallel.py", "checkpoint.py"):
                     work = functools.partial(attempt_processes, copy.deepcopy(tree))
                     again.append((mutant, lambda: [PROCESSES], work))
+    works.sort(key=lambda work: chosen.index(work[0]))  # so that a part is a sample too
     verdicts = tried(works, LIMIT, stop)
     again = [work for work in again if not verdicts.get(work[0], {"killed": True})["killed"]]
     return verdicts | tried(again, 2 * LIMIT, stop)

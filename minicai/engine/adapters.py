@@ -18,6 +18,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,19 +46,19 @@ PLAIN = {  # what PEFT's settings must be, where they are there
     "alpha_pattern": {},
 }
 LINEAR = (nn.Linear, Conv1D)
+BLOCK = re.compile(r"\.\d+\.")  # in a path: model.layers.0.mlp, transformer.h.0.attn
 BASE = "base_sha256"  # the sum of the weights that the adapters were trained on
-_on = {"role": ""}  # the role whose adapters the layers add; "" is none
+_on = ContextVar("role", default="")  # the role whose adapters the layers add; "" is none
 
 
 @contextmanager
 def role(name: str) -> Iterator[None]:
     """Inside it, the layers add the adapters of this role."""
-    before = _on["role"]
-    _on["role"] = name
+    before = _on.set(name)
     try:
         yield
     finally:
-        _on["role"] = before
+        _on.reset(before)
 
 
 def same_role() -> tuple[AbstractContextManager, AbstractContextManager]:
@@ -65,7 +66,7 @@ def same_role() -> tuple[AbstractContextManager, AbstractContextManager]:
 
     Another role may be on by then. Without this the gradients are wrong, and nothing says so.
     """
-    return nullcontext(), role(_on["role"])
+    return nullcontext(), role(_on.get())
 
 
 # --- layers ---------------------------------------------------------------------------------------
@@ -89,8 +90,9 @@ class Pair(nn.Module):
 
 def _adapt(layer: nn.Module, inputs: tuple[Tensor], y: Tensor) -> None:
     """Adds (alpha / r) B A x to the output of a layer, where a role is on that adapts it."""
-    if _on["role"] in layer.adapters:
-        pair = layer.adapters[_on["role"]]
+    name = _on.get()
+    if name in layer.adapters:
+        pair = layer.adapters[name]
         y.add_(F.linear(F.linear(inputs[0], pair.A), pair.B), alpha=pair.scale)
 
 
@@ -101,8 +103,7 @@ def attach(model: PreTrainedModel, name: str, how: Lora, score: bool = False) ->
     The tensors of a mixture's experts are no linear layers and are not adapted.
     Raises InputError where no layer has such a name.
     """
-    inside = re.compile(r"\.\d+\.")  # model.layers.0.mlp, transformer.h.0.attn
-    layers = {f".{path}": layer for path, layer in model.named_modules() if inside.search(path)}
+    layers = {f".{path}": layer for path, layer in model.named_modules() if BLOCK.search(path)}
     for target in how.targets or [""]:
         end = target and f".{target}"
         found = [x for path, x in layers.items() if path.endswith(end) and isinstance(x, LINEAR)]
@@ -165,14 +166,13 @@ class Role:
         """The same, whole, on the CPU. All processes call it together."""
         return {key: parallel.whole(p.detach()).cpu() for key, p in self.named().items()}
 
-    def fill(self, numbers: dict[str, Tensor], source: str) -> None:
-        """Puts numbers by PEFT's names into the role. Raises InputError where they do not fit."""
+    def fill(self, numbers: dict[str, Tensor]) -> None:
+        """Puts numbers by PEFT's names into the role. Raises ValueError where they do not fit."""
         own = self.named()
-        fits = own.keys() == numbers.keys()
-        if not fits or any(own[key].shape != numbers[key].shape for key in own):
-            raise InputError(f"{source}: does not fit the model {self.name_or_path}")
-        for key, parameter in own.items():
-            parallel.put(parameter, numbers[key])
+        for key in own.keys() | numbers.keys():
+            if key not in own or key not in numbers or own[key].shape != numbers[key].shape:
+                raise ValueError(key)
+            parallel.put(own[key], numbers[key])
 
     def draw(self, seed: int) -> "Role":
         """First values: A from N(0, 1 / in), B and head zero. The role begins as the backbone."""

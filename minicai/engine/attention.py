@@ -161,7 +161,7 @@ class Packed(_Padded):
                                      positions  0 | 0 1 | 0 1 2 3       in the row
                                      last       6, 2, 0                 of rows 0, 1, 2
     Attention:          g *          kept       0 | 2 3 | 4 5 6 7       in the padded batches
-    e.g. batches of     e f          source     0 * 1 2 3 4 5 6         * is padding
+    e.g. batches of     e f          source     0 0 1 2 3 4 5 6         * is padding
     2 and 1 rows        a b c d      shapes     (2, 2), (1, 4)
 
     lengths: tokens of each row, in the order of the padded batch.
@@ -178,12 +178,11 @@ class Packed(_Padded):
         self.positions = self.places % self.longest
         self.last = (sizes.cumsum(0) - 1)[order.argsort()]
 
-        shapes = torch.tensor(self.shapes, dtype=torch.long, device=device).reshape(-1, 2)
-        widths = shapes[:, 1].repeat_interleave(shapes[:, 0])  # [B] of each row's padded batch
-        begins = (widths.cumsum(0) - widths).repeat_interleave(sizes)
-        self.kept = begins + self.positions
-        self.source = self.kept.new_zeros(sum(B * T for B, T in self.shapes))
-        self.source[self.kept] = torch.arange(len(self.kept), device=device)
+        parts = sizes.split([B for B, _ in self.shapes])
+        real = [column[:T] < part[:, None] for part, (_, T) in zip(parts, self.shapes)]
+        real = torch.cat([x.flatten() for x in real])
+        self.kept = real.nonzero()[:, 0]
+        self.source = real.cumsum(0) - 1  # padding repeats the token before it
 
     def pick(self, padded: Tensor) -> Tensor:
         """[B, T or more] -> [N], without the padding."""
@@ -292,12 +291,13 @@ class Slots:
             queries = last if long else (part, None)  # a slice copies nothing
             self._parts.append((queries, part, self.positions[last], max(ends[part])))
         # Then all tokens of the rows that bring several, as a padded batch.
-        self._long = None
+        self._places = None  # [N] of the tokens in what the parts give; None: one after the other
         if long:
             tokens = torch.arange(len(rows), device=device).split(counts)
             queries = pad_sequence([tokens[row] for row in long], True, padding_value=-1)
-            places = (queries.flatten() >= 0).nonzero()[:, 0]
-            self._long = queries.flatten()[places], places
+            real = (queries.flatten() >= 0).nonzero()[:, 0]
+            self._places = self._row.clone()
+            self._places[queries.flatten()[real]] = len(counts) + real
             slots = long if len(long) < len(counts) else slice(len(counts))
             reach = max(ends[row] for row in long)
             self._parts.append((queries, slots, self.positions[queries], reach))
@@ -323,14 +323,8 @@ class Slots:
         for (queries, slots, _, width), mask in zip(self._parts, self._masks[window]):
             read = [kept[slots, :width] for kept in layer]
             found.append(_sdpa([q[queries], *read], scale, mask).flatten(0, 1))
-        if not self._long:
-            return torch.cat(found)
-        tokens, places = self._long
-        # Under autocast attention is bfloat16, and a rotated query is float32.
-        out = found[0].new_empty(*q.shape[:2], v.shape[2])
-        out[self.last] = torch.cat(found[:-1])
-        out[tokens] = found[-1][places]
-        return out
+        out = torch.cat(found)
+        return out if self._places is None else out[self._places]
 
     def copy(self, source: int, target: int | slice, start: int, end: int) -> None:
         """Copies keys and values of the positions start ... end - 1 from slots to others."""

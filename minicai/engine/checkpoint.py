@@ -175,6 +175,7 @@ def export(folder: Path, model: PreTrainedModel | Role) -> list[str]:
                 whole.generation_config = ending(model.generation_config, model.tokenizer)
             whole.save_pretrained(temporary, state_dict=stored)
             model.tokenizer.save_pretrained(temporary)
+            del whole  # its memory is needed now
             found = kind.from_pretrained(temporary, dtype=torch.float32, trust_remote_code=False)
             difference = (found.eval()(input_ids=probe).logits - expected).abs().max().item()
             if not difference <= limit:

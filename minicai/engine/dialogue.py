@@ -113,12 +113,11 @@ def _form(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, int]:
         )
     if rest.strip():
         template = template.removesuffix("\n") + f"{{{{ {rest!r} if add_generation_prompt }}}}"
-    added = tokenizer.added_tokens_decoder.items()
-    special = {k for k, token in added if token.special} | {tokenizer.eos_token_id}
-    for k in tokenizer(after, add_special_tokens=False)["input_ids"]:
-        if k in special:
-            return template, k
-    return template, tokenizer.eos_token_id
+    # `all_special_ids` would lack Llama 3's <|eot_id|>, which no setting names.
+    special = {k for k, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    ends = [k for k in ids if k in special | {tokenizer.eos_token_id}]
+    return template, [*ends, tokenizer.eos_token_id][0]
 
 
 def encode_prompt(
@@ -205,8 +204,8 @@ def encode_learned(
     encoded = []
     for prompt, response, ended in learned:
         ids, answer = encode(tokenizer, prompt, response)
-        ended = len(answer) <= limit if ended is None else ended
-        encoded.append((ids, answer if ended else answer[:-1]))
+        cut = len(answer) > limit if ended is None else not ended
+        encoded.append((ids, answer[:-1] if cut else answer))
     return encoded
 
 
@@ -269,8 +268,7 @@ def ending(settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> Ge
 
     With them any program stops where the model has learned to end.
     """
-    ends = sorted(end_ids(tokenizer, settings))
-    settings.eos_token_id = ends if len(ends) > 1 else ends[0]
+    settings.eos_token_id = sorted(end_ids(tokenizer, settings))
     if settings.pad_token_id is None:
         settings.pad_token_id = tokenizer.pad_token_id
     try:

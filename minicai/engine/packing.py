@@ -11,7 +11,6 @@ The copy is made on the CPU, in float32, from the config only. No random state c
 """
 
 import json
-from contextlib import suppress
 from functools import cache
 
 import torch
@@ -24,7 +23,8 @@ from minicai.engine.models import apply_head
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}  # between numbers that should be equal, relative
 FEW, MANY = 8, 64
-SHORT, LONG = (7, 12), (5, 19, 26)  # tokens of the rows
+SHORT, LONG = (4, 7), (5, 19, 26)  # tokens of the rows
+NEIGHBOURS = "the numbers of a row change with the rows beside it"
 SIZES = {  # of the copy, by a part of the setting's name; the first that fits
     "token_id": 0,
     "heads": 4,
@@ -33,13 +33,14 @@ SIZES = {  # of the copy, by a part of the setting's name; the first that fits
     "head_dim": 8,
     "n_embd": 32,
     "hidden_size": 32,
+    "intermediate": 32,
+    "experts": 4,
     "vocab_size": MANY,
     "original_max": FEW,
     "max_position": MANY,
     "n_positions": MANY,
     "group": 1,
 }
-BESIDE = "the numbers of a row change with the rows beside it"
 MIXING = {"linear_attention", "conv", "hybrid", "recurrent"}  # kinds of layers
 
 
@@ -50,13 +51,11 @@ def check(model: PreTrainedModel, path: str) -> None:
     """
     config, head = model.config.get_text_config(decoder=True), model.get_output_embeddings()
     try:
-        if model.base_model is model:
-            raise ValueError("its layers cannot be used without its output layer")
         with parallel.computing_in(parallel.weight_precision()), parallel.autocast():
             if model.device.type != "meta" and not _equal(model, SHORT, head):
                 if head and _equal(model, SHORT):
                     raise ValueError("it does more with its logits than apply its output layer")
-                raise ValueError(BESIDE)
+                raise ValueError(NEIGHBOURS)
         with parallel.computing_in("fp32"), torch.autocast("cpu", enabled=False):
             _check_copy(json.dumps(config.to_dict()))
     except Exception as error:  # a model's own code may raise anything
@@ -74,22 +73,19 @@ def check(model: PreTrainedModel, path: str) -> None:
 
 @cache
 def _check_copy(config: str) -> None:
-    """Compares rows in the tiny copy. Raises ValueError with the setting by which they differ."""
-    lengths = {}
-    if _equal(_copy(config, lengths), LONG):
-        return
-    reason = BESIDE
-    for name, tokens in lengths.items():
-        with suppress(Exception):  # the other sizes may not fit
-            if _equal(_copy(config, {}, name), LONG):
-                reason = f"its {name} ({tokens}) is not kept where rows are packed"
-    raise ValueError(reason)
+    """Compares rows in the tiny copy. Raises ValueError with the lengths that it shortened."""
+    copy, lengths = _copy(config)
+    if not _equal(copy, SHORT):  # no length of the config is shorter
+        raise ValueError(NEIGHBOURS)
+    if not _equal(copy, LONG):
+        guilty = [f"{name} ({tokens})" for name, tokens in lengths.items()]
+        raise ValueError(f"its {' or '.join(guilty)} is not kept where rows are packed")
 
 
 @torch.no_grad()
-def _copy(config: str, lengths: dict[str, int], long: str = "") -> PreTrainedModel:
-    """The tiny copy. Notes in `lengths` what became FEW; the setting `long` does not."""
-    data = json.loads(config)
+def _copy(config: str) -> tuple[PreTrainedModel, dict[str, int]]:
+    """The tiny copy, and {setting: tokens} of what became FEW in it."""
+    data, lengths = json.loads(config), {}
     context = context_length(AutoConfig.for_model(**data))
 
     def small(name, value):
@@ -106,7 +102,7 @@ def _copy(config: str, lengths: dict[str, int], long: str = "") -> PreTrainedMod
             return [*sizes, value][0]
         if value <= 2 * FEW:
             return value
-        if value >= context or name == long:
+        if value >= context:
             return MANY
         lengths[name] = value
         return FEW
@@ -118,7 +114,7 @@ def _copy(config: str, lengths: dict[str, int], long: str = "") -> PreTrainedMod
         for parameter in copy.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=0.25)
-    return copy.eval()
+    return copy.eval(), lengths
 
 
 @torch.no_grad()

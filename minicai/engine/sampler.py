@@ -13,8 +13,7 @@ Legend: B rows that are being decoded, T tokens, V vocabulary, D hidden size.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -106,23 +105,16 @@ def check_lengths(
             )
 
 
-@contextmanager
-def _named(where: str) -> Iterator[None]:
-    """Says where, when the chat template refuses a dialogue."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
-
-
 def check_prompts(
     model: PreTrainedModel, prompts: Sequence[Prompt], new_tokens: int, source: str
 ) -> None:
     """check_lengths of prompts as the model reads them, before any work is done."""
     encoded = []
     for number, prompt in enumerate(prompts, 1):
-        with _named(f"{source}: prompt {number}"):
+        try:
             encoded.append(encode_prompt(model.tokenizer, as_turns(prompt)))
+        except InputError as error:  # the chat template refuses a dialogue
+            raise InputError(f"{source}: prompt {number}: {error}") from error
     check_lengths(model.config, encoded, new_tokens, source)
 
 
@@ -133,10 +125,11 @@ def usable_pairs(model: PreTrainedModel, rows: Sequence[dict]) -> list[dict]:
     InputError where one does not fit the context.
     """
     for row in rows:
-        with _named(f"pair {row['id']}"):
-            prompt, *responses = encode_pair(model.tokenizer, row)
+        name = f"pair {row['id']}"
+        check_prompts(model, [row["prompt"]], 0, name)
+        prompt, *responses = encode_pair(model.tokenizer, row)
         texts = [prompt + response for response in responses]
-        check_lengths(model.config, texts, 0, f"pair {row['id']}, with its response")
+        check_lengths(model.config, texts, 0, f"{name}, with its response")
     if unknown := sum("cut" not in row and row["source"] != "human" for row in rows):
         warn(
             f"{unknown} pairs do not say whether the length limit cut off a response, as in files "
@@ -156,14 +149,13 @@ def check_requests(
     requests: with empty answers in them. new_tokens: of the answers in a request and of the one
     that follows it. what: the setting and what is requested. A model may be named only once.
     """
-    names = set()
+    names = []
     for model in models:
-        path = model.name_or_path
-        if path in names:
-            raise InputError(f"{what}: a model is named twice: {path}")
-        names.add(path)
+        if model.name_or_path in names:
+            raise InputError(f"{what}: a model is named twice: {model.name_or_path}")
+        names.append(model.name_or_path)
         encoded = [encode_prompt(model.tokenizer, request) for request in requests]
-        source = f"{what} to {path}, with its examples and principles"
+        source = f"{what} to {names[-1]}, with its examples and principles"
         check_lengths(model.config, encoded, new_tokens, source)
 
 

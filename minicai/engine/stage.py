@@ -199,9 +199,8 @@ class Stage:
         self.journal("metrics.jsonl")
         self.models, self.optimizer = models, optimizer
         self.step, extra = checkpoint.resume(self.folder, models, optimizer)
-        self.state |= extra.get("state", {})
-        self.skipped = extra.get("skipped", 0)
-        self.kept = extra.get("rows", {})
+        extra = {"state": {}, "skipped": 0, "rows": {}} | extra
+        self.state, self.skipped, self.kept = extra["state"], extra["skipped"], extra["rows"]
 
     def steps(self, total: int, unit: str = "steps", each: int = 1) -> Iterator[int]:
         """The numbers of the steps that are left, from 0; each counts `each` units of progress.
@@ -346,7 +345,7 @@ def fingerprints(stage: str, reads: dict) -> dict[str, dict[str, str]]:
 
 
 def _contents(path: str, what: str) -> str:
-    if not path.startswith("hub:") and Path(path).suffix not in DATA:
+    if Path(path).suffix not in DATA:
         hub.require_folder(path, what)
         return hub.weights_sha256(path)
     try:

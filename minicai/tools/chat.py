@@ -26,7 +26,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from minicai import InputError
-from minicai.constitution import Constitution, Principle, load
+from minicai.constitution import Principle, load
 from minicai.engine import config, parallel
 from minicai.engine.dialogue import Asked, decode, encode_prompt
 from minicai.engine.load import load_policy
@@ -164,27 +164,21 @@ def obey(line: str, speakers: list[Speaker], constitution: str) -> None:
     elif command in ("/principle", "/why"):
         try:
             rules = load(config.locate(constitution, Path()))
-            principle(speakers, rules, name, command == "/principle")
         except InputError as error:
-            note(f"{error}; name one with --constitution=FILE")
+            return note(f"{error}; name one with --constitution=FILE")
+        principles = {p.name: p for p in rules.principles if p.critique and p.revision}
+        if name not in principles:
+            return note(f"the principles of {rules.name}: {', '.join(principles)}")
+        for speaker in speakers:
+            criticise(speaker, principles[name], revises=command == "/principle")
     else:
         note(f"unknown command {command}; /help lists the commands")
 
 
-def principle(speakers: list[Speaker], rules: Constitution, name: str, revises: bool) -> None:
-    """Lists the principles, or criticises each last answer under one, and may revise it."""
-    principles = {p.name: p for p in rules.principles if p.critique and p.revision}
-    if name not in principles:
-        return note(f"the principles of {rules.name}: {', '.join(principles)}")
-    for speaker in speakers:
-        if speaker.turns:
-            criticise(speaker, principles[name], revises)
-        else:
-            note("there is no answer yet")
-
-
 def criticise(speaker: Speaker, principle: Principle, revises: bool) -> None:
     """Criticises the last answer. If it revises, the revision replaces it, unless it is empty."""
+    if not speaker.turns:
+        return note("there is no answer yet")
     *before, last = speaker.turns
     answer = last["content"]
     turns = speaker.latest(before, lambda turns: render_revision(turns, answer, "", principle), 2)

@@ -2,8 +2,7 @@
 
   new FILE [--like=NAME]                 write a constitution to start from. NAME: first, general,
                                          redteam, customer_service, medical, finance or tiny
-  check FILE [--model=DIR]               find errors (exit code 2) and give advice. With a model,
-                                         also check that the principles fit into its context
+  check FILE                             find errors (exit code 2) and give advice
   try FILE [--prompts=FILE] [--n=20]     let the model answer n prompts, then criticise and revise
                                          each answer under each principle: how often it changes,
                                          and how often a judge model prefers the revision
@@ -22,7 +21,7 @@ from pathlib import Path
 from minicai import InputError
 from minicai.constitution import load
 from minicai.engine import config, terminal
-from minicai.tools.proofread import proofread, too_long
+from minicai.tools.proofread import proofread
 
 
 @dataclass
@@ -40,11 +39,6 @@ class TryConfig(config.Run):
 @dataclass
 class NewOptions:
     like: str = "first"
-
-
-@dataclass
-class CheckOptions:
-    model: str = ""
 
 
 def main(flags: list[str], action: str = "", *files: str) -> None:
@@ -75,18 +69,12 @@ def new(flags: list[str], file: str) -> None:
 
 def check(flags: list[str], file: str) -> None:
     """Prints the findings. Raises InputError where one of them is an error."""
-    model = config.options(CheckOptions, flags).model
+    if flags:
+        raise InputError(f"constitution check: {flags[0]}: unknown key; it has none")
     rules = load(config.locate(file, Path()))
     found = proofread(rules)
-    if model:
-        from minicai.engine.dialogue import encode_prompt  # the rest needs no torch
-        from minicai.engine.load import load_config, load_tokenizer
-        from minicai.engine.sampler import context_length
-
-        tokenizer, context = load_tokenizer(model), context_length(load_config(model))
-        found += too_long(rules, lambda text: len(encode_prompt(tokenizer, text)), context)
-    count = len(rules.principles)
-    print(terminal.plain(f"{file}: {rules.name} {rules.version}, principles: {count}"))
+    about = f"{rules.name} {rules.version}, principles: {len(rules.principles)}"
+    print(terminal.plain(f"{file}: {about}"))
     for finding in found:
         said = terminal.plain(f"{finding.principle or rules.name}: {finding.message}")
         print(f"  {terminal.emphasis(finding.level)}  {said}")

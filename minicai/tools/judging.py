@@ -6,6 +6,7 @@ a record and every text that was judged; the same command again shows the same r
 
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,7 @@ from minicai.evaluation.agreement import answer, human_agreement, orders_as
 from minicai.evaluation.choices import read_choices, score_choices
 from minicai.evaluation.elo import play, ratings
 from minicai.evaluation.jailbreaks import jailbreaks
-from minicai.evaluation.measures import counted, grouped, share
+from minicai.evaluation.measures import counted, share
 from minicai.feedback import Labelling
 
 MODELS = ("base", "sl", "ppo")  # the folders of a run whose answers are judged
@@ -48,6 +49,20 @@ class EvalConfig(config.Run):
 # --- eval -----------------------------------------------------------------------------------------
 
 
+def questions(prompts: str, limit: int, failures: Sequence[str], phrased: int) -> tuple:
+    """Rows with a "prompt": of the evaluation ("id", "kind"), past failures, jailbreak phrasings.
+
+    prompts, failures: files. limit: use only the first prompts; 0 = all. phrased: the number of
+    harmful prompts to ask in each phrasing.
+    """
+    answers, kinds = [], {"harmful": [], "benign": []}
+    for k, row in enumerate(rates.read_known(prompts)[: limit or None]):
+        answers.append({"id": k, "prompt": row["prompt"], "kind": row.get("kind")})
+        kinds.setdefault(row.get("kind"), []).append(row["prompt"])
+    past = list(chain(*map(rates.read_known, failures)))
+    return answers, past, jailbreaks(kinds["harmful"][:phrased], kinds["benign"])
+
+
 def evaluate(cfg: EvalConfig, run: dict) -> None:
     """Judges the answers of base, sl and ppo in OUT, and the labels, reward model and revisions.
 
@@ -69,11 +84,11 @@ def evaluate(cfg: EvalConfig, run: dict) -> None:
         shutil.copytree(base, out / "base", dirs_exist_ok=True)
 
     # 1. Every model answers every question.
-    asked, kinds = answers + past + phrased, [row["kind"] for row in answers]
+    asked = answers + past + phrased
     seeds = [(cfg.seed, k, 0) for k in range(len(answers))]
     seeds += [(cfg.seed, k, 1) for k in range(len(past) + len(phrased))]
     how = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
-    found = {"eval": {"prompts": {kind: kinds.count(kind) for kind in ("harmful", "benign")}}}
+    found = {"eval": {"prompts": Counter(row["kind"] for row in answers)}}
     for name in MODELS:
         ended = answer(asked, name, f"{out}/{name}", seeds, how)[: len(answers)]
         for key, result in rates.stage_results(name, answers, ended, past, phrased).items():
@@ -92,34 +107,21 @@ def evaluate(cfg: EvalConfig, run: dict) -> None:
         terminal.warn(f"{ppo}: {hacking['warning']}")
 
     # 4. What fails now is asked again by later evaluations.
-    verdicts = rates.verdicts(answers, MODELS, revisions, comparisons)
     made_by = {"model": hub.weights_sha256(ppo), "seed": cfg.seed}
-    files = {"answers": answers, "replayed": past, "jailbreaks": phrased, "verdicts": verdicts}
-    files["failures"] = rates.failures(answers, "ppo", made_by)
-    for name, rows in files.items():
-        save(stage, name, rows)
-    found |= {"revision": rates.revision_rates(revisions), "labels": rates.label_rates(comparisons)}
+    save(stage, "answers", answers)
+    save(stage, "replayed", past)
+    save(stage, "jailbreaks", phrased)
+    save(stage, "verdicts", rates.verdicts(answers, MODELS, revisions, comparisons))
+    save(stage, "failures", rates.failures(answers, "ppo", made_by))
     found |= {
+        "revision": rates.revision_rates(revisions),
+        "labels": rates.label_rates(comparisons),
         "rm_accuracy_vs_judge": share(agreed),
         "run": run,
         "hacking": hacking,
         "seconds": time.monotonic() - began,
     }
     stage.finish(None, found)
-
-
-def questions(prompts: str, limit: int, failures: Sequence[str], phrased: int) -> tuple:
-    """Rows with a "prompt": of the evaluation ("id", "kind"), past failures, jailbreak phrasings.
-
-    prompts, failures: files. limit: use only the first prompts; 0 = all. phrased: the number of
-    harmful prompts to ask in each phrasing.
-    """
-    rows = enumerate(rates.read_known(prompts)[: limit or None])
-    answers = [{"id": k, "prompt": row["prompt"], "kind": row.get("kind")} for k, row in rows]
-    kinds = {"harmful": [], "benign": []}
-    kinds |= grouped((row["kind"], row["prompt"]) for row in answers)
-    past = list(chain(*map(rates.read_known, failures)))
-    return answers, past, jailbreaks(kinds["harmful"][:phrased], kinds["benign"])
 
 
 def save(stage: Stage, name: str, rows: list[dict]) -> None:

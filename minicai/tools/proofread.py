@@ -6,14 +6,13 @@ words in the requests, so that advice may be wrong, and does not work in other l
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 from itertools import combinations, product
 
 from minicai.constitution import REQUESTS, Constitution, Principle
-from minicai.prompts import render_comparison, render_revision
 
 NEAR = 0.9  # similarity of two requests, by words; at most 0.89 in minicai's own constitutions
 
@@ -204,19 +203,3 @@ def _alike(principles: tuple[Principle, ...]) -> Iterator[Finding]:
             level = "error" if replace(a, name=b.name) == b else "advice"
             message = f"the {request} has the same words as that of {a.name}, or nearly: change one"
             yield Finding(level, b.name, message)
-
-
-def too_long(rules: Constitution, count: Callable[[str], int], context: float) -> Iterator[Finding]:
-    """Principles that take more than half of a model's context.
-
-    count: the tokens of a text. context: the tokens that the model can read and write in all.
-    """
-    for p in rules.principles:
-        prompts = [render_revision("", "", "", p), render_comparison("", "", "", p)]
-        longest = max(map(count, prompts))
-        if longest > context / 2:
-            message = (
-                f"its requests take {longest} of the model's {context} tokens, which conversation, "
-                "responses and critique share: shorten them"
-            )
-            yield Finding("advice", p.name, message)

@@ -85,7 +85,7 @@ ARCHITECTURES = {  # name: config, its settings, chat template
     "starcoder2": ("Starcoder2Config", FEW, None),
     "mixtral": ("MixtralConfig", FEW | EXPERTS, None),
 }
-LLAMA4 = "Llama4ForCausalLM: its layers cannot be used without its output layer"
+LLAMA4 = "transformers cannot run Llama4ForCausalLM without its head"
 REFUSED = {
     "FalconForCausalLM: it does not let its attention be": (
         "FalconConfig",
@@ -279,7 +279,7 @@ def test_what_cannot_be_packed_is_refused_by_its_name(message, tmp_path):
     with pytest.raises(InputError) as refused:
         load.load_policy(str(tmp_path))
     said = message.replace(": ", " is a kind of model that cannot be packed: ")
-    assert str(refused.value).startswith(f"{tmp_path}: {said}")
+    assert str(tmp_path) in str(refused.value) and said in str(refused.value)
 
 
 # --- rows longer than every window and every switch -----------------------------------------------
@@ -472,7 +472,7 @@ def test_the_copy_of_a_large_model_is_small():
     large |= {"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256}
     moe = {"num_experts": 512, "moe_intermediate_size": 2048, "num_hidden_layers": 4}
     for shape in (transformers.LlamaConfig(**large), transformers.Qwen3MoeConfig(**moe)):
-        copied = packing._copy(json.dumps(shape.to_dict()), {})
+        copied, _ = packing._copy(json.dumps(shape.to_dict()))
         assert sum(p.numel() for p in copied.parameters()) < 1e6
         assert len(copied.layers) == shape.num_hidden_layers
 
@@ -535,7 +535,8 @@ def assert_revisions(found, rules):
         prompt = row["prompt"]
         assert prompt and (isinstance(prompt, str) or prompt[-1]["role"] == "user")
         assert step.keys() == {"principle", "critique", "revision", "ended"}
-        assert all(isinstance(step[name], str) for name in ("principle", "critique", "revision"))
+        texts = [step[name] for name in ("principle", "critique", "revision")]
+        assert all(isinstance(text, str) for text in texts)
     known = {p.name for p in rules.usable("critique", "revision")}
     assert {row["rounds"][0]["principle"] for row in found} <= known
 

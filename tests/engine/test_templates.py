@@ -480,7 +480,7 @@ def test_a_dialogue_that_a_template_refuses_is_named_by_file_and_row(turns, reas
     refused = f"MODEL: its chat template refuses a dialogue: {reason}"
     with pytest.raises(InputError, match=f"^prompts.jsonl: prompt 2: {refused}"):
         check_prompts(model, ["Why?", turns], 1, "prompts.jsonl")
-    with pytest.raises(InputError, match=f"^pair pairs.jsonl:7: {refused}"):
+    with pytest.raises(InputError, match=f"^pair pairs.jsonl:7: prompt 1: {refused}"):
         usable_pairs(model, [pair | {"prompt": "Why?", "source": "human"}, pair])
 
 

@@ -16,9 +16,9 @@ def test_the_demo_alternates_from_the_last_policy(tmp_path, monkeypatch):
     evaluate = SimpleNamespace(evaluate=lambda cfg, made_by: ran.append(("eval", cfg)))
     monkeypatch.setattr(demo, "judging", evaluate)
     for module in ("page", "summary"):
-        functions = dict.fromkeys(("provenance", "summarise", "write"), lambda *_: {})
+        functions = dict.fromkeys(("provenance", "summarise", "write"), lambda *_, **how: {})
         monkeypatch.setattr(demo, module, SimpleNamespace(**functions))
-    monkeypatch.setattr(demo, "closing", lambda out: "")
+    monkeypatch.setattr(demo, "closing", lambda out, found: "")
     demo.main([f"--out={tmp_path / 'o'}", "--alternate=3"])
 
     outs = [str(tmp_path / "o" / "round1"), str(tmp_path / "o" / "round2"), str(tmp_path / "o")]

@@ -101,7 +101,7 @@ def test_a_full_context_forgets_the_oldest_turns_and_says_so(script, talk):
 
 def test_a_question_longer_than_the_context_gets_the_reason_as_its_answer(talk):
     out, _ = talk("1" * 3000, "Hi!", flags=["--max_new_tokens=4"])
-    assert out.startswith("(a prompt has 3") and out.count("\n") == 2
+    assert out.startswith("(prompt 1 has 3") and out.count("\n") == 2
     assert "exceeds the model's context of 2048" in out
 
 

@@ -84,7 +84,7 @@ def test_rows_that_cannot_be_written_are_not_mirrored(tmp_path, seen, monkeypatc
     def fail(*_):
         raise OSError
 
-    monkeypatch.setattr(data, "_sync", fail)
+    monkeypatch.setattr(data, "sync", fail)
     with pytest.raises(OSError):
         metrics.append(ROWS)
     assert seen == []
