@@ -334,7 +334,7 @@ def test_the_words_of_the_config_are_functions_of_their_kind():
     hints = {f.name: f.metadata for f in dataclasses.fields(train_sl.SLConfig)}
     assert set(hints["principles"]["choices"]) == set(train_sl.CHOOSE)
     assert set(hints["style"]["choices"]) == set(train_sl.STYLES)
-    assert set(hints["drop"]["each"]) == set(FAULTS)
+    assert set(hints["drop"]["choices"]) == set(FAULTS)
 
 
 # --- faults of revisions --------------------------------------------------------------------------

@@ -483,10 +483,13 @@ def test_a_function_takes_the_place_of_the_reward_model(base, mine):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("rewards_of_mine", "must be written module:function"),
+        ("rewards_of_mine", "must name module:function"),
         ("no_such_module:f", "No module named 'no_such_module'"),
-        ("rewards_of_mine:shirt", "has no function 'shirt'; did you mean short?"),
-        ("rewards_of_mine:limit", "has no function 'limit'"),
+        (
+            "rewards_of_mine:shirt",
+            "AttributeError: module 'rewards_of_mine' has no attribute 'shirt'",
+        ),
+        ("rewards_of_mine:limit", "must name module:function, in Python"),
         ("broken_on_import:short", "broken_on_import:short: NameError: name 'undefined' is not"),
         ("broken_in_words:short", "broken_in_words:short: SyntaxError: "),
         ("minicai.tinyworld.judge:judge", "takes no part in it"),

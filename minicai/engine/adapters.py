@@ -46,6 +46,7 @@ PLAIN = {  # what PEFT's settings must be, where they are there
     "alpha_pattern": {},
 }
 LINEAR = (nn.Linear, Conv1D)
+BLOCK = re.compile(r"\.\d+\.")  # in a path: model.layers.0.mlp, transformer.h.0.attn
 BASE = "base_sha256"  # the sum of the weights that the adapters were trained on
 _on = ContextVar("role", default="")  # the role whose adapters the layers add; "" is none
 
@@ -102,8 +103,7 @@ def attach(model: PreTrainedModel, name: str, how: Lora, score: bool = False) ->
     The tensors of a mixture's experts are no linear layers and are not adapted.
     Raises InputError where no layer has such a name.
     """
-    inside = re.compile(r"\.\d+\.")  # model.layers.0.mlp, transformer.h.0.attn
-    layers = {f".{path}": layer for path, layer in model.named_modules() if inside.search(path)}
+    layers = {f".{path}": layer for path, layer in model.named_modules() if BLOCK.search(path)}
     for target in how.targets or [""]:
         end = target and f".{target}"
         found = [x for path, x in layers.items() if path.endswith(end) and isinstance(x, LINEAR)]
@@ -166,13 +166,13 @@ class Role:
         """The same, whole, on the CPU. All processes call it together."""
         return {key: parallel.whole(p.detach()).cpu() for key, p in self.named().items()}
 
-    def fill(self, numbers: dict[str, Tensor], source: str) -> None:
-        """Puts numbers by PEFT's names into the role. Raises InputError where they do not fit."""
+    def fill(self, numbers: dict[str, Tensor]) -> None:
+        """Puts numbers by PEFT's names into the role. Raises ValueError where they do not fit."""
         own = self.named()
-        if own.keys() != numbers.keys():
-            raise InputError(f"{source}: does not fit the model {self.name_or_path}")
-        for key, parameter in own.items():
-            parallel.put(parameter, numbers[key])
+        for key in own.keys() | numbers.keys():
+            if key not in own or key not in numbers or own[key].shape != numbers[key].shape:
+                raise ValueError(key)
+            parallel.put(own[key], numbers[key])
 
     def draw(self, seed: int) -> "Role":
         """First values: A from N(0, 1 / in), B and head zero. The role begins as the backbone."""

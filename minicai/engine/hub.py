@@ -5,6 +5,7 @@ A model is a folder, or `owner/name` or `owner/name@revision` on the hub; a file
 from then on. Only settings, tokenizer and safetensors of a model are fetched, never code.
 """
 
+import difflib
 import hashlib
 import json
 import os
@@ -168,7 +169,10 @@ def require_folder(path: str, what: str, weights: bool = True) -> Path:
         base = _settings(folder / ADAPTER).get("base_model_name_or_path")
         return require_folder(str(base), f"{folder / ADAPTER}: its base", weights)
     if not (folder / "config.json").is_file():
-        raise InputError(f"{what}: {folder} is not a model folder (no config.json)")
+        names = [file.parent.name for file in folder.parent.glob("*/config.json")]
+        near = difflib.get_close_matches(folder.name, names, 1, 0.4)
+        hint = f"; did you mean {folder.parent / near[0]}?" if near else ""
+        raise InputError(f"{what}: {folder} is not a model folder (no config.json){hint}")
     for name in ("config.json", "tokenizer_config.json"):
         for key, value in _settings(folder / name).items():
             if value and key in REFUSED:

@@ -145,12 +145,14 @@ def load_roles(
     """
     folder, roles = Path(reward_path) / "adapter", {"policy": lora, "value": lora}
     if reward_path:
-        how, numbers = adapters.read(folder, policy_path)
+        with _blaming(f"{folder}: cannot be used"):
+            how, numbers = adapters.read(folder, policy_path)
         roles |= {"reward": how, "value": how}
     model, views = _load(policy_path, AutoModelForCausalLM, roles, seed)
     if reward_path:
         for name in ("reward", "value"):
-            views[name].fill(numbers, str(folder))
+            with _blaming(f"{folder}: does not fit the model {policy_path}"):
+                views[name].fill(numbers)
         for parameter in views["reward"].parameters():
             parameter.requires_grad_(False)
     return views["policy"], model, views.get("reward"), views["value"]
@@ -245,7 +247,6 @@ def _load(
                 use_safetensors=True,
                 trust_remote_code=False,
             )
-            _refuse(model, found, new_head)
             if len([*model.parameters()]) > len([*empty.parameters()]):
                 raise InputError(
                     f"{path}: tie_word_embeddings in config.json makes one matrix of two that "
@@ -256,6 +257,7 @@ def _load(
                 if roles:
                     raise InputError(f"{path}: is an adapter; lora_rank needs a model: merge it")
                 adapters.merge(model, *adapters.read(folder, model.name_or_path))
+            _refuse(model, found, new_head)
             whole.append(prepare(model))
 
     parallel.once(read)

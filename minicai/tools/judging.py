@@ -6,7 +6,8 @@ a record and every text that was judged; the same command again shows the same r
 
 import shutil
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -48,6 +49,20 @@ class EvalConfig(config.Run):
 # --- eval -----------------------------------------------------------------------------------------
 
 
+def questions(prompts: str, limit: int, failures: Sequence[str], phrased: int) -> tuple:
+    """Rows with a "prompt": of the evaluation ("id", "kind"), past failures, jailbreak phrasings.
+
+    prompts, failures: files. limit: use only the first prompts; 0 = all. phrased: the number of
+    harmful prompts to ask in each phrasing.
+    """
+    answers, kinds = [], {"harmful": [], "benign": []}
+    for k, row in enumerate(rates.read_known(prompts)[: limit or None]):
+        answers.append({"id": k, "prompt": row["prompt"], "kind": row.get("kind")})
+        kinds.setdefault(row.get("kind"), []).append(row["prompt"])
+    past = list(chain(*map(rates.read_known, failures)))
+    return answers, past, jailbreaks(kinds["harmful"][:phrased], kinds["benign"])
+
+
 def evaluate(cfg: EvalConfig, run: dict) -> None:
     """Judges the answers of base, sl and ppo in OUT, and the labels, reward model and revisions.
 
@@ -57,8 +72,7 @@ def evaluate(cfg: EvalConfig, run: dict) -> None:
     not know a prompt.
     """
     began, out = time.monotonic(), Path(cfg.out)
-    prompts = rates.read_known(cfg.prompts)[: cfg.limit or None]
-    past = list(chain(*map(rates.read_known, cfg.failures)))
+    answers, past, phrased = questions(cfg.prompts, cfg.limit, cfg.failures, cfg.jailbreaks)
     made = {name: f"{out}/{name}" for name in ("sl", "rm", "ppo")}
     stage = Stage(cfg, "eval", {"model": cfg.model} | made)
     if stage.record:
@@ -70,18 +84,11 @@ def evaluate(cfg: EvalConfig, run: dict) -> None:
         shutil.copytree(base, out / "base", dirs_exist_ok=True)
 
     # 1. Every model answers every question.
-    answers, kinds = [], {"harmful": [], "benign": []}
-    for k, row in enumerate(prompts):
-        prompt, kind = row["prompt"], row.get("kind")
-        answers.append({"id": k, "prompt": prompt, "kind": kind})
-        if kind in kinds:
-            kinds[kind].append(prompt)
-    phrased = jailbreaks(kinds["harmful"][: cfg.jailbreaks], kinds["benign"])
     asked = answers + past + phrased
     seeds = [(cfg.seed, k, 0) for k in range(len(answers))]
     seeds += [(cfg.seed, k, 1) for k in range(len(past) + len(phrased))]
     how = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
-    found = {"eval": {"prompts": {kind: len(rows) for kind, rows in kinds.items()}}}
+    found = {"eval": {"prompts": Counter(row["kind"] for row in answers)}}
     for name in MODELS:
         ended = answer(asked, name, f"{out}/{name}", seeds, how)[: len(answers)]
         for key, result in rates.stage_results(name, answers, ended, past, phrased).items():

@@ -219,7 +219,7 @@ def test_a_stored_role_is_read_back(tmp_path):
     how, numbers = adapters.read(tmp_path, BASE)
     other = tiny_model("llama").requires_grad_(False)
     value = adapters.attach(other, "value", how, score=True)
-    value.fill(numbers, tmp_path)
+    value.fill(numbers)
     assert torch.equal(
         models.sequence_scores(value, batch()), models.sequence_scores(reward, batch())
     )

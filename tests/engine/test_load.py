@@ -108,12 +108,16 @@ def test_a_new_scorer_gets_a_pad_token_that_no_answer_has(tmp_path):
 # --- what is refused ------------------------------------------------------------------------------
 
 
-def test_a_missing_folder_is_named(tmp_path):
+def test_a_missing_folder_names_the_nearest_one(tmp_path):
     (tmp_path / "base").mkdir()
+    (tmp_path / "file").mkdir()
     (tmp_path / "base" / "config.json").write_text("{}")
     assert hub.require_folder(str(tmp_path / "base"), "model", False) == tmp_path / "base"
     said = refusal(hub.require_folder, str(tmp_path / "bse"), "model")
-    assert said == f"model: {tmp_path / 'bse'} is not a model folder (no config.json)"
+    missing = f"model: {tmp_path / 'bse'} is not a model folder (no config.json)"
+    assert said == f"{missing}; did you mean {tmp_path / 'base'}?"
+    none = refusal(hub.require_folder, str(tmp_path / "none" / "base"), "model")
+    assert "did you mean" not in none
 
 
 @pytest.mark.parametrize(
