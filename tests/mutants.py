@@ -40,9 +40,8 @@ EQUIVALENT = {  # (function, altered line) -> why no test can tell it from the o
         "for _ in range(201 if count > 1 else 0):",
     ): "Newton's method has converged long before",
     (
-        "stage.Stage.finish",
-        "parallel.once(write_atomic, self.folder / 'stage.json', "
-        "json.dumps(finite(found), indent=2))",
+        "stage.Stage._finish",
+        "write_atomic(self.folder / 'stage.json', json.dumps(finite(found), indent=2))",
     ): "the same JSON",
 }
 

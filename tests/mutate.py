@@ -18,7 +18,8 @@ run the altered line are called there, the quickest first, of BUDGET seconds tog
 without an answer after LIMIT seconds counts as noticed. Tests that start processes are left out:
 only what survives in parallel.py and checkpoint.py meets PROCESSES, on a copy of the repository.
 Verdicts and recordings are in CACHE, under the hash of the altered file and of the test file. So a
-recording may be a little old. It decides which tests are called, not what they say.
+recording may be a little old; it only decides which tests are called. For numbers that count remove
+CACHE first: then the only tests called are those that pass on the code as it is.
 
 The command prints a line for each alteration that no test notices. The exit code is 1 if there is
 one in losses.py, or if more than 3 % of the sample survive.
@@ -67,6 +68,7 @@ LEFT_OUT += "|tinyworld/|tools/test_(demo|commands|plan|mirror|proofread|worksho
 CACHE = Path(tempfile.gettempdir()) / f"minicai-mutate-{os.getuid()}"
 JOBS, BUDGET, LIMIT = 2, 10.0, 40  # forks at once, CPU seconds of tests, CPU seconds of a fork
 PROCESSES = "tests/engine/test_parallel.py"
+UNNOTICED = (pytest.ExitCode.OK, pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED)
 
 # --- all of losses.py, in this process ------------------------------------------------------------
 
@@ -333,7 +335,7 @@ def tried(works: list[tuple], limit: int, stop: float) -> dict[Mutant, dict]:
             waiting.append(((mutant, key, context), work))
     in_time = itertools.takewhile(lambda _: time.monotonic() < stop, waiting)
     for (mutant, key, context), code, seconds in forked(in_time, limit):
-        killed = code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+        killed = code not in UNNOTICED
         row = {"key": key, "context": context, "killed": killed, "seconds": seconds, "code": code}
         verdicts[mutant] = row
         with open(book, "a") as file:

@@ -179,8 +179,10 @@ class Packed(_Padded):
         self.last = (sizes.cumsum(0) - 1)[order.argsort()]
 
         parts = sizes.split([B for B, _ in self.shapes])
-        real = [column[:T] < part[:, None] for part, (_, T) in zip(parts, self.shapes)]
-        real = torch.cat([x.flatten() for x in real])
+        real = [column[:0] < 0]  # a process may have no rows
+        for part, (_, T) in zip(parts, self.shapes):
+            real.append((column[:T] < part[:, None]).flatten())
+        real = torch.cat(real)
         self.kept = real.nonzero()[:, 0]
         self.source = real.cumsum(0) - 1  # padding repeats the token before it
 

@@ -167,13 +167,17 @@ def export(folder: Path, model: PreTrainedModel | Role) -> list[str]:
         shutil.rmtree(temporary, ignore_errors=True)  # left by a kill
         with disk_guard(folder, temporary):
             temporary.mkdir()  # the stage's own folder is there, or it was removed
-            whole, stored = model, weights
             if lora:
                 adapters.save(temporary / "adapter", model, weights)
-                whole, stored = merged(model, kind, weights), None
+                whole = merged(model, kind, weights)
+            else:  # a sharded model would be saved under other names, and tied weights twice
+                with torch.device("meta"):
+                    whole = kind._from_config(model.config, dtype=torch.float32)
+                whole.load_state_dict(weights, assign=True)
+                whole.tie_weights()
             if whole.can_generate():
                 whole.generation_config = ending(model.generation_config, model.tokenizer)
-            whole.save_pretrained(temporary, state_dict=stored)
+            whole.save_pretrained(temporary)
             model.tokenizer.save_pretrained(temporary)
             del whole  # its memory is needed now
             found = kind.from_pretrained(temporary, dtype=torch.float32, trust_remote_code=False)

@@ -23,7 +23,6 @@ One process works in a folder: it locks OUT/.STAGE.lock.
 import ast
 import hashlib
 import importlib
-import inspect
 import json
 import math
 import os
@@ -363,20 +362,33 @@ def _rows_sha256(rows: list[dict]) -> str:
 
 
 def code_fingerprints(path: str) -> dict[str, str]:
-    """{"code": of a script, "losses.gae": ...} with each function of the method that it names.
+    """{"code": of a script, "losses.gae": ...} with all of the method that it names.
 
-    They are sums of the code without comments, docstrings and layout. No path, no sums.
+    What a named function names is part of it, constants too. They are sums of the code without
+    comments, docstrings and layout. No path, no sums.
     """
     if not path:
         return {}
-    code = _code(Path(path).read_text(encoding="utf-8"))
-    found, names = {"code": _sha256(code)}, set(re.findall(r"\w+", code))
-    for name in METHOD:
-        module = importlib.import_module(f"minicai.{name}")
-        for key, thing in vars(module).items():
-            if key in names and getattr(thing, "__module__", "") == module.__name__:
-                found[f"{name}.{key}"] = _sha256(_code(inspect.getsource(thing)))
-    return found
+    parts, imported, code = {}, {}, _code(Path(path).read_text(encoding="utf-8"))
+    for module in METHOD:
+        file = importlib.import_module(f"minicai.{module}").__file__
+        tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+        imports = [x for x in tree.body if isinstance(x, ast.Import | ast.ImportFrom)]
+        imported[module] = module + " ".join(map(ast.unparse, imports))
+        for node in tree.body:
+            for target in getattr(node, "targets", [node]):
+                key = getattr(target, "name", getattr(target, "id", ""))
+                parts[module, key] = _code(ast.unparse(node))
+    found, waiting = {"code": _sha256(code)}, [(code, code)]
+    while waiting:
+        text, known = waiting.pop()  # and the modules that it may name
+        words = re.findall(r"\w+", text)
+        for (module, key), part in parts.items():
+            name = f"{module}.{key}"
+            if key in words and module in known and name not in found:
+                found[name] = _sha256(part)
+                waiting.append((part, imported[module]))
+    return dict(sorted(found.items()))
 
 
 def _code(source: str) -> str:

@@ -379,11 +379,8 @@ def test_attention_refuses_what_it_does_not_do_and_only_that():
     expected, _ = attend(None, *heads, None, rows)
     for unused in (None, False):
         assert torch.equal(attend(None, *heads, None, rows, softcap=unused)[0], expected)
-    for name, said in (("softcap", "softcap"), ("s_aux", "sinks")):
-        with pytest.raises(ValueError, match=f"attention with {said}.* is not supported"):
-            attend(None, *heads, None, rows, **{name: 50.0})
-    with pytest.raises(ValueError, match="a mask of its own"):
-        attend(None, *heads, torch.zeros(1, 1, 5, 5), rows)
+    with pytest.raises(ValueError, match="attention with softcap is not supported"):
+        attend(None, *heads, None, rows, softcap=50.0)
 
 
 @pytest.mark.parametrize(

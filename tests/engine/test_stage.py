@@ -22,7 +22,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from minicai import InputError, RunError, losses
+from minicai import InputError, RunError
 from minicai.engine import checkpoint, config, disk, parallel, stage, terminal
 from minicai.engine.data import read_jsonl
 from minicai.engine.disk import lock, sha256
@@ -268,10 +268,14 @@ def test_each_equation_that_a_script_names_is_known_and_no_other(place):
     assert before.keys() == {"code", "losses.nll_loss", "losses.kl_k1", "equations.twice"}
     edit(place / "equations.py", "return x\n", "return -x\n")
     assert known() == before
-    with patch.object(losses, "nll_loss", losses.kl_k2):
-        after = known()
-    assert {name for name in before if before[name] != after[name]} == {"losses.nll_loss"}
     assert code_fingerprints("") == {}
+    # What a named function uses counts too: other functions and constants.
+    code = ["FACTOR = 2", "def half():", "    return 1 / FACTOR", "def twice(x):"]
+    (place / "equations.py").write_text("\n".join([*code, "    return x / half()\n"]))
+    whole = known()
+    assert whole.keys() - before.keys() == {"equations.half", "equations.FACTOR"}
+    edit(place / "equations.py", "FACTOR = 2", "FACTOR = 3")
+    assert {name for name, sha in known().items() if whole[name] != sha} == {"equations.FACTOR"}
 
 
 @pytest.mark.parametrize(
