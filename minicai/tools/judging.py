@@ -88,7 +88,8 @@ def evaluate(cfg: EvalConfig, run: dict) -> None:
     seeds = [(cfg.seed, k, 0) for k in range(len(answers))]
     seeds += [(cfg.seed, k, 1) for k in range(len(past) + len(phrased))]
     how = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
-    found = {"eval": {"prompts": Counter(row["kind"] for row in answers)}}
+    kinds = {"harmful": 0, "benign": 0} | Counter(row["kind"] for row in answers)
+    found = {"eval": {"prompts": kinds}}
     for name in MODELS:
         ended = answer(asked, name, f"{out}/{name}", seeds, how)[: len(answers)]
         for key, result in rates.stage_results(name, answers, ended, past, phrased).items():
