@@ -34,7 +34,7 @@ SIZES = {  # of the copy, by a part of the setting's name; the first that fits
     "n_embd": 32,
     "hidden_size": 32,
     "intermediate": 32,
-    "experts": 4,
+    "experts": 16,  # at least as many as a token may choose
     "vocab_size": MANY,
     "original_max": FEW,
     "max_position": MANY,

@@ -478,7 +478,7 @@ def test_stage_2_refuses_such_a_policy_and_a_damaged_judge_before_it_samples(
         ),
         (
             "Llama4TextConfig",
-            "Llama4ForCausalLM is a kind of model that cannot be packed: its layers cannot be ",
+            "Llama4ForCausalLM is a kind of model that cannot be packed: its attention_chunk_size ",
         ),
     ],
 )

@@ -85,7 +85,6 @@ ARCHITECTURES = {  # name: config, its settings, chat template
     "starcoder2": ("Starcoder2Config", FEW, None),
     "mixtral": ("MixtralConfig", FEW | EXPERTS, None),
 }
-LLAMA4 = "transformers cannot run Llama4ForCausalLM without its head"
 REFUSED = {
     "FalconForCausalLM: it does not let its attention be": (
         "FalconConfig",
@@ -128,7 +127,7 @@ REFUSED = {
         "NemotronConfig",
         FEW | {"head_dim": 8},
     ),
-    LLAMA4: (
+    "Llama4ForCausalLM: its attention_chunk_size (24) is not kept where rows are packed": (
         "Llama4TextConfig",
         FEW | EXPERTS | {"head_dim": 8, "intermediate_size_mlp": 64, "attention_chunk_size": 24},
     ),
@@ -447,13 +446,6 @@ def test_a_length_under_an_unknown_name_is_found_and_named(by):
             said = "cannot be packed: its span (300) is not kept where rows are packed"
             assert str(refused.value).endswith(said)
         assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_chunks_of_llama_4_would_be_found():
-    """Another of its habits is refused before."""
-    shape = transformers.Llama4TextConfig(**REFUSED[LLAMA4][1], vocab_size=64)
-    with pytest.raises(ValueError, match=r"its attention_chunk_size \(24\) is not kept"):
-        packing._check_copy(json.dumps(shape.to_dict()))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
