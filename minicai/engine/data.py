@@ -46,7 +46,9 @@ class Journal:
         self.path, self.name, self.mirror = path, path.stem, None
         self.group, self.total = group, total
         self.rows, self.sizes = read_journal(path), [len(x.encode()) + 1 for x in _whole(path)]
-        count = len(self.rows)
+        count, ids = len(self.rows), [str(row["id"]) for row in self.rows if "id" in row]
+        if total is not None and len(set(ids)) < len(ids):
+            raise InputError(f"{path}: has a row twice; remove one of them")
         self.keep(count if count == total else count - count % group)
 
     def append(self, rows: list[dict]) -> None:
