@@ -242,7 +242,8 @@ def test_the_configs_of_the_tiny_world_can_be_planned(name, tmp_path):
     for stage in plan.SCRIPTS:
         path = str(ROOT / "configs" / name)
         phases = plan.planned(stage, [path, f"--out={tmp_path / 'out'}"], 2)
-        assert all(0 < parts["total"] < 3 * 2**30 for parts in phases.values())
+        sizes = [parts["total"] - parts["process"] for parts in phases.values()]
+        assert all(0 < size < 2 * 2**30 for size in sizes)  # besides what this process has taken
 
 
 def test_with_adapters_one_frozen_model_holds_all_roles(planned):
