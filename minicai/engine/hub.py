@@ -28,7 +28,7 @@ COPIES = ("*/*", "consolidated*")  # other programs' copies of the same weights
 ADAPTER = "adapter_config.json"  # of a folder in PEFT's format, which names its base
 # What decides a model's answers. A stage's folder has other files beside them.
 DECIDING = ("config.json", "generation_config.json", "*token*.json", "*.index.json", "*.jinja")
-DECIDING += (ADAPTER, "vocab*", "merges.txt", "*.model", "*.tiktoken", "*.safetensors")
+DECIDING += (ADAPTER, "adapter/*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*.safetensors")
 SUMS = Path(os.path.expanduser("~/.cache/minicai/sums"))
 LARGE = 16 << 20  # bytes
 LAYERS = 10_000  # to build more of them takes longer than anybody waits

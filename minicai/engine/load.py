@@ -145,7 +145,7 @@ def load_roles(
     """
     folder, roles = Path(reward_path) / "adapter", {"policy": lora, "value": lora}
     if reward_path:
-        with _blaming(f"{folder}: cannot be used"):
+        with _blaming(f"{folder}: lora_rank needs a reward model that was trained with it"):
             how, numbers = adapters.read(folder, policy_path)
         roles |= {"reward": how, "value": how}
     model, views = _load(policy_path, AutoModelForCausalLM, roles, seed)

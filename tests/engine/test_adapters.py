@@ -366,3 +366,19 @@ def test_peft_s_own_folder_is_a_model(tmp_path):
     ids = tensor([PROMPTS[1]])
     ours = load.load_policy(str(tmp_path / "adapter"))
     assert_close(ours(input_ids=ids).logits.detach(), theirs(input_ids=ids).logits.detach(), 2e-5)
+
+
+def test_another_adapter_beside_the_same_weights_is_another_model(stages, tmp_path):
+    folder = tmp_path / "rm"
+    shutil.copytree(stages / "rm", folder)
+    before = hub.weights_sha256(folder)
+    assert before == hub.weights_sha256(stages / "rm")
+    path = folder / "adapter" / "adapter_model.safetensors"
+    save_file({key: x + 1 for key, x in load_file(path).items()}, path)
+    assert hub.weights_sha256(folder) != before
+
+
+def test_a_reward_model_that_was_trained_in_full_is_refused_by_name(stages, tmp_path):
+    shutil.copytree(stages / "rm", tmp_path / "rm", ignore=shutil.ignore_patterns("adapter"))
+    with pytest.raises(InputError, match="lora_rank needs a reward model that was trained with it"):
+        load.load_roles(str(stages / "sl"), str(tmp_path / "rm"), HOW, 0)
