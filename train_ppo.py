@@ -15,7 +15,7 @@ But kl_coef and value_clip_range must fit that scale. Variants are in examples/,
 import math
 from dataclasses import dataclass
 
-from minicai import losses  # isort: skip (first: Ctrl-C is one line)
+from minicai import losses  # isort: skip (before torch: Ctrl-C)
 import torch
 
 from minicai.engine import parallel
@@ -190,8 +190,8 @@ def main(cfg: PPOConfig) -> dict:
                     new = response_logprobs(policy, part, cfg.temperature)
                     pg = losses.policy_loss(new, old, part.advantages, inside, cfg.clip_range)
                     parallel.backward(pg.sum() / tokens)
-                    # Two backward calls: the models share no layer, so the policy's activations
-                    # are freed before the value model runs (924 MiB at the peak, not 1,087).
+                    # Two backward calls: the losses share no activation, so the policy's are freed
+                    # before the value model runs (924 MiB at the peak, not 1,087).
                     v, v_old = token_values(value_model, part), part.values
                     vf = losses.value_loss(v, v_old, part.returns, inside, cfg.value_clip_range)
                     parallel.backward(cfg.vf_coef * vf.sum() / tokens)

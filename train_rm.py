@@ -17,7 +17,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from minicai import constitution, feedback  # isort: skip (first: Ctrl-C is one line)
+from minicai import constitution, feedback  # isort: skip (before torch: Ctrl-C)
 import torch
 
 from minicai.critique import revision_pairs

@@ -15,7 +15,7 @@ critique. Set `examples` to do the same; by default there are none.
 import math
 from dataclasses import dataclass
 
-from minicai import constitution, critique  # isort: skip (first: Ctrl-C is one line)
+from minicai import constitution, critique  # isort: skip (before torch: Ctrl-C)
 import torch
 
 from minicai.engine import parallel

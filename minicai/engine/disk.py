@@ -115,7 +115,7 @@ def damaged(folder: Path, known: dict[str, str]) -> list[str]:
     for name, sha in known.items():
         path = folder / name
         if not path.is_file() or sha256(path) != sha:
-            said.append(f"{path}: is not what was written, by its sha256")
+            said.append(f"{path}: is missing, or has changed since it was written (sha256)")
     return said
 
 

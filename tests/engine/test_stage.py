@@ -535,7 +535,7 @@ def test_a_finished_stage_knows_its_files(place, name, damage):
     content = bytearray(path.read_bytes())
     content[8] ^= 1
     path.write_bytes(content) if damage == "flipped" else path.unlink()
-    assert f": {path}: is not what was written" in refusal(run, place)
+    assert f": {path}: is missing, or has changed since" in refusal(run, place)
     assert run(place, accept_changes=True) == record
 
 
@@ -548,10 +548,11 @@ def test_a_model_that_is_not_what_its_stage_wrote_is_refused_by_name_or_accepted
     content[-1] ^= 1
     weights.write_bytes(content)
     said = refusal(opened, place)
-    assert f": {weights}: is not what was written" in said and "--accept-changes" in said
+    assert f": {weights}: is missing, or has changed since" in said and "--accept-changes" in said
     folder = interrupted(place, accept_changes=True)
     [row] = read_jsonl(folder / "accepted.jsonl")
-    assert row["changes"] == [f"{weights}: is not what was written, by its sha256"]
+    said = f"{weights}: is missing, or has changed since it was written (sha256)"
+    assert row["changes"] == [said]
     assert run(place)["weight"]  # it is the model that the run began with
 
 
