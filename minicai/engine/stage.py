@@ -369,32 +369,33 @@ def code_fingerprints(path: str) -> dict[str, str]:
     """
     if not path:
         return {}
-    parts, imported, code = {}, {}, _code(Path(path).read_text(encoding="utf-8"))
+    parts, imported, code = {}, {}, ast.unparse(_bare(path))
     for module in METHOD:
-        file = importlib.import_module(f"minicai.{module}").__file__
-        tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+        tree = _bare(importlib.import_module(f"minicai.{module}").__file__)
         imports = [x for x in tree.body if isinstance(x, ast.Import | ast.ImportFrom)]
         imported[module] = module + " ".join(map(ast.unparse, imports))
         for node in tree.body:
             for target in getattr(node, "targets", [node]):
                 key = getattr(target, "name", getattr(target, "id", ""))
-                parts[module, key] = _code(ast.unparse(node))
+                parts[module, key] = node
     found, waiting = {"code": _sha256(code)}, [(code, code)]
     while waiting:
         text, known = waiting.pop()  # and the modules that it may name
-        words = re.findall(r"\w+", text)
-        for (module, key), part in parts.items():
+        words = set(re.findall(r"\w+", text))
+        for (module, key), node in parts.items():
             name = f"{module}.{key}"
             if key in words and module in known and name not in found:
+                part = ast.unparse(node)
                 found[name] = _sha256(part)
                 waiting.append((part, imported[module]))
     return dict(sorted(found.items()))
 
 
-def _code(source: str) -> str:
-    tree = ast.parse(source)
+def _bare(path: str) -> ast.Module:
+    """The code of a file without its docstrings."""
+    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
         if documented and ast.get_docstring(node) is not None:
             del node.body[0]
-    return ast.unparse(tree)
+    return tree
