@@ -243,21 +243,27 @@ def _near(texts: list[list[str]]) -> Iterator[tuple[int, int]]:
     """
     count = Counter(word for words in texts for word in words)
     bags = [Counter(words) for words in texts]
+    twins: dict = {}  # words -> the first text of just these
     index: dict = {}  # (number of words, a rare word) -> positions of texts
-    for k in sorted(range(len(texts)), key=lambda k: len(texts[k])):
-        n = len(texts[k])
-        rare = sorted(texts[k], key=lambda word: (count[word], word))
-        for m in range(math.ceil(n * NEAR / (2 - NEAR) - SLACK), n + 1):
-            least = math.ceil(NEAR * (n + m) / 2 - SLACK)
-            others = {o for word in rare[: n - least + 1] for o in index.get((m, word), ())}
-            near = (o for o in sorted(others) if (bags[o] & bags[k]).total() >= least)
-            other = next((o for o in near if _similar(texts[o], texts[k])), None)
-            if other is not None:
+    for k in sorted(filter(texts.__getitem__, range(len(texts))), key=lambda k: len(texts[k])):
+        twin = twins.setdefault(tuple(texts[k]), k)
+        if twin != k:
+            yield twin, k
+            continue
+        n, rare = len(texts[k]), sorted(texts[k], key=lambda word: (count[word], word))
+        for other, least in _candidates(index, n, rare):
+            alike = (bags[other] & bags[k]).total() >= least
+            if alike and SequenceMatcher(None, texts[other], texts[k]).ratio() >= NEAR:
                 yield min(other, k), max(other, k)
                 break
         for word in set(rare[: n - math.ceil(NEAR * n - SLACK) + 1]):
             index.setdefault((n, word), []).append(k)
 
 
-def _similar(words: list[str], others: list[str]) -> bool:
-    return SequenceMatcher(None, words, others).ratio() >= NEAR
+def _candidates(index: dict, n: int, rare: list[str]) -> Iterator[tuple[int, int]]:
+    """Positions of texts that may be similar, and how many words they must share. See _near."""
+    for m in range(math.ceil(n * NEAR / (2 - NEAR) - SLACK), n + 1):
+        least = math.ceil(NEAR * (n + m) / 2 - SLACK)
+        for word in dict.fromkeys(rare[: n - least + 1]):
+            for other in index.get((m, word), ()):
+                yield other, least

@@ -181,11 +181,19 @@ def test_no_near_pair_is_missed():
 
 
 def test_ten_thousand_principles_are_not_compared_in_pairs(monkeypatch):
-    compared, similar = [], proofreading._similar
-    monkeypatch.setattr(proofreading, "_similar", lambda *x: compared.append(x) or similar(*x))
+    compared = []
+
+    class Matcher(SequenceMatcher):
+        def ratio(self):
+            compared.append(1)
+            return super().ratio()
+
+    monkeypatch.setattr(proofreading, "SequenceMatcher", Matcher)
     texts = [f"Choose the response that is kind to person {k}.".split() for k in range(2000)]
     assert list(proofreading._near(texts)) == [] and compared == []
-    assert len(list(proofreading._near([*texts, *texts]))) == len(compared) == 2000
+    assert len(list(proofreading._near([*texts, *texts]))) == 2000 and compared == []
+    longer = [[*text, "please", "and", "then", "stop"] for text in texts]
+    assert len(list(proofreading._near(longer))) == len(compared) == 1999
 
 
 def test_made_requests_are_compared_by_what_they_quote():
