@@ -190,7 +190,7 @@ def test_prompts_of_a_text_file_are_its_lines_that_are_not_blank(tmp_path):
 def test_prompts_of_a_jsonl_file_are_texts_or_turns(tmp_path, name):
     rows = [{"prompt": "one “?”", "kind": "benign"}, {"prompt": TURNS}, {"prompt": TURNS[:1]}]
     path = write(tmp_path / name, "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
-    assert read_prompts(path) == ["one “?”", TURNS, TURNS[:1]]
+    assert read_prompts(path) == ["one “?”", TURNS, "Hi."]
 
 
 @pytest.mark.parametrize(
@@ -199,12 +199,14 @@ def test_prompts_of_a_jsonl_file_are_texts_or_turns(tmp_path, name):
         ('{"prompt": ', "not valid JSON"),
         ('"Why?"', "found str"),
         ("{}", 'needs "prompt"'),
-        ('{"question": "Why?", "kind": 1}', "it has question, kind"),
+        ('{"goal": "Why?", "kind": 1}', "it has goal, kind"),
         ('{"prompt": " "}', 'needs "prompt"'),
         ('{"prompt": []}', 'needs "prompt"'),
         ('{"prompt": 3}', 'needs "prompt"'),
         ('{"prompt": ["Why?"]}', "a turn must be"),
-        ('{"prompt": [{"role": "system", "content": "Why?"}]}', "a turn must be"),
+        ('{"prompt": [{"role": "tool", "content": "Why?"}]}', "a turn must be"),
+        ('{"prompt": [{"role": "system", "content": "Why?"}]}', "must be the user's"),
+        (json.dumps({"prompt": [*TURNS, {"role": "system", "content": "x"}]}), "must be the first"),
         ('{"prompt": [{"role": "user", "content": null}]}', "a turn must be"),
         ('{"prompt": [{"role": "user"}]}', "a turn must be"),
         (json.dumps({"prompt": TURNS[:2]}), "must be the user's"),
@@ -241,7 +243,6 @@ def test_a_file_that_is_not_utf8_is_refused(tmp_path, name):
 def damaged_gzip() -> dict[str, bytes]:
     whole = gzip.compress(b'{"prompt": "one?"}\n' * 9)
     return {
-        "not gzip": b'{"prompt": "one?"}\n',
         "cut off": whole[:-9],
         "wrong sum": whole[:-8] + bytes(8),
         "wrong block": whole[:10] + b"\xff" * 30,
@@ -343,9 +344,10 @@ def test_hh_transcripts_become_a_prompt_and_two_responses(tmp_path):
     "line, reason",
     [
         ("{", "not valid JSON"),
-        (pair(prompt="one?", chosen="good"), 'needs "rejected"'),
-        (pair(prompt="one?", chosen=["good"], rejected="bad"), '"chosen" cannot be'),
-        (pair(prompt="", chosen="good", rejected="bad"), 'needs "prompt"'),
+        (pair(prompt="one?", chosen="good"), 'needs "chosen" and "rejected"'),
+        (pair(prompt="one?", chosen=["good"], rejected="bad"), 'not "good"'),
+        (pair(prompt="one?", chosen=3, rejected="bad"), '"chosen" cannot be 3'),
+        (pair(prompt="", chosen="good", rejected="bad"), '"chosen": not a transcript'),
         (pair(prompt=TURNS[:2], chosen="good", rejected="bad"), "must be the user's"),
         (
             pair(chosen=SINGLE + "a", rejected=SINGLE.replace("tall", "wide") + "b"),
@@ -353,7 +355,7 @@ def test_hh_transcripts_become_a_prompt_and_two_responses(tmp_path):
         ),
         (pair(chosen=SINGLE + "a", rejected=MULTI + "b"), "different prompts"),
         (pair(chosen="good", rejected="bad"), "not a transcript"),
-        (pair(chosen="Once, " + SINGLE + "a", rejected=SINGLE + "b"), "not a transcript"),
+        (pair(chosen="Once, " + SINGLE + "a", rejected=SINGLE + "b"), "different prompts"),
         (pair(chosen=SINGLE + "a", rejected="\n\nHuman: How tall is it?"), "not a transcript"),
         (
             pair(chosen=SINGLE + "a\n\nHuman: b", rejected=SINGLE + "b\n\nHuman: b"),

@@ -579,15 +579,15 @@ def test_a_request_that_may_not_fit_is_refused_with_what_makes_it_long(tmp_path)
     model.config.max_position_embeddings = 100
     model.save_pretrained(tmp_path)
     model = load_policy(str(tmp_path))
-    check_requests([model], ["x" * 20, "x" * 50], 50, "a thing")
-    check_requests([model], [], 500, "a thing")
+    check_requests([model], ["x" * 20, "x" * 50], list, 50, "a thing")
+    check_requests([model], [], list, 500, "a thing")
     with pytest.raises(InputError) as caught:
-        check_requests([model], ["x" * 20, "x" * 50], 51, "a thing")
+        check_requests([model], ["x" * 20, "x" * 50], list, 51, "a thing")
     said = str(caught.value)
     assert said.startswith(f"a thing to {tmp_path}, with its examples and principles: prompt 2 has")
     assert "50 tokens, which with 51 new ones exceeds the model's context of 100" in said
     with pytest.raises(InputError, match="a model is named twice"):
-        check_requests([model] * 2, [], 1, "a thing")
+        check_requests([model] * 2, [], list, 1, "a thing")
 
 
 def test_the_first_batch_is_shown_with_what_is_learned_marked(capsys, monkeypatch):
