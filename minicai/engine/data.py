@@ -320,7 +320,7 @@ def _json_list(text: str, path: str | Path) -> list:
     try:
         items = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a valid JSON list ({error})") from error
+        raise InputError(f"{path}: not a valid JSON list or object ({error})") from error
     return [{"prompt": item} if isinstance(item, str) else item for item in items]
 
 
@@ -438,8 +438,9 @@ def _asked(row: dict, key: str = "prompt") -> Turns:
         return _turns(said)
     if not _is_text(said):
         return []
-    if TRANSCRIPT.match(said) and said.rstrip().endswith("\n\nAssistant:"):
-        return _transcript(said, key)[:-1]
+    if TRANSCRIPT.match(said):
+        said = said.rstrip().removesuffix("\n\nAssistant:")
+        return _transcript(f"{said}\n\nAssistant:", key)[:-1]
     more = row.get("input") if key == "instruction" else None
     return as_turns(f"{said}\n\n{more}" if _is_text(more) else said)
 
@@ -482,6 +483,8 @@ def _side(row: dict, key: str, asked: Turns) -> Turns:
         turns = [{"role": "assistant", "content": said}]
     else:
         turns = _transcript(said, key)
+    if turns[-1:] and turns[-1]["role"] != "assistant":
+        raise InputError(f'"{key}" must end with a turn of the assistant')
     if asked and turns[:1] and turns[0]["role"] != "assistant":  # it repeats the prompt
         if asked[0]["role"] == "system" != turns[0]["role"]:
             turns = [asked[0], *turns]
@@ -560,7 +563,7 @@ def _compared(dialogues: list[Turns]) -> tuple[Prompt, str, str, bool]:
 
 
 def read_rows(path: str | Path, skip: Skip, use: Callable) -> list:
-    """use(number of the row, its form, its dialogues) of each row of a file.
+    """use(number of the row, its dialogues) of each row of a file.
 
     Raises InputError, which names file, row and reason, unless `skip` leaves such rows out.
     """
@@ -569,7 +572,7 @@ def read_rows(path: str | Path, skip: Skip, use: Callable) -> list:
         number, where, text = item
         row = _object(text, where, None)
         try:
-            return use(number, *_dialogues(row))
+            return use(number, _dialogues(row)[1])
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
 
@@ -596,7 +599,7 @@ def read_prompts(path: str | Path, limit: int = 0, skip: Skip | None = None) -> 
     if not path:
         return []
 
-    def use(number: int, form: str, dialogues: list[Turns]) -> Prompt:
+    def use(number: int, dialogues: list[Turns]) -> Prompt:
         return _prompt(dialogues[0][: -1 if len(dialogues) == 2 else None])
 
     prompts = read_rows(path, skip or Skip(), use)
@@ -617,7 +620,7 @@ def read_preferences(path: str | Path, limit: int = 0, skip: Skip | None = None)
         return []
     label, parted = {"p_first": 1.0, "votes": [], "source": "human", "clamped": False}, []
 
-    def use(number: int, form: str, dialogues: list[Turns]) -> dict:
+    def use(number: int, dialogues: list[Turns]) -> dict:
         prompt, first, second, more = _compared(dialogues)
         parted.append(more)
         row = {"id": f"{Path(path).name}:{number}", "prompt": prompt}
