@@ -328,11 +328,14 @@ def _table(text: str, path: str | Path) -> list[dict]:
     """The rows of a file of values separated by commas, tabs or semicolons, the header first."""
     csv.field_size_limit(1 << 30)
     header = text.lstrip().partition("\n")[0]
-    how = {"delimiter": max(",\t;", key=header.count), "restkey": MORE}
+    how = {"delimiter": max(",\t;", key=header.count), "restkey": MORE, "strict": True}
+    reader = csv.DictReader(io.StringIO(text.lstrip()), **how)
     try:
-        rows = [*csv.DictReader(io.StringIO(text.lstrip()), **how)]
+        rows = [*reader]
     except csv.Error as error:
         raise InputError(f"{path}: not a valid table: {error}") from error
+    if len(set(reader.fieldnames or ())) < len(reader.fieldnames or ()):
+        raise InputError(f"{path}: not a valid table: two columns have one name ({header.strip()})")
     return [{str(key).strip(): _cell(cell) for key, cell in row.items()} for row in rows]
 
 
@@ -448,7 +451,8 @@ def _asked(row: dict, key: str = "prompt") -> Turns:
 def _question(key: str, row: dict) -> list[Turns]:
     turns = _asked(row, key)
     if not turns:
-        raise InputError(f'needs "{key}", a text or a list of turns; it has {", ".join(row)}')
+        said = json.dumps(row.get(key))[:80]
+        raise InputError(f'needs "{key}", a text or a list of turns, not {said}{_keys(row)}')
     return [turns]
 
 
@@ -469,7 +473,7 @@ def _attempt(row: dict) -> list[Turns]:
 
 def _pair(row: dict) -> list[Turns]:
     """Both dialogues, the chosen one first: the prompt may be in them, beside them, or both."""
-    asked = _asked(row) or _asked(row, "question")
+    asked = _asked(row) or _asked(row, "question") or _asked(row, "instruction")
     return [_side(row, key, asked) for key in ("chosen", "rejected")]
 
 
@@ -527,12 +531,17 @@ def _dialogues(row: dict) -> tuple[str, list[Turns]]:
         raise InputError(f"has {MORE}; put a text with a comma into quotes")
     for keys, (name, read) in FORMS.items():
         if all(row.get(key) is not None for key in keys):
-            found, system = read(row), row.get("system")
-            if _is_text(system) and found[0][:1] and found[0][0]["role"] != "system":
-                found = [[{"role": "system", "content": system}, *turns] for turns in found]
+            found = read(row)
+            if row.get("system") and found[0][:1] and found[0][0]["role"] != "system":
+                system = _turns([{"role": "system", "content": row["system"]}])
+                found = [system + turns for turns in found]
             return name, found
-    keys = f"; it has {', '.join(row)}" if row else ""
-    raise InputError(f'needs "prompt", or other keys of docs/data.md{keys}')
+    raise InputError(f'needs "prompt", or other keys of docs/data.md{_keys(row)}')
+
+
+def _keys(row: dict) -> str:
+    """What a row has, for the end of a complaint."""
+    return f"; it has {', '.join(row)}" if row else ""
 
 
 def _prompt(turns: Turns) -> Prompt:
@@ -547,8 +556,6 @@ def _prompt(turns: Turns) -> Prompt:
 
 def _compared(dialogues: list[Turns]) -> tuple[Prompt, str, str, bool]:
     """What two dialogues have in common, their answers to it, and whether more turns follow."""
-    if len(dialogues) < 2:
-        raise InputError('needs "chosen" and "rejected", or other keys of a pair in docs/data.md')
     size = min(map(len, dialogues)) - 1
     alike = [_said(a) == _said(b) for a, b in zip(*dialogues)][:size]
     parts = [*alike, False].index(False)
@@ -563,7 +570,7 @@ def _compared(dialogues: list[Turns]) -> tuple[Prompt, str, str, bool]:
 
 
 def read_rows(path: str | Path, skip: Skip, use: Callable) -> list:
-    """use(number of the row, its dialogues) of each row of a file.
+    """use(number of the row, the row) of each row of a file.
 
     Raises InputError, which names file, row and reason, unless `skip` leaves such rows out.
     """
@@ -572,7 +579,7 @@ def read_rows(path: str | Path, skip: Skip, use: Callable) -> list:
         number, where, text = item
         row = _object(text, where, None)
         try:
-            return use(number, _dialogues(row)[1])
+            return use(number, row)
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
 
@@ -599,7 +606,8 @@ def read_prompts(path: str | Path, limit: int = 0, skip: Skip | None = None) -> 
     if not path:
         return []
 
-    def use(number: int, dialogues: list[Turns]) -> Prompt:
+    def use(number: int, row: dict) -> Prompt:
+        dialogues = _dialogues(row)[1]
         return _prompt(dialogues[0][: -1 if len(dialogues) == 2 else None])
 
     prompts = read_rows(path, skip or Skip(), use)
@@ -620,7 +628,11 @@ def read_preferences(path: str | Path, limit: int = 0, skip: Skip | None = None)
         return []
     label, parted = {"p_first": 1.0, "votes": [], "source": "human", "clamped": False}, []
 
-    def use(number: int, dialogues: list[Turns]) -> dict:
+    def use(number: int, row: dict) -> dict:
+        dialogues = _dialogues(row)[1]
+        if len(dialogues) < 2:
+            pair = '"chosen" and "rejected", or other keys of a pair in docs/data.md'
+            raise InputError(f"needs {pair}{_keys(row)}")
         prompt, first, second, more = _compared(dialogues)
         parted.append(more)
         row = {"id": f"{Path(path).name}:{number}", "prompt": prompt}

@@ -605,6 +605,7 @@ def compared(row: dict) -> tuple:
             {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": "Hello.", "rejected": "Go."},
             "Hi",
         ),
+        ({"instruction": "Hi", "chosen": "Hello.", "rejected": "Go."}, "Hi"),
         ({"prompt": "Human: Hi", "chosen": "Hello.", "rejected": "Go."}, "Hi"),
         (
             {
@@ -681,6 +682,8 @@ def test_each_form_of_prompts_is_read(tmp_path, row, expected):
         ({"messages": [{"role": ["user"], "content": "Hi"}]}, "a turn must be"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a turn must be"),
         ({"text": "Hi", "label": 1}, "it has text, label"),
+        ({"prompt": {"0": "a"}}, 'needs "prompt", a text or a list of turns, not {"0": "a"}'),
+        ({"prompt": "Hi", "system": 3}, "a turn must be"),
         ({"transcript": 3}, '"transcript" that opens with "Human:"'),
     ],
 )
@@ -726,6 +729,8 @@ def test_tables_are_read_by_their_header(tmp_path):
     for text, reason in (
         ("prompt\na, b\n", ", row 1: has more cells"),
         ("goal,target\na,b\n", "it has goal, target"),
+        ('prompt,chosen\n"a,b\nc,d\n', "not a valid table: unexpected end of data"),
+        ("prompt,chosen,prompt\na,b,c\n", "two columns have one name"),
         ("prompt,chosen,rejected\na,b\n", 'needs "chosen" and "rejected"'),
         ("chosen,rejected\na,b\n", '"chosen": not a transcript'),
     ):
