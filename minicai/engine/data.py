@@ -399,6 +399,7 @@ class Skip:
         found[kind] = found.get(kind, 0) + count
 
 
+STRICT = Skip()  # leaves nothing out
 ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system"}
 ROLES |= {"developer": "system", "assistant": "assistant", "gpt": "assistant", "model": "assistant"}
 TRANSCRIPT = re.compile(r"\s*Human:")
@@ -595,7 +596,7 @@ def form_of(path: str | Path) -> tuple[str, bool]:
     return "prompts", False  # whose reader says what is wrong
 
 
-def read_prompts(path: str | Path, limit: int = 0, skip: Skip | None = None) -> list[Prompt]:
+def read_prompts(path: str | Path, limit: int = 0, skip: Skip = STRICT) -> list[Prompt]:
     """The prompts of a file in any form of docs/data.md.
 
     limit: only the first so many; 0 = all. An empty path has no prompts.
@@ -610,13 +611,13 @@ def read_prompts(path: str | Path, limit: int = 0, skip: Skip | None = None) -> 
         dialogues = _dialogues(row)[1]
         return _prompt(dialogues[0][: -1 if len(dialogues) == 2 else None])
 
-    prompts = read_rows(path, skip or Skip(), use)
+    prompts = read_rows(path, skip, use)
     if not prompts:
         raise InputError(f"{path}: holds no prompt")
     return prompts[: limit or None]
 
 
-def read_preferences(path: str | Path, limit: int = 0, skip: Skip | None = None) -> list[dict]:
+def read_preferences(path: str | Path, limit: int = 0, skip: Skip = STRICT) -> list[dict]:
     """Human preference pairs as rows of comparisons.jsonl, the preferred response first.
 
     limit: only the first so many; 0 = all. An empty path has no pairs.
@@ -638,7 +639,6 @@ def read_preferences(path: str | Path, limit: int = 0, skip: Skip | None = None)
         row = {"id": f"{Path(path).name}:{number}", "prompt": prompt}
         return row | {"first": first, "second": second} | label
 
-    skip = skip or Skip()
     rows = read_rows(path, skip, use)
     if not rows:
         raise InputError(f"{path}: holds no preference pair")

@@ -27,7 +27,7 @@ from minicai import InputError
 from minicai.critique import Generate
 from minicai.engine import parallel
 from minicai.engine.attention import Slots, context_length, last_hidden
-from minicai.engine.data import Skip, TooLong
+from minicai.engine.data import STRICT, Skip, TooLong
 from minicai.engine.dialogue import (
     Asked,
     decode,
@@ -116,7 +116,7 @@ def check_prompts(
     prompts: Sequence[Prompt],
     new_tokens: int,
     source: str,
-    skip: Skip | None = None,
+    skip: Skip = STRICT,
 ) -> list[Prompt]:
     """The prompts that the model can read and answer, before any work is done.
 
@@ -132,12 +132,10 @@ def check_prompts(
         check_lengths(model.config, [ids], new_tokens, source, number)
         return prompt
 
-    return (skip or Skip()).keep(source, enumerate(prompts, 1), look)
+    return skip.keep(source, enumerate(prompts, 1), look)
 
 
-def usable_pairs(
-    model: PreTrainedModel, rows: Sequence[dict], skip: Skip | None = None
-) -> list[dict]:
+def usable_pairs(model: PreTrainedModel, rows: Sequence[dict], skip: Skip = STRICT) -> list[dict]:
     """Given preference pairs, rows of comparisons.jsonl, but for those of two equal responses.
 
     Warns of these, and of rows that do not say which responses the length limit cut off. Raises
@@ -152,7 +150,7 @@ def usable_pairs(
         check_lengths(model.config, texts, 0, f"{name}, with its response")
         return row
 
-    rows = (skip or Skip()).keep("given pairs", rows, look)
+    rows = skip.keep("given pairs", rows, look)
     if unknown := sum("cut" not in row and row["source"] != "human" for row in rows):
         warn(
             f"{unknown} pairs do not say whether the length limit cut off a response, as in files "
@@ -170,7 +168,7 @@ def check_requests(
     requests: Callable[[Sequence[Prompt]], Sequence[str]],
     new_tokens: int,
     what: str,
-    skip: Skip | None = None,
+    skip: Skip = STRICT,
 ) -> list[Prompt]:
     """The prompts about which the longest requests fit into the context of each model.
 
@@ -184,7 +182,7 @@ def check_requests(
         if model.name_or_path in names:
             raise InputError(f"{what}: a model is named twice: {model.name_or_path}")
         names.append(model.name_or_path)
-        prompts = _askable(model, prompts, requests, new_tokens, what, skip or Skip())
+        prompts = _askable(model, prompts, requests, new_tokens, what, skip)
     return list(prompts)
 
 
