@@ -8,6 +8,7 @@
   choices MODEL FILE          accuracy on a multiple-choice file, by log-prob
   report DIR [--watch]        writes DIR/report.html, and DIR/summary.json of a finished run
   plan CONFIG                 what each stage takes of memory; loads no weights
+  data FILE [--model=MODEL]   what a file of prompts or pairs holds; docs/data.md has all forms
   constitution ACTION         new, import, check, try, diff: write one, and see what it does
   chat MODEL                  talk to a model, or to two of them side by side
 
@@ -30,6 +31,7 @@ COMMANDS = {  # name: where its function is, and the options that --help lists
     "choices": ("tools.judging", "choices", ""),
     "report": ("tools.demo", "report", "ReportOptions"),
     "plan": ("tools.plan", "main", ""),
+    "data": ("tools.data", "main", "DataOptions"),
     "constitution": ("tools.constitution", "main", "TryConfig"),
     "chat": ("tools.chat", "main", "ChatOptions"),
 }

@@ -39,7 +39,7 @@ from transformers import PreTrainedModel
 
 from minicai import InputError, RunError
 from minicai.engine import checkpoint, config, hub, parallel, terminal
-from minicai.engine.data import Journal, finite, read_record
+from minicai.engine.data import Journal, Skip, finite, read_record
 from minicai.engine.disk import (
     OLD,
     damaged,
@@ -55,7 +55,8 @@ from minicai.engine.disk import (
 
 NOTES = "notes.json"  # in the folder of a run that is not finished
 SKIPPED_AT_MOST = 3  # updates in a row whose loss or gradient is not finite; then the run stops
-DATA = (".jsonl", ".json", ".gz", ".txt", ".toml", ".py")  # what is a file, not a model folder
+# What is a file, not a model folder, whether it exists or not.
+DATA = (".jsonl", ".json", ".gz", ".txt", ".csv", ".tsv", ".toml", ".py", ".parquet", ".zst")
 METHOD = ("losses", "prompts", "constitution", "examples", "critique", "feedback", "rollout")
 
 
@@ -76,6 +77,7 @@ class Stage:
         self.cfg, self.name, self.folder = cfg, name, Path(cfg.out) / name
         self.step, self.state, self.skipped = 0, {}, 0
         self.journals, self.shown, self.progress = {}, {}, None
+        self.skip = Skip(cfg.skip_bad, cfg.skip_long)
         reads, section = config.paths(cfg) | reads, name.partition("/")[0]  # [try] of OUT/try/NAME
         self.sums, inputs = {}, {"format": "2"} | code_fingerprints(code)
         for what, found in parallel.once(fingerprints, section, reads).items():
@@ -83,7 +85,7 @@ class Stage:
             self.sums |= found
         self.text = config.dump(cfg, section, inputs)
         self.removed = [*cfg.later, self.folder] if cfg.overwrite else []
-        self.made_by = {p: sha for p, sha in self.sums.items() if Path(p).suffix not in DATA}
+        self.made_by = {p: sha for p, sha in self.sums.items() if not is_file(p)}
         self.record = parallel.once(self._tried, self._look)
         if self.record:
             parallel.once(self._tidy)  # a run may have been killed behind its record
@@ -316,6 +318,7 @@ class Stage:
             "seconds": self._noted()["seconds"],
             **record,
             "models": self.made_by,
+            "left_out": self.skip.counts,
             "files": sums(self.folder, made),
             "device": parallel.device_name(),
             "precision": parallel.precision(),
@@ -366,8 +369,13 @@ def fingerprints(stage: str, reads: dict) -> dict[str, dict[str, str]]:
     return found
 
 
+def is_file(path: str) -> bool:
+    """Whether a path that a stage reads is a data file, not a model folder."""
+    return path.startswith("hub:") or Path(path).suffix in DATA or Path(path).is_file()
+
+
 def _contents(path: str, what: str) -> str:
-    if Path(path).suffix not in DATA:
+    if not is_file(path):
         hub.require_folder(path, what)
         return hub.weights_sha256(path)
     try:
