@@ -312,8 +312,10 @@ class Stage:
 
 def script(main: Callable, kind: type, section: str, doc: str) -> None:
     """Runs a script's main on the config that its command line names."""
-    usage = config.usage(doc, kind)
-    terminal.run(lambda arguments: main(config.load(kind, section, arguments)), usage)
+    terminal.run(
+        lambda arguments: main(config.load(kind, section, arguments)),
+        lambda arguments: config.usage(doc, kind, section, arguments),
+    )
 
 
 # --- what a stage reads ---------------------------------------------------------------------------
