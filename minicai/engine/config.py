@@ -121,6 +121,9 @@ class Run:
     # the base model: a Hugging Face folder, or its name on the hub
     model: str = path_setting("minicai:tinyworld/base", model=True)
     constitution: str = path_setting("minicai:constitutions/tiny.toml")  # a TOML file of principles
+    # how a model reads a dialogue. auto: by its chat template, else as Human and Assistant; raw:
+    # the response continues the prompt's text, for base models (docs/your-model.md)
+    form: str = setting("auto", choices=("auto", "raw"))
     out: str = setting("out/tiny", free=True)  # everything that the run makes goes here
     seed: int = 0  # of all sampling, shuffling and initial weights
     # of passes; auto: bf16 where the hardware has it
@@ -386,7 +389,10 @@ def dump(config, section: str, made_from: dict[str, str]) -> str:
 
 
 def differences(old: dict, new: dict, kind: type, section: str = "") -> list[str]:
-    """What has changed between two stored configs, fields that are free to change left out."""
+    """What has changed between two stored configs, fields that are free to change left out.
+
+    A field that the old one lacks is new in this version. Its default changes nothing.
+    """
     found = []
     for key in sorted(old.keys() | new.keys()):
         was, now = old.get(key), new.get(key)
@@ -396,6 +402,8 @@ def differences(old: dict, new: dict, kind: type, section: str = "") -> list[str
         elif was != now and section == "made_from.":
             found.append(f"the contents of {key} changed")
         elif was != now and not (field and field.metadata.get("free")):
+            if key not in old and field and json.dumps(now) == json.dumps(field.default):
+                continue
             found.append(f"{section}{key} ({was!r} there, {now!r} now)")
     return found
 

@@ -38,7 +38,7 @@ import torch
 from transformers import PreTrainedModel
 
 from minicai import InputError, RunError
-from minicai.engine import checkpoint, config, hub, parallel, terminal
+from minicai.engine import checkpoint, config, dialogue, hub, parallel, terminal
 from minicai.engine.data import Journal, finite, read_record
 from minicai.engine.disk import (
     damaged,
@@ -59,10 +59,10 @@ METHOD = ("losses", "prompts", "constitution", "examples", "critique", "feedback
 class Stage:
     """A stage's folder OUT/NAME: its journals, checkpoints and record.
 
-    cfg: the stage's config; device and precision of the process are set up by it. reads: {what:
-    path or paths} of files and model folders that the stage reads, beside those that the paths of
-    its section name; "" is none. code: the script's own path, where its code and the functions of
-    the method that it names decide the numbers.
+    cfg: the stage's config; device, precision and form of the process are set up by it. reads:
+    {what: path or paths} of files and model folders that the stage reads, beside those that the
+    paths of its section name; "" is none. code: the script's own path, where its code and the
+    functions of the method that it names decide the numbers.
     `record` is that of a finished stage, else None. Nothing is written before work begins.
     Raises InputError where the folder holds another run, cannot be read, or is in use by another
     process, and where a model is not what the stage that made it wrote.
@@ -70,6 +70,7 @@ class Stage:
 
     def __init__(self, cfg, name: str, reads: dict, code: str = ""):
         parallel.setup(cfg.device, cfg.precision, cfg.timeout)
+        dialogue.FORM = cfg.form
         self.cfg, self.name, self.folder = cfg, name, Path(cfg.out) / name
         self.step, self.state, self.skipped = 0, {}, 0
         self.journals, self.shown, self.progress = {}, {}, None

@@ -393,6 +393,11 @@ def test_differences_name_what_is_not_free_to_change(path):
         "sl.count (3 there, 4 now)",
     ]
     assert config.differences(old, old, Stage) == []
+    del old["form"], old["sl"]["some"]  # written by an earlier version, which had neither
+    assert (
+        config.differences(old, old | {"form": "auto", "sl": old["sl"] | {"some": []}}, Stage) == []
+    )
+    assert config.differences(old, old | {"form": "raw"}, Stage) == ["form (None there, 'raw' now)"]
 
 
 SECRET = "correct horse/battery"
