@@ -83,6 +83,13 @@ class Stage:
         self.removed = [*cfg.later, self.folder] if cfg.overwrite else []
         self.made_by = {p: sha for p, sha in self.sums.items() if Path(p).suffix not in DATA}
         self.record = parallel.once(self._tried, self._look)
+        ours = hub.PACKAGE / "tinyworld"
+        tiny = [what for what, path in config.paths(cfg).items() if str(ours / "data") in str(path)]
+        if tiny and not self.record and not str(cfg.model).startswith(str(ours)):
+            terminal.warn(
+                f"[{section}] {', '.join(tiny)}: still those of the tiny world, and the model is "
+                f'another; set them to files of yours, or to "" for none'
+            )
         if self.record:
             parallel.once(self._tidy)  # a run may have been killed behind its record
             if not terminal.QUIET:
