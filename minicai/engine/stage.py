@@ -38,7 +38,7 @@ import torch
 from transformers import PreTrainedModel
 
 from minicai import InputError, RunError
-from minicai.engine import checkpoint, config, hub, parallel, terminal
+from minicai.engine import checkpoint, config, dialogue, hub, parallel, terminal
 from minicai.engine.data import Journal, Skip, finite, read_record
 from minicai.engine.disk import (
     OLD,
@@ -63,10 +63,10 @@ METHOD = ("losses", "prompts", "constitution", "examples", "critique", "feedback
 class Stage:
     """A stage's folder OUT/NAME: its journals, checkpoints and record.
 
-    cfg: the stage's config; device and precision of the process are set up by it. reads: {what:
-    path or paths} of files and model folders that the stage reads, beside those that the paths of
-    its section name; "" is none. code: the script's own path, where its code and the functions of
-    the method that it names decide the numbers.
+    cfg: the stage's config; device, precision and form of the process are set up by it. reads:
+    {what: path or paths} of files and model folders that the stage reads, beside those that the
+    paths of its section name; "" is none. code: the script's own path, where its code and the
+    functions of the method that it names decide the numbers.
     `record` is that of a finished stage, else None. Nothing is written before work begins.
     Raises InputError where the folder holds another run, cannot be read, or is in use by another
     process, and where a model is not what the stage that made it wrote.
@@ -74,6 +74,7 @@ class Stage:
 
     def __init__(self, cfg, name: str, reads: dict, code: str = ""):
         parallel.setup(cfg.device, cfg.precision, cfg.timeout)
+        dialogue.FORM = cfg.form
         self.cfg, self.name, self.folder = cfg, name, Path(cfg.out) / name
         self.step, self.state, self.skipped = 0, {}, 0
         self.journals, self.shown, self.progress = {}, {}, None
@@ -87,6 +88,13 @@ class Stage:
         self.removed = [*cfg.later, self.folder] if cfg.overwrite else []
         self.made_by = {p: sha for p, sha in self.sums.items() if not is_file(p)}
         self.record = parallel.once(self._tried, self._look)
+        ours = hub.PACKAGE / "tinyworld"
+        tiny = [what for what, path in config.paths(cfg).items() if str(ours / "data") in str(path)]
+        if tiny and not self.record and not str(cfg.model).startswith(str(ours)):
+            terminal.warn(
+                f"[{section}] {', '.join(tiny)}: still those of the tiny world, and the model is "
+                f'another; set them to files of yours, or to "" for none'
+            )
         if self.record:
             parallel.once(self._tidy)  # a run may have been killed behind its record
             if not terminal.QUIET:
@@ -338,8 +346,10 @@ class Stage:
 
 def script(main: Callable, kind: type, section: str, doc: str) -> None:
     """Runs a script's main on the config that its command line names."""
-    usage = config.usage(doc, kind)
-    terminal.run(lambda arguments: main(config.load(kind, section, arguments)), usage)
+    terminal.run(
+        lambda arguments: main(config.load(kind, section, arguments)),
+        lambda arguments: config.usage(doc, kind, section, arguments),
+    )
 
 
 # --- what a stage reads ---------------------------------------------------------------------------
