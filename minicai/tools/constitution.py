@@ -139,15 +139,9 @@ def attempt(flags: list[str], *files: str) -> None:
     """`try` of one file, `diff` of two."""
     from minicai.tools import trial  # imports torch
 
-    cfg = config.load(TryConfig, "try", with_config(flags))
+    cfg = config.load(TryConfig, "try", config.with_config(flags))
     files = [str(config.locate(file, Path())) for file in files]
     (trial.diff if len(files) == 2 else trial.attempt)(cfg, *files)
-
-
-def with_config(flags: list[str]) -> list[str]:
-    """The flags, with the config file of --config=FILE, or the tiny world's, among them."""
-    settings = [flag.removeprefix("--config=") for flag in flags]
-    return settings if settings != flags else [str(config.builtin("tiny.toml")), *flags]
 
 
 ACTIONS = {

@@ -22,7 +22,7 @@ from textwrap import shorten
 
 from minicai.constitution import Constitution, load
 from minicai.critique import Generate, Revising, critique_and_revise, faults, in_turn
-from minicai.engine.data import epoch_order, read_jsonl, read_prompts
+from minicai.engine.data import Skip, epoch_order, read_jsonl, read_prompts
 from minicai.engine.load import load_policy
 from minicai.engine.sampler import Sampling, chooser, responder
 from minicai.engine.stage import Stage
@@ -69,7 +69,7 @@ def run(cfg, file: str) -> tuple[Path, list[dict], list[dict]]:
     Returns OUT/try/NAME-FINGERPRINT, and the rows of its revisions.jsonl and comparisons.jsonl.
     Each wording of a constitution has its own folder. NAME is that of its file.
     """
-    rules, prompts = load(file), read_prompts(cfg.prompts)
+    rules, prompts = load(file), read_prompts(cfg.prompts, skip=Skip(cfg.skip_bad))
     how = Revising(rules, cfg.seed, rounds=1, choose=in_turn)
     prompts = [prompts[k] for k in epoch_order(len(prompts), STREAM, cfg.seed)[: cfg.n]]
     name = f"try/{Path(file).stem}-{rules.sha256[:12]}"
