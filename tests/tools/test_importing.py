@@ -12,9 +12,9 @@ import pytest
 
 from minicai import InputError, __main__
 from minicai.constitution import REQUESTS, load
-from minicai.engine.config import load as load_config
+from minicai.engine import config
 from minicai.tools import importing
-from minicai.tools.constitution import TryConfig, with_config
+from minicai.tools.constitution import TryConfig
 from minicai.tools.proofread import proofread
 from tests.conftest import ROOT
 
@@ -296,6 +296,6 @@ def test_the_page_does_what_it_says(tmp_path, monkeypatch, capsys):
         assert any(shown in file.read_text() for file in tmp_path.glob("out/*.toml"))
     tried = [shlex.split(c)[2:] for c in commands if c.split()[0] in ("try", "diff")]
     for words in tried:
-        flags = with_config([word for word in words if word.startswith("--")])
-        assert load_config(TryConfig, "try", flags).n == 40
+        flags = config.with_config([word for word in words if word.startswith("--")])
+        assert config.load(TryConfig, "try", flags).n == 40
     assert len(tried) == 2
