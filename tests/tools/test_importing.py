@@ -189,6 +189,14 @@ def test_requests_that_a_file_has_are_kept(tmp_path):
     assert short.comparison == "Which is shorter?" and '"Be short."' in short.revision
 
 
+def test_a_table_of_principles_may_have_a_description_and_a_principle_may_have_tags(tmp_path):
+    rows = [{"principle": "Be kind.", "values": ["kindness"]}, {"principle": "Be brief."}]
+    table = {"name": "ours", "description": "What we ask.", "principles": rows}
+    found = importing.read(write(tmp_path, "ours.json", json.dumps(table)))
+    assert [p.name for p in found.principles] == ["be-kind", "be-brief"]
+    assert '"Be brief."' in found.principles[1].critique and found.notes == ("key values (1)",)
+
+
 def test_the_papers_files_are_read_without_the_labels_around_their_requests(tmp_path):
     critique = "\n\nCritiqueRequest: Say what is loud.\n\nCritique:"
     table = {
