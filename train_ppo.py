@@ -72,8 +72,8 @@ class PPOConfig(Run):
 
     # reward and advantage
     kl_coef: float = 0.05  # beta, reward per nat (HH: 0.001 on its reward scale)
-    gamma: float = 1.0  # discount (HH)
-    lam: float = 0.95  # GAE lambda
+    gamma: float = setting(1.0, at_most=1)  # discount (HH)
+    lam: float = setting(0.95, at_most=1)  # GAE lambda
 
     # updates
     epochs: int = positive(4)  # passes over a rollout

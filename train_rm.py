@@ -146,8 +146,9 @@ def main(cfg: RMConfig) -> dict:
                 comparisons.append(parallel.joined(rows))
                 stage.shown = feedback.label_shares(rows)
         del speakers
-    # Append only the labelled pairs that an interrupted run has not written yet.
-    comparisons.append(labelled[len(comparisons.rows) - len(different) :])
+    if len(comparisons.rows) < comparisons.total:  # an interrupted run may have written a part
+        comparisons.keep(len(different))
+        comparisons.append(labelled)
 
     # 3. Minimise  L_RM = - [ p log sigma(r_A - r_B) + (1 - p) log sigma(r_B - r_A) ].
     rows, heldout = split(comparisons.rows, cfg.heldout, cfg.seed)

@@ -9,7 +9,7 @@
   report DIR [--watch]        writes DIR/report.html, and DIR/summary.json of a finished run
   plan CONFIG                 what each stage takes of memory; loads no weights
   data FILE [--model=MODEL]   what a file of prompts or pairs holds; docs/data.md has all forms
-  constitution ACTION         new, check, try, diff: write a constitution, and see what it does
+  constitution ACTION         new, import, check, try, diff: write one, and see what it does
   chat MODEL                  talk to a model, or to two of them side by side
 
 --quiet prints only results and errors. Run the same command again to resume it.
@@ -18,34 +18,36 @@
 import importlib
 import inspect
 import os
-import sys
 
 from minicai import InputError
 from minicai.engine import config, terminal
 
-COMMANDS = {  # name: where its function is, and the options that --help lists
-    "demo": ("tools.demo", "main", "EvalConfig"),
-    "eval": ("tools.demo", "evaluate", "EvalConfig"),
-    "elo": ("tools.judging", "elo", "EvalConfig"),
-    "agree": ("tools.judging", "agree", "EvalConfig"),
-    "choices": ("tools.judging", "choices", ""),
-    "report": ("tools.demo", "report", "ReportOptions"),
-    "plan": ("tools.plan", "main", ""),
-    "data": ("tools.data", "main", "DataOptions"),
-    "constitution": ("tools.constitution", "main", "TryConfig"),
-    "chat": ("tools.chat", "main", "ChatOptions"),
+COMMANDS = {  # name: where its function is, the options that --help lists, their section
+    "demo": ("tools.demo", "main", "EvalConfig", "eval"),
+    "eval": ("tools.demo", "evaluate", "EvalConfig", "eval"),
+    "elo": ("tools.judging", "elo", "EvalConfig", "eval"),
+    "agree": ("tools.judging", "agree", "EvalConfig", "eval"),
+    "choices": ("tools.judging", "choices", "ChoicesOptions", ""),
+    "report": ("tools.demo", "report", "ReportOptions", ""),
+    "plan": ("tools.plan", "main", "", ""),
+    "data": ("tools.data", "main", "DataOptions", ""),
+    "constitution": ("tools.constitution", "main", "TryConfig", "try"),
+    "chat": ("tools.chat", "main", "ChatOptions", ""),
 }
 
 
 def usage(arguments: list[str]) -> str:
     """The text of --help: of the command that is named, with its keys, or of all commands."""
-    name = next((word for word in arguments if not word.startswith("-")), "")
-    if name not in COMMANDS:
+    words, flags = config.split(arguments)
+    if not words or words[0] not in COMMANDS:
         return __doc__
-    place, function, options = COMMANDS[name]
+    place, function, options, section = COMMANDS[words[0]]
     module = importlib.import_module(f"minicai.{place}")
     text = module.__doc__ if function == "main" else inspect.getdoc(getattr(module, function))
-    return config.usage(text, getattr(module, options)) if options else text
+    if section and function == "main":  # these take a config file as --config=FILE only
+        words, flags = [], config.with_config(flags)
+    found = [*words[1:2], *flags] if section else []
+    return config.usage(text, getattr(module, options), section, found) if options else text
 
 
 def main(arguments: list[str]) -> None:
@@ -58,9 +60,9 @@ def main(arguments: list[str]) -> None:
         )
     if name not in COMMANDS:
         raise InputError(f"unknown command {name!r}{config.nearest(name, COMMANDS)}")
-    place, function, _ = COMMANDS[name]
+    place, function, *_ = COMMANDS[name]
     config.call(name, getattr(importlib.import_module(f"minicai.{place}"), function), rest)
 
 
 if __name__ == "__main__":
-    terminal.run(main, usage(sys.argv[1:]))
+    terminal.run(main, usage)

@@ -47,7 +47,7 @@ def write_data(cfg: train_sl.SLConfig, folder: Path) -> list[dict]:
 def answers(cfg: EvalConfig, model: str) -> dict:
     """The rates of a model's answers to the evaluation prompts, and to jailbreak phrasings."""
     parallel.setup(cfg.device, cfg.precision)
-    rows, _, phrased = questions(cfg.prompts, 0, [], JAILBREAKS)
+    rows, _, phrased = questions([cfg.prompts], 0, [], JAILBREAKS)
     seeds = [(cfg.seed, k, 0) for k in range(len(rows))]
     seeds += [(cfg.seed, k, 1) for k in range(len(phrased))]
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
@@ -74,7 +74,7 @@ def revise(cfg: train_sl.SLConfig, folder: Path, default: Path) -> Found:
 def talk_out(cfg: train_sl.SLConfig, folder: Path, default: Path) -> Found:
     """The same for harmful prompts in jailbreak phrasings; the plain prompt decides what harms."""
     asked = config.load(EvalConfig, "eval", [str(config.builtin("tiny.toml"))])
-    _, _, phrased = questions(asked.prompts, 0, [], JAILBREAKS)
+    _, _, phrased = questions([asked.prompts], 0, [], JAILBREAKS)
     file = folder / "jailbreaks.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in phrased), encoding="utf-8")
     rows = write_data(dataclasses.replace(cfg, prompts=str(file)), folder)

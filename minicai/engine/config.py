@@ -5,7 +5,7 @@
 Strict on purpose: an unknown key, section or type is an error that names the nearest right one,
 since a silently ignored `learning_rate` costs a day. A stage's dataclass has the fields of its own
 section; those of the top level (seed, out, ...) come from `Run`. What a value may be is said at its
-field.
+field. Where paths begin is said at `Run`.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ import re
 import sys
 import textwrap
 import tomllib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from minicai import InputError
 from minicai.engine.data import read_toml
-from minicai.engine.hub import PACKAGE, is_name
+from minicai.engine.hub import builtin, is_name, local
 
 Paths = str | tuple[str, ...]
 SECTIONS = ("sl", "rm", "ppo", "eval", "try")
@@ -112,11 +112,18 @@ class Lora:
 
 @dataclass
 class Run:
-    """The top level of every config file."""
+    """The top level of every config file.
 
-    # the base model: a Hugging Face folder; "minicai:" stands for the installed package
+    Every path, `out` too, begins in the folder where the command runs. A file to read that is not
+    there is looked for beside the config file. minicai:NAME is a file that comes with minicai.
+    """
+
+    # the base model: a Hugging Face folder, or its name on the hub
     model: str = path_setting("minicai:tinyworld/base", model=True)
-    constitution: str = path_setting("constitutions/tiny.toml")  # a TOML file of principles
+    constitution: str = path_setting("minicai:constitutions/tiny.toml")  # a TOML file of principles
+    # how a model reads a dialogue. auto: by its chat template, else as Human and Assistant; raw:
+    # the response continues the prompt's text, for base models (docs/your-model.md)
+    form: str = setting("auto", choices=("auto", "raw"))
     out: str = setting("out/tiny", free=True)  # everything that the run makes goes here
     seed: int = 0  # of all sampling, shuffling and initial weights
     # of passes; auto: bf16 where the hardware has it
@@ -152,17 +159,9 @@ TOP = set(Run.__dataclass_fields__)
 
 
 def locate(path: str, beside: Path) -> Path:
-    """`minicai:...` in the package; else relative to the config file, to here, or to configs/."""
-    if path.startswith("minicai:"):
-        return PACKAGE / path.removeprefix("minicai:")
-    places = (beside / path, Path(path), builtin(path))
-    return next((place for place in places if place.exists()), Path(path))
-
-
-def builtin(name: str) -> Path:
-    """A file of configs/: beside the package in a checkout, inside it when installed."""
-    checkout = PACKAGE.parent / "configs" / name
-    return checkout if checkout.exists() else PACKAGE / "configs" / name
+    """`minicai:...` in the package; else in this folder, beside the config file, or in configs/."""
+    places = (local(path), beside / path, builtin(path))
+    return next((place for place in places if place.exists()), places[0])
 
 
 def _resolved(path: Paths, beside: Path, model: bool) -> Paths:
@@ -185,16 +184,16 @@ def paths(config) -> dict[str, Paths]:
 
 def load(kind: type, section: str, arguments: list[str]):
     """Reads `[CONFIG.toml, --key=value, ...]` into dataclass `kind`. Raises InputError."""
-    files = [a for a in arguments if not a.startswith("--")]
+    files = _files(arguments)
     if len(files) != 1:
         found = " ".join(files) or "none"
-        raise InputError(f"expected one config file, got {found}; for example configs/tiny.toml")
-    path = Path(files[0])
+        raise InputError(f"expected one config file, got {found}; for example minicai:tiny.toml")
+    path = local(files[0])
     if not path.exists():
         names = [other.name for other in path.parent.glob("*.toml")]
         raise InputError(f"{path}: no such file{nearest(path.name, names)}")
     table = stored(path)
-    flags = [argument for argument in arguments if argument not in files]
+    flags = [a for a in arguments if a.startswith("--") and not a.startswith("--config=")]
     config = _made(kind, section, flags, _from_table(table, section, kind, path))
     if not os.path.dirname(config.out):
         config.out = os.path.abspath(config.out)  # OUT/sl must not read as a name on the hub
@@ -206,6 +205,17 @@ def load(kind: type, section: str, arguments: list[str]):
     if config.log:
         mirror("require")(config.log)
     return config
+
+
+def _files(arguments: list[str]) -> list[str]:
+    """The config files among the arguments, FILE or --config=FILE."""
+    files = [a.removeprefix("--config=") for a in arguments]
+    return [file for file in files if not file.startswith("--")]
+
+
+def with_config(flags: list[str]) -> list[str]:
+    """The flags, with the tiny world's config file before them if none of them is --config=FILE."""
+    return flags if _files(flags) else ["minicai:tiny.toml", *flags]
 
 
 def stored(path: Path) -> dict:
@@ -381,7 +391,10 @@ def dump(config, section: str, made_from: dict[str, str]) -> str:
 
 
 def differences(old: dict, new: dict, kind: type, section: str = "") -> list[str]:
-    """What has changed between two stored configs, fields that are free to change left out."""
+    """What has changed between two stored configs, fields that are free to change left out.
+
+    A field that the old one lacks is new in this version. Its default changes nothing.
+    """
     found = []
     for key in sorted(old.keys() | new.keys()):
         was, now = old.get(key), new.get(key)
@@ -391,6 +404,8 @@ def differences(old: dict, new: dict, kind: type, section: str = "") -> list[str
         elif was != now and section == "made_from.":
             found.append(f"the contents of {key} changed")
         elif was != now and not (field and field.metadata.get("free")):
+            if key not in old and field and json.dumps(now) == json.dumps(field.default):
+                continue
             found.append(f"{section}{key} ({was!r} there, {now!r} now)")
     return found
 
@@ -407,15 +422,21 @@ def redact(text: str) -> str:
 # --- --help ---------------------------------------------------------------------------------------
 
 
-def usage(doc: str, kind: type) -> str:
-    """The text of --help: a docstring, and each setting with its default and its comment."""
+def usage(doc: str, kind: type, section: str = "", arguments: Sequence[str] = ()) -> str:
+    """The text of --help: a docstring, and each setting with its value and its comment.
+
+    The value is the default. With a config file among the arguments of a command line it is the one
+    that this command would use. Raises InputError as `load`.
+    """
+    given = load(kind, section, arguments) if _files(arguments) else kind()
     lines = [doc.strip()]
     for part in filter(dataclasses.is_dataclass, reversed(kind.__mro__)):
-        lines += ["", part.__doc__.splitlines()[0]]
+        lines += ["", inspect.getdoc(part)]
         for above, name, behind in FIELD.findall(inspect.getsource(part)):
             field = kind.__dataclass_fields__[name]
-            default = field.default if field.type is str else json.dumps(field.default)
-            flag = f"  --{name}" + ("" if field.default is False else f"={default}")
+            value = getattr(given, name)
+            text = value if field.type is str else json.dumps(value)
+            flag = f"  --{name}" + ("" if value is False else f"={text}")
             comment = behind or " ".join(line.strip("# ") for line in above.splitlines())
             words = [" | ".join(field.metadata.get("choices", ())), comment]
             text = f"{flag:<28}  {'; '.join(filter(None, words))}"

@@ -7,6 +7,7 @@ is dropped when the journal is opened, and work resumes after the line before it
 import ast
 import csv
 import gzip
+import hashlib
 import io
 import json
 import math
@@ -25,7 +26,7 @@ import numpy as np
 
 from minicai import InputError, RunError
 from minicai.engine import hub, terminal
-from minicai.engine.disk import disk_guard, sync
+from minicai.engine.disk import disk_guard, json_sha256, sync
 from minicai.prompts import Prompt, as_turns, render, split_transcript
 
 # --- journals -------------------------------------------------------------------------------------
@@ -39,6 +40,7 @@ def finite(value):
 class Journal:
     """An append-only JSONL file of dicts, `rows`. A torn last line is dropped when it is opened.
 
+    `sum` is of all rows in their order.
     group, total: numbers of rows. The rows are made in groups of `group` until there are `total`.
     Of an unfinished file the rows after the last whole group are dropped: they are made again in
     the same groups, and come out as if nothing had been interrupted.
@@ -61,7 +63,7 @@ class Journal:
         It cannot where another program has changed or removed the file.
         """
         rows = [finite(row) for row in rows]
-        lines = [(json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows]
+        lines = _lines(rows)
         if self.path:
             self.check()
             try:
@@ -79,6 +81,7 @@ class Journal:
             self.mirror(rows)
         self.rows += rows
         self.sizes += map(len, lines)
+        self.sum = _chain(lines, self.sum)
 
     def check(self) -> None:
         """Raises RunError where the file does not hold just these rows."""
@@ -102,9 +105,25 @@ class Journal:
         if count > len(self.rows):
             raise self._changed()
         self.rows, self.sizes = self.rows[:count], self.sizes[:count]
+        self.sum = _chain(_lines(self.rows))
         if self.path and self.path.exists():
             with disk_guard(self.path):
                 os.truncate(self.path, sum(self.sizes))
+
+    def begins_as(self, count: int, known: str) -> bool:
+        """Whether `known` was the `sum` of the first `count` rows."""
+        return _chain(_lines(self.rows[:count])) == known
+
+
+def _lines(rows: list[dict]) -> list[bytes]:
+    return [(json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows]
+
+
+def _chain(lines: list[bytes], sha: str = "") -> str:
+    """A sum that grows line by line, each of the sum before and the line."""
+    for line in lines:
+        sha = hashlib.sha256(sha.encode() + line).hexdigest()
+    return sha
 
 
 # --- orders and batches ---------------------------------------------------------------------------
@@ -271,7 +290,14 @@ def _text(path: str | Path, encoding: str = "utf-8-sig", errors: str = "strict")
 
 def read_record(path: Path) -> dict:
     """The JSON object that a file of ours is. Raises InputError where it is damaged."""
-    return _object(_text(path), f"{path}", RECORD)
+    record = _object(_text(path), f"{path}", RECORD)
+    known = record.pop("sha256", None)
+    if known and known != json_sha256(record):
+        raise InputError(
+            f'{path}: has changed since it was written; put it back, or remove its "sha256" to use '
+            f"it as it is"
+        )
+    return record
 
 
 def read_toml(path: Path) -> dict:

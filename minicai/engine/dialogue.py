@@ -5,6 +5,9 @@ the paper's form (appendix C), "\\n\\nHuman: ...\\n\\nAssistant:". Training lear
 last turn and the token that ends it. Special tokens come only from the template or the tokenizer:
 "<|im_end|>" or "</s>" that a person types remains text.
 
+A base model may know neither form. In the raw form, chosen by the setting `form`, the turns are one
+text, and the response continues it. A model that was trained in it keeps RAW as its chat template.
+
 Every function raises InputError where a chat template refuses a dialogue.
 """
 
@@ -36,6 +39,8 @@ SECONDS = 5  # time limit of a template for one dialogue; it usually takes a mil
 THINKING = re.compile(r"([<\[])((?:\w+:)?(?:think|thought|reason)\w*)([>\]])(\s*)$", re.IGNORECASE)
 # Names of tokens that no text has.
 SPARE = re.compile("pad|reserved|unused|extra|dummy|placeholder|fim|vision|image", re.IGNORECASE)
+FORM = "auto"  # of all models of this process: config.Run.form
+RAW = "{% for turn in messages %}{{ turn['content'] }}{% endfor %}"
 # A character of Unicode's private use area: no template writes it.
 MARK = "\U000f0000"
 
@@ -92,7 +97,7 @@ def _form(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, int]:
     prompt lacks, or an empty block of thoughts. A block that the generation prompt opens, and no
     answer closes, is closed as Qwen 3's template does it.
     """
-    if not template:
+    if template in ("", RAW):  # neither is rendered by a template
         return "", tokenizer.eos_token_id
     asked, answer = ({"role": role, "content": MARK} for role in ("user", "assistant"))
     how = {"tokenize": False, "add_generation_prompt": True}
@@ -148,7 +153,10 @@ def encode_prompt(
             return _templated(tokenizer, template, turns, add_generation_prompt=True)
         turns.append({"role": "assistant", "content": answer})
         return _templated(tokenizer, template, turns, continue_final_message=True)
-    text = asked if isinstance(asked, str) else render(asked)
+    text = asked
+    if not isinstance(asked, str):
+        raw = template_of(tokenizer) == RAW
+        text = "".join(turn["content"] for turn in asked) if raw else render(asked)
     ids = tokenizer(text + (answer or ""), split_special_tokens=True)["input_ids"]
     return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
 
@@ -160,13 +168,22 @@ def encode_answer(
 
     Both are encoded together, since some tokenizers encode a word differently at the beginning of a
     text. The text is encoded by itself where that changes the ids of the prompt, which are what a
-    model is given when it answers, and where the template changes or refuses the answer.
+    model is given when it answers, and where the template changes or refuses the answer. In the raw
+    form it is then encoded after a line end: some tokenizers put a blank before a text.
     """
     whole = []
     with suppress(InputError):
         whole = encode_prompt(tokenizer, asked, text)
     if len(whole) > len(prompt) and whole[: len(prompt)] == list(prompt):
         return whole[len(prompt) :]
+    if template_of(tokenizer) == RAW:
+        line, whole = _text_ids(tokenizer, "\n"), _text_ids(tokenizer, "\n" + text)
+        if whole[: len(line)] == line:
+            return whole[len(line) :]
+    return _text_ids(tokenizer, text)
+
+
+def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
@@ -222,8 +239,19 @@ def encode_learned(
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], ended: bool) -> str:
-    """The text of a sampled response, without the token that ended it and other special ones."""
-    return tokenizer.decode(ids[: len(ids) - ended], skip_special_tokens=True).strip()
+    """The text of a sampled response, without the token that ended it and other special ones.
+
+    Blanks around it are left out, but not in the raw form, where they are a part of the text. There
+    it is decoded after a line end: some tokenizers drop the blank that begins a text.
+    """
+    ids = list(ids[: len(ids) - ended])
+    if template_of(tokenizer) != RAW:
+        return tokenizer.decode(ids, skip_special_tokens=True).strip()
+    line = _text_ids(tokenizer, "\n")
+    how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    before, whole = (tokenizer.decode(found, **how) for found in (line, line + ids))
+    text = whole[len(before) :]
+    return text if text.strip() else ""
 
 
 def encode_options(
@@ -239,7 +267,7 @@ def encode_options(
     prompts. So each distinct end of a prompt is looked at once.
     Raises InputError where two options have the same ids, or one has none.
     """
-    if template_of(tokenizer):
+    if template_of(tokenizer) not in ("", RAW):
         options = [option.lstrip() for option in options]
     found, groups = {}, {}
     for k, ids in enumerate(encoded):
@@ -321,6 +349,7 @@ def show_first(label: str, tokenizer: PreTrainedTokenizerBase, rows: Sequence[tu
     lines = [
         f"{label}: the first of {len(rows)} sequences of the first batch, trained tokens {how}:"
     ]
-    for ids in rows[:2]:
-        lines.append(terminal.marked(*map(tokenizer.decode, ids)))
+    for prompt, response in rows[:2]:
+        before, whole = map(tokenizer.decode, (prompt, [*prompt, *response]))
+        lines.append(terminal.marked(before, whole.removeprefix(before)))
     print(*lines, "", sep="\n", file=sys.stderr)

@@ -58,9 +58,18 @@ def is_name(path: str) -> bool:
     return bool(MODEL.fullmatch(path)) and not Path(path).exists()
 
 
-def _local(path: str | Path) -> Path:
-    name = str(path)
-    return PACKAGE / name.removeprefix("minicai:") if name.startswith("minicai:") else Path(path)
+def local(path: str | Path) -> Path:
+    """`minicai:...` in the installed package or its configs; any other path as it is."""
+    name = str(path).removeprefix("minicai:")
+    if name == str(path):
+        return Path(path)
+    return PACKAGE / name if (PACKAGE / name).exists() else builtin(name)
+
+
+def builtin(name: str) -> Path:
+    """A file of configs/: inside the package when installed, beside it in a checkout."""
+    installed = PACKAGE / "configs"
+    return (installed if installed.exists() else PACKAGE.parent / "configs") / name
 
 
 def model_folder(path: str, weights: bool = True) -> Path:
@@ -69,7 +78,7 @@ def model_folder(path: str, weights: bool = True) -> Path:
     Raises InputError where it is not on this machine and cannot be fetched.
     """
     if not is_name(path):
-        return _local(path)
+        return local(path)
     name = MODEL.fullmatch(path)
     wanted = [*SETTINGS, "*.safetensors"] if weights else list(SETTINGS)
     what = {"repo_id": name["repo"], "revision": name["revision"]}
@@ -86,7 +95,7 @@ def model_folder(path: str, weights: bool = True) -> Path:
 def data_file(path: str | Path) -> Path:
     """The path itself, or where the cache has `hub:owner/name/path`. Raises InputError."""
     if not str(path).startswith("hub:"):
-        return _local(path)
+        return local(path)
     name = DATA.fullmatch(str(path))
     if not name:
         raise InputError(

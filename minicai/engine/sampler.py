@@ -402,10 +402,15 @@ def turn_size(rows: int) -> int:
 
 @torch.no_grad()
 def choice_logprobs(
-    model: PreTrainedModel, prompts: Sequence[Asked], choices: Sequence[str], rows: int = 64
+    model: PreTrainedModel,
+    prompts: Sequence[Asked],
+    choices: Sequence[str],
+    rows: int = 64,
+    per_token: bool = False,
 ) -> list[list[float]]:
     """log P(choice | prompt) in nats: one list per prompt, in the order of `choices`.
 
+    It is the sum over the choice's tokens, or with per_token their mean.
     The ids of a choice are those that it has after its prompt (dialogue.encode_options). Texts go
     through the model `rows` at a time. What they begin with in common is computed once: both orders
     of a pair, and the same pair under other principles.
@@ -416,7 +421,8 @@ def choice_logprobs(
         texts = [encoded[k] for k in members]
         check_lengths(model.config, texts, max(map(len, options)))
         with parallel.autocast():
-            results[members] = _option_logprobs(model, texts, options, rows).cpu()
+            sums = _option_logprobs(model, texts, options, rows).cpu()
+        results[members] = sums / torch.tensor(list(map(len, options))) if per_token else sums
     require_finite(results, model, "log-probs")
     return results.tolist()
 

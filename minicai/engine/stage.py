@@ -38,12 +38,14 @@ import torch
 from transformers import PreTrainedModel
 
 from minicai import InputError, RunError
-from minicai.engine import checkpoint, config, hub, parallel, terminal
+from minicai.engine import checkpoint, config, dialogue, hub, parallel, terminal
 from minicai.engine.data import Journal, Skip, finite, read_record
 from minicai.engine.disk import (
+    OLD,
     damaged,
     discard,
     disk_guard,
+    json_sha256,
     lock,
     make_folder,
     sha256,
@@ -51,6 +53,7 @@ from minicai.engine.disk import (
     write_atomic,
 )
 
+NOTES = "notes.json"  # in the folder of a run that is not finished
 SKIPPED_AT_MOST = 3  # updates in a row whose loss or gradient is not finite; then the run stops
 # What is a file, not a model folder, whether it exists or not.
 DATA = (".jsonl", ".json", ".gz", ".txt", ".csv", ".tsv", ".toml", ".py", ".parquet", ".zst")
@@ -60,10 +63,10 @@ METHOD = ("losses", "prompts", "constitution", "examples", "critique", "feedback
 class Stage:
     """A stage's folder OUT/NAME: its journals, checkpoints and record.
 
-    cfg: the stage's config; device and precision of the process are set up by it. reads: {what:
-    path or paths} of files and model folders that the stage reads, beside those that the paths of
-    its section name; "" is none. code: the script's own path, where its code and the functions of
-    the method that it names decide the numbers.
+    cfg: the stage's config; device, precision and form of the process are set up by it. reads:
+    {what: path or paths} of files and model folders that the stage reads, beside those that the
+    paths of its section name; "" is none. code: the script's own path, where its code and the
+    functions of the method that it names decide the numbers.
     `record` is that of a finished stage, else None. Nothing is written before work begins.
     Raises InputError where the folder holds another run, cannot be read, or is in use by another
     process, and where a model is not what the stage that made it wrote.
@@ -71,6 +74,7 @@ class Stage:
 
     def __init__(self, cfg, name: str, reads: dict, code: str = ""):
         parallel.setup(cfg.device, cfg.precision, cfg.timeout)
+        dialogue.FORM = cfg.form
         self.cfg, self.name, self.folder = cfg, name, Path(cfg.out) / name
         self.step, self.state, self.skipped = 0, {}, 0
         self.journals, self.shown, self.progress = {}, {}, None
@@ -84,6 +88,13 @@ class Stage:
         self.removed = [*cfg.later, self.folder] if cfg.overwrite else []
         self.made_by = {p: sha for p, sha in self.sums.items() if not is_file(p)}
         self.record = parallel.once(self._tried, self._look)
+        ours = hub.PACKAGE / "tinyworld"
+        tiny = [what for what, path in config.paths(cfg).items() if str(ours / "data") in str(path)]
+        if tiny and not self.record and not str(cfg.model).startswith(str(ours)):
+            terminal.warn(
+                f"[{section}] {', '.join(tiny)}: still those of the tiny world, and the model is "
+                f'another; set them to files of yours, or to "" for none'
+            )
         if self.record:
             parallel.once(self._tidy)  # a run may have been killed behind its record
             if not terminal.QUIET:
@@ -113,10 +124,11 @@ class Stage:
         if begun and not (finished and "format" not in old.get("made_from", {})):
             changes += config.differences(old, tomllib.loads(self.text), type(cfg))
         if changes and not cfg.accept_changes:
-            raise InputError(
-                f"{folder}: settings, inputs or files have changed: {'; '.join(changes)}; choose "
-                f"another --out, start again with --overwrite, or resume with --accept-changes"
-            )
+            what, way = "its model has changed", "make that model again, or use it as it is"
+            if begun:
+                what = "settings, inputs or files have changed"
+                way = "choose another --out, start again with --overwrite, or resume"
+            raise InputError(f"{folder}: {what}: {'; '.join(changes)}; {way} with --accept-changes")
         self.accepted = changes
         return read_record(record) if finished else None
 
@@ -130,6 +142,7 @@ class Stage:
             require_stage(old)
         for old in self.removed:
             discard(old)
+        shutil.rmtree(folder.with_name(folder.name + OLD), ignore_errors=True)  # after a kill
         make_folder(folder)
         if self.accepted:
             Journal(folder / "accepted.jsonl").append([{"changes": self.accepted}])
@@ -146,12 +159,22 @@ class Stage:
         """Opens OUT/STAGE/file, on every process; only the first writes (data.Journal)."""
         if not self.journals:
             parallel.once(self._tried, self._begin)
-        journal = parallel.once(Journal, self.folder / file, group, total)
+        journal = parallel.once(self._open, file, group, total)
         if parallel.rank():
             journal.path = None
         elif file == "metrics.jsonl" and self.cfg.log:
             journal.mirror = config.mirror(self.cfg.log)(self.folder)
         self.journals[file] = journal
+        return journal
+
+    def _open(self, file: str, group: int, total: int | None) -> Journal:
+        journal = Journal(self.folder / file, group, total)
+        count, known = self._noted()["rows"].get(file, (0, ""))
+        if journal.rows and known and not journal.begins_as(count, known):
+            raise InputError(
+                f"{journal.path}: its first {count} rows are not those that were written; put the "
+                f"file back, or remove {self.folder / NOTES} to use it as it is"
+            )
         return journal
 
     def turns(
@@ -168,27 +191,35 @@ class Stage:
         with self._phase(phase, journal.name, *units):
             for first, last in parallel.turns(done, until, journal.group):
                 yield first, last
+                self._note()
                 now = min(round(len(journal.rows) * each), self.progress.total)
                 self.progress.update(now - self.progress.n, self.shown)
 
     @contextmanager
     def _phase(self, phase: str, what: str, *units) -> Iterator[None]:
         """Shows progress, and adds to the seconds of a phase, which survive an interruption."""
-        began = time.monotonic()
+        self.phase, self.since = phase, time.monotonic()
+        self._note()
         try:
             with terminal.Progress(f"{self.name}: {what}", *units) as self.progress:
                 yield
         finally:
-            seconds = self.seconds()
-            seconds[phase] = seconds.get(phase, 0.0) + time.monotonic() - began
-            if parallel.rank() == 0 and self.folder.exists():
-                with suppress(RunError):  # what failed first is the news
-                    write_atomic(self.folder / "seconds.json", json.dumps(seconds))
+            with suppress(RunError):  # what failed first is the news
+                self._note()
 
-    def seconds(self) -> dict[str, float]:
-        """Seconds by phase so far."""
-        path = self.folder / "seconds.json"
-        return read_record(path) if path.exists() else {}
+    def _note(self) -> None:
+        """Writes down the seconds so far, and the sums of the data made before training."""
+        noted, now = self._noted(), time.monotonic()
+        seconds = noted["seconds"].get(self.phase, 0.0) + now - self.since
+        noted["seconds"][self.phase], self.since = seconds, now
+        made = {file: j for file, j in self.journals.items() if j.total is not None}
+        noted["rows"] |= {file: (len(j.rows), j.sum) for file, j in made.items()}
+        if parallel.rank() == 0 and self.folder.exists():
+            write_atomic(self.folder / NOTES, json.dumps(noted))
+
+    def _noted(self) -> dict:
+        path = self.folder / NOTES
+        return {"seconds": {}, "rows": {}} | (read_record(path) if path.exists() else {})
 
     # --- training ---------------------------------------------------------------------------------
 
@@ -212,7 +243,7 @@ class Stage:
         for file, journal in self.journals.items():
             count, known = self.kept.get(file, (0, ""))
             logged = journal.total is None  # of training; the others are data made before it
-            if known and known != _rows_sha256(journal.rows[: count if logged else None]):
+            if known and not journal.begins_as(count if logged else len(journal.rows), known):
                 raise InputError(
                     f"{self.folder / file}: its rows are not those of the checkpoint of step "
                     f"{self.step}; put the file back, or remove {self.folder / 'checkpoints'} to "
@@ -233,9 +264,7 @@ class Stage:
                     raise KeyboardInterrupt(f"step {self.step} of {self.folder}")
 
     def _save(self) -> None:
-        rows = {}
-        for file, journal in self.journals.items():
-            rows[file] = len(journal.rows), _rows_sha256(journal.rows)
+        rows = {file: (len(j.rows), j.sum) for file, j in self.journals.items()}
         extra = {"state": self.state, "skipped": self.skipped, "rows": rows}
         checkpoint.save(self.folder, self.step, self.models, self.optimizer, extra)
 
@@ -294,7 +323,7 @@ class Stage:
             journal.check()
         made = [name for name in (*self.journals, *exported) if (self.folder / name).exists()]
         found = {
-            "seconds": self.seconds(),
+            "seconds": self._noted()["seconds"],
             **record,
             "models": self.made_by,
             "left_out": self.skip.counts,
@@ -303,20 +332,24 @@ class Stage:
             "precision": parallel.precision(),
             "peak_rss_mb": parallel.peak_memory_mb(),
         }
-        write_atomic(self.folder / "stage.json", json.dumps(finite(found), indent=1))
+        found = finite(found)
+        signed = found | {"sha256": json_sha256(found)}
+        write_atomic(self.folder / "stage.json", json.dumps(signed, indent=1))
         self._tidy()
         return found
 
     def _tidy(self) -> None:
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         with suppress(OSError):
-            (self.folder / "seconds.json").unlink()
+            (self.folder / NOTES).unlink()
 
 
 def script(main: Callable, kind: type, section: str, doc: str) -> None:
     """Runs a script's main on the config that its command line names."""
-    usage = config.usage(doc, kind)
-    terminal.run(lambda arguments: main(config.load(kind, section, arguments)), usage)
+    terminal.run(
+        lambda arguments: main(config.load(kind, section, arguments)),
+        lambda arguments: config.usage(doc, kind, section, arguments),
+    )
 
 
 # --- what a stage reads ---------------------------------------------------------------------------
@@ -363,10 +396,6 @@ def _contents(path: str, what: str) -> str:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _rows_sha256(rows: list[dict]) -> str:
-    return _sha256(json.dumps(rows))
 
 
 def code_fingerprints(path: str) -> dict[str, str]:

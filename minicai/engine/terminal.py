@@ -138,24 +138,26 @@ def stop_requested() -> bool:
     return _stop["held"] and _stop["asked"] > 0
 
 
-def run(main: Callable[[list[str]], None], usage: str) -> None:
+def run(main: Callable[[list[str]], None], usage: str | Callable[[list[str]], str]) -> None:
     """Runs main on the command line's arguments, and exits with the right code on an error.
 
-    --help prints the usage. --quiet prints only results and errors.
+    --help prints the usage, a text or a function of the other arguments. --quiet prints only
+    results and errors.
     """
     global BRIEF, BEGUN
     arguments = [argument for argument in sys.argv[1:] if argument != "--quiet"]
     BRIEF, BEGUN = "--quiet" in sys.argv, False
-    if "--help" in arguments or "-h" in arguments:
-        print(usage.strip())
-        sys.exit(0)
+    others = [argument for argument in arguments if argument not in ("--help", "-h")]
     _stop.update(asked=0.0, held=False)
     before = {}
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup and & ignore some
             before[number] = signal.signal(number, _on_signal)
     try:
-        main(arguments)
+        if others == arguments:
+            main(arguments)
+        else:
+            print((usage if isinstance(usage, str) else usage(others)).strip())
         sys.stdout.flush()
     except (InputError, RunError) as error:
         if QUIET:  # all processes have the same error: the first prints it, and ends the others

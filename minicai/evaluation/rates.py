@@ -62,14 +62,14 @@ def rates(verdicts: Sequence[Verdict], ended: Sequence[bool]) -> dict[str, dict]
 # --- questions and answers ------------------------------------------------------------------------
 
 
-def require_known(prompts: Iterable[Prompt], source: str) -> None:
-    """Raises InputError where the judge does not know a prompt: it knows the tiny world's only.
+def kinds(prompts: Iterable[Prompt], source: str) -> list[str]:
+    """What each prompt is, "harmful" or "benign".
 
-    source: the file of the prompts, for the message.
+    source: the file of the prompts, for the message. Raises InputError where the judge does not
+    know a prompt: it knows the tiny world's only.
     """
     try:
-        for prompt in prompts:
-            meaning(prompt)
+        return ["harmful" if meaning(prompt).harm else "benign" for prompt in prompts]
     except (InputError, TypeError) as error:
         raise InputError(
             f"{source}: not of the tiny world, which alone has an exact judge; for real models run "
@@ -80,7 +80,7 @@ def require_known(prompts: Iterable[Prompt], source: str) -> None:
 def read_known(path: str) -> list[dict]:
     """The rows of a JSONL file. Raises InputError where the judge does not know a "prompt"."""
     rows = read_jsonl(path)
-    require_known((row.get("prompt") for row in rows), path)
+    kinds((row.get("prompt") for row in rows), path)
     return rows
 
 

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from minicai import InputError
 from minicai.constitution import Principle, load
-from minicai.engine import config, parallel
+from minicai.engine import config, dialogue, parallel
 from minicai.engine.dialogue import Asked, decode, encode_prompt
 from minicai.engine.load import load_policy
 from minicai.engine.sampler import Sampling, context_length, generate
@@ -48,6 +48,8 @@ class ChatOptions:
     constitution: str = ""  # for /principle and /why; "" = that of the model's run
     # whether a question continues the conversation; auto: as above
     history: str = config.setting("auto", choices=("auto", "on", "off"))
+    # raw: an answer continues your text, as in the runs of docs/your-model.md
+    form: str = config.setting("auto", choices=("auto", "raw"))
     temperature: float = 0.0  # 0 = the most likely token each time
     max_new_tokens: int = config.setting(256, at_least=1)  # of an answer; at most half the context
 
@@ -112,6 +114,7 @@ def main(flags: list[str], folder: str) -> None:
     """Answers lines from a terminal or a pipe. Raises InputError where a file cannot be used."""
     options = config.options(ChatOptions, flags)
     parallel.setup()
+    dialogue.FORM = options.form
     speakers = []
     for path in filter(None, [folder, options.against]):
         model = load_policy(path)

@@ -12,10 +12,9 @@ from pathlib import Path
 
 from minicai.engine import config, terminal
 from minicai.engine.data import read_jsonl, read_prompts
-from minicai.evaluation.rates import require_known
+from minicai.evaluation.rates import kinds
 from minicai.report import page, summary
 from minicai.tools import judging
-from minicai.tools.constitution import with_config
 from minicai.tools.judging import EvalConfig
 from minicai.tools.plan import SCRIPTS
 
@@ -32,7 +31,7 @@ class ReportOptions:
 def main(flags: list[str]) -> None:
     """Runs or resumes every stage in order. Prints a table, three examples and what was written."""
     command = " ".join(["python -m minicai demo", *flags])
-    flags = with_config(flags)
+    flags = config.with_config(flags)
     cfg = config.load(EvalConfig, "eval", flags)
     out = Path(cfg.out)
     if not terminal.hushed():
@@ -51,7 +50,7 @@ def main(flags: list[str]) -> None:
             made.insert(0, here / name)
         before = here
     prompts = planned[0][1].prompts
-    require_known(read_prompts(prompts)[:1], prompts)
+    kinds(read_prompts(prompts)[:1], prompts)  # raises InputError where it is of another world
     # Where --overwrite starts the first stage again, it removes all that was made after it, last
     # things first: whenever the demo is interrupted, the rest then belongs to the new run.
     planned[0][1].later = [out / name for name in ("agree", "elo", "eval")] + made[:-1]

@@ -35,12 +35,13 @@ MODELS = ("base", "sl", "ppo")  # the folders of a run whose answers are judged
 class EvalConfig(config.Run):
     """[eval] in the config file."""
 
-    # lines with "prompt" and "kind": harmful or benign
+    # red-team prompts, or both kinds
     prompts: str = config.path_setting("minicai:tinyworld/data/eval.jsonl")
+    helpful_prompts: str = config.path_setting()  # harmless ones of a file of their own
     # files of past failures to ask again, lines with "prompt" and "failure"; "" = none
     failures: tuple[str, ...] = config.path_setting(("minicai:tinyworld/failures.jsonl",))
     jailbreaks: int = 0  # ask the first harmful prompts in each jailbreak phrasing as well
-    limit: int = 0  # use only the first prompts, or pairs of agree; 0 = all
+    limit: int = 0  # use only the first prompts of each file, or pairs of agree; 0 = all
     feedback: str = config.path_setting(model=True)  # compares in elo and agree; "" = the model
     temperature: float = 1.0  # as in training; 0 = greedy
     max_new_tokens: int = config.setting(256, at_least=1)  # length limit of a response
@@ -49,18 +50,22 @@ class EvalConfig(config.Run):
 # --- eval -----------------------------------------------------------------------------------------
 
 
-def questions(prompts: str, limit: int, failures: Sequence[str], phrased: int) -> tuple:
+def questions(
+    prompts: Sequence[str], limit: int, failures: Sequence[str], phrased: int
+) -> tuple[list[dict], ...]:
     """Rows with a "prompt": of the evaluation ("id", "kind"), past failures, jailbreak phrasings.
 
-    prompts, failures: files. limit: use only the first prompts; 0 = all. phrased: the number of
-    harmful prompts to ask in each phrasing.
+    prompts, failures: files. limit: use only the first prompts of each file; 0 = all. phrased: the
+    number of harmful prompts to ask in each phrasing. The judge says which prompts are harmful.
     """
-    answers, kinds = [], {"harmful": [], "benign": []}
-    for k, row in enumerate(rates.read_known(prompts)[: limit or None]):
-        answers.append({"id": k, "prompt": row["prompt"], "kind": row.get("kind")})
-        kinds.setdefault(row.get("kind"), []).append(row["prompt"])
+    answers, known = [], {"harmful": [], "benign": []}
+    for file in prompts:
+        asked = read_prompts(file, limit)
+        for prompt, kind in zip(asked, rates.kinds(asked, file)):
+            answers.append({"id": len(answers), "prompt": prompt, "kind": kind})
+            known[kind].append(prompt)
     past = list(chain(*map(rates.read_known, failures)))
-    return answers, past, jailbreaks(kinds["harmful"][:phrased], kinds["benign"])
+    return answers, past, jailbreaks(known["harmful"][:phrased], known["benign"])
 
 
 def evaluate(cfg: EvalConfig, run: dict) -> None:
@@ -72,7 +77,8 @@ def evaluate(cfg: EvalConfig, run: dict) -> None:
     not know a prompt.
     """
     began, out = time.monotonic(), Path(cfg.out)
-    answers, past, phrased = questions(cfg.prompts, cfg.limit, cfg.failures, cfg.jailbreaks)
+    files = cfg.prompts, cfg.helpful_prompts
+    answers, past, phrased = questions(files, cfg.limit, cfg.failures, cfg.jailbreaks)
     made = {name: f"{out}/{name}" for name in ("sl", "rm", "ppo")}
     stage = Stage(cfg, "eval", {"model": cfg.model} | made)
     if stage.record:
@@ -147,6 +153,7 @@ def elo(flags: list[str], file: str, *models: str) -> None:
     def compare(stage: Stage, how: Labelling) -> tuple:
         cfg = stage.cfg
         prompts = read_prompts(cfg.prompts, cfg.limit, stage.skip)
+        prompts += read_prompts(cfg.helpful_prompts, cfg.limit, stage.skip)
         answers = [{"id": n, "prompt": prompt} for n, prompt in enumerate(prompts)]
         seeds = [(cfg.seed, n, 0) for n in range(len(answers))]
         sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
@@ -208,16 +215,22 @@ def judged(name: str, arguments: list[str], reads: dict, compare: Callable) -> t
     return stage.folder, record
 
 
-def choices(flags: list[str], model: str, file: str) -> None:
-    """python -m minicai choices MODEL FILE
+@dataclass
+class ChoicesOptions:
+    """Options."""
 
-    Accuracy of a model on a multiple-choice file ("prompt", "corrects", "incorrects"), by the
-    log-probs of the options.
+    per_token: bool = False  # score an option by the mean over its tokens instead of the sum
+
+
+def choices(flags: list[str], model: str, file: str) -> None:
+    """python -m minicai choices MODEL FILE [--per_token]
+
+    Accuracy of a model on a multiple-choice file ("prompt", "corrects", "incorrects"). The score of
+    an option is the sum of the log-probs of its tokens, so a longer option tends to score lower.
     """
-    if flags:
-        raise InputError(f"choices: {flags[0]}: unknown key; it has none")
+    options = config.options(ChoicesOptions, flags)
     parallel.setup()
-    score = partial(choice_logprobs, load_policy(model))
+    score = partial(choice_logprobs, load_policy(model), per_token=options.per_token)
     scored = score_choices(read_choices(file), score)
     found = counted([row["right"] for row in scored])
     print(f"accuracy {with_interval(found)} of {found['count']} items")

@@ -30,10 +30,9 @@ import train_ppo
 import train_rm
 import train_sl
 from minicai import InputError, constitution
-from minicai.engine import config, parallel
+from minicai.engine import config, dialogue, parallel
 from minicai.engine.adapters import attach
 from minicai.engine.data import Skip, read_prompts
-from minicai.engine.dialogue import encode_prompt
 from minicai.engine.load import load_config, load_tokenizer
 from minicai.engine.models import CHUNK
 from minicai.engine.terminal import table
@@ -101,6 +100,7 @@ def planned(stage: str, arguments, N) -> dict:
     script, kind = SCRIPTS[stage]
     cfg = config.load(kind, stage, arguments)
     parallel.setup(cfg.device, cfg.precision)
+    dialogue.FORM = cfg.form
     b = 2 if parallel.precision() == "bf16" else 4
     models = {name: shape(cfg, name) for name in script.TRAINED + script.FROZEN}
     trained = [models[name] for name in script.TRAINED]
@@ -121,11 +121,11 @@ def planned(stage: str, arguments, N) -> dict:
     skip = Skip(cfg.skip_bad)
     prompts = read_prompts(cfg.prompts, skip=skip)
     prompts += read_prompts(getattr(cfg, "helpful_prompts", "") or cfg.prompts, skip=skip)
-    lengths = [len(encode_prompt(tokenizer, as_turns(prompt))) for prompt in prompts]
+    lengths = [len(dialogue.encode_prompt(tokenizer, as_turns(prompt))) for prompt in prompts]
     whole = sum(lengths) / len(lengths) + new
     longest = max(lengths) + new
     asked = (render_revision("", "", "", p) for p in constitution.load(cfg.constitution).principles)
-    request = max(len(encode_prompt(tokenizer, text)) for text in asked)
+    request = max(len(dialogue.encode_prompt(tokenizer, text)) for text in asked)
 
     # A micro-batch has micro_tokens, or a process's part of the batch where that is less.
     if stage == "ppo":

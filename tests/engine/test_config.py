@@ -195,9 +195,12 @@ def test_exactly_one_config_file_is_taken(path):
 # --- paths ----------------------------------------------------------------------------------------
 
 
-def test_paths_are_looked_up_beside_the_config_then_here(path, monkeypatch, tmp_path_factory):
-    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
-    assert load(path).file == str(Path.cwd() / "rows.jsonl")  # not beside the config
+def test_paths_begin_here_and_what_is_read_is_else_looked_for_beside_the_config(
+    path, monkeypatch, tmp_path_factory
+):
+    here = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.chdir(here)
+    assert load(path).file == str(here / "rows.jsonl")  # it is nowhere
     (path.parent / "rows.jsonl").touch()
     (path.parent / "base").mkdir()
     cfg = load(path, "--model=base", "--sl.other=/nowhere/x")
@@ -206,6 +209,9 @@ def test_paths_are_looked_up_beside_the_config_then_here(path, monkeypatch, tmp_
         str(path.parent / "base"),
         "/nowhere/x",
     )
+    (here / "rows.jsonl").touch()
+    assert load(path).file == str(here / "rows.jsonl")  # where `out` is, too
+    assert os.path.abspath(load(path).out) == str(here / "out" / "here")
 
 
 def test_minicai_stands_for_the_installed_package(path, monkeypatch, tmp_path):
@@ -217,12 +223,32 @@ def test_minicai_stands_for_the_installed_package(path, monkeypatch, tmp_path):
     )
 
 
-def test_a_constitution_that_is_not_beside_the_config_is_the_shipped_one(path, monkeypatch):
+def test_a_constitution_that_is_nowhere_else_is_the_shipped_one(path, monkeypatch):
     monkeypatch.chdir(path.parent)
-    assert Path(load(path).constitution) == ROOT / "configs" / "constitutions" / "tiny.toml"
+    shipped, flag = "constitutions/tiny.toml", "--constitution=constitutions/tiny.toml"
+    for cfg in (load(path), load(path, flag), load(path, f"--constitution=minicai:{shipped}")):
+        assert Path(cfg.constitution) == ROOT / "configs" / shipped
     (path.parent / "constitutions").mkdir()
-    (path.parent / "constitutions" / "tiny.toml").touch()
-    assert load(path).constitution == str(path.parent / "constitutions" / "tiny.toml")
+    (path.parent / shipped).touch()
+    assert load(path, flag).constitution == str(path.parent / shipped)
+    assert Path(load(path).constitution) == ROOT / "configs" / shipped  # the default is ours
+
+
+@pytest.mark.parametrize("option", ["", "--config="])
+def test_a_shipped_config_is_named_from_anywhere(option, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    cfg = config.load(train_sl.SLConfig, "sl", [f"{option}minicai:tiny-short.toml"])
+    assert (cfg.limit, cfg.out) == (64, "out/tiny-short")
+    said = refusal(config.load, Stage, "sl", [f"{option}minicai:tiny-shrot.toml"])
+    assert "did you mean tiny-short.toml?" in said
+
+
+def test_every_shipped_config_and_constitution_is_in_the_wheel():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert project["package-dir"]["minicai.configs"] == "configs"
+    packed = project["package-data"]["minicai.configs"]
+    found = [file for pattern in packed for file in (ROOT / "configs").glob(pattern)]
+    assert sorted(found) == sorted((ROOT / "configs").rglob("*.toml"))
 
 
 # --- what a value may be --------------------------------------------------------------------------
@@ -367,6 +393,11 @@ def test_differences_name_what_is_not_free_to_change(path):
         "sl.count (3 there, 4 now)",
     ]
     assert config.differences(old, old, Stage) == []
+    del old["form"], old["sl"]["some"]  # written by an earlier version, which had neither
+    assert (
+        config.differences(old, old | {"form": "auto", "sl": old["sl"] | {"some": []}}, Stage) == []
+    )
+    assert config.differences(old, old | {"form": "raw"}, Stage) == ["form (None there, 'raw' now)"]
 
 
 SECRET = "correct horse/battery"
@@ -517,6 +548,15 @@ def test_the_help_text_shows_defaults_choices_and_reasons_in_lines_that_fit():
     assert max(map(len, text.splitlines())) <= 100
 
 
+def test_with_a_config_the_help_text_shows_the_values_that_it_would_use(path):
+    text = config.usage("It.", Stage, "sl", [str(path), "--rate=7", "--shown=true"])
+    for line in ("--seed=5", "--count=3", "--rate=7.0", "--shown=true", "--keep=all"):
+        assert f"\n  {line}\n" in text or f"\n  {line}  " in text
+    assert f"\n  --file={os.path.abspath('rows.jsonl')}" in text
+    assert "\n  --count=1\n" in config.usage("It.", Stage, "sl", ["--rate=7"])
+    assert "no such file" in refusal(config.usage, "It.", Stage, "sl", ["nowhere.toml"])
+
+
 # --- command lines without a config ---------------------------------------------------------------
 
 
@@ -586,7 +626,7 @@ def test_a_list_of_anything_else_is_refused(path, value):
 def test_each_path_of_a_list_is_resolved(path):
     (path.parent / "one").write_text("")
     found = load_lists(path, "[sl]\nfiles = ['one', 'minicai:engine/data.py']").files
-    assert found == (str(path.parent / "one"), str(config.PACKAGE / "engine" / "data.py"))
+    assert found == (str(path.parent / "one"), str(hub.PACKAGE / "engine" / "data.py"))
     assert load_lists(path, "[sl]\nfiles = ['one']", "--files=").files == ()
 
 

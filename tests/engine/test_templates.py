@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
@@ -20,6 +20,7 @@ from minicai import InputError
 from minicai.engine import dialogue, terminal
 from minicai.engine.data import Skip, TooLong
 from minicai.engine.dialogue import (
+    decode,
     encode,
     encode_options,
     encode_prompt,
@@ -539,6 +540,92 @@ def test_rows_that_do_not_fit_or_are_refused_are_left_out_where_skip_says_so():
         check_requests([model], asked, longest, 100, "a thing")
     with pytest.raises(TooLong, match=r"5 of 5 rows are too long$"):
         check_requests([model], asked, longest, 500, "a thing", skip)
+
+
+# --- the raw form ---------------------------------------------------------------------------------
+
+
+def piece_tokenizer():
+    """One token a character and a few words, as SentencePiece writes them: "▁" for a blank."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{k:02X}>" for k in range(256)), "▁", "▁M", "▁boy"]
+    pieces += [chr(k) for k in range(33, 127)] + ["▁b", "▁bo"]
+    merges = [("▁", "M"), ("▁", "b"), ("▁b", "o"), ("▁bo", "y")]
+    vocabulary = {piece: k for k, piece in enumerate(pieces)}
+    made = Tokenizer(BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    made.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    made.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(params=["pieces", "bytes"])
+def raw_tokenizer(request):
+    tokenizer = piece_tokenizer() if request.param == "pieces" else byte_tokenizer()
+    tokenizer.chat_template = dialogue.RAW
+    return tokenizer
+
+
+@pytest.mark.parametrize("text", [" Max", "Max", "  Max  ", "\n\nMax\n", ", a boy", ".", "é boy"])
+def test_in_the_raw_form_no_blank_of_a_response_is_lost_or_made(raw_tokenizer, text):
+    for asked in ("There was a boy named", "One day ", "He said:\n"):
+        continues(raw_tokenizer, asked, text)
+
+
+def continues(raw_tokenizer, asked, text):
+    prompt, response = encode(raw_tokenizer, asked, text)
+    assert decode(raw_tokenizer, response, ended=True) == text
+    whole = raw_tokenizer.decode([*prompt, *response], skip_special_tokens=True)
+    assert whole == asked + text
+    assert response[-1] == raw_tokenizer.eos_token_id
+    assert (
+        encode_prompt(raw_tokenizer, as_turns(asked))
+        == prompt
+        == encode_prompt(raw_tokenizer, asked)
+    )  # a request is continued too
+
+
+def test_a_sampled_blank_is_trained_on_in_the_raw_form_and_was_lost_by_a_template_of_ones_own():
+    tokenizer = piece_tokenizer()
+    sampled = tokenizer.convert_tokens_to_ids(["▁M", "a", "x", "</s>"])
+    tokenizer.chat_template = "{{ bos_token }}" + dialogue.RAW  # written by hand
+    lost = encode(tokenizer, "A boy named", decode(tokenizer, sampled, ended=True))[1]
+    assert tokenizer.convert_ids_to_tokens(lost)[:3] != ["▁M", "a", "x"]
+    tokenizer.chat_template = dialogue.RAW
+    assert encode(tokenizer, "A boy named", decode(tokenizer, sampled, ended=True))[1] == sampled
+
+
+def test_in_the_raw_form_turns_are_one_text_and_nothing_but_blanks_is_no_response(raw_tokenizer):
+    turns = [("user", "Once"), ("assistant", " upon"), ("user", " a")]
+    asked = [{"role": role, "content": content} for role, content in turns]
+    assert encode_prompt(raw_tokenizer, asked) == encode_prompt(raw_tokenizer, "Once upon a")
+    assert raw_tokenizer.apply_chat_template(asked, tokenize=False) == "Once upon a"
+    blank = encode(raw_tokenizer, "Once", " \n ")[1]
+    assert decode(raw_tokenizer, blank, ended=True) == ""
+    options = encode_options(raw_tokenizer, ["x"], [encode_prompt(raw_tokenizer, "x")], [" M", "M"])
+    assert len(set(*options)) == 2  # the blank of an option counts
+
+
+def test_the_form_is_chosen_by_name_and_stays_with_the_model(tmp_path, monkeypatch):
+    model, tokenizer = tiny_model(vocab=258), byte_tokenizer()
+    tokenizer.chat_template = CHATML  # of a base model that has one
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    monkeypatch.setattr(dialogue, "FORM", "raw")
+    raw = load_tokenizer(str(tmp_path / "base"))
+    assert raw.decode(encode_prompt(raw, as_turns("Once"))) == "Once"
+    raw.save_pretrained(tmp_path / "base")
+    monkeypatch.setattr(dialogue, "FORM", "auto")
+    again = load_tokenizer(str(tmp_path / "base"))
+    assert again.decode(encode_prompt(again, as_turns("Once"))) == "Once"
 
 
 # --- without a template ---------------------------------------------------------------------------

@@ -141,11 +141,13 @@ def test_a_table_is_aligned():
     assert lines == ["stage   rate", "------  ----", "sl       0.5", "longer    12"]
 
 
-def test_a_reader_who_has_seen_enough_is_no_error(tmp_path):
-    loop = "[print('line ' * 200) for _ in range(1000)]"
-    program = f"from minicai.engine import terminal; terminal.run(lambda _: {loop}, '')"
+@pytest.mark.parametrize("flag", ["", "--help"])
+def test_a_reader_who_has_seen_enough_is_no_error(tmp_path, flag):
+    lines = "'line\\n' * 200000"
+    program = "from minicai.engine import terminal; "
+    program += f"terminal.run(lambda _: print({lines}), {lines})"
     done = subprocess.run(
-        f'{sys.executable} -c "{program}" | head -n 1',
+        f'{sys.executable} -c "{program}" {flag} | head -n 1',
         shell=True,
         cwd=tmp_path,
         capture_output=True,

@@ -76,6 +76,15 @@ def test_the_logprobs_are_those_of_a_plain_forward_pass():
         assert row["right"] == (max(mass, key=mass.get) in item["corrects"])
 
 
+def test_per_token_an_option_scores_by_the_mean_over_its_tokens():
+    model = tiny_model(vocab=258)
+    model.tokenizer = byte_tokenizer()
+    asked = ["Two and two?", "Longer, by far?"], [" four", " a"]  # one token a byte
+    sums, means = choice_logprobs(model, *asked), choice_logprobs(model, *asked, per_token=True)
+    for summed, mean in zip(sums, means):
+        assert mean == pytest.approx([summed[0] / 5, summed[1] / 2])
+
+
 @pytest.mark.parametrize(
     "row, place",
     [

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from minicai import InputError
-from minicai.engine.config import PACKAGE
 from minicai.engine.data import read_jsonl
+from minicai.engine.hub import PACKAGE
 from minicai.evaluation import rates as evaluation
 from minicai.evaluation.agreement import human_agreement
 from minicai.evaluation.jailbreaks import PHRASINGS, jailbreaks
@@ -284,9 +284,21 @@ def test_what_fails_now_is_a_file_to_be_asked_again(tmp_path):
         text = "".join(json.dumps(r | {"kind": "harmful"}) + "\n" for r in rows)
         (tmp_path / f"{name}.jsonl").write_text(text)
     past = str(tmp_path / "past.jsonl")
-    asked, again, _ = questions(str(tmp_path / "asked.jsonl"), 2, [past, past], 0)
+    asked, again, _ = questions([str(tmp_path / "asked.jsonl")], 2, [past, past], 0)
     assert [r["prompt"] for r in again] == [BARN, LOG] * 2
     assert asked == [{"id": k, "prompt": BARN, "kind": "harmful"} for k in (0, 1)]
+
+
+def test_two_prompt_files_are_asked_as_in_training_and_the_judge_says_which_are_harmful(tmp_path):
+    (tmp_path / "red.txt").write_text(f"{BARN}\n{BARN}\n")
+    (tmp_path / "helpful.jsonl").write_text(json.dumps({"prompt": LOG}) + "\n")
+    files = [str(tmp_path / name) for name in ("red.txt", "helpful.jsonl")]
+    asked, _, phrased = questions(files, 1, [], 1)
+    assert [(row["id"], row["prompt"], row["kind"]) for row in asked] == [
+        (0, BARN, "harmful"),
+        (1, LOG, "benign"),
+    ]
+    assert phrased and questions([files[0], ""], 0, [], 0)[0][1]["id"] == 1
 
 
 def test_each_thing_that_a_run_wrote_has_a_verdict():

@@ -625,8 +625,9 @@ def test_a_journal_that_its_stage_did_not_leave_so_is_named(out, capsys):
     (out / "sl" / "stage.json").write_text(json.dumps(RECORDS["sl"] | {"files": files}))
     page.draw(out)
     said = capsys.readouterr().err
-    missing = f"{out / 'sl' / 'revisions.jsonl'}: is missing, or"
-    assert said.count("WARNING") == 1 and missing in said
+    assert (
+        said.count("WARNING") == 1 and f"{out / 'sl' / 'revisions.jsonl'}: is missing, or" in said
+    )
 
 
 def test_a_folder_that_is_not_there_is_not_watched(command, tmp_path):

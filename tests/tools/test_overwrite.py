@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from minicai import InputError
-from minicai.engine import config, terminal
+from minicai.engine import hub, terminal
 from minicai.engine.data import read_jsonl
 from minicai.engine.stage import Stage
 from minicai.report import page, summary
@@ -45,7 +45,7 @@ def run(monkeypatch, tmp_path):
             journal.append([row | {"seed": cfg.seed} if name != "eval" else row for row in rows])
             if cfg.alternate > 1 and name == "ppo":  # the next round's policy
                 shutil.copytree(
-                    config.PACKAGE / "tinyworld" / "base", stage.folder, dirs_exist_ok=True
+                    hub.PACKAGE / "tinyworld" / "base", stage.folder, dirs_exist_ok=True
                 )
             stage.finish(None, JUDGED if name == "eval" else RECORDS[name])
 
