@@ -50,7 +50,7 @@ def choose_form(form: str, *models: str) -> None:
     """From now on these models are read in the form config.Run.form, and all others by "auto"."""
     _raw.clear()
     if form == "raw":
-        _raw.update(map(os.path.abspath, models))
+        _raw.update(map(os.path.abspath, filter(None, models)))
 
 
 def apply_form(tokenizer: PreTrainedTokenizerBase, model: str) -> None:
