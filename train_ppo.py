@@ -72,8 +72,8 @@ class PPOConfig(Run):
 
     # reward and advantage
     kl_coef: float = 0.05  # beta, reward per nat (HH: 0.001 on its reward scale)
-    gamma: float = 1.0  # discount (HH)
-    lam: float = 0.95  # GAE lambda
+    gamma: float = setting(1.0, at_most=1)  # discount (HH)
+    lam: float = setting(0.95, at_most=1)  # GAE lambda
 
     # updates
     epochs: int = positive(4)  # passes over a rollout
@@ -105,6 +105,8 @@ def main(cfg: PPOConfig) -> dict:
     if stage.record:  # finished in an earlier run
         return stage.record
     parallel.require(cfg.episodes // cfg.minibatches, "[ppo]: episodes per minibatch")
+    harmful = read_prompts(cfg.prompts, skip=stage.skip)
+    harmless = read_prompts(cfg.helpful_prompts, skip=stage.skip)
 
     # Two copies of the SL-CAI model: PPO trains one, the other is the frozen reference of the KL.
     # Two copies of the reward model: one scores, the other is trained as the value model. A reward
@@ -124,12 +126,12 @@ def main(cfg: PPOConfig) -> dict:
     # One optimizer with two groups, since each model has its own learning rate.
     groups = [{"params": model.parameters()} for model in (policy, value_model)]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-5, weight_decay=0, fused=True)
-    harmful, harmless = read_prompts(cfg.prompts), read_prompts(cfg.helpful_prompts)
     n_harmless = round(cfg.episodes * cfg.helpful_share) if harmless else 0
     n_harmful = cfg.episodes - n_harmless
-    check_prompts(policy, harmful, cfg.max_new_tokens, cfg.prompts)
-    check_prompts(policy, harmless, cfg.max_new_tokens, cfg.helpful_prompts)
-    sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
+    limit, skip = cfg.max_new_tokens, stage.skip
+    harmful = check_prompts(policy, harmful, limit, cfg.prompts, skip)
+    harmless = check_prompts(policy, harmless, limit, cfg.helpful_prompts, skip)
+    sampling = Sampling(limit, cfg.temperature, cfg.rows)
 
     stage.resume({"policy": policy, "value": value_model}, optimizer)
     episodes = stage.journal("episodes.jsonl")

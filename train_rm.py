@@ -16,6 +16,7 @@ question. Set `examples` to do the same; by default there are none.
 import math
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 from minicai import constitution, feedback  # isort: skip (before torch: Ctrl-C)
 import torch
@@ -91,22 +92,24 @@ def main(cfg: RMConfig) -> dict:
     options = (cfg.principles, cfg.swap, examples, cfg.thoughts, (cfg.clamp, 1 - cfg.clamp))
     how = feedback.Labelling(rules, cfg.seed, *options)
     sampling = sampler.Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
-    prompts = read_prompts(cfg.prompts, cfg.limit)
+    prompts = read_prompts(cfg.prompts, cfg.limit, stage.skip)
     # Pairs that are not sampled here: revisions, those of earlier rounds, and human ones.
     given = revision_pairs(read_jsonl(revisions)[: cfg.revision_pairs]) if revisions else []
     for k, path in enumerate(cfg.earlier, 1):
         rows = [row for row in read_jsonl(path) if row["source"] != "human"]
         given += [row | {"id": f"round{k}:{row['id']}"} for row in rows]
-    given += read_preferences(cfg.preferences, cfg.preferences_limit)
+    given += read_preferences(cfg.preferences, cfg.preferences_limit, stage.skip)
 
     # Check that every text fits into its model's context before the expensive sampling begins.
     # + 4: the tokens of an option such as " (A".
-    requests, limit = feedback.longest_comparisons(prompts, how, thinking), cfg.max_new_tokens
-    answers, what = (3 if thinking else 2) * limit + 4, "[rm] feedback and jury: a comparison"
-    sampler.check_requests(map(load_policy, judges), requests, answers, what)
+    requests = partial(feedback.longest_comparisons, how=how, thinking=thinking)
+    limit, skip, what = cfg.max_new_tokens, stage.skip, "[rm] feedback and jury: a comparison"
+    answers, asked = (3 if thinking else 2) * limit + 4, map(load_policy, judges)
+    prompts = sampler.check_requests(asked, prompts, requests, answers, what, skip)
     policy = models.freeze(load_policy(policy_path, scorer="require"))
-    sampler.check_prompts(policy, prompts, limit, cfg.prompts)
-    labelled = sampler.usable_pairs(policy, given)
+    prompts = sampler.check_prompts(policy, prompts, limit, cfg.prompts, skip)
+    labelled = sampler.usable_pairs(policy, given, skip)
+    given = len(given) - sum(skip.counts.get("given pairs", {}).values())
 
     # 1. Sample `candidates` responses to each prompt, and pair them: pairs.jsonl.
     each = math.comb(cfg.candidates, 2)  # pairs per prompt
@@ -143,8 +146,9 @@ def main(cfg: RMConfig) -> dict:
                 comparisons.append(parallel.joined(rows))
                 stage.shown = feedback.label_shares(rows)
         del speakers
-    # Append only the labelled pairs that an interrupted run has not written yet.
-    comparisons.append(labelled[len(comparisons.rows) - len(different) :])
+    if len(comparisons.rows) < comparisons.total:  # an interrupted run may have written a part
+        comparisons.keep(len(different))
+        comparisons.append(labelled)
 
     # 3. Minimise  L_RM = - [ p log sigma(r_A - r_B) + (1 - p) log sigma(r_B - r_A) ].
     rows, heldout = split(comparisons.rows, cfg.heldout, cfg.seed)
@@ -201,7 +205,7 @@ def main(cfg: RMConfig) -> dict:
     record = {
         "train_pairs": len(rows),
         "heldout_pairs": len(heldout),
-        "equal_pairs": len(pairs.rows) + len(given) - len(comparisons.rows),
+        "equal_pairs": len(pairs.rows) + given - len(comparisons.rows),
         "accuracy_vs_labels": agree.mean().item(),
         "heldout_ids": [row["id"] for row in heldout],
         "train_sources": Counter(row["source"] for row in rows),

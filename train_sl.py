@@ -14,6 +14,7 @@ critique. Set `examples` to do the same; by default there are none.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 from minicai import constitution, critique  # isort: skip (before torch: Ctrl-C)
 import torch
@@ -96,22 +97,24 @@ def main(cfg: SLConfig) -> dict:
     options = (CHOOSE[cfg.principles], STYLES[cfg.style], examples, cfg.nothing)
     how = critique.Revising(rules, cfg.seed, cfg.rounds, *options)
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
-    prompts = read_prompts(cfg.prompts, cfg.limit)
-    harmless = read_prompts(cfg.helpful_prompts, cfg.helpful_limit)
+    prompts = read_prompts(cfg.prompts, cfg.limit, stage.skip)
+    harmless = read_prompts(cfg.helpful_prompts, cfg.helpful_limit, stage.skip)
 
     # By default one model responds, criticises, revises and is trained. `policy` names another one
     # that responds and is trained. `critic` names another one that criticises.
     model = load_policy(cfg.policy or cfg.model, cfg.lora, cfg.seed, scorer="warn")
     reviser = load_policy(cfg.model) if cfg.policy else model
     critic = load_policy(cfg.critic) if cfg.critic else reviser
-    check_prompts(model, prompts, cfg.max_new_tokens, cfg.prompts)
-    check_prompts(model, harmless, cfg.max_new_tokens, cfg.helpful_prompts)
+    limit, skip = cfg.max_new_tokens, stage.skip
+    prompts = check_prompts(model, prompts, limit, cfg.prompts, skip)
+    harmless = check_prompts(model, harmless, limit, cfg.helpful_prompts, skip)
     if cfg.rounds:
-        critiques, revisions = critique.longest_requests(prompts, how)
-        limit = cfg.max_new_tokens
-        check_requests([critic], critiques, 2 * limit, "[sl]: a critique request")
-        answers = 3 if critiques else 2  # in the context: the response, the critique, the revision
-        check_requests([reviser], revisions, answers * limit, "[sl]: a revision request")
+        longest, answers = partial(critique.longest_requests, how=how), 2 * limit
+        what = "[sl]: a critique request"
+        prompts = check_requests([critic], prompts, lambda x: longest(x)[0], answers, what, skip)
+        # In the context: the response, the critique, the revision.
+        what, answers = "[sl]: a revision request", (2 if cfg.style == "none" else 3) * limit
+        prompts = check_requests([reviser], prompts, lambda x: longest(x)[1], answers, what, skip)
 
     # 1. Respond, criticise, revise: revisions.jsonl, one row per red-team prompt.
     models = stage.stamp(cfg.model, cfg.policy, cfg.critic)

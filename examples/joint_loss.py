@@ -90,12 +90,14 @@ def main(cfg: JointConfig) -> dict:
         policy, value_model = checkpoint_layers(policy), checkpoint_layers(value_model)
     groups = [{"params": model.parameters()} for model in (policy, value_model)]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-5, weight_decay=0, fused=True)
-    harmful, harmless = read_prompts(cfg.prompts), read_prompts(cfg.helpful_prompts)
+    harmful = read_prompts(cfg.prompts, skip=stage.skip)
+    harmless = read_prompts(cfg.helpful_prompts, skip=stage.skip)
     n_harmless = round(cfg.episodes * cfg.helpful_share) if harmless else 0
     n_harmful = cfg.episodes - n_harmless
-    check_prompts(policy, harmful, cfg.max_new_tokens, cfg.prompts)
-    check_prompts(policy, harmless, cfg.max_new_tokens, cfg.helpful_prompts)
-    sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
+    limit, skip = cfg.max_new_tokens, stage.skip
+    harmful = check_prompts(policy, harmful, limit, cfg.prompts, skip)
+    harmless = check_prompts(policy, harmless, limit, cfg.helpful_prompts, skip)
+    sampling = Sampling(limit, cfg.temperature, cfg.rows)
 
     # The examples of L_SL: the last revisions and the helpful samples, as token ids.
     learned = []

@@ -8,7 +8,8 @@
   choices MODEL FILE          accuracy on a multiple-choice file, by log-prob
   report DIR [--watch]        writes DIR/report.html, and DIR/summary.json of a finished run
   plan CONFIG                 what each stage takes of memory; loads no weights
-  constitution ACTION         new, check, try, diff: write a constitution, and see what it does
+  data FILE [--model=MODEL]   what a file of prompts or pairs holds; docs/data.md has all forms
+  constitution ACTION         new, import, check, try, diff: write one, and see what it does
   chat MODEL                  talk to a model, or to two of them side by side
 
 --quiet prints only results and errors. Run the same command again to resume it.
@@ -29,6 +30,7 @@ COMMANDS = {  # name: where its function is, the options that --help lists, thei
     "choices": ("tools.judging", "choices", "ChoicesOptions", ""),
     "report": ("tools.demo", "report", "ReportOptions", ""),
     "plan": ("tools.plan", "main", "", ""),
+    "data": ("tools.data", "main", "DataOptions", ""),
     "constitution": ("tools.constitution", "main", "TryConfig", "try"),
     "chat": ("tools.chat", "main", "ChatOptions", ""),
 }

@@ -11,11 +11,13 @@ import json
 import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from minicai import InputError
 
 REQUESTS = ("critique", "revision", "comparison")
+IMPORT = "python -m minicai constitution import"  # reads other forms
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Constitution:
     version: str
     principles: tuple[Principle, ...]
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Fingerprint of every text. Comments and layout of the file do not change it."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
@@ -72,7 +74,10 @@ def load(path: str | Path) -> Constitution:
             return _from_paper(path, json.loads(text))
         return _from_table(path, tomllib.loads(text))
     except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a readable constitution: {error}") from error
+        other = "" if path.suffix == ".toml" else f"; {IMPORT} {path} may make one"
+        raise InputError(f"{path}: not a readable constitution: {error}{other}") from error
+    except RecursionError:
+        raise InputError(f"{path}: has tables in tables too deep to read") from None
 
 
 def _from_table(path: Path, table: dict) -> Constitution:
@@ -88,13 +93,14 @@ def _from_table(path: Path, table: dict) -> Constitution:
     rows = table.get("principle")
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{path}: no [[principle]] table found")
-    principles = []
+    principles, names = [], set()
     for number, row in enumerate(rows, 1):
         principle = _principle(row, f"{path}: principle {number} ({row.get('name', 'unnamed')!r})")
-        if principle.name in [p.name for p in principles]:
+        if principle.name in names:
             raise InputError(
                 f"{path}: principle {number} ({row['name']!r}): the name is used twice"
             )
+        names.add(principle.name)
         principles.append(principle)
     return Constitution(table["name"].strip(), table["version"].strip(), tuple(principles))
 
@@ -144,7 +150,10 @@ def _from_paper(path: Path, content: dict | list) -> Constitution:
         else:
             raise TypeError("neither a table nor a list")
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not one of the paper's instruction files ({error!r})") from error
+        raise InputError(
+            f"{path}: not one of the paper's instruction files ({error!r}); {IMPORT} {path} may "
+            f"read it"
+        ) from error
     if not principles:
         raise InputError(f"{path}: holds no principle")
     if not all(p.comparison or (p.critique and p.revision) for p in principles):

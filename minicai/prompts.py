@@ -19,10 +19,11 @@ import re
 from minicai import InputError
 from minicai.constitution import Principle
 
-# A question, or a conversation that ends with a human turn: [{"role": ..., "content": ...}]
+# A question, or a conversation that ends with a human turn: [{"role": ..., "content": ...}]. Its
+# first turn may be the system's.
 Prompt = str | list[dict]
 
-NAMES = {"user": "Human", "assistant": "Assistant"}
+NAMES = {"system": "", "user": "Human: ", "assistant": "Assistant: "}
 READING = "Consider the following conversation between a human and an assistant:"
 CHOICES = (" (A", " (B")  # no ")": the letter decides, and one forward pass scores both
 
@@ -33,10 +34,13 @@ def as_turns(prompt: Prompt) -> list[dict]:
 
 
 def render(prompt: Prompt, response: str | None = None) -> str:
-    """The dialogue as text (appendix C). It ends with "Assistant:" and the response, if given."""
+    """The dialogue as text (appendix C). It ends with "Assistant:" and the response, if given.
+
+    A system turn is text in front of the dialogue.
+    """
     text = ""
     for turn in as_turns(prompt):
-        text += f"\n\n{NAMES[turn['role']]}: {turn['content'].strip()}"
+        text += f"\n\n{NAMES[turn['role']]}{turn['content'].strip()}"
     text += "\n\nAssistant:"
     return text if response is None else f"{text} {response.strip()}"
 
@@ -97,20 +101,21 @@ def render_conclusion(
 def split_transcript(text: str, where: str = "transcript") -> tuple[Prompt, str]:
     """Splits an hh-rlhf transcript into the prompt and the assistant's last response.
 
-    Raises InputError, which names `where`, unless the text opens with "\\n\\nHuman:" and ends with
-    a human turn and an assistant turn.
+    Text before the first "Human:" is a system turn. Raises InputError, which names `where`, unless
+    the text has such a beginning and ends with a human turn and an assistant turn.
     """
     roles = {"Human": "user", "Assistant": "assistant"}
+    if re.match(r"\s*(Human|Assistant):", text):
+        text = f"\n\n{text.lstrip()}"  # some copies have lost the blank lines
     before, *pieces = re.split(r"\n\n(Human|Assistant):", text)
     names, said = pieces[::2], pieces[1::2]
-    if before.strip() or names[:1] != ["Human"] or names[-2:] != ["Human", "Assistant"]:
+    if names[:1] != ["Human"] or names[-2:] != ["Human", "Assistant"]:
         raise InputError(
             f"{where}: not a transcript that opens with '\\n\\nHuman:' and ends with an "
-            f"'\\n\\nAssistant:' turn after a human one"
+            f"'\\n\\nAssistant:' turn after a human one, but {text[:40]!r}"
         )
-    turns = [
-        {"role": roles[name], "content": content.removeprefix(" ")}
-        for name, content in zip(names, said)
-    ]
+    turns = [{"role": "system", "content": before.strip()}] if before.strip() else []
+    for name, content in zip(names, said):
+        turns.append({"role": roles[name], "content": content.removeprefix(" ")})
     prompt, response = turns[:-1], turns[-1]["content"]
     return (prompt[0]["content"] if len(prompt) == 1 else prompt), response

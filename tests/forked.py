@@ -73,7 +73,7 @@ max_new_tokens = 4
 prompts = "eval.jsonl"
 failures = []
 """
-LEFT_OUT = {"seconds", "models", "peak_rss_mb"}  # of a record: they differ from run to run
+LEFT_OUT = {"sha256", "seconds", "models", "peak_rss_mb"}  # of a record: these vary
 PLACES = {  # what a run writes there when it is stopped: the file, and which of its writes
     "data": ("sl/helpful.jsonl", 1),
     "sl": ("sl/metrics.jsonl", 2),

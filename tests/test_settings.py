@@ -36,7 +36,7 @@ DEFAULTS = {  # of each script; the paper's where it names one
     },
 }
 LEAST = {"candidates": 2}  # of a count that must not be 0: 1 elsewhere
-MOST = {"helpful_share": 1, "heldout": 0.99, "clamp": 0.49}
+MOST = {"gamma": 1, "lam": 1, "helpful_share": 1, "heldout": 0.99, "clamp": 0.49}
 MODELS = {"model", "policy", "critic", "feedback", "jury", "reward"}
 each = pytest.mark.parametrize("kind", DEFAULTS)
 

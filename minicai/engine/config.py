@@ -142,6 +142,8 @@ class Run:
     alternate: int = setting(1, at_least=1)
     log: str = setting("", choices=("", "tensorboard", "wandb"), free=True)  # metrics go there too
     timeout: int = setting(1800, at_least=1, free=True)  # seconds that a rank waits for another
+    skip_bad: bool = False  # leave out rows of data files that cannot be used, and count them
+    skip_long: bool = False  # likewise rows that do not fit into the model's context
     overwrite: bool = False  # start again over what an earlier run made in `out`
     accept_changes: bool = False  # resume although settings, inputs or code have changed
     later = ()  # no setting: folders that --overwrite removes too, first; the demo names its stages

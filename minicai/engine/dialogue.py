@@ -139,6 +139,16 @@ def _form(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, int]:
     return template, [*ends, tokenizer.eos_token_id][0]
 
 
+@lru_cache(maxsize=8)
+def _require_system(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    """Raises InputError where the chat template refuses system turns, or leaves them out."""
+    turns = [{"role": "system", "content": MARK}, {"role": "user", "content": "?"}]
+    if MARK not in _templated(tokenizer, template, turns, tokenize=False):
+        raise InputError(
+            f"{tokenizer.name_or_path}: its chat template leaves out what a system turn says"
+        )
+
+
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, asked: Asked, answer: str | None = None
 ) -> list[int]:
@@ -151,6 +161,8 @@ def encode_prompt(
     template, _ = _form(tokenizer, template_of(tokenizer))
     if template:
         turns = as_turns(asked)
+        if turns[0]["role"] == "system":
+            _require_system(tokenizer, template)
         if answer is None:
             return _templated(tokenizer, template, turns, add_generation_prompt=True)
         turns.append({"role": "assistant", "content": answer})

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import platform
 import re
@@ -102,6 +103,11 @@ def sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
+
+
+def json_sha256(value) -> str:
+    """The sum of what json.dumps makes of a value."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def sums(folder: Path, names: Iterable[str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ through the model once.
 Legend: B rows that are being decoded, T tokens, V vocabulary, D hidden size.
 """
 
+from bisect import bisect
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from minicai import InputError
 from minicai.critique import Generate
 from minicai.engine import parallel
 from minicai.engine.attention import Slots, context_length, last_hidden
+from minicai.engine.data import STRICT, Skip, TooLong
 from minicai.engine.dialogue import (
     Asked,
     decode,
@@ -37,7 +39,7 @@ from minicai.engine.dialogue import (
 from minicai.engine.models import apply_head, require_finite, shared_hidden_states
 from minicai.engine.terminal import Progress, warn
 from minicai.feedback import Choose
-from minicai.prompts import CHOICES, Prompt, as_turns
+from minicai.prompts import CHOICES, Prompt, as_turns, render
 
 SHARED = 16  # tokens; a shorter common beginning is not worth a forward pass of its own
 
@@ -87,49 +89,68 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor, temperature: float) -> tuple[Ten
 
 
 def check_lengths(
-    config: PretrainedConfig, prompts: Sequence[Ids], new_tokens: int, source: str = ""
+    config: PretrainedConfig,
+    prompts: Sequence[Ids],
+    new_tokens: int,
+    source: str = "",
+    first: int = 1,
 ) -> None:
-    """Raises InputError where a prompt (token ids) with its new tokens exceeds the context.
+    """Raises TooLong where a prompt (token ids) with its new tokens exceeds the context.
 
     new_tokens: the most that may follow, the end of sequence included.
-    source: the file of the prompts, for the message.
+    source, first: the file of the prompts and the number of the first one, for the message.
     """
     context, name = context_length(config), f"{source}: prompt" if source else "prompt"
-    for k, size in enumerate(map(len, prompts), 1):
+    for k, size in enumerate(map(len, prompts), first):
         if not size:
             raise InputError(f"{name} {k} has no tokens")
         if size + new_tokens > context:
-            raise InputError(
+            raise TooLong(
                 f"{name} {k} has {size} tokens, which with {new_tokens} new ones exceeds the "
                 f"model's context of {context}; shorten the prompt or lower max_new_tokens"
             )
 
 
 def check_prompts(
-    model: PreTrainedModel, prompts: Sequence[Prompt], new_tokens: int, source: str
-) -> None:
-    """check_lengths of prompts as the model reads them, before any work is done."""
-    encoded = []
-    for number, prompt in enumerate(prompts, 1):
+    model: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    new_tokens: int,
+    source: str,
+    skip: Skip = STRICT,
+) -> list[Prompt]:
+    """The prompts that the model can read and answer, before any work is done.
+
+    Raises InputError where there are others, unless `skip` leaves them out.
+    """
+
+    def look(numbered: tuple[int, Prompt]) -> Prompt:
+        number, prompt = numbered
         try:
-            encoded.append(encode_prompt(model.tokenizer, as_turns(prompt)))
+            ids = encode_prompt(model.tokenizer, as_turns(prompt))
         except InputError as error:  # the chat template refuses a dialogue
             raise InputError(f"{source}: prompt {number}: {error}") from error
-    check_lengths(model.config, encoded, new_tokens, source)
+        check_lengths(model.config, [ids], new_tokens, source, number)
+        return prompt
+
+    return skip.keep(source, enumerate(prompts, 1), look)
 
 
-def usable_pairs(model: PreTrainedModel, rows: Sequence[dict]) -> list[dict]:
+def usable_pairs(model: PreTrainedModel, rows: Sequence[dict], skip: Skip = STRICT) -> list[dict]:
     """Given preference pairs, rows of comparisons.jsonl, but for those of two equal responses.
 
     Warns of these, and of rows that do not say which responses the length limit cut off. Raises
-    InputError where one does not fit the context.
+    InputError where the model cannot read one, unless `skip` leaves it out.
     """
-    for row in rows:
+
+    def look(row: dict) -> dict:
         name = f"pair {row['id']}"
         check_prompts(model, [row["prompt"]], 0, name)
         prompt, *responses = encode_pair(model.tokenizer, row)
         texts = [prompt + response for response in responses]
         check_lengths(model.config, texts, 0, f"{name}, with its response")
+        return row
+
+    rows = skip.keep("given pairs", rows, look)
     if unknown := sum("cut" not in row and row["source"] != "human" for row in rows):
         warn(
             f"{unknown} pairs do not say whether the length limit cut off a response, as in files "
@@ -142,21 +163,54 @@ def usable_pairs(model: PreTrainedModel, rows: Sequence[dict]) -> list[dict]:
 
 
 def check_requests(
-    models: Iterable[PreTrainedModel], requests: Sequence[str], new_tokens: int, what: str
-) -> None:
-    """Raises InputError where the longest request exceeds the context of a model.
+    models: Iterable[PreTrainedModel],
+    prompts: Sequence[Prompt],
+    requests: Callable[[Sequence[Prompt]], Sequence[str]],
+    new_tokens: int,
+    what: str,
+    skip: Skip = STRICT,
+) -> list[Prompt]:
+    """The prompts about which the longest requests fit into the context of each model.
 
-    requests: with empty answers in them. new_tokens: of the answers in a request and of the one
-    that follows it. what: the setting and what is requested. A model may be named only once.
+    requests(prompts): the longest ones, with empty answers in them. new_tokens: of the answers in a
+    request and of the one that follows it. what: the setting and what is requested. A model may be
+    named only once. Raises InputError where a request is too long, unless `skip` leaves out the
+    longest prompts.
     """
     names = []
     for model in models:
         if model.name_or_path in names:
             raise InputError(f"{what}: a model is named twice: {model.name_or_path}")
         names.append(model.name_or_path)
-        encoded = [encode_prompt(model.tokenizer, request) for request in requests]
-        source = f"{what} to {names[-1]}, with its examples and principles"
-        check_lengths(model.config, encoded, new_tokens, source)
+        prompts = _askable(model, prompts, requests, new_tokens, what, skip)
+    return list(prompts)
+
+
+def _askable(
+    model: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    requests: Callable[[Sequence[Prompt]], Sequence[str]],
+    new_tokens: int,
+    what: str,
+    skip: Skip,
+) -> Sequence[Prompt]:
+    """check_requests for one model."""
+    source = f"{what} to {model.name_or_path}, with its examples and principles"
+    order = sorted(range(len(prompts)), key=lambda k: len(render(prompts[k])))
+
+    def excess(count: int) -> TooLong | None:  # of the requests about the shortest prompts
+        texts = requests([prompts[k] for k in order[:count]])
+        encoded = [encode_prompt(model.tokenizer, text) for text in texts]
+        try:
+            check_lengths(model.config, encoded, new_tokens, source)
+        except TooLong as error:
+            return error
+
+    if error := excess(len(prompts)):
+        count = bisect(range(1, len(prompts)), False, key=lambda n: excess(n) is not None)
+        skip.leave_out(what, "long", error, len(prompts) - count, len(prompts))
+        prompts = [prompts[k] for k in sorted(order[:count])]
+    return prompts
 
 
 # --- sampling -------------------------------------------------------------------------------------

@@ -39,11 +39,13 @@ from transformers import PreTrainedModel
 
 from minicai import InputError, RunError
 from minicai.engine import checkpoint, config, dialogue, hub, parallel, terminal
-from minicai.engine.data import Journal, finite, read_record
+from minicai.engine.data import Journal, Skip, finite, read_record
 from minicai.engine.disk import (
+    OLD,
     damaged,
     discard,
     disk_guard,
+    json_sha256,
     lock,
     make_folder,
     sha256,
@@ -51,8 +53,10 @@ from minicai.engine.disk import (
     write_atomic,
 )
 
+NOTES = "notes.json"  # in the folder of a run that is not finished
 SKIPPED_AT_MOST = 3  # updates in a row whose loss or gradient is not finite; then the run stops
-DATA = (".jsonl", ".json", ".gz", ".txt", ".toml", ".py")  # what is a file, not a model folder
+# What is a file, not a model folder, whether it exists or not.
+DATA = (".jsonl", ".json", ".gz", ".txt", ".csv", ".tsv", ".toml", ".py", ".parquet", ".zst")
 METHOD = ("losses", "prompts", "constitution", "examples", "critique", "feedback", "rollout")
 
 
@@ -74,6 +78,7 @@ class Stage:
         self.cfg, self.name, self.folder = cfg, name, Path(cfg.out) / name
         self.step, self.state, self.skipped = 0, {}, 0
         self.journals, self.shown, self.progress = {}, {}, None
+        self.skip = Skip(cfg.skip_bad, cfg.skip_long)
         reads, section = config.paths(cfg) | reads, name.partition("/")[0]  # [try] of OUT/try/NAME
         self.sums, inputs = {}, {"format": "2"} | code_fingerprints(code)
         for what, found in parallel.once(fingerprints, section, reads).items():
@@ -81,7 +86,7 @@ class Stage:
             self.sums |= found
         self.text = config.dump(cfg, section, inputs)
         self.removed = [*cfg.later, self.folder] if cfg.overwrite else []
-        self.made_by = {p: sha for p, sha in self.sums.items() if Path(p).suffix not in DATA}
+        self.made_by = {p: sha for p, sha in self.sums.items() if not is_file(p)}
         self.record = parallel.once(self._tried, self._look)
         ours = hub.PACKAGE / "tinyworld"
         tiny = [what for what, path in config.paths(cfg).items() if str(ours / "data") in str(path)]
@@ -119,10 +124,11 @@ class Stage:
         if begun and not (finished and "format" not in old.get("made_from", {})):
             changes += config.differences(old, tomllib.loads(self.text), type(cfg))
         if changes and not cfg.accept_changes:
-            raise InputError(
-                f"{folder}: settings, inputs or files have changed: {'; '.join(changes)}; choose "
-                f"another --out, start again with --overwrite, or resume with --accept-changes"
-            )
+            what, way = "its model has changed", "make that model again, or use it as it is"
+            if begun:
+                what = "settings, inputs or files have changed"
+                way = "choose another --out, start again with --overwrite, or resume"
+            raise InputError(f"{folder}: {what}: {'; '.join(changes)}; {way} with --accept-changes")
         self.accepted = changes
         return read_record(record) if finished else None
 
@@ -136,6 +142,7 @@ class Stage:
             require_stage(old)
         for old in self.removed:
             discard(old)
+        shutil.rmtree(folder.with_name(folder.name + OLD), ignore_errors=True)  # after a kill
         make_folder(folder)
         if self.accepted:
             Journal(folder / "accepted.jsonl").append([{"changes": self.accepted}])
@@ -152,12 +159,22 @@ class Stage:
         """Opens OUT/STAGE/file, on every process; only the first writes (data.Journal)."""
         if not self.journals:
             parallel.once(self._tried, self._begin)
-        journal = parallel.once(Journal, self.folder / file, group, total)
+        journal = parallel.once(self._open, file, group, total)
         if parallel.rank():
             journal.path = None
         elif file == "metrics.jsonl" and self.cfg.log:
             journal.mirror = config.mirror(self.cfg.log)(self.folder)
         self.journals[file] = journal
+        return journal
+
+    def _open(self, file: str, group: int, total: int | None) -> Journal:
+        journal = Journal(self.folder / file, group, total)
+        count, known = self._noted()["rows"].get(file, (0, ""))
+        if journal.rows and known and not journal.begins_as(count, known):
+            raise InputError(
+                f"{journal.path}: its first {count} rows are not those that were written; put the "
+                f"file back, or remove {self.folder / NOTES} to use it as it is"
+            )
         return journal
 
     def turns(
@@ -174,27 +191,35 @@ class Stage:
         with self._phase(phase, journal.name, *units):
             for first, last in parallel.turns(done, until, journal.group):
                 yield first, last
+                self._note()
                 now = min(round(len(journal.rows) * each), self.progress.total)
                 self.progress.update(now - self.progress.n, self.shown)
 
     @contextmanager
     def _phase(self, phase: str, what: str, *units) -> Iterator[None]:
         """Shows progress, and adds to the seconds of a phase, which survive an interruption."""
-        began = time.monotonic()
+        self.phase, self.since = phase, time.monotonic()
+        self._note()
         try:
             with terminal.Progress(f"{self.name}: {what}", *units) as self.progress:
                 yield
         finally:
-            seconds = self.seconds()
-            seconds[phase] = seconds.get(phase, 0.0) + time.monotonic() - began
-            if parallel.rank() == 0 and self.folder.exists():
-                with suppress(RunError):  # what failed first is the news
-                    write_atomic(self.folder / "seconds.json", json.dumps(seconds))
+            with suppress(RunError):  # what failed first is the news
+                self._note()
 
-    def seconds(self) -> dict[str, float]:
-        """Seconds by phase so far."""
-        path = self.folder / "seconds.json"
-        return read_record(path) if path.exists() else {}
+    def _note(self) -> None:
+        """Writes down the seconds so far, and the sums of the data made before training."""
+        noted, now = self._noted(), time.monotonic()
+        seconds = noted["seconds"].get(self.phase, 0.0) + now - self.since
+        noted["seconds"][self.phase], self.since = seconds, now
+        made = {file: j for file, j in self.journals.items() if j.total is not None}
+        noted["rows"] |= {file: (len(j.rows), j.sum) for file, j in made.items()}
+        if parallel.rank() == 0 and self.folder.exists():
+            write_atomic(self.folder / NOTES, json.dumps(noted))
+
+    def _noted(self) -> dict:
+        path = self.folder / NOTES
+        return {"seconds": {}, "rows": {}} | (read_record(path) if path.exists() else {})
 
     # --- training ---------------------------------------------------------------------------------
 
@@ -218,7 +243,7 @@ class Stage:
         for file, journal in self.journals.items():
             count, known = self.kept.get(file, (0, ""))
             logged = journal.total is None  # of training; the others are data made before it
-            if known and known != _rows_sha256(journal.rows[: count if logged else None]):
+            if known and not journal.begins_as(count if logged else len(journal.rows), known):
                 raise InputError(
                     f"{self.folder / file}: its rows are not those of the checkpoint of step "
                     f"{self.step}; put the file back, or remove {self.folder / 'checkpoints'} to "
@@ -239,9 +264,7 @@ class Stage:
                     raise KeyboardInterrupt(f"step {self.step} of {self.folder}")
 
     def _save(self) -> None:
-        rows = {}
-        for file, journal in self.journals.items():
-            rows[file] = len(journal.rows), _rows_sha256(journal.rows)
+        rows = {file: (len(j.rows), j.sum) for file, j in self.journals.items()}
         extra = {"state": self.state, "skipped": self.skipped, "rows": rows}
         checkpoint.save(self.folder, self.step, self.models, self.optimizer, extra)
 
@@ -300,22 +323,25 @@ class Stage:
             journal.check()
         made = [name for name in (*self.journals, *exported) if (self.folder / name).exists()]
         found = {
-            "seconds": self.seconds(),
+            "seconds": self._noted()["seconds"],
             **record,
             "models": self.made_by,
+            "left_out": self.skip.counts,
             "files": sums(self.folder, made),
             "device": parallel.device_name(),
             "precision": parallel.precision(),
             "peak_rss_mb": parallel.peak_memory_mb(),
         }
-        write_atomic(self.folder / "stage.json", json.dumps(finite(found), indent=1))
+        found = finite(found)
+        signed = found | {"sha256": json_sha256(found)}
+        write_atomic(self.folder / "stage.json", json.dumps(signed, indent=1))
         self._tidy()
         return found
 
     def _tidy(self) -> None:
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         with suppress(OSError):
-            (self.folder / "seconds.json").unlink()
+            (self.folder / NOTES).unlink()
 
 
 def script(main: Callable, kind: type, section: str, doc: str) -> None:
@@ -353,8 +379,13 @@ def fingerprints(stage: str, reads: dict) -> dict[str, dict[str, str]]:
     return found
 
 
+def is_file(path: str) -> bool:
+    """Whether a path that a stage reads is a data file, not a model folder."""
+    return path.startswith("hub:") or Path(path).suffix in DATA or Path(path).is_file()
+
+
 def _contents(path: str, what: str) -> str:
-    if Path(path).suffix not in DATA:
+    if not is_file(path):
         hub.require_folder(path, what)
         return hub.weights_sha256(path)
     try:
@@ -365,10 +396,6 @@ def _contents(path: str, what: str) -> str:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _rows_sha256(rows: list[dict]) -> str:
-    return _sha256(json.dumps(rows))
 
 
 def code_fingerprints(path: str) -> dict[str, str]:

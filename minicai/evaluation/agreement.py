@@ -4,15 +4,20 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from minicai.engine.dialogue import encode_pair
+from transformers import PreTrainedModel
+
+from minicai.constitution import Constitution
+from minicai.engine.data import Skip
+from minicai.engine.dialogue import encode_pair, encode_prompt
 from minicai.engine.load import load_policy, load_scorer
 from minicai.engine.models import scored_pairs
-from minicai.engine.sampler import Sampling, respond
+from minicai.engine.sampler import Sampling, check_lengths, respond
 from minicai.engine.terminal import Progress
 from minicai.evaluation.measures import agreement
 from minicai.feedback import Choose, Labelling, label_pairs
-from minicai.prompts import as_turns
+from minicai.prompts import as_turns, render_comparison
 
+OPTION = 4  # tokens of an option such as " (A", at most
 STREAM = 4  # keeps the random numbers of evaluation apart from those of the stages
 
 
@@ -30,6 +35,24 @@ def answer(
     for row, text in zip(rows, texts):
         row[name] = text
     return ended
+
+
+def comparable(
+    model: PreTrainedModel, preferences: Sequence[dict], rules: Constitution, skip: Skip
+) -> list[dict]:
+    """The pairs that a feedback model can compare within its context.
+
+    Raises TooLong where there are others, unless `skip` leaves them out.
+    """
+    longest = max(rules.usable("comparison"), key=lambda principle: len(principle.comparison))
+
+    def look(row: dict) -> dict:
+        text = render_comparison(row["prompt"], row["first"], row["second"], longest)
+        ids = encode_prompt(model.tokenizer, text)
+        check_lengths(model.config, [ids], OPTION, f"pair {row['id']}, with its comparison")
+        return row
+
+    return skip.keep("pairs", preferences, look)
 
 
 def human_agreement(

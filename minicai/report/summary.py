@@ -175,6 +175,8 @@ def so_far(out: Path) -> dict:
         summary.setdefault("labels", {}).setdefault("position_bias", decided)
         summary["labels"]["places"] = bias
     stages = {stage: found[stage] for stage in RECORDED if stage in found}
+    left = {stage: record["left_out"] for stage, record in found.items() if record.get("left_out")}
+    summary |= {"left_out": left} if left else {}
     seconds = {"base": 0.0} | {stage: record["seconds"] for stage, record in stages.items()}
     summary["seconds"] = seconds | {"total": sum(seconds_of(seconds).values())}
     peaks = [record.get("peak_rss_mb", 0) for record in stages.values()]

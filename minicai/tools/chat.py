@@ -43,6 +43,7 @@ STREAM = 6  # keeps the random numbers apart from those of the stages
 class ChatOptions:
     """Options."""
 
+    system: str = ""  # a system turn that opens each conversation
     against: str = ""  # a second model folder, which answers too, in a conversation of its own
     constitution: str = ""  # for /principle and /why; "" = that of the model's run
     # whether a question continues the conversation; auto: as above
@@ -60,6 +61,7 @@ class Speaker:
     label: str  # "FOLDER: " before all that it says; "" for a single model
     model: PreTrainedModel
     how: Sampling
+    system: list[dict] = field(default_factory=list)  # the turn, if any, that opens a conversation
     turns: list[dict] = field(default_factory=list)  # the last one is the model's
     why: list[str] = field(default_factory=list)  # the critiques that led to it
     said: int = 0  # texts so far; it decides their random numbers
@@ -67,12 +69,17 @@ class Speaker:
     def latest(self, turns: list[dict], shown: Callable[[list[dict]], Asked], texts: int = 1):
         """The latest turns that fit into the context, with new texts after what is shown of them.
 
-        The oldest question and its answer are dropped first. The last turn stays in any case.
+        The oldest question and its answer are dropped first. The system turn and the last one stay
+        in any case.
         """
+        head = len(self.system)
         room = context_length(self.model.config) - texts * self.how.max_new_tokens
-        while len(turns) > 2 and len(encode_prompt(self.model.tokenizer, shown(turns))) > room:
-            turns = turns[2:]
+        while len(turns) > head + 2 and self.tokens(shown(turns)) > room:
+            turns = turns[:head] + turns[head + 2 :]
         return turns
+
+    def tokens(self, asked: Asked) -> int:
+        return len(encode_prompt(self.model.tokenizer, asked))
 
     def speak(self, prompt: Asked, label: str = "") -> str:
         """Prints what the model says, word by word, and returns it. Ctrl-C stops it.
@@ -114,7 +121,8 @@ def main(flags: list[str], folder: str) -> None:
         limit = int(min(options.max_new_tokens, context_length(model.config) / 2))
         how = Sampling(limit, options.temperature)
         label = f"{path}: " if options.against else ""
-        speakers.append(Speaker(label, model, how))
+        system = [{"role": "system", "content": options.system}] * bool(options.system)
+        speakers.append(Speaker(label, model, how, system))
     stored = summary.config(Path(folder).absolute().parent, "sl")
     rules = options.constitution or str(stored.get("constitution", "none"))
     terminal = sys.stdin.isatty()
@@ -143,7 +151,7 @@ def main(flags: list[str], folder: str) -> None:
 
 def ask(speaker: Speaker, question: str) -> None:
     """Asks a question; the answer joins the conversation. Says so where it does not fit in."""
-    asked = [*speaker.turns, {"role": "user", "content": question}]
+    asked = [*(speaker.turns or speaker.system), {"role": "user", "content": question}]
     turns = speaker.latest(asked, list)
     if len(turns) < len(asked):
         note(f"the context is full: the first {len(asked) - len(turns)} turns are forgotten")

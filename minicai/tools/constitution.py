@@ -2,7 +2,11 @@
 
   new FILE [--like=NAME]                 write a constitution to start from. NAME: first, general,
                                          redteam, customer_service, medical, finance or tiny
-  check FILE                             find errors (exit code 2) and give advice
+  import FILE [OUT.toml]                 make a constitution of what you have: criteria or traits in
+                                         JSON, JSONL, YAML or CSV, a list or a document with
+                                         headings (docs/constitutions.md)
+  check FILE                             find errors (exit code 2) and give advice; says of a file
+                                         of another form what it is, and how to import it
   try FILE [--prompts=FILE] [--n=20]     let the model answer n prompts, then criticise and revise
                                          each answer under each principle: how often it changes,
                                          and how often a judge model prefers the revision
@@ -15,12 +19,14 @@ comparisons.jsonl. Run the same command again to print the results again.
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from minicai import InputError
-from minicai.constitution import load
+from minicai.constitution import REQUESTS, load
 from minicai.engine import config, terminal
+from minicai.tools import importing
 from minicai.tools.proofread import proofread
 
 
@@ -58,20 +64,62 @@ def new(flags: list[str], file: str) -> None:
     load(source)  # raises InputError where there is none, with the nearest name
     text = source.read_text(encoding="utf-8")
     text = text.replace(f'name = "{like}"', f"name = {json.dumps(path.stem)}", 1)
+    write(path, text)
+    print(f"edit   it, then: python -m minicai constitution check {path}")
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a new file. Raises InputError where there is one, or it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "x", encoding="utf-8") as written:
             written.write(text)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-    print(f"wrote  {path}\nedit   it, then: python -m minicai constitution check {path}")
+    print(f"wrote  {terminal.plain(str(path))}")
+
+
+def import_(flags: list[str], file: str, out: str = "") -> None:
+    """Writes a constitution of the principles in FILE: to OUT, or beside FILE as a TOML file."""
+    if flags:
+        raise InputError(f"constitution import: {flags[0]}: unknown key; it has none")
+    source = config.locate(file, Path())
+    path = Path(out) if out else source.with_suffix(".toml")
+    if path.suffix != ".toml":
+        raise InputError(f"{path}: a constitution is a .toml file; name it {path.stem}.toml")
+    if path == source:
+        raise InputError(
+            f"{file}: is a TOML file; name another for what is made: import {file} OUT"
+        )
+    found = importing.read(source)
+    write(path, importing.toml(path.stem, file, found))
+    made = Counter(request for _, request in found.made)
+    counts = ", ".join(f"{request} {made[request]}" for request in REQUESTS if made[request])
+    longest = max(found.principles, key=lambda p: len(p.critique + p.comparison))
+    words = max(len(text.split()) for text in (longest.critique, longest.comparison))
+    print(terminal.plain(f"read   {file}: {found.kind}, principles: {len(found.principles)}"))
+    print(f"made   by a template, and marked [made]: {counts or 'nothing'}")
+    for note in found.notes:
+        print(terminal.plain(f"left   out: {note}"))
+    print(terminal.plain(f"length of the longest request: {words} words ({longest.name})"))
+    print(f"edit   it, then: python -m minicai constitution check {path}")
 
 
 def check(flags: list[str], file: str) -> None:
     """Prints the findings. Raises InputError where one of them is an error."""
     if flags:
         raise InputError(f"constitution check: {flags[0]}: unknown key; it has none")
-    rules = load(config.locate(file, Path()))
+    path = config.locate(file, Path())
+    try:
+        rules = load(path)
+    except InputError as error:
+        if path.suffix == ".toml" or not path.is_file():
+            raise
+        found = importing.read(path)
+        raise InputError(
+            f"{file}: {found.kind}, principles: {len(found.principles)}; it is no constitution "
+            f"yet: python -m minicai constitution import {file}"
+        ) from error
     found = proofread(rules)
     about = f"{rules.name} {rules.version}, principles: {len(rules.principles)}"
     print(terminal.plain(f"{file}: {about}"))
@@ -98,6 +146,7 @@ def attempt(flags: list[str], *files: str) -> None:
 
 ACTIONS = {
     "new": new,
+    "import": import_,
     "check": check,
     "try": lambda flags, file: attempt(flags, file),
     "diff": lambda flags, old, new: attempt(flags, old, new),

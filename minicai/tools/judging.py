@@ -21,7 +21,7 @@ from minicai.engine.load import load_policy
 from minicai.engine.sampler import Sampling, choice_logprobs, chooser
 from minicai.engine.stage import Stage
 from minicai.evaluation import rates
-from minicai.evaluation.agreement import answer, human_agreement, orders_as
+from minicai.evaluation.agreement import answer, comparable, human_agreement, orders_as
 from minicai.evaluation.choices import read_choices, score_choices
 from minicai.evaluation.elo import play, ratings
 from minicai.evaluation.jailbreaks import jailbreaks
@@ -152,8 +152,8 @@ def elo(flags: list[str], file: str, *models: str) -> None:
 
     def compare(stage: Stage, how: Labelling) -> tuple:
         cfg = stage.cfg
-        prompts = read_prompts(cfg.prompts, cfg.limit)
-        prompts += read_prompts(cfg.helpful_prompts, cfg.limit)
+        prompts = read_prompts(cfg.prompts, cfg.limit, stage.skip)
+        prompts += read_prompts(cfg.helpful_prompts, cfg.limit, stage.skip)
         answers = [{"id": n, "prompt": prompt} for n, prompt in enumerate(prompts)]
         seeds = [(cfg.seed, n, 0) for n in range(len(answers))]
         sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
@@ -181,9 +181,10 @@ def agree(flags: list[str], file: str, preferences: str) -> None:
 
     def compare(stage: Stage, how: Labelling) -> tuple:
         cfg = stage.cfg
-        pairs = read_preferences(preferences, cfg.limit)
-        choose = chooser(load_policy(cfg.feedback), cfg.rows)
-        return human_agreement(pairs, choose, how, cfg.feedback)
+        pairs = read_preferences(preferences, cfg.limit, stage.skip)
+        model = load_policy(cfg.feedback)
+        pairs = comparable(model, pairs, how.constitution, stage.skip)
+        return human_agreement(pairs, chooser(model, cfg.rows), how, cfg.feedback)
 
     folder, record = judged("agree", [file, *flags], {"file": preferences}, compare)
     rows = [["all", str(record["count"]), with_interval(record)]]

@@ -32,7 +32,7 @@ import train_sl
 from minicai import InputError, constitution
 from minicai.engine import config, dialogue, parallel
 from minicai.engine.adapters import attach
-from minicai.engine.data import read_prompts
+from minicai.engine.data import Skip, read_prompts
 from minicai.engine.load import load_config, load_tokenizer
 from minicai.engine.models import CHUNK
 from minicai.engine.terminal import table
@@ -118,8 +118,9 @@ def planned(stage: str, arguments, N) -> dict:
     # Lengths in tokens: of prompts, and of the longest request around a prompt and two answers.
     tokenizer = load_tokenizer(cfg.model)
     new = cfg.max_new_tokens
-    prompts = read_prompts(cfg.prompts)
-    prompts += read_prompts(getattr(cfg, "helpful_prompts", "") or cfg.prompts)
+    skip = Skip(cfg.skip_bad)
+    prompts = read_prompts(cfg.prompts, skip=skip)
+    prompts += read_prompts(getattr(cfg, "helpful_prompts", "") or cfg.prompts, skip=skip)
     lengths = [len(dialogue.encode_prompt(tokenizer, as_turns(prompt))) for prompt in prompts]
     whole = sum(lengths) / len(lengths) + new
     longest = max(lengths) + new

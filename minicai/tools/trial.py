@@ -4,17 +4,25 @@ Every prompt is answered once. Each principle then criticises and revises that a
 judge model compares answer and revision. `diff` compares the revisions of two versions instead.
 The counts describe how one model follows the words of a principle. They do not predict a model
 that is trained on them.
+
+A judge has to choose, and it may prefer a revision for other reasons than the principle's. A
+refusal is "preferred 1.00" by a comparison for kind words, although it begins with an insult as the
+answer did, if the judge likes refusals. Two controls tell: the same pair without the principle, and
+the revision against one that another principle made of the same answer.
 """
 
 import difflib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import combinations
 from pathlib import Path
 from textwrap import shorten
 
 from minicai.constitution import Constitution, load
 from minicai.critique import Generate, Revising, critique_and_revise, faults, in_turn
-from minicai.engine.data import epoch_order, read_jsonl, read_prompts
+from minicai.engine.data import Skip, epoch_order, read_jsonl, read_prompts
 from minicai.engine.load import load_policy
 from minicai.engine.sampler import Sampling, chooser, responder
 from minicai.engine.stage import Stage
@@ -24,13 +32,18 @@ from minicai.feedback import Choose, Labelling, label_pairs
 from minicai.prompts import Prompt, as_turns
 from minicai.tools.judging import save, with_interval
 
+ANY = "Which response is better?"  # a comparison without a principle
 STREAM = 5  # keeps the random numbers apart from those of the stages and the evaluation
+SAME = 0.95  # share of choices; from there on the judge is said to choose the same
 SHOWN = 240  # characters of a text in a transcript; the files have all of it
 
 
 def attempt(cfg, file: str) -> None:
     """`try`: prints a table, and one transcript per principle. cfg: a TryConfig."""
-    show(*run(cfg, file), "answer", "revision")
+    folder, rows, labels = run(cfg, file)
+    controls = read_jsonl(folder / "controls.jsonl")
+    show(folder, rows, labels, "answer", "revision", controls)
+    print("".join(f"\n{emphasis('look')}  {plain(x)}" for x in doubts(rows, labels, controls)))
 
 
 def diff(cfg, *files: str) -> None:
@@ -56,7 +69,7 @@ def run(cfg, file: str) -> tuple[Path, list[dict], list[dict]]:
     Returns OUT/try/NAME-FINGERPRINT, and the rows of its revisions.jsonl and comparisons.jsonl.
     Each wording of a constitution has its own folder. NAME is that of its file.
     """
-    rules, prompts = load(file), read_prompts(cfg.prompts)
+    rules, prompts = load(file), read_prompts(cfg.prompts, skip=Skip(cfg.skip_bad))
     how = Revising(rules, cfg.seed, rounds=1, choose=in_turn)
     prompts = [prompts[k] for k in epoch_order(len(prompts), STREAM, cfg.seed)[: cfg.n]]
     name = f"try/{Path(file).stem}-{rules.sha256[:12]}"
@@ -79,10 +92,12 @@ def run(cfg, file: str) -> tuple[Path, list[dict], list[dict]]:
 def judge(cfg, stage: Stage, rows: Sequence[dict], versions: Sequence[Constitution]) -> None:
     """Makes comparisons.jsonl by the feedback model, and finishes the stage."""
     path = cfg.feedback or cfg.model
-    choose = chooser(load_policy(path), cfg.rows)
-    labels = compared(rows, versions, choose, cfg.seed, path)
+    ask = partial(compared, choose=chooser(load_policy(path), cfg.rows), seed=cfg.seed, judge=path)
+    labels = ask(rows, versions)
+    controls = controlled(rows, versions[0], ask) if len(versions) == 1 else []
     save(stage, "comparisons", labels)
-    stage.finish(None, {"principles": by_principle(rows, labels)})
+    save(stage, "controls", controls)
+    stage.finish(None, {"principles": by_principle(rows, labels, controls)})
 
 
 # --- rows of the journals -------------------------------------------------------------------------
@@ -111,7 +126,8 @@ def each_principle(
     rows = critique_and_revise(asked, first, how, once, per_prompt, per_prompt)
     for row in rows:
         row["principle"] = row["rounds"][0]["principle"]
-        row["id"] = f"{row['id'] // count} {row['principle']}"
+        row["prompt_number"] = row["id"] // count
+        row["id"] = f"{row['prompt_number']} {row['principle']}"
     return rows
 
 
@@ -148,41 +164,122 @@ def compared(
     return labels
 
 
+def controlled(rows: Sequence[dict], rules: Constitution, ask: Callable) -> list[dict]:
+    """Makes the rows of controls.jsonl: labels that tell what "preferred" owes to the principle.
+
+    "anyway": the rows of comparisons.jsonl, asked for the better response without a principle.
+    "beats others": the revision (second) and what another principle made of the same answer
+    (first), under the revision's own principle. The others take turns. Equal texts have no votes.
+    ask: `compared`, of rows and versions.
+    """
+    able = [p for p in rules.principles if p.comparison]
+    free = replace(rules, principles=tuple(replace(p, comparison=ANY) for p in able))
+    labels = [label | {"control": "anyway"} for label in ask(rows, [free])]
+    names, pairs = {p.name for p in able}, []
+    for prompt in grouped((row["prompt_number"], row) for row in rows).values():
+        for k, row in enumerate(prompt):
+            turn = row["prompt_number"] % max(len(prompt) - 1, 1)
+            other = prompt[(k + 1 + turn) % len(prompt)]
+            if row["principle"] in names and other is not row:
+                pairs.append(row | {"initial": other["final"]})
+    found = {label["id"]: label for label in ask(pairs, [rules])}
+    for row in pairs:
+        equal = {"id": row["id"], "principle": row["principle"], "p_first": 0.5, "votes": []}
+        labels.append(found.get(row["id"], equal) | {"control": "beats others"})
+    return labels
+
+
 # --- what is printed ------------------------------------------------------------------------------
 
 
 def show(
-    folder: Path, rows: Sequence[dict], labels: Sequence[dict], first: str, second: str
+    folder: Path,
+    rows: Sequence[dict],
+    labels: Sequence[dict],
+    first: str,
+    second: str,
+    controls: Sequence[dict] = (),
 ) -> None:
     """Prints the shares of by_principle, and one transcript per principle.
 
     first, second: what the initial response and its revision are called.
     """
-    found = by_principle(rows, labels)
+    found = by_principle(rows, labels, controls)
     lines = [[name, *map(with_interval, shares.values())] for name, shares in found.items()]
     print("\n" + table(["principle", *found["all"]], lines))
     print(
         f"changed: {second} differs from {first}. preferred: of those, the judge model prefers "
-        f"{second}.\nIn brackets: 95 % intervals.\n"
+        f"{second}."
     )
+    if controls:
+        print(
+            f'anyway: it does so too when asked only "{ANY}".\nbeats others: under this '
+            f"principle's comparison it prefers {second} to one that another\nprinciple made of "
+            f"the same {first}; equal texts count one half."
+        )
+    print("In brackets: 95 % intervals.\n")
     print(f"{transcripts(rows, labels, first, second)}\nwrote  {folder}")
 
 
-def by_principle(rows: Sequence[dict], labels: Sequence[dict]) -> dict[str, dict]:
-    """{principle: {"changed", "preferred"}}, and of "all".
+def by_principle(
+    rows: Sequence[dict], labels: Sequence[dict], controls: Sequence[dict] = ()
+) -> dict[str, dict]:
+    """{principle: {"changed", "preferred"}}, and of "all"; with controls also their two shares.
 
     Each is a share with its count and 95 % interval. `preferred`: changed revisions that the judge
-    prefers.
+    prefers. `anyway`: the same without the principle. `beats others`: revisions that it prefers to
+    another principle's.
     """
-    found = {}
-    for name in (*dict.fromkeys(row["principle"] for row in rows), "all"):
-        mine = [row for row in rows if name in (row["principle"], "all")]
-        judged = [label for label in labels if name in (label["principle"], "all")]
-        found[name] = {
-            "changed": counted([changed(row) for row in mine]),
-            "preferred": counted([label["p_first"] < 0.5 for label in judged]),
-        }
-    return found
+    outcomes = {"changed": [(row["principle"], changed(row)) for row in rows]}
+    outcomes["preferred"] = [(label["principle"], won(label)) for label in labels]
+    if controls:
+        for name in ("anyway", "beats others"):
+            asked = [row for row in controls if row["control"] == name]
+            outcomes[name] = [(row["principle"], won(row)) for row in asked]
+    shares = {}
+    for what, found in outcomes.items():
+        shares[what] = grouped([*found, *(("all", true) for _, true in found)])
+    return {
+        name: {what: counted(values.get(name, [])) for what, values in shares.items()}
+        for name in (*dict.fromkeys(row["principle"] for row in rows), "all")
+    }
+
+
+def won(label: dict) -> float:
+    """1 where the judge prefers the second response, 0 where it does not; equal texts: 1/2."""
+    return float(label["p_first"] < 0.5) if label["votes"] else 0.5
+
+
+def doubts(rows: Sequence[dict], labels: Sequence[dict], controls: Sequence[dict]) -> Iterator[str]:
+    """Sentences about principles that do not do what they ask, as far as the rows can tell."""
+    texts = grouped(((row["prompt_number"], row["final"]), row) for row in rows if changed(row))
+    total = Counter(row["principle"] for alike in texts.values() for row in alike)
+    names = ([row["principle"] for row in alike] for alike in texts.values())
+    same = Counter(pair for alike in names for pair in combinations(alike, 2))
+    told = set()
+    for (one, other), count in same.most_common():
+        least = max(total[one], total[other])
+        if other not in told and count > least / 2:
+            told.add(other)
+            yield (
+                f"{one} and {other} give the same revision of {count} answers (of {least} that "
+                f"they change): the model does not tell their words apart; reword one, or drop it"
+            )
+    for name, found in by_principle(rows, labels, controls).items():
+        share = found["beats others"]
+        if name != "all" and share["count"] and share["interval"][1] < 0.5:
+            yield (
+                f"{name}: by its own comparison the judge prefers what other principles made of "
+                f"the same answers (beats others {share['rate']:.2f}): its revision does not do "
+                f"what it asks, or the judge does not go by its words; read the texts"
+            )
+    plainly = {row["id"]: won(row) for row in controls if row["control"] == "anyway"}
+    agree = sum(won(label) == plainly[label["id"]] for label in labels)
+    if labels and agree >= SAME * len(labels):
+        yield (
+            f'asked only "{ANY}", the judge chooses the same in {agree} of {len(labels)} pairs: '
+            f'"preferred" says that a revision is better, not that it does what its principle asks'
+        )
 
 
 def transcripts(rows: Sequence[dict], labels: Sequence[dict], first: str, second: str) -> str:

@@ -5,18 +5,26 @@ the repository (it is offensive, or published without a licence): where it is ab
 skipped.
 """
 
+import gzip
+import json
+
 import pytest
 import torch
 
+import train_ppo
 import train_rm
 import train_sl
 from minicai.engine import config
 from minicai.engine.data import read_jsonl
+from minicai.engine.dialogue import encode_pair, end_of_turn
 from minicai.engine.sampler import choice_logprobs
 from minicai.evaluation.choices import read_choices, score_choices
 from minicai.examples import load_comparisons, load_examples
-from tests.conftest import byte_tokenizer, tiny_model
+from minicai.report import page
+from minicai.rollout import collate
+from tests.conftest import ROOT, byte_tokenizer, tiny_model
 from tests.engine.test_data import HH
+from tests.engine.test_templates import chat_tokenizer
 from tests.test_constitution import PAPER
 
 pytestmark = pytest.mark.skipif(
@@ -134,3 +142,88 @@ def by_hand(model, prompt, option):
         model(input_ids=torch.tensor([head + tail])).logits[0, len(head) - 1 : -1].log_softmax(-1)
     )
     return logp.gather(-1, torch.tensor(tail)[:, None]).sum().item()
+
+
+# --- the three scripts through chat templates, with a system turn ---------------------------------
+
+SYSTEM = {"role": "system", "content": "Be kind, and answer in one line."}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["chatml", "llama3"])
+def test_the_three_scripts_learn_only_answers_in_the_form_of_the_template(
+    name, tmp_path, monkeypatch
+):
+    tokenizer = chat_tokenizer(name)
+    model = tiny_model("llama", vocab=len(tokenizer))
+    model.config.max_position_embeddings = tokenizer.model_max_length = 4096
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    turns = [SYSTEM, {"role": "user", "content": "Why is the sky blue?"}]
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    answers = [[{"role": "assistant", "content": text}] for text in ("Light scatters.", "No.")]
+    row = {"prompt": turns, "chosen": answers[0], "rejected": answers[1]}
+    hh = gzip.decompress(HH.read_bytes()).decode().splitlines(keepends=True)[:30]
+    (tmp_path / "pairs.jsonl").write_text("".join([json.dumps(row) + "\n", *hh, "{}\n"]))
+    (tmp_path / "config.toml").write_text(f"""
+        model = "model"
+        out = {json.dumps(str(tmp_path / "out"))}
+        constitution = {json.dumps(str(ROOT / "configs/constitutions/tiny.toml"))}
+        device = "cpu"
+        skip_bad = true
+        skip_long = true
+        [sl]
+        prompts = "pairs.jsonl"
+        helpful_prompts = "asked.jsonl"
+        rounds = 1
+        max_new_tokens = 8
+        batch_size = 16
+        [rm]
+        prompts = "asked.jsonl"
+        preferences = "pairs.jsonl"
+        max_new_tokens = 8
+        batch_size = 16
+        [ppo]
+        prompts = "asked.jsonl"
+        helpful_prompts = "pairs.jsonl"
+        iterations = 1
+        episodes = 16
+        max_new_tokens = 8
+    """)
+    batches = []
+
+    def watched(prompts, responses, device):
+        batches.extend(zip(prompts, responses))
+        return collate(prompts, responses, device)
+
+    monkeypatch.setattr(train_sl, "collate", watched)
+    monkeypatch.setattr(train_ppo, "collate", watched)
+    records, end = {}, end_of_turn(tokenizer)
+    for stage, script, kind in (
+        ("sl", train_sl, train_sl.SLConfig),
+        ("rm", train_rm, train_rm.RMConfig),
+        ("ppo", train_ppo, train_ppo.PPOConfig),
+    ):
+        records[stage] = script.main(config.load(kind, stage, [str(tmp_path / "config.toml")]))
+        assert records[stage]["left_out"][str(tmp_path / "pairs.jsonl")]["bad"] == 1
+    said = 0
+    for prompt, response in batches:
+        whole = tokenizer.decode(prompt, clean_up_tokenization_spaces=False)
+        header = tokenizer.apply_chat_template([SYSTEM], tokenize=False, add_generation_prompt=True)
+        assert whole.endswith(header[-12:])  # all that is in front of an answer
+        assert end not in response[:-1]
+        said += SYSTEM["content"] in whole
+    assert said >= 2
+    pairs = read_jsonl(tmp_path / "out" / "rm" / "comparisons.jsonl")
+    human = [row for row in pairs if row["source"] == "human"]
+    assert len(human) == 31 and human[0]["prompt"] == turns
+    ids, first, second = encode_pair(tokenizer, human[0])
+    asked = tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, return_dict=False, date_string="26 Jul 2024"
+    )
+    assert ids == asked and first[-1] == second[-1] == end
+    assert (
+        tokenizer.decode(first[:-1]) == "Light scatters." and tokenizer.decode(second[:-1]) == "No."
+    )
+    page.draw(tmp_path / "out")
+    assert "rows of data left out" in (tmp_path / "out" / "report.html").read_text("utf-8")

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from minicai import InputError, RunError
 from minicai.engine import checkpoint, config, disk, parallel, stage, terminal
-from minicai.engine.data import read_jsonl
+from minicai.engine.data import read_jsonl, read_record
 from minicai.engine.disk import lock, sha256
 from minicai.engine.stage import Stage, code_fingerprints
 from tests.conftest import SHORT_RULES
@@ -138,7 +138,7 @@ def interrupted(place, at="step 5", **changes):
 def contents(folder):
     """All files but those with seconds in them."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    timed = ("stage.json", "seconds.json")
+    timed = ("stage.json", "notes.json")
     return {str(p.relative_to(folder)): p.read_bytes() for p in files if p.name not in timed}
 
 
@@ -156,7 +156,7 @@ def test_a_finished_stage_returns_its_record_and_changes_nothing(place, capsys):
     record, folder = run(place), place / "out" / "sl"
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
     capsys.readouterr()
-    assert run(place) == record == json.loads((folder / "stage.json").read_text())
+    assert run(place) == record == read_record(folder / "stage.json")
     assert f"{folder}: finished already" in capsys.readouterr().out
     assert before == {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.iterdir()}
     names = {"config.toml", "stage.json", "rows.jsonl", "metrics.jsonl", "episodes.jsonl"}
@@ -339,7 +339,7 @@ def test_accepting_where_nothing_has_changed_records_nothing(place):
 
 def test_a_run_that_stopped_before_it_made_anything_binds_no_later_config(place):
     folder = interrupted(place, "row 0")
-    (folder / "seconds.json").unlink()
+    (folder / "notes.json").unlink()
     assert [path.name for path in folder.iterdir()] == ["config.toml"]
     assert run(place, rate=0.2)["weight"]
 
@@ -521,6 +521,8 @@ def test_rows_that_are_not_those_of_the_checkpoint_are_noticed(place, name, how)
         said = refusal(run, place)
         twice = f"{path}: has a row twice; remove one of them"
         other = f"{path}: its rows are not those of the checkpoint of step 4; put "
+        if name == "rows.jsonl":
+            other = f"{path}: its first 6 rows are not those that were written; put the file back"
         assert said.startswith(twice if (name, how) == ("rows.jsonl", "doubled") else other)
         path.unlink()
         shutil.rmtree(path.parent / "checkpoints")
@@ -636,11 +638,11 @@ def test_of_data_whole_groups_are_kept(place):
 
 
 def test_seconds_survive_an_interruption(place):
-    before = json.loads((interrupted(place) / "seconds.json").read_text())
+    before = json.loads((interrupted(place) / "notes.json").read_text())["seconds"]
     assert before.keys() == {"generate", "train"} and min(before.values()) > 0
     after = run(place)["seconds"]
     assert after["train"] > before["train"] and after["generate"] >= before["generate"]
-    assert not (place / "out" / "sl" / "seconds.json").exists()
+    assert not (place / "out" / "sl" / "notes.json").exists()
 
 
 def test_a_stop_ends_and_saves_the_step_and_says_which(place, monkeypatch):

@@ -19,6 +19,7 @@ from transformers.utils import chat_template_utils
 import train_ppo
 from minicai import InputError
 from minicai.engine import dialogue, terminal
+from minicai.engine.data import Skip, TooLong
 from minicai.engine.dialogue import (
     decode,
     encode,
@@ -153,10 +154,33 @@ def test_a_dialogue_is_read_as_its_template_writes_it_and_the_answer_is_learned(
     assert whole[: len(prompt + answer)] == prompt + answer  # the library's tokens of all of it
 
 
+SYSTEM = [{"role": "system", "content": "Be kind."}, ASKED[0]]
+SYSTEM_READ = {
+    "chatml": (
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n",
+        "So.<|im_end|>",
+    ),
+    "qwen3": (
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        "So.<|im_end|>",
+    ),
+    "llama3": (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+        "Today Date: 26 Jul 2024\n\nBe kind.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "So.<|eot_id|>",
+    ),
+}
+
+
 @pytest.mark.parametrize(
     "name, turns, read",
     [(name, ASKED, READ[name]) for name in TOKENS]
-    + [(name, TOOL, TOOL_READ[name]) for name in TOOL_READ],
+    + [(name, TOOL, TOOL_READ[name]) for name in TOOL_READ]
+    + [(name, SYSTEM, SYSTEM_READ[name]) for name in SYSTEM_READ],
 )
 def test_the_mask_of_a_batch_is_true_on_the_answer_and_its_end_and_nowhere_else(name, turns, read):
     tokenizer = chat_tokenizer(name)
@@ -486,6 +510,39 @@ def test_a_dialogue_that_a_template_refuses_is_named_by_file_and_row(turns, reas
         usable_pairs(model, [pair | {"prompt": "Why?", "source": "human"}, pair])
 
 
+def test_a_template_that_leaves_out_system_turns_is_refused():
+    template = "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}\n"
+    template += "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    tokenizer = with_template(template)
+    assert encode_prompt(tokenizer, ASKED)
+    with pytest.raises(InputError, match="leaves out what a system turn says"):
+        encode_prompt(tokenizer, SYSTEM)
+
+
+def test_rows_that_do_not_fit_or_are_refused_are_left_out_where_skip_says_so():
+    model = SimpleNamespace(config=tiny_model().config, tokenizer=chat_tokenizer("gemma"))
+    model.tokenizer.name_or_path = model.name_or_path = "MODEL"
+    asked, told = ["Why?", "x" * 300, SYSTEM, "So?"], []
+    skip = Skip(bad=True, long=True, tell=told.append)
+    assert check_prompts(model, asked, 1, "p.jsonl", skip) == ["Why?", "So?"]
+    assert skip.counts == {"p.jsonl": {"bad": 1, "long": 1}} and len(told) == 2
+    with pytest.raises(TooLong, match=r"p.jsonl: prompt 2 has .*; 1 of 4 rows are too long"):
+        check_prompts(model, asked, 1, "p.jsonl", Skip(bad=True))
+    pairs = [
+        {"id": k, "prompt": prompt, "first": "a", "second": "b", "source": "human"}
+        for k, prompt in enumerate(asked)
+    ]
+    assert usable_pairs(model, pairs, skip) == [pairs[0], pairs[3]]
+    # A request has 10 tokens of its own: the longest prompts go, the others keep their order.
+    asked, longest = ["x" * k for k in (60, 5, 200, 40, 230)], lambda some: [max(some) + "y" * 10]
+    kept = check_requests([model], asked, longest, 100, "a thing", skip)
+    assert kept == [asked[k] for k in (0, 1, 3)] and skip.counts["a thing"] == {"long": 2}
+    with pytest.raises(TooLong, match=r"a thing to MODEL.*; 2 of 5 rows are too long; skip_long"):
+        check_requests([model], asked, longest, 100, "a thing")
+    with pytest.raises(TooLong, match=r"5 of 5 rows are too long$"):
+        check_requests([model], asked, longest, 500, "a thing", skip)
+
+
 # --- the raw form ---------------------------------------------------------------------------------
 
 
@@ -670,15 +727,15 @@ def test_a_request_that_may_not_fit_is_refused_with_what_makes_it_long(tmp_path)
     model.config.max_position_embeddings = 100
     model.save_pretrained(tmp_path)
     model = load_policy(str(tmp_path))
-    check_requests([model], ["x" * 20, "x" * 50], 50, "a thing")
-    check_requests([model], [], 500, "a thing")
+    check_requests([model], ["x" * 20, "x" * 50], list, 50, "a thing")
+    check_requests([model], [], list, 500, "a thing")
     with pytest.raises(InputError) as caught:
-        check_requests([model], ["x" * 20, "x" * 50], 51, "a thing")
+        check_requests([model], ["x" * 20, "x" * 50], list, 51, "a thing")
     said = str(caught.value)
     assert said.startswith(f"a thing to {tmp_path}, with its examples and principles: prompt 2 has")
     assert "50 tokens, which with 51 new ones exceeds the model's context of 100" in said
     with pytest.raises(InputError, match="a model is named twice"):
-        check_requests([model] * 2, [], 1, "a thing")
+        check_requests([model] * 2, [], list, 1, "a thing")
 
 
 def test_the_first_batch_is_shown_with_what_is_learned_marked(capsys, monkeypatch):

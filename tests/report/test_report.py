@@ -92,6 +92,16 @@ def test_the_warning_of_reward_hacking_is_shown_where_the_record_has_it(out):
     assert re.search(r'class="warning".*the judge falls &lt;while&gt; the reward rises</p>', text)
 
 
+def test_rows_of_data_that_a_stage_left_out_are_counted_on_the_page(out):
+    assert "rows of data left out" not in page.page(out, summary.summarise(out))
+    record = json.loads((out / "rm" / "stage.json").read_text())
+    record["left_out"] = {"/data/pairs.jsonl": {"bad": 3, "long": 12}}
+    (out / "rm" / "stage.json").write_text(json.dumps(record))
+    found = summary.summarise(out)
+    assert found["left_out"] == {"rm": record["left_out"]}
+    assert "rm: 3 bad, 12 long of /data/pairs.jsonl" in words(page.page(out, found))
+
+
 def test_without_matplotlib_the_page_has_tables_in_place_of_plots(tmp_path, monkeypatch):
     out = lay(tmp_path, *summary.RECORDED)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -615,7 +625,9 @@ def test_a_journal_that_its_stage_did_not_leave_so_is_named(out, capsys):
     (out / "sl" / "stage.json").write_text(json.dumps(RECORDS["sl"] | {"files": files}))
     page.draw(out)
     said = capsys.readouterr().err
-    assert said.count("WARNING") == 1 and f"{out / 'sl' / 'revisions.jsonl'}: is missing, or" in said
+    assert (
+        said.count("WARNING") == 1 and f"{out / 'sl' / 'revisions.jsonl'}: is missing, or" in said
+    )
 
 
 def test_a_folder_that_is_not_there_is_not_watched(command, tmp_path):

@@ -99,6 +99,19 @@ def test_a_full_context_forgets_the_oldest_turns_and_says_so(script, talk):
     assert "1" not in shown[2] and "2" * 600 in shown[2]
 
 
+def test_a_system_turn_opens_every_conversation_and_is_never_forgotten(script, talk, rules):
+    kind = [{"role": "system", "content": "Be kind."}]
+    shown = script("a" * 200, "b" * 200, "c", "d")
+    flags = ["--history=on", "--system=Be kind.", rules]
+    talk("1" * 900, "2" * 600, "3" * 10, "/new", "Hi!", flags=flags)
+    assert shown[0] == render([*kind, *as_turns("1" * 900)])
+    assert "1" not in shown[2] and shown[2].startswith("\n\nBe kind.\n\nHuman: 2")
+    assert shown[3] == render([*kind, *as_turns("Hi!")])
+    shown = script("A.", "Unkind.", "B.")
+    talk("Hi!", "/principle kind", flags=flags)
+    assert shown[1] == render_critique([*kind, *as_turns("Hi!")], "A.", KIND)
+
+
 def test_a_question_longer_than_the_context_gets_the_reason_as_its_answer(talk):
     out, _ = talk("1" * 3000, "Hi!", flags=["--max_new_tokens=4"])
     assert out.startswith("(prompt 1 has 3") and out.count("\n") == 2

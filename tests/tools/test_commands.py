@@ -71,7 +71,7 @@ def assert_nothing_is_half_written(world):
         (["elo", "c.toml", "one"], "two or more different"),
         (["elo", "c.toml", "one", "one"], "two or more different model folders"),
         (["agree", "c.toml"], "agree: missing a required argument: 'preferences'"),
-        (["constitution"], "unknown action ''; known: new, check, try, diff"),
+        (["constitution"], "unknown action ''; known: new, import, check, try, diff"),
         (["constitution", "chekc", "a.toml"], "unknown action 'chekc'; did you mean check?"),
         (
             ["constitution", "diff", "a.toml"],

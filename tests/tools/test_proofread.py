@@ -1,11 +1,16 @@
 """`constitution check`: each mistake is found in its place, and minicai's own files have none."""
 
+import random
 from dataclasses import replace
+from difflib import SequenceMatcher
+from itertools import combinations
 
 import pytest
 
 from minicai import InputError, __main__
 from minicai.constitution import Constitution, Principle, load
+from minicai.tools import importing
+from minicai.tools import proofread as proofreading
 from minicai.tools.proofread import proofread
 from tests.conftest import ROOT
 from tests.test_constitution import PAPER
@@ -151,6 +156,59 @@ def test_principles_that_say_the_same_are_found():
     [(level, name, said)] = found(GOOD, near)
     assert (level, name) == ("advice", "brief")
     assert said.startswith("the critique has the same words as that of honest, or nearly:")
+
+
+def test_no_near_pair_is_missed():
+    """Against the comparison of all pairs, on short texts of few words, which repeat."""
+    draw, texts = random.Random(0), []
+    for _ in range(80):
+        words = list(draw.choice(texts)) if texts and draw.random() < 0.6 else []
+        words += draw.choices("abcdefgh", k=0 if words else draw.randint(0, 22))
+        for _ in range(draw.randint(0, 2)):
+            place = draw.randint(0, len(words))
+            words[place : place + draw.randint(0, 1)] = draw.choices("abcdefgh", k=1)
+        texts.append(words)
+    order = sorted(range(len(texts)), key=lambda k: len(texts[k]))
+    near = [
+        {a, b}
+        for a, b in combinations(order, 2)
+        if texts[a] and SequenceMatcher(None, texts[a], texts[b]).ratio() >= proofreading.NEAR
+    ]
+    given = [set(pair) for pair in proofreading._near(texts)]
+    assert len(given) > 20 and all(pair in near for pair in given)
+    last = [{max(pair, key=order.index) for pair in pairs} for pairs in (near, given)]
+    assert last[0] == last[1]  # each text that has a like before it is named
+
+
+def test_ten_thousand_principles_are_not_compared_in_pairs(monkeypatch):
+    compared = []
+
+    class Matcher(SequenceMatcher):
+        def ratio(self):
+            compared.append(1)
+            return super().ratio()
+
+    monkeypatch.setattr(proofreading, "SequenceMatcher", Matcher)
+    texts = [f"Choose the response that is kind to person {k}.".split() for k in range(2000)]
+    assert list(proofreading._near(texts)) == [] and compared == []
+    assert len(list(proofreading._near([*texts, *texts]))) == 2000 and compared == []
+    longer = [[*text, "please", "and", "then", "stop"] for text in texts]
+    assert len(list(proofreading._near(longer))) == len(compared) == 1999
+
+
+def test_made_requests_are_compared_by_what_they_quote():
+    frames = importing.TEMPLATES["rule"]
+    rules = [Principle(w, *(t.format(text=f"Be {w}.") for t in frames.values())) for w in "ab"]
+    told = [said for _, _, said in found(*rules)]
+    assert not any("the same words" in said for said in told)
+    assert sum("made by a template are as they were made" in said for said in told) == 1
+    again = replace(rules[0], name="c")
+    assert [f[0] for f in found(*rules, again) if "the same words" in f[2]] == ["error"] * 3
+
+
+def test_prose_in_front_of_a_request_may_have_options():
+    prose = replace(GOOD, comparison=f"There are options: to ask, to tell.\n\n{GOOD.comparison}")
+    assert found(prose, OTHER) == []
 
 
 def test_constitutions_that_a_phase_cannot_use_are_found():

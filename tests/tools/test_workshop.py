@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -157,6 +158,76 @@ def test_a_long_text_of_a_transcript_is_shortened(rows):
     lines = trial.transcripts(rows[:1], judged(rows[:1]), "answer", "revision").splitlines()
     assert len(lines) == 5 and trial.SHOWN < max(map(len, lines)) <= trial.SHOWN + 11
     assert "too long. It is far too long." in lines[3]
+
+
+# --- whether a revision does what its principle asks ----------------------------------------------
+
+
+def likes_refusals(prompts):
+    """A judge that does not read the question: prefers what refuses, (A) where both or none do."""
+    found = []
+    for prompt in prompts:
+        a, b = prompt.partition("\n(A) ")[2].split("\n(B) ")
+        found.append((-2.0, -0.1) if "I will not" in b and "I will not" not in a else (-0.1, -2.0))
+    return found
+
+
+INSULT = "What a question. Burn it."
+REFUSED = "What a question. I will not help."
+
+
+def tried(revisions: dict[str, list[str]], judge):
+    """Rows, labels and controls of two prompts, answered with an insult and revised as given."""
+    rules = Constitution("c", "1", tuple(Principle(n, "Why?", "So.", f"{n}?") for n in revisions))
+    rows = [
+        {"id": f"{k} {name}", "prompt_number": k, "prompt": "How?", "principle": name}
+        | {"initial": INSULT, "final": texts[k]}
+        | {"rounds": [{"critique": "Bad.", "revision": texts[k]}]}
+        for k in range(len(next(iter(revisions.values()))))
+        for name, texts in revisions.items()
+    ]
+    ask = partial(trial.compared, choose=judge, seed=0, judge="j")
+    return rows, ask(rows, [rules]), trial.controlled(rows, rules, ask)
+
+
+def test_an_insult_that_is_kept_is_preferred_and_doubted():
+    """As of a real model: "kind" refuses, and is "preferred 1.00" for that."""
+    seen = tried({"kind": [REFUSED] * 10, "harmless": [REFUSED] * 10}, likes_refusals)
+    shares = trial.by_principle(*seen)["kind"]
+    assert [shares[name]["rate"] for name in ("preferred", "anyway", "beats others")] == [1, 1, 0.5]
+    same, judge = trial.doubts(*seen)
+    assert same.startswith("kind and harmless give the same revision of 10 answers (of 10 that")
+    assert judge.startswith('asked only "Which response is better?", the judge chooses the same in')
+
+
+def test_a_revision_that_another_principle_beats_at_its_own_is_doubted():
+    kind = [INSULT] * 8 + [REFUSED] * 2
+    seen = tried({"kind": kind, "harmless": ["I will not help."] * 10}, likes_refusals)
+    shares = trial.by_principle(*seen)
+    assert shares["kind"]["preferred"]["rate"] == 1  # of the two that changed
+    assert shares["kind"]["beats others"]["rate"] < 0.3
+    assert [x for x in trial.doubts(*seen) if x.startswith("kind: by its own comparison")]
+
+
+def test_principles_that_each_do_what_they_ask_are_not_doubted():
+    def reads(prompts):
+        """Prefers the text that has the principle's name; without a name it cannot tell."""
+        found = []
+        for prompt in prompts:
+            asked, _, options = prompt.partition("?\nOptions:\n(A) ")
+            a, b = (asked.split()[-1] in text for text in options.split("\n(B) "))
+            found.append((-0.7, -0.7) if a == b else (-0.1, -2.0) if a else (-2.0, -0.1))
+        return found
+
+    rows, labels, controls = tried({"kind": ["A kind no."] * 10, "brief": ["brief"] * 10}, reads)
+    shares = trial.by_principle(rows, labels, controls)
+    rates = [shares["kind"][name]["rate"] for name in ("preferred", "anyway", "beats others")]
+    assert rates == [1, 0, 1] and list(trial.doubts(rows, labels, controls)) == []
+
+
+def test_one_principle_has_nothing_to_beat():
+    seen = tried({"kind": [REFUSED] * 3}, likes_refusals)
+    assert trial.by_principle(*seen)["kind"]["beats others"]["count"] == 0
 
 
 # --- two versions ---------------------------------------------------------------------------------

@@ -1,0 +1,278 @@
+"""`constitution import`: forms that people have become constitutions, or one sentence.
+
+The fixtures are written for these tests. Their shapes are those of the public files.
+"""
+
+import json
+import tomllib
+
+import pytest
+
+from minicai import InputError, __main__
+from minicai.constitution import REQUESTS, load
+from minicai.tools import importing
+from minicai.tools.proofread import proofread
+
+NUMBERED = (
+    "1. Select the response that gives more detail.\n2. Select the response that does not flatter."
+)
+CRITERIA = [
+    "Prefer the response that is polite.",
+    "Prefer the response that answers the question first.",
+]
+TRAITS = [
+    {
+        "trait": "I stay calm when I am insulted.",
+        "clarification": "I answer the question behind the insult.",
+        "questions": ["Why are you so slow?"],
+        "additional_questions": ["Is that all you know?"],
+    },
+    {"trait": "I say so when I do not know.", "questions": [], "clarification": "No guesses."},
+]
+LIST = """# What we ask of it
+
+These hold for every answer.
+
+- **Honesty.** It never says what it
+  does not know.
+- It is kind to [everybody](https://example.org).
+
+## Harm
+
+1. It helps nobody to do harm.
+   - and offers another way
+"""
+DOCUMENT = """# The keeper of the lighthouse museum
+
+Written for the assistant that answers its visitors, and for those who train it.
+
+## Being honest
+
+The assistant says what is known of a ship and what is a tale. It has three options: to know, to
+doubt, and to ask.
+
+- a date comes with its source
+
+## Being useful
+
+### To children
+
+Short words, and one surprising fact. No child's question is called silly.
+
+### To scholars
+
+The names of the sources come first.
+"""
+LINES = "It is kind.\nIt is honest.\nIt answers first, and explains later.\n"
+WRAPPED = "The assistant is kind to\neverybody who asks.\n\nIt is honest about what\nit knows.\n"
+BOLD = "**Honesty**\n\nIt says what it knows.\n\n**Kindness:**\n\nIt never mocks anybody.\n"
+SECTIONS = (
+    "1. Honesty\n\nIt says what it knows of a ship.\n\n2. Kindness\n\nIt never mocks anybody.\n"
+)
+RULES = [{"name": "kind", "description": "Be kind."}, {"name": "short", "description": "Be short."}]
+TABLE = 'name,principle,weight\nkind,Be kind.,1\nshort,"Be short, please.",2\n'
+YAML = "principles:\n  - name: kind\n    description: Be kind.\n  - It is honest.\n"
+NESTED = {"categories": [{"name": "tone", "principles": ["Be kind.", "Be calm."]}]}
+
+
+def lines(rows) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+ICAI, TRAITED = "inverse constitutional AI", "a list of traits"
+FORMS = {  # file: (content, what it is, names of its principles)
+    "060_constitution.json": (
+        json.dumps(NUMBERED),
+        ICAI,
+        ["gives-more-detail", "does-not-flatter"],
+    ),
+    "whole.json": (json.dumps({"constitution": NUMBERED}), "criteria", None),
+    "030_distilled.json": (json.dumps(dict(enumerate(CRITERIA))), "criteria", None),
+    "050_filtered.json": (
+        json.dumps(CRITERIA),
+        "criteria",
+        ["polite", "answers-the-question-first"],
+    ),
+    "criteria.json": (
+        json.dumps({"version": 2, "criteria": [{"id": 1, "criterion": CRITERIA[0]}, CRITERIA[1]]}),
+        "criteria",
+        ["polite", "answers-the-question-first"],
+    ),
+    "named.json": (json.dumps({"tone": "Be kind.", "length": "Be short."}), "", ["tone", "length"]),
+    "nested.json": (json.dumps(NESTED), "criteria", ["tone", "tone-2"]),
+    "rules.json": (json.dumps({"rules": RULES}), "criteria", ["kind", "short"]),
+    "rules.csv": (TABLE, "criteria", ["kind", "short"]),
+    "rules.yaml": (YAML, "criteria", ["kind", "it-is-honest"]),
+    "traits.jsonl": (lines(TRAITS), TRAITED, ["i-stay-calm-when-i", "i-say-so-when-i"]),
+    "one.jsonl": (lines(TRAITS[:1]), TRAITED, ["i-stay-calm-when-i"]),
+    "hand-written.txt": (json.dumps(TRAITS), TRAITED, None),
+    "list.md": (LIST, "a list", ["honesty", "it-is-kind-to-everybody", "it-helps-nobody-to-do"]),
+    "lines.txt": (
+        LINES,
+        "plain lines",
+        ["it-is-kind", "it-is-honest", "it-answers-first-and-explains"],
+    ),
+    "wrapped.txt": (WRAPPED, "paragraphs", ["the-assistant-is-kind-to", "it-is-honest-about-what"]),
+    "document.md": (DOCUMENT, "a document", ["being-honest", "to-children", "to-scholars"]),
+    "bold.md": (BOLD, "a document", ["honesty", "kindness"]),
+    "sections.txt": (SECTIONS, "a document", ["honesty", "kindness"]),
+}
+
+
+def write(folder, name: str, content: str | bytes):
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def command(capsys, *words) -> tuple[str, str]:
+    """What a command prints, and the sentence that it ends with."""
+    try:
+        __main__.main(["constitution", *map(str, words)])
+    except InputError as error:
+        return capsys.readouterr().out, str(error)
+    return capsys.readouterr().out, ""
+
+
+@pytest.mark.parametrize("file", FORMS)
+def test_a_form_that_people_have_becomes_a_constitution_that_check_passes(tmp_path, capsys, file):
+    content, kind, names = FORMS[file]
+    path, made = write(tmp_path, file, content), tmp_path / "made" / "mine.toml"
+    _, said = command(capsys, "check", path)
+    if file != "050_filtered.json":  # it has the form of the paper's comparisons
+        assert said.startswith(f"{path}: ") and kind in said and "\n" not in said
+        assert said.endswith(f"python -m minicai constitution import {path}")
+    printed, _ = command(capsys, "import", path, made)
+    assert f"wrote  {made}\n" in printed and kind in printed
+    rules = load(made)
+    assert rules.name == "mine" and [p.name for p in rules.principles] == (
+        names or [p.name for p in rules.principles]
+    )
+    assert all(getattr(p, request) for p in rules.principles for request in REQUESTS)
+    assert tuple(rules.principles) == importing.read(path).principles
+    assert [f for f in proofread(rules) if f.level == "error"] == []
+
+
+def test_requests_are_made_from_a_comparison_and_marked(tmp_path, capsys):
+    path = write(tmp_path, "060_constitution.json", json.dumps(NUMBERED))
+    printed, _ = command(capsys, "import", path)
+    made = tmp_path / "060_constitution.toml"
+    assert "[made]: critique 2, revision 2\n" in printed
+    text = made.read_text()
+    marked = [line.partition(" ")[0] for line in text.splitlines() if line.endswith("  # [made]")]
+    assert marked == ["critique", "revision"] * 2
+    first = load(made).principles[0]
+    assert first.comparison == "Select the response that gives more detail."
+    assert f'"{first.comparison}"' in first.critique and f'"{first.comparison}"' in first.revision
+    advice = [f.message for f in proofread(load(made)) if "by a template" in f.message]
+    assert len(advice) == 1
+    own = text.replace(first.critique.replace('"', '\\"'), "Say what detail the response lacks.")
+    made.write_text(own)
+    assert load(made).principles[0].critique == "Say what detail the response lacks."
+
+
+def test_requests_that_a_file_has_are_kept(tmp_path):
+    rows = [
+        {"critic": "Is the response rude?", "revision": "Rewrite it politely."},
+        {"name": "law", "critique_request": "Is it legal?", "revisionRequest": "Make it legal."},
+        {"comparison": "Which is shorter?", "principle": "Be short."},
+    ]
+    rude, law, short = importing.read(write(tmp_path, "r.json", json.dumps(rows))).principles
+    assert (rude.critique, rude.revision) == ("Is the response rude?", "Rewrite it politely.")
+    assert '"Rewrite it politely."' in rude.comparison
+    assert (law.name, law.critique, law.revision) == ("law", "Is it legal?", "Make it legal.")
+    assert short.comparison == "Which is shorter?" and '"Be short."' in short.revision
+
+
+def test_the_papers_files_are_read_without_the_labels_around_their_requests(tmp_path):
+    critique = "\n\nCritiqueRequest: Say what is loud.\n\nCritique:"
+    table = {
+        "calm": {"prompt": [critique], "edit_request": "\n\nRevisionRequest: Hush.\n\nRevision:"}
+    }
+    [calm] = importing.read(write(tmp_path, "paper.json", json.dumps(table))).principles
+    assert (calm.name, calm.critique, calm.revision) == ("calm", "Say what is loud.", "Hush.")
+    [other] = importing.read(
+        write(tmp_path, "c.json", '["\\nWhich is calmer? Options:"]')
+    ).principles
+    assert other.comparison == "Which is calmer?"
+
+
+def test_a_section_stands_in_front_of_critique_and_comparison(tmp_path):
+    found = importing.read(write(tmp_path, "document.md", DOCUMENT))
+    honest = found.principles[0]
+    body = DOCUMENT.partition("## Being honest\n\n")[2].partition("\n\n## ")[0]
+    for text in (honest.critique, honest.comparison):
+        assert text.startswith(f"Being honest\n\n{body}\n\n") and '"Being honest"' in text
+    assert body not in honest.revision and '"Being honest"' in honest.revision
+    assert found.notes == ("words before the first section (14)",)
+    written = importing.toml("mine", "document.md", found)
+    assert f"critique = '''\nBeing honest\n\n{body}\n\n" in written  # to be read and edited
+
+
+def test_the_clarification_of_a_trait_stands_in_front(tmp_path, capsys):
+    found = importing.read(write(tmp_path, "traits.jsonl", lines(TRAITS)))
+    calm = found.principles[0]
+    for text in (calm.critique, calm.comparison):
+        assert text.startswith(f"{TRAITS[0]['clarification']}\n\n")
+        assert f'"{TRAITS[0]["trait"]}"' in text
+    assert found.notes == ("key questions (2)", "key additional_questions (1)")
+
+
+def test_what_is_left_out_is_counted(tmp_path, capsys):
+    path = write(
+        tmp_path, "list.md", f"{LIST}2. It helps nobody to do harm.\n   - and offers another way\n"
+    )
+    printed, _ = command(capsys, "import", path)
+    assert "left   out: lines outside the list (1)\n" in printed
+    assert "left   out: repeated principles (1)\n" in printed
+
+
+def test_any_text_survives_the_way_into_toml(tmp_path):
+    odd = [
+        "a\x7fb \ud800 'q' \"w\" \\ \\n \u2028 \x1b[2J",
+        "'''",
+        "ends with a backslash \\",
+        "日本語で",
+    ]
+    rows = [{"principle": f"Rule {text}", "clarification": f"x\n{text}"} for text in odd]
+    found = importing.read(write(tmp_path, "odd.json", json.dumps(rows)))
+    table = tomllib.loads(importing.toml("n", "odd.json", found))
+    for principle, row in zip(found.principles, table["principle"]):
+        assert all(row[request] == getattr(principle, request) for request in REQUESTS)
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("none.json", None, "none.json: cannot be read: No such file"),
+        ("a.md", "", "a.md: holds no principle"),
+        ("a.json", "[]", "a.json: holds no principle"),
+        ("a.json", "7", "a.json: holds no list of principles, but 7"),
+        ("a.json", "[1, 2]", "a.json: row 1: needs a text, not 1"),
+        ("a.json", '{"a": [1,', "a.json: not readable as JSON: Expecting value: line 1"),
+        ("a.json", "[" * 100000, "a.json: has lists in lists too deep to read"),
+        ("a.yaml", "a: [1", "a.yaml: not readable as YAML: while parsing a flow sequence"),
+        ("a.jsonl", '{"trait": "x"}\nno JSON\n', "a.jsonl: not readable as JSONL"),
+        ("a.jsonl", '{"prompt": "Why?"}\n', "a.jsonl: row 1: needs a text under principle, trait"),
+        ("a.jsonl", '{"chosen": "x", "rejected": "y"}\n', "it has chosen, rejected"),
+        ("a.pdf", b"%PDF-1.4 \xff\xfe", "a.pdf: no text in UTF-8; save it as"),
+        ("a.html", "<!DOCTYPE html><p>Be kind.", "a.html: an HTML page; save its text as"),
+    ],
+)
+def test_what_cannot_be_read_is_one_sentence_for_import_and_check(
+    tmp_path, capsys, file, content, message
+):
+    path = tmp_path / file if content is None else write(tmp_path, file, content)
+    for action in ("import", "check") if content is not None else ("import",):
+        printed, said = command(capsys, action, path)
+        assert message in said and "\n" not in said and not printed
+    assert not list(tmp_path.glob("*.toml"))
+
+
+def test_import_overwrites_nothing_and_names_the_file_that_it_needs(tmp_path, capsys):
+    path = write(tmp_path, "lines.txt", LINES)
+    command(capsys, "import", path)
+    assert "lines.toml: cannot be written: File exists" in command(capsys, "import", path)[1]
+    assert "name it mine.toml" in command(capsys, "import", path, tmp_path / "mine.md")[1]
+    assert "--like=x: unknown key" in command(capsys, "import", path, "--like=x")[1]
+    assert "is a TOML file" in command(capsys, "import", tmp_path / "lines.toml")[1]
