@@ -24,6 +24,10 @@ from tests.conftest import ROOT
 STORIES = ROOT.parent / "shared" / "data" / "stories260K"
 FILES = [STORIES / "stories260K.bin", STORIES / "tok512.bin"]
 PAGE = (ROOT / "docs" / "your-model.md").read_text(encoding="utf-8")
+BLOCKS = {"": []}  # of the page, by language
+for language, text in re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.M | re.S):
+    BLOCKS.setdefault(language, []).append(text)
+SHOWN = dict(re.findall(r"^`([\w.]+)`:\n\n```\w+\n(.*?)^```$", PAGE, re.M | re.S))
 real = pytest.mark.skipif(not FILES[0].exists(), reason="the public model is not in the repository")
 
 
@@ -116,8 +120,7 @@ def test_the_real_model_tells_a_story(tmp_path, capsys):
 
 
 def test_the_page_shows_every_file_that_its_commands_read():
-    files = dict(re.findall(r"^`([\w.]+)`:\n\n```\w*\n(.*?)^```$", PAGE, re.M | re.S))
-    assert files.keys() >= {"mine.toml", "rules.toml", "words.py"}
+    assert SHOWN.keys() == {"prompts.txt", "rules.toml", "mine.toml", "words.py"}
 
 
 @real
@@ -126,10 +129,10 @@ def test_every_command_of_the_page_runs_in_an_empty_folder(tmp_path):
     (tmp_path / "minicai").symlink_to(ROOT)
     for file in FILES:
         (tmp_path / file.name).symlink_to(file)
-    for name, text in re.findall(r"^`([\w.]+)`:\n\n```\w*\n(.*?)^```$", PAGE, re.M | re.S):
+    for name, text in SHOWN.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-    commands = re.findall(r"^(python .*|for .*)$", "".join(blocks()), re.M)
-    assert len(commands) >= 10
+    commands = [line for line in "".join(BLOCKS[""]).splitlines() if line.startswith("python ")]
+    assert len(commands) >= 13
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
     for line in commands:
@@ -157,7 +160,3 @@ def test_every_command_of_the_page_runs_in_an_empty_folder(tmp_path):
         template.get("chat_template") or Path(tmp_path / "out/ppo/chat_template.jinja").read_text()
     )
     assert "messages" in saved  # the raw form, which other programs know too
-
-
-def blocks() -> list[str]:
-    return re.findall(r"^```\n(.*?)^```$", PAGE, re.M | re.S)

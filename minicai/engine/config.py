@@ -121,8 +121,8 @@ class Run:
     # the base model: a Hugging Face folder, or its name on the hub
     model: str = path_setting("minicai:tinyworld/base", model=True)
     constitution: str = path_setting("minicai:constitutions/tiny.toml")  # a TOML file of principles
-    # how a model reads a dialogue. auto: by its chat template, else as Human and Assistant; raw:
-    # the response continues the prompt's text, for base models (docs/your-model.md)
+    # how a model reads a dialogue. auto: by its chat template, else as Human and Assistant; raw,
+    # of `model` and `policy`: the response continues the prompt's text (docs/your-model.md)
     form: str = setting("auto", choices=("auto", "raw"))
     out: str = setting("out/tiny", free=True)  # everything that the run makes goes here
     seed: int = 0  # of all sampling, shuffling and initial weights

@@ -11,6 +11,7 @@ text, and the response continues it. A model that was trained in it keeps RAW as
 Every function raises InputError where a chat template refuses a dialogue.
 """
 
+import os
 import re
 import signal
 import sys
@@ -39,10 +40,23 @@ SECONDS = 5  # time limit of a template for one dialogue; it usually takes a mil
 THINKING = re.compile(r"([<\[])((?:\w+:)?(?:think|thought|reason)\w*)([>\]])(\s*)$", re.IGNORECASE)
 # Names of tokens that no text has.
 SPARE = re.compile("pad|reserved|unused|extra|dummy|placeholder|fim|vision|image", re.IGNORECASE)
-FORM = "auto"  # of all models of this process: config.Run.form
+_raw = set()  # absolute paths of models that this process reads in the raw form
 RAW = "{% for turn in messages %}{{ turn['content'] }}{% endfor %}"
 # A character of Unicode's private use area: no template writes it.
 MARK = "\U000f0000"
+
+
+def choose_form(form: str, *models: str) -> None:
+    """From now on these models are read in the form config.Run.form, and all others by "auto"."""
+    _raw.clear()
+    if form == "raw":
+        _raw.update(map(os.path.abspath, filter(None, models)))
+
+
+def apply_form(tokenizer: PreTrainedTokenizerBase, model: str) -> None:
+    """Gives the tokenizer of a model that is read in the raw form its template, in place."""
+    if os.path.abspath(model) in _raw:
+        tokenizer.chat_template = RAW
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> str:

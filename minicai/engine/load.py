@@ -23,10 +23,10 @@ from transformers import (
 from transformers.utils import logging
 
 from minicai import InputError
-from minicai.engine import adapters, dialogue, packing, parallel, terminal
+from minicai.engine import adapters, packing, parallel, terminal
 from minicai.engine.adapters import Role
 from minicai.engine.config import Lora
-from minicai.engine.dialogue import end_ids, end_of_turn, ending, give_pad, template_of
+from minicai.engine.dialogue import apply_form, end_ids, end_of_turn, ending, give_pad, template_of
 from minicai.engine.hub import ADAPTER, model_folder, require_folder
 from minicai.engine.models import freeze
 
@@ -71,8 +71,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     with _blaming(f"{path}: its tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(config.name_or_path, trust_remote_code=False)
         rows = config.get_text_config().vocab_size
-    if dialogue.FORM == "raw":
-        tokenizer.chat_template = dialogue.RAW
+    apply_form(tokenizer, path)
     if tokenizer.eos_token_id is None:
         raise InputError(
             f'{path}: the tokenizer has no eos token; set "eos_token" in its tokenizer_config.json'

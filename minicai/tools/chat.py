@@ -114,7 +114,7 @@ def main(flags: list[str], folder: str) -> None:
     """Answers lines from a terminal or a pipe. Raises InputError where a file cannot be used."""
     options = config.options(ChatOptions, flags)
     parallel.setup()
-    dialogue.FORM = options.form
+    dialogue.choose_form(options.form, folder, options.against)
     speakers = []
     for path in filter(None, [folder, options.against]):
         model = load_policy(path)

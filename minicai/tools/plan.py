@@ -100,7 +100,7 @@ def planned(stage: str, arguments, N) -> dict:
     script, kind = SCRIPTS[stage]
     cfg = config.load(kind, stage, arguments)
     parallel.setup(cfg.device, cfg.precision)
-    dialogue.FORM = cfg.form
+    dialogue.choose_form(cfg.form, cfg.model)
     b = 2 if parallel.precision() == "bf16" else 4
     models = {name: shape(cfg, name) for name in script.TRAINED + script.FROZEN}
     trained = [models[name] for name in script.TRAINED]

@@ -1,5 +1,6 @@
 """What a model reads and what is learned of it, to the token, with chat templates and without."""
 
+import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -614,16 +615,19 @@ def test_in_the_raw_form_turns_are_one_text_and_nothing_but_blanks_is_no_respons
     assert len(set(*options)) == 2  # the blank of an option counts
 
 
-def test_the_form_is_chosen_by_name_and_stays_with_the_model(tmp_path, monkeypatch):
+def test_the_form_is_chosen_by_name_for_one_model_and_stays_with_it(tmp_path):
     model, tokenizer = tiny_model(vocab=258), byte_tokenizer()
     tokenizer.chat_template = CHATML  # of a base model that has one
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    monkeypatch.setattr(dialogue, "FORM", "raw")
+    shutil.copytree(tmp_path / "base", tmp_path / "judge")
+    dialogue.choose_form("raw", str(tmp_path / "base"), "")
+    judge = load_tokenizer(str(tmp_path / "judge"))
+    assert judge.decode(encode_prompt(judge, "Once")) != "Once"  # it keeps its chat template
     raw = load_tokenizer(str(tmp_path / "base"))
     assert raw.decode(encode_prompt(raw, as_turns("Once"))) == "Once"
     raw.save_pretrained(tmp_path / "base")
-    monkeypatch.setattr(dialogue, "FORM", "auto")
+    dialogue.choose_form("auto", str(tmp_path / "base"))
     again = load_tokenizer(str(tmp_path / "base"))
     assert again.decode(encode_prompt(again, as_turns("Once"))) == "Once"
 
