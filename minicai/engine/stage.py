@@ -88,13 +88,6 @@ class Stage:
         self.removed = [*cfg.later, self.folder] if cfg.overwrite else []
         self.made_by = {p: sha for p, sha in self.sums.items() if not is_file(p)}
         self.record = parallel.once(self._tried, self._look)
-        ours = hub.PACKAGE / "tinyworld"
-        tiny = [what for what, path in config.paths(cfg).items() if str(ours / "data") in str(path)]
-        if tiny and not self.record and not str(cfg.model).startswith(str(ours)):
-            terminal.warn(
-                f"[{section}] {', '.join(tiny)}: still those of the tiny world, and the model is "
-                f'another; set them to files of yours, or to "" for none'
-            )
         if self.record:
             parallel.once(self._tidy)  # a run may have been killed behind its record
             if not terminal.QUIET:
@@ -148,6 +141,16 @@ class Stage:
             Journal(folder / "accepted.jsonl").append([{"changes": self.accepted}])
         write_atomic(folder / "config.toml", self.text)
         terminal.BEGUN = True
+        ours = hub.PACKAGE / "tinyworld"
+        tiny = [
+            what for what, path in config.paths(self.cfg).items() if f"{ours}/data" in str(path)
+        ]
+        if tiny and not str(self.cfg.model).startswith(str(ours)):
+            section = self.name.partition("/")[0]
+            terminal.warn(
+                f"[{section}] {', '.join(tiny)}: still those of the tiny world, and the model is "
+                f'another; set them to files of yours, or to "" for none'
+            )
 
     def stamp(self, *paths: str) -> dict[str, dict[str, str]]:
         """What a row says of the models that made it: {"models": {path: 12 digits of its sum}}."""
