@@ -30,6 +30,7 @@ The engine can wait: engine/stage.py and engine/sampler.py are the files of it t
 on most.
 """
 
+import os
 import sys
 
 __version__ = "0.1.0"
@@ -48,6 +49,11 @@ class RunError(RuntimeError):
     Commands print it and exit with code 1.
     """
 
+
+# torch's threads spin while they wait, which is slow beside other programs. So they spin shortly,
+# unless the user has set how. It must be set before torch is imported (bench/waiting.py).
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "1000"
 
 # Ctrl-C before terminal.run, while a command still imports, is one line too.
 sys.excepthook = lambda kind, *rest: (

@@ -143,12 +143,11 @@ class Stage:
         terminal.BEGUN = True
         ours = hub.PACKAGE / "tinyworld"
         tiny = [
-            what for what, path in config.paths(self.cfg).items() if f"{ours}/data" in str(path)
+            what for what, path in config.paths(self.cfg).items() if str(ours / "data") in str(path)
         ]
         if tiny and not str(self.cfg.model).startswith(str(ours)):
-            section = self.name.partition("/")[0]
             terminal.warn(
-                f"[{section}] {', '.join(tiny)}: still those of the tiny world, and the model is "
+                f"[{self.name}] {', '.join(tiny)}: still those of the tiny world, and the model is "
                 f'another; set them to files of yours, or to "" for none'
             )
 

@@ -27,6 +27,7 @@ class DataOptions:
     """Options."""
 
     model: str = ""  # a model folder: lengths in its tokens, and what does not fit its context
+    form: str = config.setting("auto", choices=("auto", "raw"))  # of what a model reads
     max_new_tokens: int = config.setting(256, at_least=1)  # that must fit in after a prompt
     skip_bad: bool = False  # as in a stage's config: rows that cannot be used are no error
     skip_long: bool = False  # likewise rows that do not fit into the model's context
@@ -80,6 +81,7 @@ def as_ids(options: DataOptions, file: str, rows: list, skip: Skip) -> tuple:
     """The rows that the model can read, what gives the token ids of one, and what decodes them."""
     from minicai.engine import dialogue, load, sampler  # torch, which takes seconds to import
 
+    dialogue.FORM = options.form
     tokenizer = load.load_tokenizer(options.model)
     model = SimpleNamespace(tokenizer=tokenizer, config=load.load_config(options.model))
     if isinstance(rows[0], dict):

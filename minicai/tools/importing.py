@@ -88,17 +88,7 @@ FIELDS = {
     "front": "clarification explanation rationale definition description",
 }
 LISTS = (  # keys of lists and tables of principles
-    "principles",
-    "principle",
-    "constitution",
-    "constitutions",
-    "criteria",
-    "traits",
-    "rules",
-    "guidelines",
-    "values",
-    "sections",
-    "categories",
+    r"principles?|constitutions?|criteria|traits|rules|guidelines|values|sections|categories"
 )
 
 # --- Markdown and plain text ----------------------------------------------------------------------
@@ -134,9 +124,11 @@ def read(path: Path) -> Found:
             notes["repeated principles"] += 1
             continue
         seen.add(words)
-        slug = _slug(row)
-        names[slug] += 1
-        name = slug if names[slug] == 1 else f"{slug}-{names[slug]}"
+        name = slug = _slug(row)
+        while name in names:
+            names[slug] += 1
+            name = f"{slug}-{names[slug]}"
+        names[name] = 1
         requests = _completed(row)
         principles.append(Principle(name, **requests))
         made |= {(name, request) for request in REQUESTS if not row.get(request)}
@@ -290,7 +282,8 @@ def _rows(content, where: str, notes: Counter, name: str = "") -> Iterator[dict]
 
 
 def _from_fields(table: dict, where: str, notes: Counter, name: str) -> Iterator[dict]:
-    keys = {re.sub(r"[\W_]", "", str(key)).casefold(): key for key in table}
+    table = {str(key): value for key, value in table.items()}  # a key of YAML may be a number
+    keys = {re.sub(r"[\W_]", "", key).casefold(): key for key in table}
     row, used = {}, set()
     for field, names in FIELDS.items():
         for key in (key for key in names.split() if key in keys and key not in used):
@@ -301,26 +294,28 @@ def _from_fields(table: dict, where: str, notes: Counter, name: str) -> Iterator
                 row |= {"key": key} if field == "rule" else {}
     if row.get("name", "0").isdigit():
         row["name"] = name
-    inner = [key for key in LISTS if isinstance(table.get(keys.get(key)), list | dict)]
-    if isinstance(table.get(keys.get("constitution")), str):
-        inner.append("constitution")
-    if inner:
+    inner = [key for key in keys if re.fullmatch(LISTS, key) and key not in used]
+    inner = [key for key in inner if isinstance(table[keys[key]], str | list | dict)]
+    # A table of principles may have a description, and a principle may have lists, as of tags.
+    about = row.get("key", "text") in ("text", "description", "value")
+    if inner and about and not any(row.get(request) for request in REQUESTS):
         for key in inner:
-            yield from _rows(table[keys[key]], f"{where}: {keys[key]}", notes, row["name"])
+            tag = row["name"] if "row" in where else ""
+            yield from _rows(table[keys[key]], f"{where}: {_clean(keys[key])}", notes, tag)
     elif any(row.get(field) for field in ("rule", *REQUESTS)):
         notes.update(f"key {keys[key]}" for key in keys if key not in used)
         yield row
     elif "row" not in where and all(isinstance(x, str | list | dict) for x in table.values()):
         for key, value in table.items():
-            if isinstance(value, dict) and "prompt" in value:  # the paper's file
-                critique = " ".join(value["prompt"])
+            if isinstance(value, dict) and isinstance(value.get("prompt"), list):
+                critique = " ".join(map(str, value["prompt"]))  # the paper's file
                 value = {"critique": critique, "revision": value.get("edit_request", "")}
-            yield from _rows(value, f"{where}: {key}", notes, "" if key.isdigit() else key)
+            yield from _rows(value, f"{where}: {_clean(key)}", notes, "" if key.isdigit() else key)
     else:
         known = ", ".join(FIELDS["rule"].split()[:5])
         raise InputError(
             f"{where}: needs a text under {known}, critique, revision or comparison; it has "
-            f"{', '.join(map(str, table)) or 'no key'}"
+            f"{_clean(', '.join(table)) or 'no key'}"
         )
 
 

@@ -81,6 +81,25 @@ def test_agree_compares_labels_with_people(folder, tmp_path, options, capsys):
     )
 
 
+def test_agree_leaves_out_what_cannot_be_read_or_compared_where_it_is_told_to(
+    folder, tmp_path, options, capsys
+):
+    rows = [{"prompt": f"Tell {k}", "chosen": "yes", "rejected": "no"} for k in range(3)]
+    rows += [{"prompt": "x" * 2000, "chosen": "yes", "rejected": "no"}, {"prompt": "Tell"}]
+    file = tmp_path / "pairs.data"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for flags, message in (
+        ([], "line 5: needs"),
+        (["--skip_bad=true"], "pair pairs.data:4, with its comparison: prompt 1 has 2"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(capsys, "agree", *options, *flags, file)
+    run(capsys, "agree", *options, "--skip_bad=true", "--skip_long=true", file)
+    record = json.loads((tmp_path / "out" / "agree" / "stage.json").read_text())
+    assert record["count"] == 3
+    assert record["left_out"] == {str(file): {"bad": 1}, "pairs": {"long": 1}}
+
+
 def test_choices_prints_the_accuracy_with_its_interval(folder, tmp_path, capsys):
     items = [{"prompt": f"{k}?", "corrects": [" (A)"], "incorrects": [" (B)"]} for k in range(8)]
     flipped = [

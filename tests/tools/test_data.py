@@ -8,6 +8,7 @@ import time
 import pytest
 
 from minicai import InputError
+from minicai.engine import dialogue
 from minicai.tools import data
 from tests.engine.test_templates import chat_tokenizer
 
@@ -41,7 +42,10 @@ def test_a_file_is_described_without_a_model_and_refused_as_a_stage_would(pairs,
     data.main(["--skip_bad=true"], str(pairs))
 
 
-def test_with_a_model_it_counts_tokens_and_what_does_not_fit(pairs, models, tmp_path, capsys):
+def test_with_a_model_it_counts_tokens_and_what_does_not_fit(
+    pairs, models, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(dialogue, "FORM", "auto")
     model = tmp_path / "model"
     model.mkdir()
     for file in (models / "whole").iterdir():
@@ -57,6 +61,9 @@ def test_with_a_model_it_counts_tokens_and_what_does_not_fit(pairs, models, tmp_
     assert "pair pairs.jsonl:2: prompt 1 has 6" in said and "2 rows can be used" in said
     assert "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n[Hello.<|im_end|>]\n" in said
     data.main([*flags, "--skip_long=true"], str(pairs))
+    capsys.readouterr()
+    data.main([*flags, "--skip_long=true", "--form=raw"], str(pairs))
+    assert "\nHi[Hello.<|endoftext|>]\n" in capsys.readouterr().out
     (tmp_path / "p.txt").write_text("Hi\n" + "x" * 400 + "\n")
     capsys.readouterr()
     with pytest.raises(InputError, match="skip_long"):

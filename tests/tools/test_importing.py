@@ -4,14 +4,19 @@ The fixtures are written for these tests. Their shapes are those of the public f
 """
 
 import json
+import re
+import shlex
 import tomllib
 
 import pytest
 
 from minicai import InputError, __main__
 from minicai.constitution import REQUESTS, load
+from minicai.engine import config
 from minicai.tools import importing
+from minicai.tools.constitution import TryConfig
 from minicai.tools.proofread import proofread
+from tests.conftest import ROOT
 
 NUMBERED = (
     "1. Select the response that gives more detail.\n2. Select the response that does not flatter."
@@ -184,6 +189,14 @@ def test_requests_that_a_file_has_are_kept(tmp_path):
     assert short.comparison == "Which is shorter?" and '"Be short."' in short.revision
 
 
+def test_a_table_of_principles_may_have_a_description_and_a_principle_may_have_tags(tmp_path):
+    rows = [{"principle": "Be kind.", "values": ["kindness"]}, {"principle": "Be brief."}]
+    table = {"name": "ours", "description": "What we ask.", "principles": rows}
+    found = importing.read(write(tmp_path, "ours.json", json.dumps(table)))
+    assert [p.name for p in found.principles] == ["be-kind", "be-brief"]
+    assert '"Be brief."' in found.principles[1].critique and found.notes == ("key values (1)",)
+
+
 def test_the_papers_files_are_read_without_the_labels_around_their_requests(tmp_path):
     critique = "\n\nCritiqueRequest: Say what is loud.\n\nCritique:"
     table = {
@@ -276,3 +289,21 @@ def test_import_overwrites_nothing_and_names_the_file_that_it_needs(tmp_path, ca
     assert "name it mine.toml" in command(capsys, "import", path, tmp_path / "mine.md")[1]
     assert "--like=x: unknown key" in command(capsys, "import", path, "--like=x")[1]
     assert "is a TOML file" in command(capsys, "import", tmp_path / "lines.toml")[1]
+
+
+def test_the_page_does_what_it_says(tmp_path, monkeypatch, capsys):
+    """Its files are imported and checked by its commands; what it prints of them is in them."""
+    page = (ROOT / "docs" / "constitutions.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for name, content in re.findall(r"(?ms)^```\w+ (\S+)\n(.*?)^```$", page):
+        write(tmp_path, name, content)
+    commands = re.findall(r"(?m)^python -m minicai constitution (.*)$", page)
+    said = [command(capsys, *shlex.split(c))[1] for c in commands if c.split()[0] in "import check"]
+    assert [bool(x) for x in said] == [True, True] + [False] * 5
+    for shown in re.findall(r"(?ms)^```toml\n(.*?)^```$", page):
+        assert any(shown in file.read_text() for file in tmp_path.glob("out/*.toml"))
+    tried = [shlex.split(c)[2:] for c in commands if c.split()[0] in ("try", "diff")]
+    for words in tried:
+        flags = config.with_config([word for word in words if word.startswith("--")])
+        assert config.load(TryConfig, "try", flags).n == 40
+    assert len(tried) == 2
