@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from minicai import InputError, RunError
-from minicai.engine import checkpoint, config, disk, parallel, stage, terminal
+from minicai.engine import checkpoint, config, disk, hub, parallel, stage, terminal
 from minicai.engine.data import read_jsonl, read_record
 from minicai.engine.disk import lock, sha256
 from minicai.engine.stage import Stage, code_fingerprints
@@ -297,6 +297,14 @@ def test_a_comment_a_docstring_or_layout_refuses_nothing(place, file, old, new):
     interrupted(place)
     edit(place / file, old, new)
     assert run(place)["weight"]
+
+
+@pytest.mark.parametrize("file, warned", [("red_team.jsonl", True), ("", False)])
+def test_a_model_of_ones_own_on_the_tiny_world_s_prompts_is_warned_of(place, capsys, file, warned):
+    data = str(hub.PACKAGE / "tinyworld" / "data" / file) if file else str(place / "data.jsonl")
+    cfg = Config(model=str(place / "base"), out=str(place / "out"), data=data, device="cpu")
+    Stage(cfg, "sl", {"model": cfg.model}).journal("rows.jsonl")
+    assert ("[sl] data: still those of the tiny world" in capsys.readouterr().err) == warned
 
 
 def test_paths_may_change_where_contents_are_equal(place):
