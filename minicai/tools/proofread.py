@@ -15,7 +15,7 @@ from minicai.constitution import REQUESTS, Constitution, Principle
 from minicai.tools import importing
 
 NEAR = 0.82  # share of common words; at most 0.80 in minicai's own constitutions
-NEIGHBOURS = 40  # requests that one is compared with
+NEIGHBOURS = 20  # requests that one is compared with
 
 
 @dataclass(frozen=True)
