@@ -16,7 +16,7 @@ more: alpha, sl_data, sl_batch.
 
 What to look at: `sl_loss` in OUT/ppo/metrics.jsonl beside `reward` and `kl`. The larger alpha is,
 the faster the reward rises and the less the policy is held at the revisions. On the tiny world the
-term does not help (README, "Variants"): revisions keep rude words that the reward model dislikes.
+term does not help (docs/variants.md): revisions keep rude words that the reward model dislikes.
 
 Beside train_ppo.py it leaves out reward functions. Steps 1 to 4 and 6 are the same; step 5 is new.
 """
@@ -30,7 +30,7 @@ from minicai import InputError, losses
 from minicai.critique import training_pairs
 from minicai.engine import parallel
 from minicai.engine.config import path_setting, positive
-from minicai.engine.data import epoch_order, read_jsonl, read_prompts, shuffled
+from minicai.engine.data import epoch_order, read_jsonl, shuffled
 from minicai.engine.dialogue import decode, encode_learned, encode_prompt
 from minicai.engine.load import load_policy, load_scorer, require_same_tokens
 from minicai.engine.models import (
@@ -42,6 +42,7 @@ from minicai.engine.models import (
     sequence_scores,
     token_values,
 )
+from minicai.engine.rows import read_prompts
 from minicai.engine.sampler import Sampling, check_prompts, sample
 from minicai.engine.stage import Stage, script
 from minicai.prompts import as_turns

@@ -68,7 +68,7 @@ def save(
 def _together(function: Callable, state: dict, folder: Path) -> None:
     """Calls dcp.save or dcp.load. Raises what went wrong inside, a KeyboardInterrupt too."""
     try:
-        return function(state, checkpoint_id=folder, no_dist=parallel.world() == 1)
+        return function(state, checkpoint_id=folder)
     except dcp.CheckpointException as error:
         failed = [inner for inner, _ in error.failures.values()]
     raise failed[0]  # outside of `except`, where it would lose its own cause

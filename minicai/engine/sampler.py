@@ -27,7 +27,6 @@ from minicai import InputError
 from minicai.critique import Generate
 from minicai.engine import parallel
 from minicai.engine.attention import Slots, context_length, last_hidden
-from minicai.engine.data import STRICT, Skip, TooLong
 from minicai.engine.dialogue import (
     Asked,
     decode,
@@ -37,6 +36,7 @@ from minicai.engine.dialogue import (
     end_ids,
 )
 from minicai.engine.models import apply_head, require_finite, shared_hidden_states
+from minicai.engine.rows import STRICT, Skip, TooLong
 from minicai.engine.terminal import Progress, warn
 from minicai.feedback import Choose
 from minicai.prompts import CHOICES, Prompt, as_turns, render

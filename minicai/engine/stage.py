@@ -39,7 +39,7 @@ from transformers import PreTrainedModel
 
 from minicai import InputError, RunError
 from minicai.engine import checkpoint, config, dialogue, hub, parallel, terminal
-from minicai.engine.data import Journal, Skip, finite, read_record
+from minicai.engine.data import Journal, finite, read_record
 from minicai.engine.disk import (
     OLD,
     damaged,
@@ -52,6 +52,7 @@ from minicai.engine.disk import (
     sums,
     write_atomic,
 )
+from minicai.engine.rows import Skip
 
 NOTES = "notes.json"  # in the folder of a run that is not finished
 SKIPPED_AT_MOST = 3  # updates in a row whose loss or gradient is not finite; then the run stops

@@ -15,7 +15,7 @@ import numpy as np
 
 from minicai import InputError
 from minicai.engine import config
-from minicai.engine.data import Skip, form_of, read_preferences, read_prompts
+from minicai.engine.rows import Skip, form_of, read_preferences, read_prompts
 from minicai.engine.terminal import marked, plain, table
 from minicai.prompts import Prompt, as_turns, render
 

@@ -21,8 +21,9 @@ from textwrap import shorten
 
 from minicai.constitution import Constitution, load
 from minicai.critique import Generate, Revising, critique_and_revise, faults, in_turn
-from minicai.engine.data import Skip, epoch_order, read_jsonl, read_prompts
+from minicai.engine.data import epoch_order, read_jsonl
 from minicai.engine.load import load_policy
+from minicai.engine.rows import Skip, read_prompts
 from minicai.engine.sampler import Sampling, chooser, responder
 from minicai.engine.stage import Stage
 from minicai.engine.terminal import emphasis, plain, table

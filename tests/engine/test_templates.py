@@ -19,7 +19,6 @@ from transformers.utils import chat_template_utils
 import train_ppo
 from minicai import InputError
 from minicai.engine import dialogue, terminal
-from minicai.engine.data import Skip, TooLong
 from minicai.engine.dialogue import (
     decode,
     encode,
@@ -31,6 +30,7 @@ from minicai.engine.dialogue import (
     show_first,
 )
 from minicai.engine.load import load_policy, load_tokenizer, require_same_tokens
+from minicai.engine.rows import Skip, TooLong
 from minicai.engine.sampler import (
     Sampling,
     check_prompts,

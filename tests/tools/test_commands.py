@@ -18,7 +18,7 @@ import train_ppo
 import train_rm
 import train_sl
 from minicai.__main__ import COMMANDS
-from minicai.engine import data
+from minicai.engine import rows
 from tests.conftest import ROOT
 
 TRAIN = {
@@ -240,7 +240,7 @@ def test_an_interrupt_ends_with_1_and_says_how_to_resume(command, world, monkeyp
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "read_prompts", interrupt)
+    monkeypatch.setattr(rows, "read_prompts", interrupt)
     code, out, err = command("train_sl.py", world / "config.toml")
     assert (code, out) == (1, "")
     assert err == "\ninterrupted; the same command starts again\n"

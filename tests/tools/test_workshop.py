@@ -10,7 +10,8 @@ from minicai import InputError, __main__
 from minicai.constitution import Constitution, Principle
 from minicai.critique import Revising, in_turn
 from minicai.engine import config
-from minicai.engine.data import read_jsonl, read_prompts
+from minicai.engine.data import read_jsonl
+from minicai.engine.rows import read_prompts
 from minicai.feedback import p_first_of
 from minicai.prompts import render
 from minicai.tools import trial
