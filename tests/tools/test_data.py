@@ -43,7 +43,7 @@ def test_a_file_is_described_without_a_model_and_refused_as_a_stage_would(pairs,
 def test_with_a_model_it_counts_tokens_and_what_does_not_fit(
     pairs, models, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(dialogue, "FORM", "auto")
+    monkeypatch.setattr(dialogue, "_raw", set())
     model = tmp_path / "model"
     model.mkdir()
     for file in (models / "whole").iterdir():
