@@ -118,20 +118,20 @@ def _completed(row: dict) -> Iterator[str]:
     if re.match(COMPARES, text) and not front:
         row["comparison"] = text
     text = text or _clean(row.get("comparison", ""))
-    says = TRAIT if re.search(FIRST_PERSON, text) else RULE
+    trait = re.search(FIRST_PERSON, text) and not row.get("comparison")
     for request, asked in ASKED.items():
         words = _clean(row.get(request, ""))
         if text and not words:
             # The critique stands before the revision, and has the front.
             above = f"{front}\n\n" if front and request != "revision" else ""
-            words = f'{above}{says}: "{text}" {asked}'
+            words = f'{above}{TRAIT if trait else RULE}: "{text}" {asked}'
         # TOML cannot hold control characters and halves of characters.
         yield re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", "?", words)
 
 
 def _slug(row: dict) -> str:
     """A name: the row's, or the first words of its text, without "Choose the response that"."""
-    text = next(filter(None, map(row.get, FIELDS.values())))
+    text = next(filter(None, map(row.get, FIELDS.values())), "")
     bare = re.sub(rf"{COMPARES}.*?\b(that|which|who)\b( (is|are|has|have)\b)?", "", _clean(text))
     return "-".join(re.findall(r"\w+", bare.casefold())[:6])[:60] or "principle"
 
@@ -151,7 +151,7 @@ def _json(path: Path, text: str) -> str | list | dict | None:
         return json.loads(text)
     except ValueError:
         with suppress(ValueError):
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
         if path.suffix.lower().startswith(".json"):
             raise
         return None

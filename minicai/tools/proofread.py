@@ -15,7 +15,7 @@ from minicai.constitution import REQUESTS, Constitution, Principle
 from minicai.tools import importing
 
 NEAR = 0.82  # share of common words; at most 0.80 in minicai's own constitutions
-NEIGHBOURS = 40  # requests that one is compared with
+NEIGHBOURS = 20  # requests that one is compared with
 
 
 @dataclass(frozen=True)
@@ -208,8 +208,8 @@ def _matches(name: str, texts: dict[str, str]) -> Iterator[Finding]:
 def _alike(principles: tuple[Principle, ...]) -> Iterator[Finding]:
     """Requests that count twice, since their words are the same, or nearly.
 
-    Each is compared with up to NEIGHBOURS before it in alphabetical order: in a constitution that a
-    person wrote, with all others. All pairs of 10,000 principles would take hours.
+    Each is compared with up to NEIGHBOURS before it in alphabetical order: in a constitution as
+    long as the paper's, with all others. All pairs of 10,000 principles would take hours.
     """
     for request in REQUESTS:
         bare = [_bare(getattr(p, request)).split() for p in principles]

@@ -248,6 +248,7 @@ def test_any_text_survives_the_way_into_toml(tmp_path):
         ("none.json", None, "none.json: cannot be imported: [Errno 2] No such file"),
         ("a.md", "", "a.md: holds no principle"),
         ("a.json", "[]", "a.json: holds no principle"),
+        ("a.json", '["", {"trait": " "}, {"rule": "**"}]', "a.json: holds no principle"),
         ("a.json", "7", "row 1 needs a text under principle, trait, "),
         ("a.json", "[1, 2]", "a.json: cannot be imported: row 1 needs a text under principle"),
         ("a.json", '[{"name": "a", "principles": ["Be kind."]}]', "row 1 needs a text under"),
