@@ -81,7 +81,7 @@ def as_ids(options: DataOptions, file: str, rows: list, skip: Skip) -> tuple:
     """The rows that the model can read, what gives the token ids of one, and what decodes them."""
     from minicai.engine import dialogue, load, sampler  # torch, which takes seconds to import
 
-    dialogue.FORM = options.form
+    dialogue.choose_form(options.form, options.model)
     tokenizer = load.load_tokenizer(options.model)
     model = SimpleNamespace(tokenizer=tokenizer, config=load.load_config(options.model))
     if isinstance(rows[0], dict):
