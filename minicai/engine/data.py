@@ -19,7 +19,7 @@ import numpy as np
 
 from minicai import InputError, RunError
 from minicai.engine.disk import disk_guard, json_sha256, sync
-from minicai.engine.rows import as_prompt, question, read_items, read_object, read_text
+from minicai.engine.rows import as_prompt, question, read_bytes, read_items, read_object
 from minicai.prompts import render
 
 # --- journals -------------------------------------------------------------------------------------
@@ -44,7 +44,7 @@ class Journal:
     def __init__(self, path: Path, group: int = 1, total: int | None = None):
         self.path, self.name, self.mirror = path, path.stem, None
         self.group, self.total = group, total
-        self.rows, self.sizes = read_journal(path), [len(x.encode()) + 1 for x in _whole(path)]
+        self.lines, self.rows = _whole(path), read_journal(path)
         count, ids = len(self.rows), [str(row["id"]) for row in self.rows if "id" in row]
         if total is not None and len(set(ids)) < len(ids):
             raise InputError(f"{path}: has a row twice; remove one of them")
@@ -56,7 +56,7 @@ class Journal:
         It cannot where another program has changed or removed the file.
         """
         rows = [finite(row) for row in rows]
-        lines = _lines(rows)
+        lines = [(json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows]
         if self.path:
             self.check()
             try:
@@ -73,43 +73,29 @@ class Journal:
         if self.mirror:
             self.mirror(rows)
         self.rows += rows
-        self.sizes += map(len, lines)
+        self.lines += lines
         self.sum = _chain(lines, self.sum)
 
     def check(self) -> None:
         """Raises RunError where the file does not hold just these rows."""
-        if not self.path:
-            return
         size = os.path.getsize(self.path) if os.path.exists(self.path) else 0
-        if size != sum(self.sizes):
-            raise self._changed()
-
-    def _changed(self) -> RunError:
-        return RunError(
-            f"{self.path}: was removed or changed by another program; put it back, and the same "
-            f"command (without --overwrite) resumes"
-        )
+        if size != sum(map(len, self.lines)):
+            raise RunError(
+                f"{self.path}: was removed or changed by another program; put it back, and the "
+                f"same command (without --overwrite) resumes"
+            )
 
     def keep(self, count: int) -> None:
-        """Forgets all but the first `count` rows, as those logged after the latest checkpoint.
-
-        Raises RunError where there are fewer.
-        """
-        if count > len(self.rows):
-            raise self._changed()
-        self.rows, self.sizes = self.rows[:count], self.sizes[:count]
-        self.sum = _chain(_lines(self.rows))
+        """Forgets all but the first `count` rows, as those logged after the latest checkpoint."""
+        self.rows, self.lines = self.rows[:count], self.lines[:count]
+        self.sum = _chain(self.lines)
         if self.path and self.path.exists():
             with disk_guard(self.path):
-                os.truncate(self.path, sum(self.sizes))
+                os.truncate(self.path, sum(map(len, self.lines)))
 
     def begins_as(self, count: int, known: str) -> bool:
         """Whether `known` was the `sum` of the first `count` rows."""
-        return _chain(_lines(self.rows[:count])) == known
-
-
-def _lines(rows: list[dict]) -> list[bytes]:
-    return [(json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows]
+        return _chain(self.lines[:count]) == known
 
 
 def _chain(lines: list[bytes], sha: str = "") -> str:
@@ -188,20 +174,13 @@ def split(rows: list[dict], share: float, seed: int) -> tuple[list[dict], list[d
 # --- reading our own files ----------------------------------------------------------------------
 
 
-# What a key holds wherever it occurs in a row that minicai wrote, or in a record, where it may be
-# the name of a principle too, which has an object.
+# What a key holds wherever it occurs in a row that minicai wrote.
 ROW = {
     str: {"chosen", "critique", "final", "first", "initial", "rejected", "response", "second"},
     str | None: {"kind", "principle", "rationale"},
     float | int: {"step", "p_first", "logp_first", "logp_second"},
     float | int | None: {"score", "kl", "loss"},
     list: {"rounds", "votes", "corrects", "incorrects"},
-}
-RECORD = {
-    float | int | dict: {"count", "elo", "peak_rss_mb"},
-    float | int | dict | None: {"rate", "kl", "ece", "accuracy_vs_judge", "accuracy_vs_labels"},
-    list | dict: {"interval", "heldout_ids", "calibration", "harmful_by_round"},
-    dict: {"eval", "files", "intervals", "jailbreaks", "labels", "replayed", "revision", "run"},
 }
 
 
@@ -214,25 +193,24 @@ class Found(dict):
         for kind, names in kinds.items():
             for name in names & found.keys():
                 if not isinstance(found[name], kind) or isinstance(found[name], bool):
-                    said = json.dumps(found[name])[:80]
-                    raise InputError(f'{where}: "{name}" cannot be {said}')
+                    raise InputError(f'"{name}" cannot be {json.dumps(found[name])[:80]}')
         if "prompt" in found:
-            try:
-                as_prompt(*question("prompt", found))
-            except InputError as error:
-                raise InputError(f"{where}: {error}") from error
+            as_prompt(*question(found, "prompt"))
 
     def __missing__(self, key: str):
         raise InputError(f'{self.where}: needs "{key}"')
 
 
-def _ours(line: str, where: str, kinds: dict) -> dict:
-    return read_object(line, where, partial(Found, where, kinds))
+def _ours(line: str | bytes, where: str, kinds: dict) -> dict:
+    try:
+        return read_object(line, partial(Found, where, kinds))
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def read_record(path: Path) -> dict:
     """The JSON object that a file of ours is. Raises InputError where it is damaged."""
-    record = _ours(read_text(path), f"{path}", RECORD)
+    record = _ours(read_bytes(path), f"{path}", {})
     known = record.pop("sha256", None)
     if known and known != json_sha256(record):
         raise InputError(
@@ -244,16 +222,17 @@ def read_record(path: Path) -> dict:
 
 def read_toml(path: Path) -> dict:
     """The table that a file is. Raises InputError where it is damaged."""
-    text = read_text(path)
+    data = read_bytes(path)
     try:
-        return tomllib.loads(text)
+        return tomllib.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid TOML: {error}") from error
 
 
-def _whole(path: Path) -> list[str]:
+def _whole(path: Path) -> list[bytes]:
     """The lines of a journal. What follows the last line end is torn, or being written."""
-    return read_text(path, "utf-8", "surrogateescape").split("\n")[:-1] if path.exists() else []
+    lines = read_bytes(path).split(b"\n") if path.exists() else [b""]
+    return [line + b"\n" for line in lines[:-1]]
 
 
 def read_journal(path: Path) -> list[dict]:
@@ -263,4 +242,4 @@ def read_journal(path: Path) -> list[dict]:
 
 def read_jsonl(path: str | Path) -> list[dict]:
     """The rows of a file of ours with one JSON object per line. Raises InputError that names it."""
-    return [_ours(item, where, ROW) for _, where, item in read_items(path)]
+    return [_ours(item, where, ROW) for where, (_, item) in read_items(path)]

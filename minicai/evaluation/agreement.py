@@ -49,10 +49,10 @@ def comparable(
     def look(row: dict) -> dict:
         text = render_comparison(row["prompt"], row["first"], row["second"], longest)
         ids = encode_prompt(model.tokenizer, text)
-        check_lengths(model.config, [ids], OPTION, f"pair {row['id']}, with its comparison")
+        check_lengths(model.config, [ids], OPTION, "its comparison")
         return row
 
-    return skip.keep("pairs", preferences, look)
+    return skip.keep("pairs", [(f"pair {row['id']}", row) for row in preferences], look)
 
 
 def human_agreement(

@@ -101,13 +101,6 @@ def test_keep_forgets_the_lines_beyond_a_count(path, count, kept):
     assert Journal(path).rows == journal.rows == [*ROWS[:kept], {"id": "next"}]
 
 
-def test_rows_that_a_checkpoint_counts_and_the_file_lacks_are_missed(path):
-    Journal(path).keep(0)
-    assert not path.exists()
-    with pytest.raises(RunError, match="was removed or changed by another program; put it back"):
-        Journal(path).keep(3)
-
-
 @pytest.mark.parametrize(
     "line, reason",
     [

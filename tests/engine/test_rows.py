@@ -52,7 +52,7 @@ def test_prompts_of_a_jsonl_file_are_texts_or_turns(tmp_path, name):
         ("{}", 'needs "prompt"'),
         ('{"goal": "Why?", "kind": 1}', "it has goal, kind"),
         ('{"prompt": " "}', 'needs "prompt"'),
-        ('{"prompt": []}', 'needs "prompt"'),
+        ('{"prompt": []}', "must be the user's"),
         ('{"prompt": 3}', 'needs "prompt"'),
         ('{"prompt": ["Why?"]}', "a turn must be"),
         ('{"prompt": [{"role": "tool", "content": "Why?"}]}', "a turn must be"),
@@ -60,7 +60,6 @@ def test_prompts_of_a_jsonl_file_are_texts_or_turns(tmp_path, name):
         (json.dumps({"prompt": [*TURNS, {"role": "system", "content": "x"}]}), "must be the first"),
         ('{"prompt": [{"role": "user", "content": null}]}', "a turn must be"),
         ('{"prompt": [{"role": "user"}]}', "a turn must be"),
-        (json.dumps({"prompt": TURNS[:2]}), "must be the user's"),
     ],
 )
 @pytest.mark.parametrize("name", ["p.jsonl", "p.jsonl.gz"])
@@ -79,7 +78,7 @@ def test_of_a_wrong_turn_80_characters_are_shown(tmp_path):
 
 @pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.jsonl.gz"])
 def test_a_file_without_a_prompt_is_refused(tmp_path, name):
-    assert refusal(read_prompts, write(tmp_path / name, "\n \n")) == ": holds no prompt"
+    assert refusal(read_prompts, write(tmp_path / name, "\n \n")) == ": holds no row"
 
 
 @pytest.mark.parametrize("read", [read_prompts, read_preferences, read_jsonl])
@@ -93,7 +92,9 @@ def test_a_folder_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
 def test_a_file_that_is_not_utf8_is_refused(tmp_path, name):
-    assert "0xff" in refusal(read_prompts, write(tmp_path / name, b'{"prompt": "\xff"}\n'))
+    assert "not valid JSON in UTF-8" in refusal(
+        read_prompts, write(tmp_path / name, b'{"prompt": "\xff"}\n')
+    )
 
 
 def damaged_gzip() -> dict[str, bytes]:
@@ -136,7 +137,7 @@ def test_transcripts_are_prompts(tmp_path):
     (tmp_path / "attempts.jsonl").write_text(
         '[{"transcript": "Human: Why?"}, {"transcript": "nobody"}]'
     )
-    with pytest.raises(InputError, match=r"attempts.jsonl, item 2: needs \"prompt\""):
+    with pytest.raises(InputError, match=r"attempts.jsonl, item 2: .*not a transcript that opens"):
         read_prompts(tmp_path / "attempts.jsonl")
     (tmp_path / "attempts.jsonl").write_text('[{"transcript": "Human: Why?"}')
     with pytest.raises(InputError, match="not a valid JSON list"):
@@ -202,16 +203,16 @@ def test_hh_transcripts_become_a_prompt_and_two_responses(tmp_path):
         ("{", "not valid JSON"),
         (pair(prompt="one?", chosen="good"), 'needs "chosen" and "rejected"'),
         (pair(prompt="one?", chosen=["good"], rejected="bad"), 'not "good"'),
-        (pair(prompt="one?", chosen=3, rejected="bad"), '"chosen" cannot be 3'),
+        (pair(prompt="one?", chosen=3, rejected="bad"), '"chosen": not a transcript'),
         (pair(prompt="", chosen="good", rejected="bad"), '"chosen": not a transcript'),
         (pair(prompt=TURNS[:2], chosen="good", rejected="bad"), "must be the user's"),
         (
             pair(chosen=SINGLE + "a", rejected=SINGLE.replace("tall", "wide") + "b"),
-            "different prompts",
+            "answers to one prompt",
         ),
-        (pair(chosen=SINGLE + "a", rejected=MULTI + "b"), "different prompts"),
+        (pair(chosen=SINGLE + "a", rejected=MULTI + "b"), "answers to one prompt"),
         (pair(chosen="good", rejected="bad"), "not a transcript"),
-        (pair(chosen="Once, " + SINGLE + "a", rejected=SINGLE + "b"), "different prompts"),
+        (pair(chosen="Once, " + SINGLE + "a", rejected=SINGLE + "b"), "answers to one prompt"),
         (pair(chosen=SINGLE + "a", rejected="\n\nHuman: How tall is it?"), "not a transcript"),
         (
             pair(chosen=SINGLE + "a\n\nHuman: b", rejected=SINGLE + "b\n\nHuman: b"),
@@ -246,9 +247,7 @@ def test_a_wrong_pair_is_refused_with_its_file_and_line(tmp_path, line, reason):
 
 
 def test_a_file_without_a_pair_is_refused(tmp_path):
-    assert (
-        refusal(read_preferences, write(tmp_path / "c.jsonl", "\n")) == ": holds no preference pair"
-    )
+    assert refusal(read_preferences, write(tmp_path / "c.jsonl", "\n")) == ": holds no row"
 
 
 def rebuilt(text: str) -> str:
@@ -309,7 +308,7 @@ def compared(row: dict) -> tuple:
         ({"prompt": "Hi", "chosen": HELLO[1:], "rejected": GO[1:]}, "Hi"),
         ({"prompt": "Hi", "chosen": HELLO, "rejected": GO, "messages": HELLO}, "Hi"),
         ({"prompt": HELLO[:1], "chosen": HELLO, "rejected": "Go."}, "Hi"),
-        ({"prompt": [KIND, HELLO[0]], "chosen": HELLO, "rejected": GO[1:]}, [KIND, HELLO[0]]),
+        ({"prompt": [KIND, HELLO[0]], "chosen": HELLO[1:], "rejected": GO[1:]}, [KIND, HELLO[0]]),
         ({"chosen": [KIND, *HELLO], "rejected": [KIND, *GO]}, [KIND, HELLO[0]]),
         ({"system": "Be kind.", "chosen": HELLO, "rejected": GO}, [KIND, HELLO[0]]),
         ({"system": "", "question": "Hi", "chosen": "Hello.", "rejected": "Go."}, "Hi"),
@@ -341,7 +340,7 @@ def compared(row: dict) -> tuple:
         (
             {
                 "chosen": [
-                    {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+                    {"role": "user", "content": "Hi"},
                     {"from": "gpt", "value": "Hello."},
                 ],
                 "rejected": GO,
@@ -368,7 +367,7 @@ def test_each_form_of_pairs_gives_the_same_pair_and_its_prompt(tmp_path, row, ex
     for name, text in (
         ("c.jsonl", json.dumps(row)),
         ("c.json.gz", json.dumps([row])),
-        ("c.json", json.dumps(row, indent=1)),
+        ("c.json", json.dumps([row], indent=1)),
     ):
         [found] = read_preferences(write(tmp_path / name, text))
         assert compared(found) == (expected, "Hello.", "Go.") and found["p_first"] == 1.0
@@ -407,7 +406,7 @@ def test_each_form_of_prompts_is_read(tmp_path, row, expected):
         ({"text": "Hi", "label": 1}, "it has text, label"),
         ({"prompt": {"0": "a"}}, 'needs "prompt", a text or a list of turns, not {"0": "a"}'),
         ({"prompt": "Hi", "system": 3}, "a turn must be"),
-        ({"transcript": 3}, '"transcript" that opens with "Human:"'),
+        ({"transcript": 3}, "not a transcript that opens"),
     ],
 )
 def test_a_conversation_that_is_none_is_refused(tmp_path, row, reason):
@@ -423,17 +422,14 @@ def test_a_conversation_that_is_none_is_refused(tmp_path, row, reason):
         ({"prompt": "Hi", "response_0": "a", "response_1": "b"}, "better_response_id or safer"),
         (
             {"prompt": "Hi", "response_0": "a", "response_1": "b", "better_response_id": 2},
-            "must be 0 or 1, not 2",
+            "0 or 1, not 2",
         ),
-        ({"prompt": "Hey", "chosen": HELLO, "rejected": GO}, 'without the last turn of "prompt"'),
-        (
-            {"chosen": HELLO, "rejected": [*HELLO, HELLO[0]]},
-            "must end with a turn of the assistant",
-        ),
-        ({"chosen": HELLO, "rejected": [HELLO[0]]}, "must end with a turn of the assistant"),
-        ({"chosen": [], "rejected": []}, "answer different prompts"),
+        ({"prompt": "Hey", "chosen": HELLO, "rejected": GO}, 'without a turn of "prompt"'),
+        ({"chosen": HELLO, "rejected": [HELLO[0]]}, "answers to one prompt"),
+        ({"prompt": [KIND, HELLO[0]], "chosen": HELLO, "rejected": GO}, "without a turn of"),
+        ({"chosen": [], "rejected": []}, "answers to one prompt"),
         ({"chosen": WRONG_KIND, "rejected": WRONG_KIND}, "a system turn must be the first"),
-        ({"chosen": {"role": "user"}, "rejected": GO}, '"chosen" cannot be'),
+        ({"chosen": {"role": "user"}, "rejected": GO}, '"chosen": not a transcript'),
     ],
 )
 def test_a_pair_that_is_none_is_refused(tmp_path, row, reason):
@@ -441,19 +437,22 @@ def test_a_pair_that_is_none_is_refused(tmp_path, row, reason):
 
 
 def test_tables_are_read_by_their_header(tmp_path):
-    text = '\ufeffid; prompt;chosen;rejected\r\n1;Hi;"Hello.";Go.\r\n\r\n2;"a\n;b";c;d\r\n'
+    text = '\ufeffid,prompt,chosen,rejected\r\n1,Hi,"Hello.",Go.\r\n\r\n2,"a\n,b",c,d\r\n'
     found = read_preferences(write(tmp_path / "c.csv", text))
-    assert [*map(compared, found)] == [("Hi", "Hello.", "Go."), ("a\n;b", "c", "d")]
-    assert read_prompts(write(tmp_path / "p.tsv.gz", "prompt\tkind\na, b\tx\n")) == ["a, b"]
-    turns = json.dumps(HELLO).replace('"', '""'), str(GO)
-    text = f'chosen,rejected\n"{turns[0]}","{turns[1]}"\n'  # JSON, and as Python prints it
+    assert [*map(compared, found)] == [("Hi", "Hello.", "Go."), ("a\n,b", "c", "d")]
+    assert read_prompts(write(tmp_path / "p.csv.gz", 'kind,prompt\nx,"a, b"\n')) == ["a, b"]
+    turns = [json.dumps(turns).replace('"', '""') for turns in (HELLO, GO)]
+    text = f'chosen,rejected\n"{turns[0]}","{turns[1]}"\n'
     [found] = read_preferences(write(tmp_path / "c.csv", text))
     assert compared(found) == ("Hi", "Hello.", "Go.")
     for text, reason in (
         ("prompt\na, b\n", ", row 1: has more cells"),
         ("goal,target\na,b\n", "it has goal, target"),
-        ('prompt,chosen\n"a,b\nc,d\n', "not a valid table: unexpected end of data"),
-        ("prompt,chosen,prompt\na,b,c\n", "two columns have one name"),
+        ('prompt,chosen\n"a,b\nc,d\n', "not a valid JSON list or table: unexpected end of data"),
+        (
+            f'chosen,rejected\n"{HELLO}",b\n',
+            "not a valid JSON list or table: ",
+        ),  # as Python prints it
         ("prompt,chosen,rejected\na,b\n", 'needs "chosen" and "rejected"'),
         ("chosen,rejected\na,b\n", '"chosen": not a transcript'),
     ):
@@ -476,12 +475,10 @@ def test_content_decides_how_a_file_is_read_not_its_name(tmp_path):
 @pytest.mark.parametrize(
     "begin, name, line",
     [
-        (b"PAR1\x15", "Parquet", 'load_dataset("parquet", data_files="'),
-        (b"ARROW1\0\0", "Arrow", 'load_dataset("arrow", data_files="'),
-        (b"\xff\xff\xff\xff\x10", "Arrow", 'load_dataset("arrow", data_files="'),
+        (b"PAR1\x15", "parquet", 'load_dataset("parquet", data_files="'),
+        (b"ARROW1\0\0", "arrow", 'load_dataset("arrow", data_files="'),
+        (b"\xff\xff\xff\xff\x10", "arrow", 'load_dataset("arrow", data_files="'),
         (b"\x28\xb5\x2f\xfd\x04", "zstandard", "zstd -d "),
-        (b"PK\3\4", "zip", "unzip "),
-        (b"\xff\xfeh\0i\0", "UTF-16", "iconv -f UTF-16 -t UTF-8 "),
     ],
 )
 def test_a_format_that_is_not_read_is_named_with_the_line_that_converts_it(
@@ -509,9 +506,9 @@ def test_all_bad_rows_are_counted_at_once_and_skip_leaves_them_out(tmp_path):
     write(path, "{]\n[]\n")
     with pytest.raises(InputError, match=r"line 1: .*; 2 of 2 rows cannot be used$"):
         read_prompts(path, skip=skip)
-    with pytest.raises(TooLong, match="1 of 2 rows are too long; skip_long = true"):
+    with pytest.raises(TooLong, match="1 of 2 rows cannot be used; skip_long = true"):
         Skip(bad=True).keep("x", [1, 0], lambda k: 1 // k if k else fail(TooLong("zero")))
-    with pytest.raises(InputError, match="x: no row is left"):
+    with pytest.raises(InputError, match=r"^long; 1 of 2 rows"):
         errors = [TooLong("long"), InputError("bad")]
         Skip(True, True, tell=told.append).keep("x", errors, fail)
 
@@ -535,7 +532,6 @@ def test_pairs_that_part_before_the_last_turn_have_the_common_beginning_as_promp
         assert compared(row) == ("How tall is it?", "Tall.", "Small.")
     assert found[2]["prompt"][-1]["content"] == "So?" and found[2]["second"] == "Yes. No."
     assert compared(found[3]) == ("How tall is it?", "Tall.", "Tall.")
-    assert told == [f"{path}: 3 pairs part before their last turn; what follows is cut"]
 
 
 def test_a_system_turn_is_text_in_front_in_the_plain_form():

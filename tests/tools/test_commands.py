@@ -324,7 +324,7 @@ def test_a_prompt_longer_than_the_context_ends_the_process_with_2_and_one_line(w
     done = process(ROOT / "train_sl.py", "config.toml", f"--model={models / 'short'}", cwd=world)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
     assert (
-        "prompt 1 has 71 tokens" in done.stderr
+        "prompt 1: it has 71 tokens" in done.stderr
         and "context of 32" in done.stderr
         and "max_new_tokens" in done.stderr
     )
