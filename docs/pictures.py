@@ -1,7 +1,7 @@
 """Takes the pictures of a run's report that README.md shows: docs/pictures/report-*.png.
 
     python -m minicai demo
-    pip install -e '.[report,test]' pillow && python docs/pictures.py out/tiny
+    pip install -e '.[report,test]' && python docs/pictures.py out/tiny
 
 Needs Debian's chromium and chromium-driver. The page is drawn again first, so the pictures show the
 report as it is now. Each has the page's head and its section "Result". A palette of 64 colours

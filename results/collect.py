@@ -189,9 +189,10 @@ def ratios(rows: list[dict]) -> str:
     """The speed of three works on the tiny model, in a sentence."""
     times = {row["work"]: f"{row['ratio']:.1f}" for row in rows if row["size"] == "tiny"}
     return (
-        f"On the same work, in float32 on a CPU, rollouts of the tiny model are {times['generate']} "
-        f"times as fast as with `transformers.generate`, AI labels {times['labels']} times, and PPO "
-        f"is {times['ppo']} times as fast as TRL's ([`docs/speed.md`](docs/speed.md))."
+        f"Speed in float32 on a CPU, on the tiny model: rollouts are {times['generate']} times "
+        f"as fast as with\n`transformers.generate`, AI labels {times['labels']} times, and PPO is "
+        f"{times['ppo']} times as fast as TRL's\n"
+        "([`docs/speed.md`](docs/speed.md))."
     )
 
 

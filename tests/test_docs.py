@@ -20,7 +20,9 @@ import train_ppo
 import train_rm
 import train_sl
 from minicai.engine import config
+from minicai.report.summary import RECORDED
 from tests.conftest import byte_tokenizer, tiny_model
+from tests.report.runs import lay
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {
@@ -76,14 +78,14 @@ def test_every_link_leads_somewhere(page):
 
 
 def test_the_index_of_the_log_has_each_entry_once():
-    index, _, entries = LOG.read_text(encoding="utf-8").partition("\n## 20")
+    index, _, _ = LOG.read_text(encoding="utf-8").partition("\n## 20")
     linked = re.findall(r"\]\(#(20[^)]+)\)", index)
     dated = [anchor for anchor in anchors(LOG) if anchor.startswith("20")]
     assert sorted(linked) == sorted(dated) and len(set(dated)) == len(dated) > 20
 
 
 def test_the_lesson_s_run_is_the_one_in_the_log():
-    lesson, log = ((path).read_text(encoding="utf-8") for path in (DOCS / "helpfulness.md", LOG))
+    lesson, log = (path.read_text(encoding="utf-8") for path in (DOCS / "helpfulness.md", LOG))
     rows = re.findall(r"^\| (?:base|SL-CAI|RL-CAI) \|(?: [\d.]+ \|){3}$", lesson, re.M)
     assert len(rows) == 3 and "\n".join(rows) in log
 
@@ -163,6 +165,26 @@ def test_the_figures_are_what_their_code_draws_and_the_walkthrough_shows_each(fi
             f"docs/figures/{name} is not what docs/figures.py draws now (have the results "
             f"changed?): run python docs/figures.py"
         )
+
+
+@pytest.mark.skipif(
+    not (shutil.which("chromium") and shutil.which("chromedriver")),
+    reason="needs apt-get install chromium chromium-driver",
+)
+def test_the_pictures_of_the_readme_can_be_taken_again_light_and_dark(tmp_path):
+    pytest.importorskip("selenium")
+    image = pytest.importorskip("PIL.Image")
+    spec = importlib.util.spec_from_file_location("pictures", DOCS / "pictures.py")
+    pictures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pictures)
+    light, dark = pictures.take(lay(tmp_path / "run", *RECORDED), tmp_path / "pictures")
+    for path in (light, dark):
+        committed = image.open(DOCS / "pictures" / path.name)
+        assert image.open(path).width == committed.width == pictures.WIDTH
+        corners = [
+            picture.convert("L").getpixel((0, 0)) for picture in (image.open(path), committed)
+        ]
+        assert all((corner > 128) == (path == light) for corner in corners)
 
 
 # --- diffs ----------------------------------------------------------------------------------------

@@ -272,7 +272,7 @@ def test_the_readme_s_torch_is_the_package_s_and_the_world_is_as_large_as_it_say
 def test_the_readme_s_three_answers_are_what_its_text_says_of_them():
     text = README.read_text(encoding="utf-8")
     [prompt] = re.findall(r"three models: \*(.+)\*", text)
-    answers = dict(re.findall(r"^\| \*\*(\S+)\*\* \| (\D+) \|$", text, re.M))
+    answers = dict(re.findall(r"^\| \*\*(\S+)\*\* \| ([^|\d\n]+) \|$", text, re.M))
     found = {name: judge(prompt, answer) for name, answer in answers.items()}
     assert list(found) == ["base", "SL-CAI", "RL-CAI"]
     assert found["base"].harmful and found["base"].rude
