@@ -38,14 +38,12 @@ COMPARES = r"(?i)\s*(please )?(choose|pick|select|prefer|favou?r|which|compare)\
 FIRST_PERSON = r"\b(I|I'm|[Mm]y)\b"
 FIELDS = {  # keys of a table -> what they are
     "name": "name",
-    "title": "name",
     "principle": "rule",
     "trait": "rule",
     "criterion": "rule",
     "rule": "rule",
     "text": "rule",
     "clarification": "front",
-    "explanation": "front",
     "description": "front",
     "critique": "critique",
     "revision": "revision",

@@ -42,9 +42,9 @@ def attempt(cfg, file: str) -> None:
     """`try`: prints a table, and one transcript per principle. cfg: a TryConfig."""
     folder, rows, labels = run(cfg, file)
     show(folder, rows, labels, "answer", "revision")
-    for doubt in doubts(rows, labels):
-        print(f"\n{emphasis('look')}  {plain(doubt)}", end="")
     print()
+    for doubt in doubts(rows, labels):
+        print(f"{emphasis('look')}  {plain(doubt)}")
 
 
 def diff(cfg, *files: str) -> None:
