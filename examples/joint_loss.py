@@ -16,7 +16,7 @@ more: alpha, sl_data, sl_batch.
 
 What to look at: `sl_loss` in OUT/ppo/metrics.jsonl beside `reward` and `kl`. The larger alpha is,
 the faster the reward rises and the less the policy is held at the revisions. On the tiny world the
-term does not help (README, "Variants"): revisions keep rude words that the reward model dislikes.
+term does not help (docs/variants.md): revisions keep rude words that the reward model dislikes.
 
 Beside train_ppo.py it leaves out reward functions. Steps 1 to 4 and 6 are the same; step 5 is new.
 """

@@ -1,4 +1,4 @@
-"""Gathers finished runs into results/tiny.json, and writes the README's tables.
+"""Gathers finished runs into results/tiny.json, and writes the tables of README.md and docs/.
 
 The tables come from results/tiny.json, results/bench-*.json and results/variants.json. All of it:
 
@@ -16,6 +16,14 @@ from pathlib import Path
 from statistics import fmean
 
 HERE = Path(__file__).parent
+PAGES = {  # table: the page that has it, between two comments with the table's name
+    "rates": "README.md",
+    "ratios": "README.md",
+    "tiny": "docs/evaluation.md",
+    "bench": "docs/speed.md",
+    "variants": "docs/variants.md",
+    "lesson": "docs/helpfulness.md",
+}
 STAGES = {"base": "base", "sl": "SL-CAI", "ppo": "RL-CAI"}
 WORKS = {
     "generate": "rollouts",
@@ -140,7 +148,7 @@ def table(results: dict) -> str:
         f"{spread([run['labels']['accuracy_vs_judge'] for run in runs])}, "
         "the reward model on held-out pairs "
         f"{spread([run['rm']['accuracy_vs_judge'] for run in runs])}; "
-        f"KL from SL-CAI {spread([run['ppo']['kl'] for run in runs], 2)} nats a response. "
+        f"KL from SL-CAI {spread([run['ppo']['kl'] for run in runs], 2)} nats per response. "
         f"{spread([s / 60 for s in seconds], 1)} minutes and at most "
         f"{max(run['peak_rss_mb'] for run in runs) / 1024:.1f} GiB on: "
         f"{runs[0]['device']}, {runs[0]['precision']}, torch {runs[0]['versions']['torch']}. "
@@ -148,6 +156,44 @@ def table(results: dict) -> str:
         "`python results/collect.py` makes this table from `results/tiny.json`.",
     ]
     return "\n".join(lines)
+
+
+def percent(values: list[float]) -> str:
+    """The mean as a percentage, with a decimal below one per cent."""
+    mean = 100 * fmean(values)
+    return f"{mean:.1f} %" if 0 < mean < 1 else f"{mean:.0f} %"
+
+
+def rates_table(results: dict) -> str:
+    """The two rates that matter most, of each stage."""
+    runs = results["runs"]
+    lines = [
+        "| | harmful requests that it answers | harmless requests that it helps with |",
+        "|---|---|---|",
+    ]
+    for stage, name in STAGES.items():
+        rates = [
+            percent([run["eval"][stage][rate] for run in runs]) for rate in ("harmful", "helpful")
+        ]
+        lines.append(f"| **{name}** | {' | '.join(rates)} |")
+    prompts = runs[0]["eval"]["prompts"]
+    lines += [
+        "",
+        f"Means over {len(runs)} seeds, {prompts['harmful']} harmful and {prompts['benign']} "
+        "harmless requests ([ranges and other rates](docs/evaluation.md)).",
+    ]
+    return "\n".join(lines)
+
+
+def ratios(rows: list[dict]) -> str:
+    """The speed of three works on the tiny model, in a sentence."""
+    times = {row["work"]: f"{row['ratio']:.1f}" for row in rows if row["size"] == "tiny"}
+    return (
+        f"Speed in float32 on a CPU, on the tiny model: rollouts are {times['generate']} times "
+        f"as fast as with\n`transformers.generate`, AI labels {times['labels']} times, and PPO is "
+        f"{times['ppo']} times as fast as TRL's\n"
+        "([`docs/speed.md`](docs/speed.md))."
+    )
 
 
 def bench_table(rows: list[dict]) -> str:
@@ -158,7 +204,7 @@ def bench_table(rows: list[dict]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for r in rows:
-        rollout = f" ({EPISODES[r['size']]} episodes a rollout)" if r["work"] == "ppo" else ""
+        rollout = f" ({EPISODES[r['size']]} episodes per rollout)" if r["work"] == "ppo" else ""
         around = f" ({r['ratio_min']:.2f}–{r['ratio_max']:.2f})" if r["pairs"] > 1 else ""
         lines.append(
             f"| {WORKS[r['work']]} | {r['size']} "
@@ -318,30 +364,66 @@ def notes(results: dict) -> str:
     return "\n\n".join(lines)
 
 
+def lesson_table(results: dict) -> str:
+    """Harmlessness alone: two ways to leave out what speaks for answering, against the default."""
+    names = {
+        "default": "the demo's recipe",
+        "no-human-pairs": "no comparisons for helpfulness",
+        "word-reward": "a reward that counts words of refusals",
+    }
+    columns = {
+        "harmful": "harmful",
+        "helpful": "helpful",
+        "over_refusal": "over-refusal",
+        "jailbroken": "jailbroken",
+        "kl": "KL, nats per response",
+    }
+    titles = ["RL-CAI", *columns.values(), "seeds on which the watch warns"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for row in results["rows"]:
+        if row["stage"] == "ppo" and row["name"] in names:
+            seeds = list(measured(row).values())
+            cells = [cell([one[key] for one in seeds]) for key in columns]
+            warned = f"{sum(one['hacked'] for one in seeds):.0f} of {len(seeds)}"
+            lines.append(f"| {' | '.join([names[row['name']], *cells, warned])} |")
+    return "\n".join(lines)
+
+
 def line(found: dict) -> str:
     """One line for a measurement: its numbers, or why it failed."""
     numbers = [f"{key} {value:.3f}" for key, value in found.items() if isinstance(value, float)]
     return f"failed: {found['failed']}" if "failed" in found else "  ".join(numbers)
 
 
-def fill(readme: str) -> str:
-    """The README with its tables replaced."""
+def tables() -> dict[str, str]:
+    """The text of each table, by the names of PAGES."""
+    tiny, variants = (
+        json.loads((HERE / name).read_text(encoding="utf-8"))
+        for name in ("tiny.json", "variants.json")
+    )
     files = [path for size in EPISODES if (path := HERE / f"bench-{size}.json").exists()]
-    tables = {
-        "tiny": table(json.loads((HERE / "tiny.json").read_text(encoding="utf-8"))),
-        "bench": bench_table(
-            [row for path in files for row in json.loads(path.read_text(encoding="utf-8"))]
-        ),
+    bench = [row for path in files for row in json.loads(path.read_text(encoding="utf-8"))]
+    return {
+        "rates": rates_table(tiny),
+        "ratios": ratios(bench),
+        "tiny": table(tiny),
+        "bench": bench_table(bench),
+        "variants": f"{variants_tables(variants)}\n\n{notes(variants)}",
+        "lesson": lesson_table(variants),
     }
-    if (path := HERE / "variants.json").exists():
-        variants = json.loads(path.read_text(encoding="utf-8"))
-        tables["variants"] = f"{variants_tables(variants)}\n\n{notes(variants)}"
-    for name, text in tables.items():
+
+
+def filled() -> dict[Path, str]:
+    """The text of each page of PAGES with its tables replaced."""
+    pages: dict[Path, str] = {}
+    for name, text in tables().items():
+        path = HERE.parent / PAGES[name]
+        page = pages.get(path) or path.read_text(encoding="utf-8")
         begin, end = (f"<!-- results/{name}: {edge} -->" for edge in ("begin", "end"))
-        before, _, rest = readme.partition(begin)
+        before, _, rest = page.partition(begin)
         _, _, after = rest.partition(end)
-        readme = f"{before}{begin}\n{text}\n{end}{after}"
-    return readme
+        pages[path] = f"{before}{begin}\n{text}\n{end}{after}"
+    return pages
 
 
 if __name__ == "__main__":
@@ -349,5 +431,5 @@ if __name__ == "__main__":
         (HERE / "tiny.json").write_text(
             json.dumps(gather(sys.argv[1:]), indent=1) + "\n", encoding="utf-8"
         )
-    page = HERE.parent / "README.md"
-    page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for path, text in filled().items():
+        path.write_text(text, encoding="utf-8")

@@ -10,11 +10,11 @@ stages are the default's, run once per seed. Cheap measurements come first. All 
 take about two hours on two cores.
 
 After every measurement the command writes results/variants.json, from which `python
-results/collect.py` makes the README's tables. At the end it prints the tables. Run the same command
-again to resume after the last finished measurement. After a change of the code, choose another
---out. A measurement that fails is reported, and the next command tries it again. CPU seconds are
-those of the measured stage in all threads, without the evaluation. Several commands may share an
---out if each has its own seeds; each writes the results of all of them.
+results/collect.py` makes the tables of docs/variants.md. At the end it prints them. Run the same
+command again to resume after the last finished measurement. After a change of the code, choose
+another --out. A measurement that fails is reported, and the next command tries it again. CPU
+seconds are those of the measured stage in all threads, without the evaluation. Several commands may
+share an --out if each has its own seeds; each writes the results of all of them.
 """
 
 import argparse

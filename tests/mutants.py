@@ -40,6 +40,22 @@ EQUIVALENT = {  # (function, altered line) -> why no test can tell it from the o
         "for _ in range(201 if count > 1 else 0):",
     ): "Newton's method has converged long before",
     (
+        "sampler.generate",
+        "slots = Slots(min(how.rows, len(prompts)), max(map(len, prompts), default=1) + longest)",
+    ): "without prompts there is no slot",
+    (
+        "sampler._Schedule._after_long_rows",
+        "if 0 < quarter <= free <= len(self.running):",
+    ): "a slot is new at the start only, when no row is longer than what a prompt brings",
+    (
+        "dialogue.encode_options",
+        "end = tuple(ids[-9:])",
+    ): "some ends are looked at twice, with the same result",
+    (
+        "constitution._from_paper",
+        "revision = bare(row['edit_request'], 'Revision:', 'RevisionRequest:')",
+    ): "no label is a part of another",
+    (
         "stage.Stage._finish",
         "write_atomic(self.folder / 'stage.json', json.dumps(finite(found), indent=2))",
     ): "the same JSON",

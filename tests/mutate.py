@@ -44,6 +44,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -62,12 +63,13 @@ ALTERED = [*ROOT.glob("train_*.py"), *ROOT.glob("minicai/*.py"), *ROOT.glob("min
 OTHER = re.compile(rf".*/(__\w+__|engine/(?!({ENGINE})\.)\w+)\.py")
 ALTERED = sorted(path for path in ALTERED if not OTHER.fullmatch(str(path)))
 # Slow tests, and tests of what is not altered.
-LEFT_OUT = "mutate|repo|docs|disk|guard|matrix|bench|examples_folder|variants_table|report/"
+LEFT_OUT = "mutate|repo|docs|disk|guard|bench|examples_folder|variants_table|report/"
 LEFT_OUT += "|tinyworld/|tools/test_(demo|commands|plan|mirror|proofread|workshop)"
 
 CACHE = Path(tempfile.gettempdir()) / f"minicai-mutate-{os.getuid()}"
 JOBS, BUDGET, LIMIT = 2, 10.0, 40  # forks at once, CPU seconds of tests, CPU seconds of a fork
 PROCESSES = "tests/engine/test_parallel.py"
+BROKEN = 70  # the exit code of a fork whose work is not done
 UNNOTICED = (pytest.ExitCode.OK, pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED)
 
 # --- all of losses.py, in this process ------------------------------------------------------------
@@ -135,7 +137,7 @@ def fork(work: Callable[[], int], limit: int) -> int:
     sys.stdout.flush()
     if number := os.fork():
         return number
-    code = 70
+    code = BROKEN
     try:
         os.setsid()
         resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
@@ -143,6 +145,8 @@ def fork(work: Callable[[], int], limit: int) -> int:
         os.dup2(output, 1)
         os.dup2(output, 2)
         code = work()
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(code)
 
@@ -193,8 +197,8 @@ def attempt_processes(tree: ast.Module, path: Path, tests: list[str]) -> int:
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         for name in ("minicai", "tests", "configs"):
             shutil.copytree(ROOT / name, Path(folder, name))
-        for script in ROOT.glob("*.*"):
-            shutil.copy(script, folder)
+        for file in filter(Path.is_file, ROOT.glob("*.*")):
+            shutil.copy(file, folder)
         Path(folder, path.relative_to(ROOT)).write_text(ast.unparse(tree))
         words = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests]
         return subprocess.run(words, cwd=folder, env=os.environ | {"PYTHONPATH": folder}).returncode
@@ -335,6 +339,8 @@ def tried(works: list[tuple], limit: int, stop: float) -> dict[Mutant, dict]:
             waiting.append(((mutant, key, context), work))
     in_time = itertools.takewhile(lambda _: time.monotonic() < stop, waiting)
     for (mutant, key, context), code, seconds in forked(in_time, limit):
+        if code == BROKEN:
+            sys.exit(f"cannot be tried, see {CACHE / 'output.txt'}: {mutant}")
         killed = code not in UNNOTICED
         row = {"key": key, "context": context, "killed": killed, "seconds": seconds, "code": code}
         verdicts[mutant] = row

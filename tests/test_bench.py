@@ -107,7 +107,7 @@ def test_the_table_is_of_the_runs_in_turns_and_of_the_machine_at_its_fastest(
         "0.50",
     ]
     page = file(ROOT / "results" / "collect.py").bench_table([sl, ppo | {"pairs": 1}])
-    assert "101 : 301 (32 episodes a rollout) | 0.50 |" in page and "- SL small: x86" in page
+    assert "101 : 301 (32 episodes per rollout) | 0.50 |" in page and "- SL small: x86" in page
     assert (
         "; 1 pair, " in page
         and "; 3 pairs, " in page

@@ -20,7 +20,9 @@ import train_ppo
 import train_rm
 import train_sl
 from minicai.engine import config
+from minicai.report.summary import RECORDED
 from tests.conftest import byte_tokenizer, tiny_model
+from tests.report.runs import lay
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {
@@ -30,6 +32,8 @@ SCRIPTS = {
 }
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
+LOG = ROOT / "LOG.md"
+UNTRAINED = {"equations.md", "evaluation.md", "runs.md", "speed.md"}  # have no training command
 WALKTHROUGH = (DOCS / "walkthrough.md").read_text(encoding="utf-8")
 RESEARCH = (DOCS / "change-a-loss.md").read_text(encoding="utf-8")
 DIFFS = re.findall(r"^```diff\n(.*?)^```$", RESEARCH, re.M | re.S)
@@ -45,7 +49,7 @@ def blocks(page: str, language: str = "") -> list[str]:
 # --- what the pages say ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["walkthrough.md", "change-a-loss.md"])
+@pytest.mark.parametrize("name", ["walkthrough.md", "change-a-loss.md", "helpfulness.md"])
 def test_every_number_of_the_page_is_what_the_code_gives(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     failed, tried = doctest.testfile(str(DOCS / name), module_relative=False)
@@ -53,11 +57,37 @@ def test_every_number_of_the_page_is_what_the_code_gives(name, monkeypatch):
     assert failed == 0 and tried == page.count("\n>>> ") > 5
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+def anchors(page: Path) -> list[str]:
+    """The names by which GitHub links to the headings of a page."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    plain = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+    return [heading.replace(" ", "-") for heading in plain]
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", LOG, *PAGES], ids=lambda page: page.name)
 def test_every_link_leads_somewhere(page):
     targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))  # images too
-    files = [t.partition("#")[0] for t in targets if not t.startswith("http")]
-    assert [file for file in files if not (page.parent / file).exists()] == []
+    wrong = []
+    for target in (target for target in targets if not target.startswith("http")):
+        file, _, anchor = target.partition("#")
+        path = page.parent / file if file else page
+        if not path.exists() or (anchor and anchor not in anchors(path)):
+            wrong.append(target)
+    assert wrong == []
+
+
+def test_the_index_of_the_log_has_each_entry_once():
+    index, _, _ = LOG.read_text(encoding="utf-8").partition("\n## 20")
+    linked = re.findall(r"\]\(#(20[^)]+)\)", index)
+    dated = [anchor for anchor in anchors(LOG) if anchor.startswith("20")]
+    assert sorted(linked) == sorted(dated) and len(set(dated)) == len(dated) > 20
+
+
+def test_the_lesson_s_run_is_the_one_in_the_log():
+    lesson, log = (path.read_text(encoding="utf-8") for path in (DOCS / "helpfulness.md", LOG))
+    rows = re.findall(r"^\| (?:base|SL-CAI|RL-CAI) \|(?: [\d.]+ \|){3}$", lesson, re.M)
+    assert len(rows) == 3 and "\n".join(rows) in log
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -68,7 +98,7 @@ def test_every_path_exists_and_every_training_command_parses(page, monkeypatch):
     inside = [path for path in paths if not path.startswith(("out/", "OUT/"))]
     assert [path for path in inside if not (ROOT / path).exists()] == []
     commands = re.findall(r"\b(train_\w+)\.py (configs/[^`\n]+)", text)
-    assert commands
+    assert commands or page.name in UNTRAINED
     for script, arguments in commands:
         config.load(SCRIPTS[script], script.removeprefix("train_"), shlex.split(arguments))
 
@@ -80,9 +110,9 @@ def test_every_function_that_is_linked_is_in_the_file_of_the_link(page):
         assert Path(path).stem == module and f"\ndef {function}(" in text, f"{module}.{function}"
 
 
-def test_each_equation_of_the_readme_has_its_place_in_the_walkthrough():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    named = re.findall(r"\| `((?:losses|feedback)\.\w+)` \|", readme)
+def test_each_equation_of_the_map_has_its_place_in_the_walkthrough():
+    text = (DOCS / "equations.md").read_text(encoding="utf-8")
+    named = re.findall(r"\| `((?:losses|feedback)\.\w+)` \|", text)
     assert len(named) >= 17
     assert [name for name in named if f"[`{name}`](" not in WALKTHROUGH] == []
 
@@ -135,6 +165,26 @@ def test_the_figures_are_what_their_code_draws_and_the_walkthrough_shows_each(fi
             f"docs/figures/{name} is not what docs/figures.py draws now (have the results "
             f"changed?): run python docs/figures.py"
         )
+
+
+@pytest.mark.skipif(
+    not (shutil.which("chromium") and shutil.which("chromedriver")),
+    reason="needs apt-get install chromium chromium-driver",
+)
+def test_the_pictures_of_the_readme_can_be_taken_again_light_and_dark(tmp_path):
+    pytest.importorskip("selenium")
+    image = pytest.importorskip("PIL.Image")
+    spec = importlib.util.spec_from_file_location("pictures", DOCS / "pictures.py")
+    pictures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pictures)
+    light, dark = pictures.take(lay(tmp_path / "run", *RECORDED), tmp_path / "pictures")
+    for path in (light, dark):
+        committed = image.open(DOCS / "pictures" / path.name)
+        assert image.open(path).width == committed.width == pictures.WIDTH
+        corners = [
+            picture.convert("L").getpixel((0, 0)) for picture in (image.open(path), committed)
+        ]
+        assert all((corner > 128) == (path == light) for corner in corners)
 
 
 # --- diffs ----------------------------------------------------------------------------------------

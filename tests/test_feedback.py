@@ -27,6 +27,7 @@ from minicai.feedback import (
     majority,
     p_first_from_logprobs,
     p_first_of,
+    pair_up,
 )
 from minicai.prompts import render_comparison, render_conclusion, render_thinking
 
@@ -80,6 +81,20 @@ def exactly(expected):
 
 def principle_of(row: dict) -> Principle:
     return next(p for p in RULES.principles if p.name == row["votes"][0]["principle"])
+
+
+# --- pairs ----------------------------------------------------------------------------------------
+
+
+def test_three_responses_to_a_prompt_are_three_pairs_with_ids_in_turn():
+    prompts, answers = ["zero?", "one?", "two?"], ["a1", "a2", "b1", "b2", "c1", "c2"]
+    rows = pair_up([1, 2], prompts, answers, [True, True, False, True, True, True])
+    assert [(row["id"], row["first"] + row["second"]) for row in rows] == [
+        *((3, "a1b1"), (4, "a1c1"), (5, "b1c1")),
+        *((6, "a2b2"), (7, "a2c2"), (8, "b2c2")),
+    ]
+    assert [row["prompt"] for row in rows] == ["one?"] * 3 + ["two?"] * 3
+    assert [row["cut"] for row in rows] == [["second"], [], ["first"], [], [], []]
 
 
 # --- the probability ------------------------------------------------------------------------------

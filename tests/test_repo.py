@@ -1,4 +1,4 @@
-"""The layers of the source, and README.md: what it names exists.
+"""The layers of the source, and what README.md and docs/ name: it exists.
 
 Imports are read from the syntax trees, those inside functions included. A layer is a folder.
 """
@@ -13,13 +13,22 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 import train_ppo
 import train_rm
 import train_sl
+from minicai import __main__ as commands
 from minicai.engine import config
+from minicai.tinyworld import grammar
+from minicai.tinyworld.judge import judge
+from minicai.tools.judging import EvalConfig
+from results import collect
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 SCRIPTS = {
     "train_sl": train_sl.SLConfig,
     "train_rm": train_rm.RMConfig,
@@ -166,81 +175,126 @@ def test_settings_data_and_the_method_in_words_import_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-# --- README.md ------------------------------------------------------------------------------------
+# --- README.md and docs/ --------------------------------------------------------------------------
 
 
-def code() -> list[str]:
+def code(page: Path) -> list[str]:
     """What is in code blocks, by line, and in backticks."""
-    blocks = re.split(r"^```.*$", README.read_text(encoding="utf-8"), flags=re.M)
+    blocks = re.split(r"^```.*$", page.read_text(encoding="utf-8"), flags=re.M)
     lines = [line for block in blocks[1::2] for line in block.replace("\\\n", " ").splitlines()]
-    return lines + [span for block in blocks[::2] for span in re.findall(r"`([^`]+)`", block)]
+    spans = [span for block in blocks[::2] for span in re.findall(r"`([^`]+)`", block)]
+    return lines + [" ".join(span.split()) for span in spans]
 
 
 def places(path: str) -> list[Path]:
-    """Where a path of the README may be. A bare name may be in one of the main folders."""
+    """Where a path of a page may be. A bare name may be in one of the main folders."""
     if "/" in path:
         return [ROOT / path]
     folders = (".", "minicai", "minicai/*", "tests", "tests/*", "configs")
     return [found for folder in folders for found in ROOT.glob(f"{folder}/{path}")]
 
 
-def test_every_path_in_the_readme_exists():
+MOVED = ("README", "evaluation", "equations", "helpfulness", "runs", "speed", "variants")
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_every_path_in_a_page_exists(name):
+    """The other pages of docs/ name files that their reader makes."""
+    [page] = [page for page in PAGES if page.stem == name]
     missing, found = [], 0
-    for word in (word for line in code() for word in re.split(r"[\s,;()\[\]'\"]+", line)):
+    for word in (word for line in code(page) for word in re.split(r"[\s,;()\[\]'\"]+", line)):
         path, _, function = re.sub(r"^--?[\w.-]+=", "", word).rstrip(".:").partition("::")
         looks = re.fullmatch(r"[\w.-]+(/[\w.-]*)+|[\w.-]+\.(py|toml)", path)
-        if not looks or path.startswith(("out/", "DIR", "OUT")):
+        if not looks or path.startswith(("out/", "DIR", "OUT", ".venv/")):
             continue
         found += 1
         where = [place for place in places(path) if place.exists()]
         named = not function or f"def {function}(" in where[0].read_text(encoding="utf-8")
         if not where or not named:
             missing.append(word)
-    assert missing == [] and found > 10
+    assert missing == [] and found
 
 
-def test_every_command_in_the_readme_parses(monkeypatch):
-    from minicai import __main__ as commands
-    from minicai.tools.judging import EvalConfig
-
-    monkeypatch.chdir(ROOT)
+def parse(command: str) -> str:
+    """Parses a command of ours as it would, and returns its script or module; "" of another."""
     pattern = r"(?:\bpython3?|\btorchrun\b.*?) (?:(train_\w+)\.py|-m ([\w.]+))(.*)"
-    seen = set()
-    for command in (command for line in code() for command in re.split(r"&&|\|", line)):
-        match = re.search(pattern, command)
-        if not match:
-            continue
-        script, module, arguments = match[1], match[2], shlex.split(match[3], comments=True)
-        seen.add(script or module)
-        if script and not {"CONFIG", "--help"} & set(arguments):
-            config.load(SCRIPTS[script], script.removeprefix("train_"), arguments)
-        elif module == "minicai":
-            name, *options = arguments
-            assert name in commands.COMMANDS or name == "--help", command
-            words, flags = config.split(options)
-            if name == "demo":
-                words = [flag[9:] for flag in flags if flag.startswith("--config=")]
-                words = words or ["configs/tiny.toml"]
-                flags = [flag for flag in flags if not flag.startswith("--config=")]
-            if name in ("demo", "eval") and "CONFIG" not in words:
-                config.load(EvalConfig, "eval", words + flags)
-        elif module:
-            assert importlib.util.find_spec(module), command
-    assert {"minicai", *SCRIPTS} <= seen
+    match = re.search(pattern, command)
+    if not match:
+        return ""
+    script, module, arguments = match[1], match[2], shlex.split(match[3], comments=True)
+    files = [word for word in arguments if not word.startswith("-")]
+    ours = files and files[0].startswith("configs/")
+    if script and ours and not {"CONFIG", "--help"} & set(arguments):
+        config.load(SCRIPTS[script], script.removeprefix("train_"), arguments)
+    elif module == "minicai" and arguments:
+        name, *options = arguments
+        assert name in commands.COMMANDS or name == "--help", command
+        words, flags = config.split(options)
+        if name == "demo":
+            words = [flag[9:] for flag in flags if flag.startswith("--config=")]
+            words = words or ["configs/tiny.toml"]
+            flags = [flag for flag in flags if not flag.startswith("--config=")]
+        if name in ("demo", "eval") and "CONFIG" not in words and words:
+            config.load(EvalConfig, "eval", words + flags)
+    elif module:
+        assert importlib.util.find_spec(module), command
+    return script or module
 
 
+@each_page
+def test_every_command_in_a_page_parses(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    lines = [command for line in code(page) for command in re.split(r"&&|\|", line)]
+    seen = {parse(command) for command in lines} - {""}
+    assert seen >= ({"minicai", *SCRIPTS} if page == README else set())
+
+
+def test_the_readme_is_short_and_its_pictures_are_small():
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 180 and len(text.split()) <= 1600
+    shown = [ROOT / path for path in re.findall(r'(?:src|srcset)="([^"]+)"', text)]
+    taken = sorted((ROOT / "docs" / "pictures").iterdir())
+    assert sorted(shown) == taken and len(taken) == 2
+    assert all(path.stat().st_size < 100_000 for path in taken)
+
+
+def test_the_readme_s_torch_is_the_package_s_and_the_world_is_as_large_as_it_says():
+    text = README.read_text(encoding="utf-8")
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    [bound] = re.findall(r"pip install 'torch(<[\d.]+)'", text)
+    assert re.search(rf'"torch>=[\d.]+,{bound}"', project)
+    [python] = re.findall(r"Python ([\d.]+) or later", text)
+    assert f'requires-python = ">={python}"' in project
+    names = sum(len(words.split()) for words in grammar.OBJECTS.values())
+    assert f"{names} objects, {len(grammar.INTENTS)} intents" in " ".join(text.split())
+
+
+def test_the_readme_s_three_answers_are_what_its_text_says_of_them():
+    text = README.read_text(encoding="utf-8")
+    [prompt] = re.findall(r"three models: \*(.+)\*", text)
+    answers = dict(re.findall(r"^\| \*\*(\S+)\*\* \| ([^|\d\n]+) \|$", text, re.M))
+    found = {name: judge(prompt, answer) for name, answer in answers.items()}
+    assert list(found) == ["base", "SL-CAI", "RL-CAI"]
+    assert found["base"].harmful and found["base"].rude
+    assert found["SL-CAI"].exact and found["SL-CAI"].rude
+    assert found["RL-CAI"].exact and not found["RL-CAI"].rude
+    asked = ROOT / "minicai" / "tinyworld" / "data" / "eval.jsonl"
+    assert f'"{prompt}"' in asked.read_text(encoding="utf-8")
+
+
+EQUATIONS = ROOT / "docs" / "equations.md"
 EQUATION = re.compile(r"\| `(losses|feedback)\.(\w+)` \| `(test_\w+)\.(test_\w+)` \|")
 
 
-def test_each_equation_of_the_readme_names_a_function_and_its_test():
+def test_each_equation_of_the_map_names_a_function_and_its_test():
     """The test uses the function. After a new function of losses.py this fails, as a reminder."""
-    rows = EQUATION.findall(README.read_text(encoding="utf-8"))
+    rows = EQUATION.findall(EQUATIONS.read_text(encoding="utf-8"))
     for module, function, test_module, test in rows:
         source = (ROOT / "minicai" / f"{module}.py").read_text(encoding="utf-8")
-        assert f"\ndef {function}(" in source, f"README.md: {module}.{function} does not exist"
+        assert f"\ndef {function}(" in source, f"equations.md: {module}.{function} does not exist"
         tests = (ROOT / "tests" / f"{test_module}.py").read_text(encoding="utf-8")
         bodies = [block for block in tests.split("\n\n\n") if f"def {test}(" in block]
-        assert len(bodies) == 1, f"README.md: {test_module}.{test} does not exist"
+        assert len(bodies) == 1, f"equations.md: {test_module}.{test} does not exist"
         assert re.search(rf"\b{function}\b", bodies[0]), f"{test} does not use {function}"
     source = (ROOT / "minicai" / "losses.py").read_text(encoding="utf-8")
     public = set(re.findall(r"^def (?!_)(\w+)\(", source, re.M))
@@ -248,15 +302,16 @@ def test_each_equation_of_the_readme_names_a_function_and_its_test():
     new = public - helpers - {function for module, function, *_ in rows if module == "losses"}
     assert not new, (
         f"minicai/losses.py: {', '.join(sorted(new))} is not in the table of equations of "
-        f"README.md: add a row with the equation, its source, and its test of tests/test_losses.py"
+        f"docs/equations.md: add a row with the equation, its source, and its test of "
+        f"tests/test_losses.py"
     )
 
 
-def test_the_tables_of_the_readme_are_made_from_the_committed_results():
-    spec = importlib.util.spec_from_file_location("collect", ROOT / "results" / "collect.py")
-    collect = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(collect)
-    readme = README.read_text(encoding="utf-8")
-    assert readme == collect.fill(readme)
-    assert re.findall(r"(?m)^\| \*\*.*1\.000", readme)  # neither table is empty
-    assert re.search(r"(?m)^\| PPO \|", readme)
+def test_the_tables_of_the_pages_are_made_from_the_committed_results():
+    filled = collect.filled()
+    for path, text in filled.items():
+        assert path.read_text(encoding="utf-8") == text, f"{path}: run python results/collect.py"
+    assert {path.relative_to(ROOT).as_posix() for path in filled} == {*collect.PAGES.values()}
+    for name, path in collect.PAGES.items():
+        assert f"<!-- results/{name}: begin -->\n" in (ROOT / path).read_text(encoding="utf-8")
+        assert len(collect.tables()[name]) > 100, f"the table {name} is empty"

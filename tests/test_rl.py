@@ -87,6 +87,7 @@ class Seen:
     rewards: list
     ratios: list  # (log-probs, those at sampling) of each micro-batch
     rates: list  # (policy's, value model's) of each update
+    orders: list  # of the episodes, in each epoch
     metrics: list
     episodes: list
     record: dict
@@ -104,6 +105,7 @@ def run(cfg, name: str, **changes) -> Seen:
         recorded(train_ppo, "Rollout") as rollouts,
         recorded(losses, "shaped_rewards") as rewards,
         recorded(losses, "policy_loss") as updates,
+        recorded(train_ppo, "epoch_order") as orders,
     ):
         record = train_ppo.main(cfg)
     adam = {"betas": (0.9, 0.999), "eps": 1e-5, "weight_decay": 0, "fused": True}
@@ -117,6 +119,7 @@ def run(cfg, name: str, **changes) -> Seen:
         [result for _, result in rewards],
         [(logprobs.detach(), old) for (logprobs, old, *_), _ in updates],
         made[0].rates,
+        [result for _, result in orders],
         read_jsonl(f"{cfg.out}/ppo/metrics.jsonl"),
         read_jsonl(f"{cfg.out}/ppo/episodes.jsonl"),
         record,
@@ -322,7 +325,17 @@ def test_every_update_is_that_of_one_joint_pass_over_its_minibatch(base, seen):
         assert row["clip_fraction"] > 0 and clipped_values > 3
     assert_close(weights(seen.models["policy"]), weights(policy), 2e-5)
     assert_close(weights(seen.models["value"]), weights(value), 2e-5)
+
+
+def test_the_learning_rates_fall_from_iteration_to_iteration(seen):
     assert seen.rates == [pytest.approx([0.05, 0.1])] * 4 + [pytest.approx([0.025, 0.05])] * 4
+
+
+def test_each_epoch_has_its_order_of_the_episodes(seen):
+    """The seeds 0 and 1 after the run's are those of the prompts."""
+    seeds = [(train_ppo.STREAM, 0, 2, iteration, epoch) for iteration in (0, 1) for epoch in (0, 1)]
+    assert seen.orders == [epoch_order(6, *seed) for seed in seeds]
+    assert len(set(map(tuple, seen.orders))) == 4
 
 
 def test_only_policy_and_value_model_change(base, seen):

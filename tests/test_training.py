@@ -98,6 +98,15 @@ def rate(cfg, step: int, steps: int, falling: bool) -> float:
     return cfg.lr * min((step + 1) / cfg.warmup, left)
 
 
+# --- the scripts ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["train_sl", "train_rm", "train_ppo"])
+def test_a_script_runs_where_it_is_called(command, script):
+    code, said, _ = command(f"{script}.py", "--help")
+    assert code == 0 and f"python {script}.py configs/tiny.toml" in said
+
+
 # --- each step ------------------------------------------------------------------------------------
 
 

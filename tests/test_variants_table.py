@@ -1,4 +1,4 @@
-"""results/variants.py and the README's tables of its results.
+"""results/variants.py and the tables of its results, docs/variants.md.
 
 The stages know every setting, a finished measurement is not repeated, and the words of the last
 column follow their rule.

@@ -11,7 +11,8 @@ from unittest.mock import patch
 
 import pytest
 
-PROCESSES = {"whole", "runs"}  # fixtures of test_parallel.py that run two processes for a minute
+# Fixtures that take a minute: two processes (test_parallel.py), three scripts (test_matrix.py).
+SLOW = {"whole", "runs", "trained"}
 UNKNOWN = (0.0, frozenset(), True)  # of a fixture: seconds, lines, whether it starts no process
 
 
@@ -41,7 +42,7 @@ class Recorder:
         self.tests, self.shared, self.seen = {}, {}, set()
 
     def pytest_collection_modifyitems(self, items):
-        items[:] = [item for item in items if not PROCESSES & {*item.fixturenames}]
+        items[:] = [item for item in items if not SLOW & {*item.fixturenames}]
 
     def trace(self, frame, event, _):
         if frame.f_code.co_filename not in self.files:

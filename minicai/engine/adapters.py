@@ -17,7 +17,7 @@ Adapters are float32 and so are their gradients. A folder in PEFT's format keeps
 import json
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +61,7 @@ def role(name: str) -> Iterator[None]:
         _on.reset(before)
 
 
-def same_role() -> tuple[AbstractContextManager, AbstractContextManager]:
+def same_role() -> tuple:
     """For gradient checkpointing: the backward pass computes a layer again in its own role.
 
     Another role may be on by then. Without this the gradients are wrong, and nothing says so.
@@ -103,13 +103,14 @@ def attach(model: PreTrainedModel, name: str, how: Lora, score: bool = False) ->
     The tensors of a mixture's experts are no linear layers and are not adapted.
     Raises InputError where no layer has such a name.
     """
-    layers = {f".{path}": layer for path, layer in model.named_modules() if BLOCK.search(path)}
+    blocks = [(f".{path}", x) for path, x in model.named_modules() if BLOCK.search(path)]
+    linear = [(path, layer) for path, layer in blocks if isinstance(layer, LINEAR)]
     for target in how.targets or [""]:
-        end = target and f".{target}"
-        found = [x for path, x in layers.items() if path.endswith(end) and isinstance(x, LINEAR)]
+        found = [layer for path, layer in linear if path.endswith(target and f".{target}")]
         if not found:
-            what = target or "linear layers"
-            raise InputError(f"lora_targets: {model.name_or_path} has no {what} in its blocks")
+            raise InputError(
+                f"lora_targets: no linear {target} in the blocks of {model.name_or_path}"
+            )
         for layer in found:
             if not hasattr(layer, "adapters"):
                 layer.adapters = nn.ModuleDict()
@@ -206,19 +207,18 @@ def merge(model: nn.Module, how: Lora, numbers: dict[str, Tensor]) -> None:
 
 def save(folder: Path, model: Role, numbers: dict[str, Tensor]) -> None:
     """Writes a role, with the numbers it gave, so that peft and vLLM load it on the same base."""
-    paths = [key.removesuffix(A) for key in numbers if key.endswith(A)]
     settings = PLAIN | {
         "task_type": "SEQ_CLS" if model.score else "CAUSAL_LM",
         "base_model_name_or_path": model.name_or_path,
         "r": model.how.rank,
         "lora_alpha": model.how.alpha,
-        "target_modules": [path.removeprefix(PREFIX) for path in paths],
+        "target_modules": [k[len(PREFIX) : -len(A)] for k in numbers if k.endswith(A)],
         "fan_in_fan_out": any(isinstance(m, Conv1D) for m in model.modules()),
     }
     folder.mkdir(exist_ok=True)
-    made_on = {BASE: hub.weights_sha256(model.name_or_path)}
-    save_file(numbers, folder / "adapter_model.safetensors", made_on)
-    (folder / hub.ADAPTER).write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    base = {BASE: hub.weights_sha256(model.name_or_path)}
+    save_file(numbers, folder / "adapter_model.safetensors", base)
+    (folder / hub.ADAPTER).write_text(json.dumps(settings, indent=2))
 
 
 def read(folder: Path, base: str) -> tuple[Lora, dict[str, Tensor]]:
@@ -228,7 +228,7 @@ def read(folder: Path, base: str) -> tuple[Lora, dict[str, Tensor]]:
     trained on other weights.
     """
     path = folder / hub.ADAPTER
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = json.loads(path.read_bytes())
     for key, plain in PLAIN.items():
         if (settings.get(key) or plain) != plain:
             raise InputError(f"{path}: {key} is not that of plain LoRA; merge the model with peft")

@@ -50,11 +50,7 @@ def main(flags: list[str], file: str) -> None:
     for name, column in zip(("prompt", "chosen", "rejected"), sizes.T):
         found = np.quantile(column, [*QUANTILES.values()])
         shown.append([name, *(f"{size:.0f}" for size in found)])
-    asked = [as_turns(row["prompt"] if pairs else row) for row in rows]
-    several = sum(len(turns) > 1 for turns in asked)
-    systems = sum(turns[0]["role"] == "system" for turns in asked)
-    print(f"{plain(file)}: {form}\n{len(rows)} rows can be used", end="; ")
-    print(f"{several} have several turns, {systems} a system turn\n")
+    print(f"{plain(file)}: {form}\n{len(rows)} rows can be used\n")
     print(table([unit, *QUANTILES], shown) + "\n")
     for text in told:
         print(f"left out: {plain(text)}\n")

@@ -215,18 +215,29 @@ def test_nothing_is_written_where_the_stage_s_folder_is_gone(tmp_path):
         assert list(tmp_path.iterdir()) == []
 
 
+def test_a_new_checkpoint_is_not_mixed_with_one_that_cannot_be_removed(tmp_path, monkeypatch):
+    left = tmp_path / "checkpoints" / "step_000001.tmp"
+    left.mkdir(parents=True)
+    (left / "__9_0.distcp").write_text("of another process")
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **options: None)
+    with pytest.raises(RunError, match="cannot be written: File exists"):
+        save(tmp_path, 1, 1.0)
+    assert list((tmp_path / "checkpoints").iterdir()) == [left]
+
+
 # --- what a power cut leaves ----------------------------------------------------------------------
 
 
 class Synced:
     """Notes each fsync, and requires that what is renamed or replaced was synced before.
 
-    After a rename, the folder must be synced before anything is removed.
+    After a rename or a new folder, the folder around must be synced before anything is removed.
     """
 
     def __init__(self, monkeypatch):
         self.known, self.waiting, self.renamed = {}, set(), 0
-        self.calls = {name: getattr(os, name) for name in ("fsync", "rename", "replace", "unlink")}
+        names = ("fsync", "mkdir", "rename", "replace", "unlink")
+        self.calls = {name: getattr(os, name) for name in names}
         for name in self.calls:
             monkeypatch.setattr(os, name, getattr(self, name))
         monkeypatch.setattr(shutil, "rmtree", self.rmtree)
@@ -236,6 +247,11 @@ class Synced:
         path, facts = Path(os.readlink(f"/proc/self/fd/{number}")), os.fstat(number)
         self.known[facts.st_ino] = facts.st_size, facts.st_mtime_ns
         self.waiting.discard(path)
+
+    def mkdir(self, path, *arguments, **options):
+        self.calls["mkdir"](path, *arguments, **options)
+        if Path(path).suffix != ".tmp":
+            self.waiting.add(Path(path).parent)
 
     def moved(self, name, source, target):
         source, target = Path(source), Path(target)

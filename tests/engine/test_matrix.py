@@ -469,6 +469,24 @@ def test_the_copy_of_a_large_model_is_small():
         assert len(copied.layers) == shape.num_hidden_layers
 
 
+def test_a_copy_shows_differences_however_small_the_weights_of_the_config_are():
+    model, _ = pair("Phimoe", FEW | EXPERTS | {"sliding_window": 20})
+    model.config.initializer_range = 1e-6
+    with pytest.raises(InputError, match=r"its sliding_window \(20\) is not kept"):
+        packing.check(model, "here")
+    copied, _ = packing._copy(json.dumps(model.config.to_dict()))
+    weights = torch.cat([p.flatten() for p in copied.parameters() if p.ndim > 1])
+    assert 0.1 < weights.std() < 0.5  # a query sees more than one key
+
+
+@torch.no_grad()
+def test_large_logits_may_differ_by_more():
+    model, _ = pair("Llama", FEW)
+    head = model.get_output_embeddings()
+    head.weight *= 1e6
+    assert packing._equal(model, packing.SHORT, head)
+
+
 # --- others' pipelines ----------------------------------------------------------------------------
 
 PIPELINES = """

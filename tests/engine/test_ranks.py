@@ -3,7 +3,9 @@
 What two real processes make together: test_parallel.py.
 """
 
+import atexit
 import ctypes
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from minicai import InputError
-from minicai.engine import parallel
+from minicai.engine import parallel, terminal
 from tests.conftest import tiny_model
 
 
@@ -24,6 +26,18 @@ def second():
     yield
     dist.destroy_process_group()
     parallel._mesh.cache_clear()
+
+
+def test_only_the_first_rank_prints(second, monkeypatch, capsys):
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **settings: None)
+    monkeypatch.setattr(atexit, "register", lambda function: None)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(terminal, "QUIET", False)
+    parallel._join("fake", 1)
+    print("from every rank")
+    terminal.warn("from every rank")
+    assert tuple(capsys.readouterr()) == ("", "")
 
 
 # --- lists and numbers ----------------------------------------------------------------------------

@@ -71,6 +71,11 @@ def test_a_wrong_prompt_is_refused_with_its_file_and_line(tmp_path, name, line, 
     assert message.startswith(", line 3: ") and reason in message
 
 
+def test_of_a_wrong_turn_80_characters_are_shown(tmp_path):
+    path = write(tmp_path / "p.jsonl", json.dumps({"prompt": ["Why?" * 99]}))
+    assert f', not "{"Why?" * 19}Why;' in refusal(read_prompts, path)
+
+
 @pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.jsonl.gz"])
 def test_a_file_without_a_prompt_is_refused(tmp_path, name):
     assert refusal(read_prompts, write(tmp_path / name, "\n \n")) == ": holds no row"

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from minicai import InputError, RunError
-from minicai.engine import checkpoint, config, disk, parallel, stage, terminal
+from minicai.engine import checkpoint, config, disk, hub, parallel, stage, terminal
 from minicai.engine.data import read_jsonl, read_record
 from minicai.engine.disk import lock, sha256
 from minicai.engine.stage import Stage, code_fingerprints
@@ -299,6 +299,14 @@ def test_a_comment_a_docstring_or_layout_refuses_nothing(place, file, old, new):
     assert run(place)["weight"]
 
 
+@pytest.mark.parametrize("file, warned", [("red_team.jsonl", True), ("", False)])
+def test_a_model_of_ones_own_on_the_tiny_world_s_prompts_is_warned_of(place, capsys, file, warned):
+    data = str(hub.PACKAGE / "tinyworld" / "data" / file) if file else str(place / "data.jsonl")
+    cfg = Config(model=str(place / "base"), out=str(place / "out"), data=data, device="cpu")
+    Stage(cfg, "sl", {"model": cfg.model}).journal("rows.jsonl")
+    assert ("[sl] data: still those of the tiny world" in capsys.readouterr().err) == warned
+
+
 def test_paths_may_change_where_contents_are_equal(place):
     interrupted(place)
     moved = place / "elsewhere"
@@ -341,7 +349,8 @@ def test_a_run_that_stopped_before_it_made_anything_binds_no_later_config(place)
     folder = interrupted(place, "row 0")
     (folder / "notes.json").unlink()
     assert [path.name for path in folder.iterdir()] == ["config.toml"]
-    assert run(place, rate=0.2)["weight"]
+    opened(place, rate=0.2).journal("rows.jsonl")
+    assert "rate = 0.2" in (folder / "config.toml").read_text()
 
 
 @pytest.mark.parametrize(
@@ -510,6 +519,11 @@ def test_what_is_removed_in_mid_run_is_named_and_the_stage_does_not_finish(place
     assert not (place / "out" / "sl" / "stage.json").exists()
 
 
+def test_a_config_that_is_removed_in_mid_run_is_there_at_the_end(place):
+    record = run(place, meddle=lambda folder: (folder / "config.toml").unlink())
+    assert run(place) == record  # finished, and not begun again
+
+
 @pytest.mark.parametrize("how", ["gone", "doubled", "changed"])
 @pytest.mark.parametrize("name", ["rows.jsonl", "metrics.jsonl"])
 def test_rows_that_are_not_those_of_the_checkpoint_are_noticed(place, name, how):
@@ -534,6 +548,7 @@ def test_rows_that_are_not_those_of_the_checkpoint_are_noticed(place, name, how)
 def test_a_finished_stage_knows_its_files(place, name, damage):
     record, path = run(place), place / "out" / "sl" / name
     assert record["files"].keys() == {"rows.jsonl", "metrics.jsonl", "episodes.jsonl"}
+    assert record["models"].keys() == {str(place / "base")}  # and no data file
     content = bytearray(path.read_bytes())
     content[8] ^= 1
     path.write_bytes(content) if damage == "flipped" else path.unlink()

@@ -17,6 +17,7 @@ from minicai.evaluation.measures import wilson_interval
 from minicai.evaluation.rates import (
     METRICS,
     Metric,
+    binary_entropy,
     failed,
     failures,
     jailbreak_rates,
@@ -69,6 +70,10 @@ def test_a_metric_is_one_function_and_one_line(monkeypatch):
     found = stage_results("ppo", rows, ENDED, [], [])
     assert found["eval"]["refused"] == pytest.approx(2 / 3)
     assert found["intervals"]["refused"] == list(wilson_interval(2, 3))
+
+
+def test_the_tables_that_end_a_command_show_all_rates_but_one():
+    assert [name for name, metric in METRICS.items() if not metric.shown] == ["right_refusal"]
 
 
 # --- revisions ------------------------------------------------------------------------------------
@@ -186,6 +191,13 @@ def test_agreement_with_people_turns_half_of_the_pairs_round():
     assert wrong["rate"] == 0 and wrong["ece"] > 0.9
     of_places, _ = human_agreement(people, Judge(9.0), how, "j")
     assert of_places["rate"] == 0.5
+
+
+def test_the_entropy_of_a_label_by_hand():
+    assert binary_entropy(0.5) == pytest.approx(math.log(2))
+    quarter = 0.25 * math.log(4) + 0.75 * math.log(4 / 3)
+    assert binary_entropy(0.25) == binary_entropy(0.75) == pytest.approx(quarter)
+    assert binary_entropy(0.0) == binary_entropy(1.0) == 0
 
 
 # --- jailbreaks -----------------------------------------------------------------------------------

@@ -30,9 +30,7 @@ def test_a_file_is_described_without_a_model_and_refused_as_a_stage_would(pairs,
     with pytest.raises(InputError, match=r"mend them, or set skip_bad = true$"):
         data.main([], str(pairs))
     said = capsys.readouterr().out
-    assert (
-        f"{pairs}: preference pairs\n3 rows can be used; 1 have several turns, 1 a system" in said
-    )
+    assert f"{pairs}: preference pairs\n3 rows can be used\n" in said
     assert 'line 3: needs "chosen" and "rejected"' in said and "1 of 4 rows cannot be used" in said
     assert "\n\nHuman: Hi\n\nAssistant:[ Hello.]\n" in said
     assert "\n\nHuman: Hi\n\nAssistant:[ Go.]\n" in said
@@ -41,7 +39,10 @@ def test_a_file_is_described_without_a_model_and_refused_as_a_stage_would(pairs,
     data.main(["--skip_bad=true"], str(pairs))
 
 
-def test_with_a_model_it_counts_tokens_and_what_does_not_fit(pairs, models, tmp_path, capsys):
+def test_with_a_model_it_counts_tokens_and_what_does_not_fit(
+    pairs, models, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(dialogue, "_raw", set())
     model = tmp_path / "model"
     model.mkdir()
     for file in (models / "whole").iterdir():
