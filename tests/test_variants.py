@@ -34,7 +34,8 @@ def run(section, folder, name, *arguments):
     record = module.main(config.load(kind, section, arguments))
     assert all(hub.weights_sha256(path) == sha for path, sha in record["models"].items())
     assert str(folder / "model") in record["models"]
-    assert json.loads((out / section / "stage.json").read_text()).keys() == record.keys()
+    written = json.loads((out / section / "stage.json").read_text())
+    assert written.keys() - {"sha256"} == record.keys()
     journal = out / section / JOURNALS[section]
     rows = read_jsonl(journal) if journal.exists() else []  # none where nothing was asked
     short = {path: sha[:12] for path, sha in record["models"].items()}
@@ -427,7 +428,7 @@ def test_a_given_pair_that_does_not_fit_the_context_is_named(folder):
     lines = (folder / "human.jsonl").read_text().splitlines()
     lines[1:1] = ["", json.dumps({"prompt": "Tell", "chosen": "yes", "rejected": "n" * 2048})]
     (folder / "long.jsonl").write_text("\n".join(lines))
-    with pytest.raises(InputError, match=r"pair long\.jsonl:3, .* 2 has \d+ tokens"):
+    with pytest.raises(InputError, match=r"pair long\.jsonl:3: .* has \d+ tokens"):
         rm(folder, "long", f"--preferences={folder / 'long.jsonl'}")
     assert not (folder / "long").exists()
 

@@ -118,11 +118,11 @@ class Stage:
         if begun and not (finished and "format" not in old.get("made_from", {})):
             changes += config.differences(old, tomllib.loads(self.text), type(cfg))
         if changes and not cfg.accept_changes:
-            what, way = "its model has changed", "make that model again, or use it as it is"
-            if begun:
-                what = "settings, inputs or files have changed"
-                way = "choose another --out, start again with --overwrite, or resume"
-            raise InputError(f"{folder}: {what}: {'; '.join(changes)}; {way} with --accept-changes")
+            raise InputError(
+                f"{folder}: settings, inputs or files have changed: {'; '.join(changes)}; put them "
+                f"back, choose another --out, start again with --overwrite, or use them as they "
+                f"are with --accept-changes"
+            )
         self.accepted = changes
         return read_record(record) if finished else None
 
@@ -142,11 +142,10 @@ class Stage:
             Journal(folder / "accepted.jsonl").append([{"changes": self.accepted}])
         write_atomic(folder / "config.toml", self.text)
         terminal.BEGUN = True
-        ours = hub.PACKAGE / "tinyworld"
-        tiny = [
-            what for what, path in config.paths(self.cfg).items() if str(ours / "data") in str(path)
-        ]
-        if tiny and not str(self.cfg.model).startswith(str(ours)):
+        ours = str(hub.PACKAGE / "tinyworld")
+        named = config.paths(self.cfg).items()
+        tiny = [what for what, path in named if f"{ours}/data" in str(path)]
+        if tiny and not str(self.cfg.model).startswith(ours):
             terminal.warn(
                 f"[{self.name}] {', '.join(tiny)}: still those of the tiny world, and the model is "
                 f'another; set them to files of yours, or to "" for none'

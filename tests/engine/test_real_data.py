@@ -23,7 +23,7 @@ from minicai.examples import load_comparisons, load_examples
 from minicai.report import page
 from minicai.rollout import collate
 from tests.conftest import ROOT, byte_tokenizer, tiny_model
-from tests.engine.test_data import HH
+from tests.engine.test_rows import HH
 from tests.engine.test_templates import chat_tokenizer
 from tests.test_constitution import PAPER
 

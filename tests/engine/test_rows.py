@@ -506,10 +506,11 @@ def test_all_bad_rows_are_counted_at_once_and_skip_leaves_them_out(tmp_path):
     write(path, "{]\n[]\n")
     with pytest.raises(InputError, match=r"line 1: .*; 2 of 2 rows cannot be used$"):
         read_prompts(path, skip=skip)
-    with pytest.raises(TooLong, match="1 of 2 rows cannot be used; skip_long = true"):
-        Skip(bad=True).keep("x", [1, 0], lambda k: 1 // k if k else fail(TooLong("zero")))
-    with pytest.raises(InputError, match=r"^long; 1 of 2 rows"):
-        errors = [TooLong("long"), InputError("bad")]
+    rows = [("one", 1), ("two", 0)]
+    with pytest.raises(TooLong, match="two: zero; 1 of 2 rows cannot be used; skip_long = true"):
+        Skip(bad=True).keep("x", rows, lambda k: 1 // k if k else fail(TooLong("zero")))
+    with pytest.raises(InputError, match=r"^one: long; 1 of 2 rows"):
+        errors = [("one", TooLong("long")), ("two", InputError("bad"))]
         Skip(True, True, tell=told.append).keep("x", errors, fail)
 
 
