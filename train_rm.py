@@ -24,9 +24,10 @@ import torch
 from minicai.critique import revision_pairs
 from minicai.engine import models, parallel, sampler
 from minicai.engine.config import Run, path_setting, positive, setting
-from minicai.engine.data import batch_of_step, read_jsonl, read_preferences, read_prompts, split
+from minicai.engine.data import batch_of_step, read_jsonl, split
 from minicai.engine.dialogue import encode_pair, show_first
 from minicai.engine.load import load_policy, load_scorer
+from minicai.engine.rows import read_preferences, read_prompts
 from minicai.engine.stage import Stage, script
 from minicai.examples import load_comparisons
 from minicai.losses import centering_loss, preference_loss

@@ -21,10 +21,11 @@ import torch
 
 from minicai.engine import parallel
 from minicai.engine.config import Run, path_setting, positive, setting
-from minicai.engine.data import batch_of_step, read_prompts
+from minicai.engine.data import batch_of_step
 from minicai.engine.dialogue import encode_learned, show_first
 from minicai.engine.load import load_policy
 from minicai.engine.models import checkpoint_layers, micro_batches, response_logprobs
+from minicai.engine.rows import read_prompts
 from minicai.engine.sampler import (
     Sampling,
     check_prompts,

@@ -38,7 +38,8 @@ def prepared(work: str, count: int, folder: str):
     import train_rm
     import train_sl
     from minicai.engine import config, load, parallel
-    from minicai.engine.data import epoch_order, read_preferences, read_prompts
+    from minicai.engine.data import epoch_order
+    from minicai.engine.rows import read_preferences, read_prompts
 
     scripts = {"data": train_sl, "sl": train_sl, "labels": train_rm, "rm": train_rm}
     script, out = scripts.get(work, train_ppo), Path(folder)

@@ -57,7 +57,7 @@ def score(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         if prompt.startswith("Human:") and prompt.endswith("\n\nAssistant:"):
             prompt, _ = split_transcript(f"\n\n{prompt} ")
         asked, answer = encode(tokenizer, prompt, response)
-        check_lengths(model.config, [asked + answer], 0, "REWARD_MODEL")
+        check_lengths(model.config, [asked + answer], 0, "a text for REWARD_MODEL")
         ids = torch.tensor([asked + answer], device=model.device)
         scores.append(model(input_ids=ids).logits.float().item())
     return scores

@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> list[tuple[float, float]]:
     model = load_scorer(judge)
     texts = [(row["prompt"], row["response"], row["ended"]) for row in episodes]
     encoded = [encode(model.tokenizer, *text) for text in texts]
-    check_lengths(model.config, [p + r for p, r in encoded], 0, str(file))
+    check_lengths(model.config, [p + r for p, r in encoded], 0)
     batch = collate(*zip(*encoded), model.device)
     scores = in_micro_batches(sequence_scores, model, batch, MICRO_TOKENS).tolist()
 

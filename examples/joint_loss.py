@@ -30,7 +30,7 @@ from minicai import InputError, losses
 from minicai.critique import training_pairs
 from minicai.engine import parallel
 from minicai.engine.config import path_setting, positive
-from minicai.engine.data import epoch_order, read_jsonl, read_prompts, shuffled
+from minicai.engine.data import epoch_order, read_jsonl, shuffled
 from minicai.engine.dialogue import decode, encode_learned, encode_prompt
 from minicai.engine.load import load_policy, load_scorer, require_same_tokens
 from minicai.engine.models import (
@@ -42,6 +42,7 @@ from minicai.engine.models import (
     sequence_scores,
     token_values,
 )
+from minicai.engine.rows import read_prompts
 from minicai.engine.sampler import Sampling, check_prompts, sample
 from minicai.engine.stage import Stage, script
 from minicai.prompts import as_turns

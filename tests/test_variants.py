@@ -487,8 +487,12 @@ def test_a_run_of_variants_that_was_interrupted_resumes_to_the_same_files(
         ("rm", "--max_new_tokens=1000", "a comparison to .* context of 2048"),
         # With a rationale there are three answers in the context, with a critique too.
         ("rm", "--labels=chain_of_thought --max_new_tokens=640", "a comparison to .* of 2048"),
-        ("sl", "--prompts=long.txt", "long.txt: prompt 1 has 2046 tokens, which with 6 new ones"),
-        ("sl", "--helpful_prompts=long.txt", "long.txt: prompt 1 has 2046 tokens"),
+        (
+            "sl",
+            "--prompts=long.txt",
+            "long.txt: prompt 1: it has 2046 tokens, which with 6 new ones",
+        ),
+        ("sl", "--helpful_prompts=long.txt", "long.txt: prompt 1: it has 2046 tokens"),
         ("rm", "--prompts=long.txt", "a comparison to .* 2146 tokens, which with 16 new ones"),
     ],
 )

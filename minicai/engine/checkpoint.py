@@ -146,7 +146,8 @@ def resume(folder: Path, models: Models, optimizer: torch.optim.Optimizer) -> tu
 def export(folder: Path, model: PreTrainedModel | Role) -> list[str]:
     """Writes the model and its tokenizer as a Hugging Face folder, config.json last.
 
-    A role is merged into its weights, and FOLDER/adapter has its adapters in PEFT's format.
+    A role is merged into its weights, and FOLDER/adapter has its adapters in PEFT's format. It
+    cannot be used any more.
 
     Before that they are read back and must give the logits that the model gives. Raises
     RuntimeError where they do not. Returns the names of the files.
@@ -169,6 +170,8 @@ def export(folder: Path, model: PreTrainedModel | Role) -> list[str]:
             temporary.mkdir()  # the stage's own folder is there, or it was removed
             if lora:
                 adapters.save(temporary / "adapter", model, weights)
+                if parallel.world() == 1:
+                    model.backbone.to("meta")  # the frozen weights are read again: make room
                 whole = merged(model, kind, weights)
             else:  # a sharded model would be saved under other names, and tied weights twice
                 with torch.device("meta"):

@@ -12,10 +12,10 @@ through the model once.
 Legend: B rows that are being decoded, T tokens, V vocabulary, D hidden size.
 """
 
-from bisect import bisect
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import fmean
 
 import numpy as np
@@ -27,7 +27,6 @@ from minicai import InputError
 from minicai.critique import Generate
 from minicai.engine import parallel
 from minicai.engine.attention import Slots, context_length, last_hidden
-from minicai.engine.data import STRICT, Skip, TooLong
 from minicai.engine.dialogue import (
     Asked,
     decode,
@@ -37,6 +36,7 @@ from minicai.engine.dialogue import (
     end_ids,
 )
 from minicai.engine.models import apply_head, require_finite, shared_hidden_states
+from minicai.engine.rows import STRICT, Skip, TooLong
 from minicai.engine.terminal import Progress, warn
 from minicai.feedback import Choose
 from minicai.prompts import CHOICES, Prompt, as_turns, render
@@ -89,25 +89,22 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor, temperature: float) -> tuple[Ten
 
 
 def check_lengths(
-    config: PretrainedConfig,
-    prompts: Sequence[Ids],
-    new_tokens: int,
-    source: str = "",
-    first: int = 1,
+    config: PretrainedConfig, prompts: Sequence[Ids], new_tokens: int, name: str = "prompt {}"
 ) -> None:
     """Raises TooLong where a prompt (token ids) with its new tokens exceeds the context.
 
-    new_tokens: the most that may follow, the end of sequence included.
-    source, first: the file of the prompts and the number of the first one, for the message.
+    new_tokens: the most that may follow, the end of sequence included. name: what the message calls
+    a prompt, given its number.
     """
-    context, name = context_length(config), f"{source}: prompt" if source else "prompt"
-    for k, size in enumerate(map(len, prompts), first):
+    context = context_length(config)
+    for number, size in enumerate(map(len, prompts), 1):
         if not size:
-            raise InputError(f"{name} {k} has no tokens")
+            raise InputError(f"{name.format(number)} has no tokens")
         if size + new_tokens > context:
             raise TooLong(
-                f"{name} {k} has {size} tokens, which with {new_tokens} new ones exceeds the "
-                f"model's context of {context}; shorten the prompt or lower max_new_tokens"
+                f"{name.format(number)} has {size} tokens, which with {new_tokens} new ones "
+                f"exceeds the model's context of {context}; shorten the prompt or lower "
+                f"max_new_tokens"
             )
 
 
@@ -123,16 +120,13 @@ def check_prompts(
     Raises InputError where there are others, unless `skip` leaves them out.
     """
 
-    def look(numbered: tuple[int, Prompt]) -> Prompt:
-        number, prompt = numbered
-        try:
-            ids = encode_prompt(model.tokenizer, as_turns(prompt))
-        except InputError as error:  # the chat template refuses a dialogue
-            raise InputError(f"{source}: prompt {number}: {error}") from error
-        check_lengths(model.config, [ids], new_tokens, source, number)
+    def look(prompt: Prompt) -> Prompt:
+        ids = encode_prompt(model.tokenizer, as_turns(prompt))
+        check_lengths(model.config, [ids], new_tokens, "it")
         return prompt
 
-    return skip.keep(source, enumerate(prompts, 1), look)
+    named = [(f"{source}: prompt {number}", x) for number, x in enumerate(prompts, 1)]
+    return skip.keep(source, named, look)
 
 
 def usable_pairs(model: PreTrainedModel, rows: Sequence[dict], skip: Skip = STRICT) -> list[dict]:
@@ -143,14 +137,12 @@ def usable_pairs(model: PreTrainedModel, rows: Sequence[dict], skip: Skip = STRI
     """
 
     def look(row: dict) -> dict:
-        name = f"pair {row['id']}"
-        check_prompts(model, [row["prompt"]], 0, name)
         prompt, *responses = encode_pair(model.tokenizer, row)
         texts = [prompt + response for response in responses]
-        check_lengths(model.config, texts, 0, f"{name}, with its response")
+        check_lengths(model.config, texts, 0, "with its response it")
         return row
 
-    rows = skip.keep("given pairs", rows, look)
+    rows = skip.keep("given pairs", [(f"pair {row['id']}", row) for row in rows], look)
     if unknown := sum("cut" not in row and row["source"] != "human" for row in rows):
         warn(
             f"{unknown} pairs do not say whether the length limit cut off a response, as in files "
@@ -170,47 +162,39 @@ def check_requests(
     what: str,
     skip: Skip = STRICT,
 ) -> list[Prompt]:
-    """The prompts about which the longest requests fit into the context of each model.
+    """The prompts about which all requests fit into the context of each model.
 
-    requests(prompts): the longest ones, with empty answers in them. new_tokens: of the answers in a
-    request and of the one that follows it. what: the setting and what is requested. A model may be
-    named only once. Raises InputError where a request is too long, unless `skip` leaves out the
-    longest prompts.
+    requests(prompts): those about the longest prompt, with empty answers in them. new_tokens: of
+    the answers in a request and of the one that follows it. what: the setting and what is
+    requested. A model may be named only once. Raises InputError where a request is too long, unless
+    `skip` leaves out its prompt.
     """
     names = []
     for model in models:
         if model.name_or_path in names:
             raise InputError(f"{what}: a model is named twice: {model.name_or_path}")
         names.append(model.name_or_path)
-        prompts = _askable(model, prompts, requests, new_tokens, what, skip)
+        source = f"{what} to {names[-1]}, with its examples and principles"
+        look = partial(_askable, model, requests, new_tokens)
+        by_length = sorted(prompts, key=lambda prompt: len(render(prompt)))
+        skip.keep(what, [(source, prompt) for prompt in by_length[:1]], look)  # else none fits
+        try:
+            list(map(look, by_length[-1:]))
+        except TooLong:
+            prompts = skip.keep(what, [(source, prompt) for prompt in prompts], look)
     return list(prompts)
 
 
 def _askable(
     model: PreTrainedModel,
-    prompts: Sequence[Prompt],
     requests: Callable[[Sequence[Prompt]], Sequence[str]],
     new_tokens: int,
-    what: str,
-    skip: Skip,
-) -> Sequence[Prompt]:
-    """check_requests for one model."""
-    source = f"{what} to {model.name_or_path}, with its examples and principles"
-    order = sorted(range(len(prompts)), key=lambda k: len(render(prompts[k])))
-
-    def excess(count: int) -> TooLong | None:  # of the requests about the shortest prompts
-        texts = requests([prompts[k] for k in order[:count]])
-        encoded = [encode_prompt(model.tokenizer, text) for text in texts]
-        try:
-            check_lengths(model.config, encoded, new_tokens, source)
-        except TooLong as error:
-            return error
-
-    if error := excess(len(prompts)):
-        count = bisect(range(1, len(prompts)), False, key=lambda n: excess(n) is not None)
-        skip.leave_out(what, "long", error, len(prompts) - count, len(prompts))
-        prompts = [prompts[k] for k in sorted(order[:count])]
-    return prompts
+    prompt: Prompt,
+) -> Prompt:
+    """The prompt. Raises TooLong where a request about it is."""
+    texts = [encode_prompt(model.tokenizer, text) for text in requests([prompt])]
+    check_lengths(model.config, texts, new_tokens, "one about a prompt")
+    return prompt
 
 
 # --- sampling -------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ from transformers import PreTrainedModel
 
 from minicai import InputError, RunError
 from minicai.engine import checkpoint, config, dialogue, hub, parallel, terminal
-from minicai.engine.data import Journal, Skip, finite, read_record
+from minicai.engine.data import Journal, finite, read_record
 from minicai.engine.disk import (
     OLD,
     damaged,
@@ -52,11 +52,12 @@ from minicai.engine.disk import (
     sums,
     write_atomic,
 )
+from minicai.engine.rows import Skip
 
 NOTES = "notes.json"  # in the folder of a run that is not finished
 SKIPPED_AT_MOST = 3  # updates in a row whose loss or gradient is not finite; then the run stops
 # What is a file, not a model folder, whether it exists or not.
-DATA = (".jsonl", ".json", ".gz", ".txt", ".csv", ".tsv", ".toml", ".py", ".parquet", ".zst")
+DATA = (".jsonl", ".json", ".gz", ".txt", ".csv", ".toml", ".py", ".parquet", ".zst")
 METHOD = ("losses", "prompts", "constitution", "examples", "critique", "feedback", "rollout")
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from minicai.constitution import Constitution
-from minicai.engine.data import Skip
 from minicai.engine.dialogue import encode_pair, encode_prompt
 from minicai.engine.load import load_policy, load_scorer
 from minicai.engine.models import scored_pairs
+from minicai.engine.rows import Skip
 from minicai.engine.sampler import Sampling, check_lengths, respond
 from minicai.engine.terminal import Progress
 from minicai.evaluation.measures import agreement
@@ -49,10 +49,10 @@ def comparable(
     def look(row: dict) -> dict:
         text = render_comparison(row["prompt"], row["first"], row["second"], longest)
         ids = encode_prompt(model.tokenizer, text)
-        check_lengths(model.config, [ids], OPTION, f"pair {row['id']}, with its comparison")
+        check_lengths(model.config, [ids], OPTION, "its comparison")
         return row
 
-    return skip.keep("pairs", preferences, look)
+    return skip.keep("pairs", [(f"pair {row['id']}", row) for row in preferences], look)
 
 
 def human_agreement(
@@ -60,7 +60,7 @@ def human_agreement(
 ) -> tuple[dict, list[dict]]:
     """measures.agreement of AI labels with people, and the labelled rows, each with "human".
 
-    preferences: of data.read_preferences, where the preferred response comes first. Here half of
+    preferences: of rows.read_preferences, where the preferred response comes first. Here half of
     the pairs, drawn at random, are swapped, so that "first" is no answer. "human" is the side that
     people preferred. judge: the feedback model's name.
     """

@@ -3,8 +3,8 @@
   new FILE [--like=NAME]                 write a constitution to start from. NAME: first, general,
                                          redteam, customer_service, medical, finance or tiny
   import FILE [OUT.toml]                 make a constitution of what you have: criteria or traits in
-                                         JSON, JSONL, YAML or CSV, a list or a document with
-                                         headings (docs/constitutions.md)
+                                         JSON, a list, or a document with headings
+                                         (docs/constitutions.md)
   check FILE                             find errors (exit code 2) and give advice; says of a file
                                          of another form what it is, and how to import it
   try FILE [--prompts=FILE] [--n=20]     let the model answer n prompts, then criticise and revise
@@ -19,12 +19,12 @@ comparisons.jsonl. Run the same command again to print the results again.
 """
 
 import json
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 from minicai import InputError
-from minicai.constitution import REQUESTS, load
+from minicai.constitution import load
 from minicai.engine import config, terminal
 from minicai.tools import importing
 from minicai.tools.proofread import proofread
@@ -45,6 +45,11 @@ class TryConfig(config.Run):
 @dataclass
 class NewOptions:
     like: str = "first"
+
+
+@dataclass
+class NoOptions:
+    """Of an action that has none."""
 
 
 def main(flags: list[str], action: str = "", *files: str) -> None:
@@ -81,34 +86,23 @@ def write(path: Path, text: str) -> None:
 
 def import_(flags: list[str], file: str, out: str = "") -> None:
     """Writes a constitution of the principles in FILE: to OUT, or beside FILE as a TOML file."""
-    if flags:
-        raise InputError(f"constitution import: {flags[0]}: unknown key; it has none")
+    config.options(NoOptions, flags)
     source = config.locate(file, Path())
-    path = Path(out) if out else source.with_suffix(".toml")
-    if path.suffix != ".toml":
-        raise InputError(f"{path}: a constitution is a .toml file; name it {path.stem}.toml")
-    if path == source:
-        raise InputError(
-            f"{file}: is a TOML file; name another for what is made: import {file} OUT"
-        )
+    path = Path(out or source).with_suffix(".toml")
     found = importing.read(source)
-    write(path, importing.toml(path.stem, file, found))
-    made = Counter(request for _, request in found.made)
-    counts = ", ".join(f"{request} {made[request]}" for request in REQUESTS if made[request])
-    longest = max(found.principles, key=lambda p: len(p.critique + p.comparison))
-    words = max(len(text.split()) for text in (longest.critique, longest.comparison))
+    text = importing.toml(path.stem, file, found)
+    write(path, text)
     print(terminal.plain(f"read   {file}: {found.kind}, principles: {len(found.principles)}"))
-    print(f"made   by a template, and marked [made]: {counts or 'nothing'}")
-    for note in found.notes:
-        print(terminal.plain(f"left   out: {note}"))
-    print(terminal.plain(f"length of the longest request: {words} words ({longest.name})"))
+    print(f"made   by a template, and marked [made]: {text.count('  # [made]')} requests")
+    if found.left:
+        left = shorten("; ".join(found.left), 300)
+        print(terminal.plain(f"left   out, {len(found.left)} lines or keys: {left}"))
     print(f"edit   it, then: python -m minicai constitution check {path}")
 
 
 def check(flags: list[str], file: str) -> None:
     """Prints the findings. Raises InputError where one of them is an error."""
-    if flags:
-        raise InputError(f"constitution check: {flags[0]}: unknown key; it has none")
+    config.options(NoOptions, flags)
     path = config.locate(file, Path())
     try:
         rules = load(path)

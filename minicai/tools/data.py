@@ -15,7 +15,7 @@ import numpy as np
 
 from minicai import InputError
 from minicai.engine import config
-from minicai.engine.data import Skip, form_of, read_preferences, read_prompts
+from minicai.engine.rows import Skip, form_of, read_preferences, read_prompts
 from minicai.engine.terminal import marked, plain, table
 from minicai.prompts import Prompt, as_turns, render
 
@@ -50,11 +50,7 @@ def main(flags: list[str], file: str) -> None:
     for name, column in zip(("prompt", "chosen", "rejected"), sizes.T):
         found = np.quantile(column, [*QUANTILES.values()])
         shown.append([name, *(f"{size:.0f}" for size in found)])
-    asked = [as_turns(row["prompt"] if pairs else row) for row in rows]
-    several = sum(len(turns) > 1 for turns in asked)
-    systems = sum(turns[0]["role"] == "system" for turns in asked)
-    print(f"{plain(file)}: {form}\n{len(rows)} rows can be used", end="; ")
-    print(f"{several} have several turns, {systems} a system turn\n")
+    print(f"{plain(file)}: {form}\n{len(rows)} rows can be used\n")
     print(table([unit, *QUANTILES], shown) + "\n")
     for text in told:
         print(f"left out: {plain(text)}\n")
@@ -81,7 +77,7 @@ def as_ids(options: DataOptions, file: str, rows: list, skip: Skip) -> tuple:
     """The rows that the model can read, what gives the token ids of one, and what decodes them."""
     from minicai.engine import dialogue, load, sampler  # torch, which takes seconds to import
 
-    dialogue.FORM = options.form
+    dialogue.choose_form(options.form, options.model)
     tokenizer = load.load_tokenizer(options.model)
     model = SimpleNamespace(tokenizer=tokenizer, config=load.load_config(options.model))
     if isinstance(rows[0], dict):

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minicai.engine import config, terminal
-from minicai.engine.data import read_jsonl, read_prompts
+from minicai.engine.data import read_jsonl
+from minicai.engine.rows import read_prompts
 from minicai.evaluation.rates import kinds
 from minicai.report import page, summary
 from minicai.tools import judging

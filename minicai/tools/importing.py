@@ -2,103 +2,57 @@
 
     inverse constitutional AI (Findeis et al. 2024)   060_constitution.json: one JSON text with a
                                                       numbered list
-    criteria, rules, principles                       texts or tables, in JSON, JSONL, YAML or CSV
-    Open Character Training (Maiya et al. 2025)       traits and clarifications, in JSON or JSONL
+    criteria, rules, principles                       texts or tables, in JSON or JSON lines
+    Open Character Training (Maiya et al. 2025)       traits and clarifications, likewise
     a list                                            a Markdown or plain list, or plain lines
     a document                                        headings; a section becomes a principle
 
-Such a file rarely has all three requests of a principle. TEMPLATES make the others from what it
-has. They quote the author's words: no grammar has to fit, and nothing is added to their meaning.
+Such a file rarely has all three requests of a principle. A template makes the others. It quotes the
+author's words: no grammar has to fit, and nothing is added to their meaning.
 """
 
-import csv
-import io
 import json
 import re
-import tomllib
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
+from textwrap import shorten
 
 from minicai import InputError
 from minicai.constitution import REQUESTS, Principle
 
-LONG = 80  # words; a longer text is not quoted, it is put in front of the requests as a section is
-
-# What is made of a text: of a request that the file has, or of a trait, a rule or a section.
-_KEEP = "Keep what is useful in it."
-TEMPLATES = {
-    "comparison": {
-        "critique": 'This is how an assistant\'s responses are judged: "{text}" Identify any way '
-        "in which the assistant's last response falls short of it.",
-        "revision": "Please rewrite the assistant's response so that it would be preferred by this "
-        f'rule: "{{text}}" {_KEEP}',
-    },
-    "revision": {
-        "critique": "Identify anything in the assistant's last response that calls for this "
-        'change: "{text}"',
-        "comparison": 'Choose the response that needs this change less: "{text}"',
-    },
-    "critique": {
-        "revision": "Please rewrite the assistant's response so that there is nothing to find by "
-        f'this request: "{{text}}" {_KEEP}',
-        "comparison": 'Choose the response about which there is less to say here: "{text}"',
-    },
-    "trait": {
-        "critique": 'The assistant says of itself: "{text}" Identify any way in which the '
-        "assistant's last response does not fit this.",
-        "revision": "Please rewrite the assistant's response as an assistant would that says of "
-        f'itself: "{{text}}" {_KEEP}',
-        "comparison": 'Choose the response of an assistant that could say of itself: "{text}"',
-    },
-    "rule": {
-        "critique": 'The assistant follows this rule: "{text}" Identify any way in which the '
-        "assistant's last response goes against it.",
-        "revision": "Please rewrite the assistant's response so that it follows this rule: "
-        f'"{{text}}" {_KEEP}',
-        "comparison": 'Choose the response that better follows this rule: "{text}"',
-    },
-    "section": {
-        "critique": "Identify any way in which the assistant's last response goes against this: "
-        '"{text}"',
-        "revision": "Please rewrite the assistant's response so that it is in keeping with this: "
-        f'"{{text}}" {_KEEP}',
-        "comparison": 'Choose the response that is more in keeping with this: "{text}"',
-    },
+# A made request: who says the quoted text, the text, and what is asked about it.
+RULE = "This is how an assistant's responses are judged"
+TRAIT = "The assistant says of itself"
+ASKED = {
+    "critique": "Identify any way in which the assistant's last response does not fit this.",
+    "revision": "Please rewrite the assistant's response so that it fits this. Keep what is useful "
+    "in it.",
+    "comparison": "Choose the response that fits this better.",
 }
-# How a made request begins, up to the text that it quotes.
-MADE = "|".join(
-    re.escape(template.partition("{text}")[0])
-    for templates in TEMPLATES.values()
-    for template in templates.values()
-)
+MADE = f'({RULE}|{TRAIT}): "'  # how a made request begins, up to the text that it quotes
 
 COMPARES = r"(?i)\s*(please )?(choose|pick|select|prefer|favou?r|which|compare)\b"
-TRAIT = r"\b(I|I'm|[Mm]y)\b"
-
-# --- tables: keys without blanks, "_" and "-" -----------------------------------------------------
-
-FIELDS = {
-    "name": "name title label id",
-    "critique": "critique critiquerequest critic",
-    "revision": "revision revisionrequest editrequest revise",
-    "comparison": "comparison comparisonrequest preference",
-    "rule": "principle trait criterion criteria rule statement guideline value text description",
-    "front": "clarification explanation rationale definition description",
+FIRST_PERSON = r"\b(I|I'm|[Mm]y)\b"
+FIELDS = {  # keys of a table -> what they are
+    "name": "name",
+    "title": "name",
+    "principle": "rule",
+    "trait": "rule",
+    "criterion": "rule",
+    "rule": "rule",
+    "text": "rule",
+    "clarification": "front",
+    "explanation": "front",
+    "description": "front",
+    "critique": "critique",
+    "revision": "revision",
+    "comparison": "comparison",
 }
-LISTS = (  # keys of lists and tables of principles
-    r"principles?|constitutions?|criteria|traits|rules|guidelines|values|sections|categories"
-)
-
-# --- Markdown and plain text ----------------------------------------------------------------------
-
 ITEM = r"( *)(?:[-*+•–]|\(?\d{1,5}[.)]|\(?[a-z][.)])\s+(?=\S)"
-HEADING = r"(#{1,6})\s+(.+?)[\s#]*"
-BOLD = r"(\*\*|__)(.+?):?\1:?"
-NUMBERED = r"(\d+(?:\.\d+)*[.)]?)\s+(.{1,80}[^.?!:;,])"
-# How a document marks its headings: the first of these that occurs so often.
-HEADINGS = ((HEADING, 2), (BOLD, 2), (HEADING, 1), (NUMBERED, 2))
+HEADING = r"(?m)^(#{1,6}) +(.+?)[ #]*$"
 
 
 @dataclass(frozen=True)
@@ -107,35 +61,31 @@ class Found:
 
     kind: str  # what the file is, in words
     principles: tuple[Principle, ...]
-    made: frozenset[tuple[str, str]]  # (name, request) of what comes from TEMPLATES
-    notes: tuple[str, ...]  # what was left out
+    left: tuple[str, ...]  # lines and keys that no principle has
 
 
 def read(path: Path) -> Found:
     """Reads a file of any of the forms above. Raises InputError, which names it and the row."""
+    if path.suffix.lower() not in (".json", ".jsonl", ".md", ".markdown", ".txt", ""):
+        raise InputError(f"{path}: save it as Markdown, plain text or JSON; no other form is read")
     try:
-        kind, rows, notes = _parsed(path, _text(path))
-    except RecursionError:
-        raise InputError(f"{path}: has lists in lists too deep to read") from None
-    principles, made, seen, names = [], set(), set(), Counter()
+        text = path.read_text(encoding="utf-8-sig")
+        content = _json(path, text)
+        kind, rows, left = _from_text(text) if content is None else _from_json(content)
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be imported: {error}") from error
+    principles: dict = {}  # requests -> the first principle that has them
+    names = set()
     for row in rows:
-        words = tuple(row.get(key, "") for key in FIELDS if key != "name")
-        if words in seen:
-            notes["repeated principles"] += 1
-            continue
-        seen.add(words)
-        name = slug = _slug(row)
+        name, requests = _slug(row), tuple(_completed(row))
         while name in names:
-            names[slug] += 1
-            name = f"{slug}-{names[slug]}"
-        names[name] = 1
-        requests = _completed(row)
-        principles.append(Principle(name, **requests))
-        made |= {(name, request) for request in REQUESTS if not row.get(request)}
+            name = f"{name}-{len(names) + 1}"
+        if any(requests) and requests not in principles:
+            names.add(name)
+            principles[requests] = Principle(name, *requests)
     if not principles:
         raise InputError(f"{path}: holds no principle")
-    left = tuple(f"{what} ({count})" for what, count in notes.items())
-    return Found(kind, tuple(principles), frozenset(made), left)
+    return Found(kind, tuple(principles.values()), tuple(dict.fromkeys(left)))
 
 
 def toml(name: str, file: str, found: Found) -> str:
@@ -148,268 +98,141 @@ def toml(name: str, file: str, found: Found) -> str:
         'version = "1.0"',
     ]
     for principle in found.principles:
-        lines += ["\n[[principle]]", f"name = {_quoted(principle.name)}"]
-        for request in REQUESTS:
-            mark = "  # [made]" if (principle.name, request) in found.made else ""
-            lines.append(f"{request} = {_quoted(getattr(principle, request))}{mark}")
+        lines.append("\n[[principle]]")
+        for key, text in asdict(principle).items():
+            quoted = json.dumps(text, ensure_ascii=False)
+            if "\n" in text and "'''" not in text:
+                quoted = f"'''\n{text}'''"
+            if text:
+                mark = "  # [made]" if re.search(MADE, text) else ""
+                lines.append(f"{key} = {quoted}{mark}")
     return "\n".join(lines) + "\n"
 
 
-def _quoted(text: str) -> str:
-    """A TOML text; over several lines as it is read."""
-    if "\n" in text and "'''" not in text:
-        return f"'''\n{text}'''"
-    return json.dumps(text, ensure_ascii=False)
+# --- principles -----------------------------------------------------------------------------------
 
 
-# --- requests -------------------------------------------------------------------------------------
-
-
-def _completed(row: dict) -> dict[str, str]:
-    """The three requests of a row. Those that it lacks are made by a template."""
-    source = next(key for key in ("comparison", "rule", "revision", "critique") if row.get(key))
-    text, front = row[source], row.get("front", "")
-    if source == "rule":
-        source = "section" if "section" in row else "trait" if re.search(TRAIT, text) else "rule"
-        if re.match(COMPARES, text) and not front:
-            row["comparison"], source = text, "comparison"
-    elif source == "comparison" and row.get("rule"):
-        text, source = row["rule"], "rule"
-    requests = {}
-    for request in REQUESTS:
-        requests[request] = row.get(request) or TEMPLATES[source][request].format(text=text)
-        if front and not row.get(request) and request != "revision":
-            requests[request] = f"{front}\n\n{requests[request]}"
-    return requests
+def _completed(row: dict) -> Iterator[str]:
+    """The three requests of a row. From a rule or a comparison, the missing ones are made."""
+    text, front = _clean(row.get("rule", "")), row.get("front", "").strip()
+    if re.match(COMPARES, text) and not front:
+        row["comparison"] = text
+    text = text or _clean(row.get("comparison", ""))
+    trait = re.search(FIRST_PERSON, text) and not row.get("comparison")
+    for request, asked in ASKED.items():
+        words = _clean(row.get(request, ""))
+        if text and not words:
+            # The critique stands before the revision, and has the front.
+            above = f"{front}\n\n" if front and request != "revision" else ""
+            words = f'{above}{TRAIT if trait else RULE}: "{text}" {asked}'
+        # TOML cannot hold control characters and halves of characters.
+        yield re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", "?", words)
 
 
 def _slug(row: dict) -> str:
     """A name: the row's, or the first words of its text, without "Choose the response that"."""
-    text = next(row[key] for key in ("name", "rule", *REQUESTS) if row.get(key))
-    bare = re.sub(rf"{COMPARES}.*?\b(that|which|who)\b( (is|are|has|have))?", "", text, count=1)
-    words = re.findall(r"\w+", (bare if bare.strip() else text).casefold())
-    return "-".join(words[: 8 if row.get("name") else 5])[:60].strip("-") or "principle"
+    text = next(filter(None, map(row.get, FIELDS.values())), "")
+    bare = re.sub(rf"{COMPARES}.*?\b(that|which|who)\b( (is|are|has|have)\b)?", "", _clean(text))
+    return "-".join(re.findall(r"\w+", bare.casefold())[:6])[:60] or "principle"
 
 
-# --- files ----------------------------------------------------------------------------------------
+def _clean(text: str) -> str:
+    """A text in one line, without Markdown's marks and the label that the paper's files have."""
+    bare = re.sub(r"\*\*|__|`|Options:\s*$|\[([^]]+)\]\([^)]+\)", r"\1", text)
+    return " ".join(bare.split())
 
 
-def _text(path: Path) -> str:
+# --- JSON -----------------------------------------------------------------------------------------
+
+
+def _json(path: Path, text: str) -> str | list | dict | None:
+    """The content of JSON or JSON lines; None if it is another text. Raises ValueError."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: no text in UTF-8; save it as Markdown, plain text, JSON or CSV"
-        ) from error
-    if re.match(r"\s*<(!doctype|html)\b", text, re.IGNORECASE):
-        raise InputError(f"{path}: an HTML page; save its text as Markdown or plain text")
-    return re.sub(r"\r\n?|\u2028|\u2029", "\n", text)
-
-
-def _parsed(path: Path, text: str) -> tuple[str, list[dict], Counter]:
-    """(what the file is, its rows with the keys of FIELDS, what was left out)."""
-    notes: Counter = Counter()
-    content = _table(path, text)
-    if content is None:
-        kind, rows = _from_text(text, notes)
-        return kind, rows, notes
-    rows = list(_rows(content, str(path), notes))
-    if isinstance(content, str):
-        return "a constitution of inverse constitutional AI", rows, notes
-    traits = any(row.get("key") == "trait" for row in rows)
-    kind = "a list of traits, as of Open Character Training" if traits else "a list of criteria"
-    return kind, rows, notes
-
-
-def _table(path: Path, text: str) -> str | list | dict | None:
-    """The content of a file that is JSON, JSON lines, YAML, CSV or TOML; else None."""
-    suffix = path.suffix.lower()
-    try:
-        if suffix == ".toml":
-            return tomllib.loads(text)
-        if suffix == ".csv":
-            return list(csv.DictReader(io.StringIO(text)))
-        if suffix in (".yaml", ".yml"):
-            import yaml  # comes with transformers
-
-            try:
-                return yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise ValueError(" ".join(str(error).split())) from error
-        if suffix == ".jsonl":
-            raise ValueError("a line is no JSON object")
-        if suffix == ".json" or text.lstrip()[:1] in ("{", "[", '"'):
-            return json.loads(text)
-    except (ValueError, csv.Error) as error:
-        with_lines = _json_lines(text)
-        if with_lines:
-            return with_lines
-        if suffix in (".json", ".jsonl", ".yaml", ".yml", ".toml", ".csv"):
-            raise InputError(f"{path}: not readable as {suffix[1:].upper()}: {error}") from error
-    return None
-
-
-def _json_lines(text: str) -> list:
-    """The objects of JSON lines, or [] where the text has another form."""
-    try:
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
+        return json.loads(text)
     except ValueError:
-        return []
+        with suppress(ValueError):
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
+        if path.suffix.lower().startswith(".json"):
+            raise
+        return None
 
 
-def _rows(content, where: str, notes: Counter, name: str = "") -> Iterator[dict]:
-    """The rows of parsed content: texts, tables of fields, or lists and tables of these."""
+def _from_json(content) -> tuple[str, list[dict], list[str]]:
+    """As _from_text, of JSON. Raises ValueError that names the row."""
     if isinstance(content, str):
-        items = list(_items(content.split("\n"), Counter()))
-        for text in items if len(items) > 1 else [content]:
-            if _clean(text):
-                yield {"name": name, "rule": _clean(text)}
-    elif isinstance(content, list):
-        for number, item in enumerate(content, 1):
-            if not isinstance(item, str | list | dict):
-                raise InputError(
-                    f"{where}: row {number}: needs a text, not {json.dumps(item, default=str)}"
-                )
-            yield from _rows(item, f"{where}: row {number}", notes, name)
-    elif isinstance(content, dict):
-        yield from _from_fields(content, where, notes, name)
-    else:
-        raise InputError(
-            f"{where}: holds no list of principles, but {json.dumps(content, default=str)}"
-        )
-
-
-def _from_fields(table: dict, where: str, notes: Counter, name: str) -> Iterator[dict]:
-    table = {str(key): value for key, value in table.items()}  # a key of YAML may be a number
-    keys = {re.sub(r"[\W_]", "", key).casefold(): key for key in table}
-    row, used = {}, set()
-    for field, names in FIELDS.items():
-        for key in (key for key in names.split() if key in keys and key not in used):
-            value = table[keys[key]]
-            if isinstance(value, str | int) and _clean(str(value)) and not row.get(field):
-                row[field] = _clean(str(value), lines=field == "front")
-                used.add(key)
-                row |= {"key": key} if field == "rule" else {}
-    if row.get("name", "0").isdigit():
-        row["name"] = name
-    inner = [key for key in keys if re.fullmatch(LISTS, key) and key not in used]
-    inner = [key for key in inner if isinstance(table[keys[key]], str | list | dict)]
-    # A table of principles may have a description, and a principle may have lists, as of tags.
-    about = row.get("key", "text") in ("text", "description", "value")
-    if inner and about and not any(row.get(request) for request in REQUESTS):
-        for key in inner:
-            tag = row["name"] if "row" in where else ""
-            yield from _rows(table[keys[key]], f"{where}: {_clean(keys[key])}", notes, tag)
-    elif any(row.get(field) for field in ("rule", *REQUESTS)):
-        notes.update(f"key {keys[key]}" for key in keys if key not in used)
-        yield row
-    elif "row" not in where and all(isinstance(x, str | list | dict) for x in table.values()):
-        for key, value in table.items():
-            if isinstance(value, dict) and isinstance(value.get("prompt"), list):
-                critique = " ".join(map(str, value["prompt"]))  # the paper's file
-                value = {"critique": critique, "revision": value.get("edit_request", "")}
-            yield from _rows(value, f"{where}: {_clean(key)}", notes, "" if key.isdigit() else key)
-    else:
-        known = ", ".join(FIELDS["rule"].split()[:5])
-        raise InputError(
-            f"{where}: needs a text under {known}, critique, revision or comparison; it has "
-            f"{_clean(', '.join(table)) or 'no key'}"
-        )
-
-
-# The paper's files have the labels of the steps around each request. prompts.py adds its own.
-LABELS = r"^\s*(Critique|Revision) ?Request:|(Critique|Revision|Options):\s*$"
-
-
-def _clean(text: str, lines: bool = False) -> str:
-    """A text without Markdown's marks and control characters. lines: it may have several."""
-    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "", text)
-    text = re.sub(r"<!--(?s:.*?)-->|\*\*|__|`", "", re.sub(LABELS, "", text))
-    text = re.sub(r"\[([^]]+)\]\([^)]+\)", r"\1", text).encode("utf-8", "replace").decode()
-    return text.strip() if lines else " ".join(text.split())
+        return "a constitution of inverse constitutional AI", *_from_text(content)[1:]
+    kind, rows, left = "a list of criteria", [], []
+    if isinstance(content, dict) and "rule" not in map(FIELDS.get, content):
+        lists = [value for value in content.values() if isinstance(value, list)]
+        content = [*chain(*lists)] or content
+    for number, item in enumerate(content if isinstance(content, list) else [content], 1):
+        table = item if isinstance(item, dict) else {"rule": item}
+        texts = {key: text for key, text in table.items() if isinstance(text, str)}
+        row = {FIELDS[key]: text for key, text in texts.items() if key in FIELDS}
+        if "rule" not in row and "front" in row:
+            row["rule"] = row.pop("front")  # a description of nothing else
+        if not row.keys() & {"rule", *REQUESTS}:
+            raise ValueError(
+                f"row {number} needs a text under principle, trait, criterion, rule, "
+                f"critique, revision or comparison; it is {shorten(json.dumps(item), 80)}"
+            )
+        if "trait" in table:
+            kind = "a list of traits, as of Open Character Training"
+        left += [f"key {key}" for key in table if key not in FIELDS]
+        rows.append(row)
+    return kind, rows, left
 
 
 # --- lists and documents --------------------------------------------------------------------------
 
 
-def _from_text(text: str, notes: Counter) -> tuple[str, list[dict]]:
-    text = re.sub(r"\A---\n(?s:.*?)\n---\n|<!--(?s:.*?)-->", "", text)
-    text = re.sub(r"(?m)^([^\W\d].*)\n(?:=+|-{3,}) *$", r"# \1", text)  # underlined headings
-    lines = text.expandtabs(4).split("\n")
-    outside: Counter = Counter()
-    items = list(_items(lines, outside))
-    sections, before = _sections(lines)
-    listed = sum(len(item.split()) for item in items)
-    prose = sum(len(line.split()) for line in outside)
-    if sections and prose > listed:
-        notes.update({"words before the first section": len(before.split())} if before else {})
-        return "a document with headings", sections
-    if items:
-        kind = "a list"
-        notes.update({"lines outside the list": len(outside)} if outside else {})
-    else:
-        kind, items = "plain lines", [line.lstrip("# ") for line in lines if line.strip()]
-        colons = [line for line in items if line.endswith(":")]
-        items = [line for line in items if line not in colons]
-        notes.update({"lines that end with a colon": len(colons)} if colons else {})
-        if re.search(r"[^.?!:;\n]\n(?=[a-z])", text):  # lines that were wrapped
-            kind, items = "paragraphs", re.split(r"\n\s*\n", text)
-    rows = []
-    for item in filter(_clean, items):
-        lead = re.match(r"\*\*(.+?)\*\*[:.]?\s+\S", item)
-        row = {"name": _clean(lead[1]) if lead else "", "rule": _clean(item)}
-        if len(row["rule"].split()) > LONG:
-            title = row["name"] or " ".join(row["rule"].split()[:8])
-            row = {"name": title, "rule": title, "front": _clean(item, lines=True), "section": True}
-        rows.append(row)
-    return kind, rows
+def _from_text(text: str) -> tuple[str, list[dict], list[str]]:
+    """What a text is, its rows with the values of FIELDS as keys, and lines outside of them."""
+    text = re.sub(r"(?m)^\*\*(.+?):?\*\*:?$", r"## \1", text)  # headings in bold letters
+    items, outside = _items(text)
+    before, sections = _sections(text)
+    if sections and len(" ".join(outside).split()) > len(" ".join(items).split()):
+        return "a document with headings", sections, before.split("\n")
+    kind = "a list"
+    if not items:
+        wrapped = re.search(r"[^.?!:;\n]\n(?=[a-z])", text)
+        kind, outside = "plain lines", []
+        items = re.split(r"\n\s*\n" if wrapped else "\n", re.sub(HEADING, "", text))
+    return kind, [{"rule": item} for item in items if item.strip()], outside
 
 
-def _items(lines: list[str], outside: Counter) -> Iterator[str]:
-    """The items of a list with the lines that continue them. Lines elsewhere go to `outside`."""
-    marks = [re.match(ITEM, line) for line in lines]
-    base = min((len(mark[1]) for mark in marks if mark), default=0)
-    item: list[str] = []
-    for line, mark in zip([*lines, "# end"], [*marks, None]):
-        first = mark and len(mark[1]) == base
-        if first or re.fullmatch(HEADING, line):
-            if item:
-                yield " ".join(item)
-            item = [line[mark.end() :]] if first else []
-        elif item and (not line.strip() or line[0] == " " or item[-1]):
+def _items(text: str) -> tuple[list[str], list[str]]:
+    """The items of a list with the lines that continue them, and the lines elsewhere."""
+    items, outside = [], []
+    indent, after_blank = None, False  # of the item; None = outside the list
+    for line in text.split("\n"):
+        mark = re.match(ITEM, line)
+        if re.match(HEADING, line):
+            indent = None
+        elif mark and (indent is None or len(mark[1]) <= indent):
+            items.append(line[mark.end() :])
+            indent = len(mark[1])
+        elif indent is not None and (line[:1] == " " or not after_blank):
             # After a blank line only an indented one continues the item.
-            item.append(line[mark.end() if mark else 0 :].strip())
+            items[-1] += " " + re.sub(ITEM, "", line)
         elif line.strip():
-            outside[line] += 1
+            indent = None
+            outside.append(line)
+        after_blank = not line.strip()
+    return items, outside
 
 
-def _sections(lines: list[str]) -> tuple[list[dict], str]:
-    """The sections that have a text of their own, and the text before them.
+def _sections(text: str) -> tuple[str, list[dict]]:
+    """The text before the first section, and the sections that have a text of their own.
 
     A title over everything, as # over ## and ###, opens no section.
     """
-    for pattern, least in HEADINGS:
-        marks = [re.fullmatch(pattern, line.strip()) for line in lines]
-        if len(list(filter(None, marks))) >= least:
-            break
-    else:
-        return [], ""
-    first, *levels = [len(mark[1]) for mark in marks if mark]
-    if first < min(levels, default=0):
-        marks = [mark if mark and len(mark[1]) > first else None for mark in marks]
-    titles, texts = [""], [[]]
-    for line, mark in zip(lines, marks):
-        if mark:
-            titles.append(_clean(mark[2]))
-            texts.append([])
-        elif not re.fullmatch(HEADING, line):
-            texts[-1].append(line)
-    before, *bodies = [_clean("\n".join(text), lines=True) for text in texts]
-    sections = []
-    for title, body in zip(titles[1:], bodies):
-        if body:
-            row = {"name": title, "rule": title, "front": f"{title}\n\n{body}", "section": True}
-            sections.append(row)
-    return sections, before
+    before, *parts = re.split(HEADING, text)
+    sections = [*zip(parts[::3], parts[1::3], parts[2::3])]
+    if len(sections) > 1 and all(sections[0][0] < level for level, *_ in sections[1:]):
+        before += sections.pop(0)[2]
+    return before, [
+        {"name": title, "rule": title, "front": f"{title}\n\n{body.strip()}"}
+        for _, title, body in sections
+        if body.strip()
+    ]

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from minicai import InputError, constitution
 from minicai.engine import config, hub, parallel, terminal
-from minicai.engine.data import read_jsonl, read_preferences, read_prompts, read_record
+from minicai.engine.data import read_jsonl, read_record
 from minicai.engine.disk import disk_guard
 from minicai.engine.load import load_policy
+from minicai.engine.rows import read_preferences, read_prompts
 from minicai.engine.sampler import Sampling, choice_logprobs, chooser
 from minicai.engine.stage import Stage
 from minicai.evaluation import rates

@@ -32,9 +32,9 @@ import train_sl
 from minicai import InputError, constitution
 from minicai.engine import config, dialogue, parallel
 from minicai.engine.adapters import attach
-from minicai.engine.data import Skip, read_prompts
 from minicai.engine.load import load_config, load_tokenizer
 from minicai.engine.models import CHUNK
+from minicai.engine.rows import Skip, read_prompts
 from minicai.engine.terminal import table
 from minicai.prompts import as_turns, render_revision
 

@@ -12,7 +12,6 @@ the revision against one that another principle made of the same answer.
 """
 
 import difflib
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,8 +21,9 @@ from textwrap import shorten
 
 from minicai.constitution import Constitution, load
 from minicai.critique import Generate, Revising, critique_and_revise, faults, in_turn
-from minicai.engine.data import Skip, epoch_order, read_jsonl, read_prompts
+from minicai.engine.data import epoch_order, read_jsonl
 from minicai.engine.load import load_policy
+from minicai.engine.rows import Skip, read_prompts
 from minicai.engine.sampler import Sampling, chooser, responder
 from minicai.engine.stage import Stage
 from minicai.engine.terminal import emphasis, plain, table
@@ -41,9 +41,10 @@ SHOWN = 240  # characters of a text in a transcript; the files have all of it
 def attempt(cfg, file: str) -> None:
     """`try`: prints a table, and one transcript per principle. cfg: a TryConfig."""
     folder, rows, labels = run(cfg, file)
-    controls = read_jsonl(folder / "controls.jsonl")
-    show(folder, rows, labels, "answer", "revision", controls)
-    print("".join(f"\n{emphasis('look')}  {plain(x)}" for x in doubts(rows, labels, controls)))
+    show(folder, rows, labels, "answer", "revision")
+    for doubt in doubts(rows, labels):
+        print(f"\n{emphasis('look')}  {plain(doubt)}", end="")
+    print()
 
 
 def diff(cfg, *files: str) -> None:
@@ -94,10 +95,10 @@ def judge(cfg, stage: Stage, rows: Sequence[dict], versions: Sequence[Constituti
     path = cfg.feedback or cfg.model
     ask = partial(compared, choose=chooser(load_policy(path), cfg.rows), seed=cfg.seed, judge=path)
     labels = ask(rows, versions)
-    controls = controlled(rows, versions[0], ask) if len(versions) == 1 else []
+    if len(versions) == 1:
+        labels += controls(rows, versions[0], ask)
     save(stage, "comparisons", labels)
-    save(stage, "controls", controls)
-    stage.finish(None, {"principles": by_principle(rows, labels, controls)})
+    stage.finish(None, {"principles": by_principle(rows, labels)})
 
 
 # --- rows of the journals -------------------------------------------------------------------------
@@ -146,12 +147,18 @@ def changed(row: dict) -> bool:
 
 
 def compared(
-    rows: Sequence[dict], versions: Sequence[Constitution], choose: Choose, seed: int, judge: str
+    rows: Sequence[dict],
+    versions: Sequence[Constitution],
+    choose: Choose,
+    seed: int,
+    judge: str,
+    what: str = "preferred",
 ) -> list[dict]:
-    """Makes the rows of comparisons.jsonl: initial response (first) and changed revision (second).
+    """Makes rows of comparisons.jsonl: initial response (first) and changed revision (second).
 
     They are compared in both orders under the row's principle, as each of the versions words it.
-    The votes are averaged. A principle without a comparison labels nothing.
+    The votes are averaged. A principle without a comparison labels nothing. what: the column of
+    the table that counts them.
     """
     labels, known = [], [p for rules in versions for p in rules.principles if p.comparison]
     for name in dict.fromkeys(p.name for p in known):
@@ -160,124 +167,100 @@ def compared(
         mine = [row for row in rows if row["principle"] == name and changed(row)]
         pairs = [(row["id"], row["prompt"], row["initial"], row["final"]) for row in mine]
         made_by = {"principle": name, "constitution": [rules.stamp for rules in versions]}
+        made_by["what"] = what
         labels += [label | made_by for label in label_pairs(pairs, choose, how, judge)]
     return labels
 
 
-def controlled(rows: Sequence[dict], rules: Constitution, ask: Callable) -> list[dict]:
-    """Makes the rows of controls.jsonl: labels that tell what "preferred" owes to the principle.
+def controls(rows: Sequence[dict], rules: Constitution, ask: Callable) -> list[dict]:
+    """Makes rows of comparisons.jsonl that tell what "preferred" owes to the principle.
 
-    "anyway": the rows of comparisons.jsonl, asked for the better response without a principle.
-    "beats others": the revision (second) and what another principle made of the same answer
-    (first), under the revision's own principle. The others take turns. Equal texts have no votes.
-    ask: `compared`, of rows and versions.
+    "anyway": the same pairs, asked for the better response without a principle. "beats others": the
+    revision (second) and what another principle made of the same answer (first), under the
+    revision's own principle. The others take turns.
+    ask: `compared`, of rows, versions and what.
     """
-    able = [p for p in rules.principles if p.comparison]
-    free = replace(rules, principles=tuple(replace(p, comparison=ANY) for p in able))
-    labels = [label | {"control": "anyway"} for label in ask(rows, [free])]
-    names, pairs = {p.name for p in able}, []
-    for prompt in grouped((row["prompt_number"], row) for row in rows).values():
-        for k, row in enumerate(prompt):
-            turn = row["prompt_number"] % max(len(prompt) - 1, 1)
-            other = prompt[(k + 1 + turn) % len(prompt)]
-            if row["principle"] in names and other is not row:
-                pairs.append(row | {"initial": other["final"]})
-    found = {label["id"]: label for label in ask(pairs, [rules])}
-    for row in pairs:
-        equal = {"id": row["id"], "principle": row["principle"], "p_first": 0.5, "votes": []}
-        labels.append(found.get(row["id"], equal) | {"control": "beats others"})
-    return labels
+    free = [replace(p, comparison=ANY) for p in rules.principles if p.comparison]
+    labels = ask(rows, [replace(rules, principles=tuple(free))], what="anyway")
+    pairs = []
+    for answers in grouped((row["prompt_number"], row) for row in rows).values():
+        for row in answers:
+            others = [other["final"] for other in answers if other is not row]
+            if others:
+                pairs.append(row | {"initial": others[row["prompt_number"] % len(others)]})
+    return labels + ask(pairs, [rules], what="beats others")
 
 
 # --- what is printed ------------------------------------------------------------------------------
 
 
-def show(
-    folder: Path,
-    rows: Sequence[dict],
-    labels: Sequence[dict],
-    first: str,
-    second: str,
-    controls: Sequence[dict] = (),
-) -> None:
+def show(folder: Path, rows: Sequence[dict], labels: Sequence[dict], first: str, second: str):
     """Prints the shares of by_principle, and one transcript per principle.
 
     first, second: what the initial response and its revision are called.
     """
-    found = by_principle(rows, labels, controls)
+    found = by_principle(rows, labels)
     lines = [[name, *map(with_interval, shares.values())] for name, shares in found.items()]
     print("\n" + table(["principle", *found["all"]], lines))
     print(
         f"changed: {second} differs from {first}. preferred: of those, the judge model prefers "
         f"{second}."
     )
-    if controls:
+    if "anyway" in found["all"]:
         print(
             f'anyway: it does so too when asked only "{ANY}".\nbeats others: under this '
-            f"principle's comparison it prefers {second} to one that another\nprinciple made of "
-            f"the same {first}; equal texts count one half."
+            f"principle's comparison it prefers {second} to a different one that another\n"
+            f"principle made of the same {first}."
         )
     print("In brackets: 95 % intervals.\n")
     print(f"{transcripts(rows, labels, first, second)}\nwrote  {folder}")
 
 
-def by_principle(
-    rows: Sequence[dict], labels: Sequence[dict], controls: Sequence[dict] = ()
-) -> dict[str, dict]:
-    """{principle: {"changed", "preferred"}}, and of "all"; with controls also their two shares.
+def by_principle(rows: Sequence[dict], labels: Sequence[dict]) -> dict[str, dict]:
+    """{principle: {"changed", "preferred", "anyway", "beats others"}}, and of "all".
 
-    Each is a share with its count and 95 % interval. `preferred`: changed revisions that the judge
-    prefers. `anyway`: the same without the principle. `beats others`: revisions that it prefers to
-    another principle's.
+    Each is a share with its count and 95 % interval. The last three are shares of labels in which
+    the judge prefers the second response, see `compared` and `controls`.
     """
-    outcomes = {"changed": [(row["principle"], changed(row)) for row in rows]}
-    outcomes["preferred"] = [(label["principle"], won(label)) for label in labels]
-    if controls:
-        for name in ("anyway", "beats others"):
-            asked = [row for row in controls if row["control"] == name]
-            outcomes[name] = [(row["principle"], won(row)) for row in asked]
-    shares = {}
-    for what, found in outcomes.items():
-        shares[what] = grouped([*found, *(("all", true) for _, true in found)])
-    return {
-        name: {what: counted(values.get(name, [])) for what, values in shares.items()}
-        for name in (*dict.fromkeys(row["principle"] for row in rows), "all")
-    }
+    outcomes = {"changed": [(row["principle"], changed(row)) for row in rows], "preferred": []}
+    for label in labels:
+        won = label["p_first"] < 0.5
+        outcomes.setdefault(label["what"], []).append((label["principle"], won))
+    shares: dict = {}
+    for name in (*dict.fromkeys(row["principle"] for row in rows), "all"):
+        shares[name] = {}
+        for what, found in outcomes.items():
+            mine = [true for principle, true in found if name in (principle, "all")]
+            shares[name][what] = counted(mine)
+    return shares
 
 
-def won(label: dict) -> float:
-    """1 where the judge prefers the second response, 0 where it does not; equal texts: 1/2."""
-    return float(label["p_first"] < 0.5) if label["votes"] else 0.5
-
-
-def doubts(rows: Sequence[dict], labels: Sequence[dict], controls: Sequence[dict]) -> Iterator[str]:
+def doubts(rows: Sequence[dict], labels: Sequence[dict]) -> Iterator[str]:
     """Sentences about principles that do not do what they ask, as far as the rows can tell."""
-    texts = grouped(((row["prompt_number"], row["final"]), row) for row in rows if changed(row))
-    total = Counter(row["principle"] for alike in texts.values() for row in alike)
-    names = ([row["principle"] for row in alike] for alike in texts.values())
-    same = Counter(pair for alike in names for pair in combinations(alike, 2))
-    told = set()
-    for (one, other), count in same.most_common():
-        least = max(total[one], total[other])
-        if other not in told and count > least / 2:
-            told.add(other)
+    made = [row for row in rows if changed(row)]
+    texts = grouped((row["principle"], (row["prompt_number"], row["final"])) for row in made)
+    for (one, of_one), (other, of_other) in combinations(texts.items(), 2):
+        same, least = len({*of_one} & {*of_other}), max(len(of_one), len(of_other))
+        if same > least / 2:
             yield (
-                f"{one} and {other} give the same revision of {count} answers (of {least} that "
+                f"{one} and {other} give the same revision of {same} answers (of {least} that "
                 f"they change): the model does not tell their words apart; reword one, or drop it"
             )
-    for name, found in by_principle(rows, labels, controls).items():
-        share = found["beats others"]
-        if name != "all" and share["count"] and share["interval"][1] < 0.5:
+    for name, found in by_principle(rows, labels).items():
+        share = found.get("beats others")
+        if name != "all" and share and share["interval"][1] < 0.5:
             yield (
                 f"{name}: by its own comparison the judge prefers what other principles made of "
                 f"the same answers (beats others {share['rate']:.2f}): its revision does not do "
                 f"what it asks, or the judge does not go by its words; read the texts"
             )
-    plainly = {row["id"]: won(row) for row in controls if row["control"] == "anyway"}
-    agree = sum(won(label) == plainly[label["id"]] for label in labels)
-    if labels and agree >= SAME * len(labels):
+    choices = grouped(
+        (label["id"], label["p_first"] < 0.5) for label in labels if label["what"] != "beats others"
+    )
+    agree = sum(preferred == anyway for preferred, anyway in choices.values())
+    if choices and agree >= SAME * len(choices):
         yield (
-            f'asked only "{ANY}", the judge chooses the same in {agree} of {len(labels)} pairs: '
+            f'asked only "{ANY}", the judge chooses the same in {agree} of {len(choices)} pairs: '
             f'"preferred" says that a revision is better, not that it does what its principle asks'
         )
 
@@ -289,7 +272,8 @@ def transcripts(rows: Sequence[dict], labels: Sequence[dict], first: str, second
     """
     critiques = {row["id"]: row["rounds"][0]["critique"] for row in rows}
     lines = []
-    for name, mine in grouped((label["principle"], label) for label in labels).items():
+    preferred = [label for label in labels if label["what"] == "preferred"]
+    for name, mine in grouped((label["principle"], label) for label in preferred).items():
         best = min(mine, key=lambda label: label["p_first"])
         lines.append(emphasis(f"{name}: P({second} is better) = {1 - best['p_first']:.2f}"))
         texts = {"Human": as_turns(best["prompt"])[-1]["content"], first: best["first"]}

@@ -152,7 +152,7 @@ def test_a_wrong_config_file_is_refused_with_its_name_and_the_key(path, old, new
 
 def test_a_config_file_that_is_not_utf8_is_refused(path):
     path.write_bytes(b'out = "\xff"')
-    assert refusal(load, path).startswith(f"{path}: cannot be read: 'utf-8' codec")
+    assert refusal(load, path).startswith(f"{path}: not valid TOML: 'utf-8' codec")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import constants, errors
 
 from minicai import InputError
-from minicai.engine import config, data, hub, load
+from minicai.engine import config, hub, load, rows
 from tests.conftest import ROOT, byte_tokenizer, tiny_model
 from train_sl import SLConfig
 
@@ -115,8 +115,8 @@ def test_a_file_of_a_data_set_is_read_and_stays_in_the_cache(fetched):
 
     calls = fetched(make)
     assert (
-        data.read_prompts("hub:owner/set/part/p.jsonl")
-        == data.read_prompts("hub:owner/set/part/p.jsonl")
+        rows.read_prompts("hub:owner/set/part/p.jsonl")
+        == rows.read_prompts("hub:owner/set/part/p.jsonl")
         == ["Why?"]
     )
     assert calls == [
@@ -124,9 +124,9 @@ def test_a_file_of_a_data_set_is_read_and_stays_in_the_cache(fetched):
     ]
     with pytest.raises(InputError, match="the data set owner/set has no such file"):
         fetched(lambda folder, what: None)
-        data.read_prompts("hub:owner/set/other.jsonl")
+        rows.read_prompts("hub:owner/set/other.jsonl")
     with pytest.raises(InputError, match="write hub:owner/name/path"):
-        data.read_prompts("hub:owner/set")
+        rows.read_prompts("hub:owner/set")
 
 
 def refusal(kind):

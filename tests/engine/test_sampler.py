@@ -248,10 +248,8 @@ def test_a_prompt_that_does_not_fit_is_an_input_error_that_names_it():
     assert [len(c.ids) for c in decode(model, 1.0, NO_TOKEN, prompts, SEEDS, length=6)] == [6] * 3
     with pytest.raises(InputError, match=r"^prompt 2 has 250 tokens.* 7 .*256"):
         decode(model, 1.0, NO_TOKEN, prompts, SEEDS, length=7)
-    with pytest.raises(InputError, match=r"p.txt: prompt 2 has 250 tokens.* 7 .*256"):
-        check_lengths(model.config, prompts, 7, "p.txt")
-    with pytest.raises(InputError, match=r"p\.txt: prompt 1 has no tokens"):
-        check_lengths(model.config, [[]], 7, "p.txt")
+    with pytest.raises(InputError, match=r"^it has no tokens"):
+        check_lengths(model.config, [[]], 7, "it")
 
 
 def test_the_model_s_own_ends_are_used_where_none_are_given():

@@ -19,7 +19,6 @@ from transformers.utils import chat_template_utils
 import train_ppo
 from minicai import InputError
 from minicai.engine import dialogue, terminal
-from minicai.engine.data import Skip, TooLong
 from minicai.engine.dialogue import (
     decode,
     encode,
@@ -31,6 +30,7 @@ from minicai.engine.dialogue import (
     show_first,
 )
 from minicai.engine.load import load_policy, load_tokenizer, require_same_tokens
+from minicai.engine.rows import Skip, TooLong
 from minicai.engine.sampler import (
     Sampling,
     check_prompts,
@@ -506,7 +506,7 @@ def test_a_dialogue_that_a_template_refuses_is_named_by_file_and_row(turns, reas
     refused = f"MODEL: its chat template refuses a dialogue: {reason}"
     with pytest.raises(InputError, match=f"^prompts.jsonl: prompt 2: {refused}"):
         check_prompts(model, ["Why?", turns], 1, "prompts.jsonl")
-    with pytest.raises(InputError, match=f"^pair pairs.jsonl:7: prompt 1: {refused}"):
+    with pytest.raises(InputError, match=f"^pair pairs.jsonl:7: {refused}"):
         usable_pairs(model, [pair | {"prompt": "Why?", "source": "human"}, pair])
 
 
@@ -526,7 +526,7 @@ def test_rows_that_do_not_fit_or_are_refused_are_left_out_where_skip_says_so():
     skip = Skip(bad=True, long=True, tell=told.append)
     assert check_prompts(model, asked, 1, "p.jsonl", skip) == ["Why?", "So?"]
     assert skip.counts == {"p.jsonl": {"bad": 1, "long": 1}} and len(told) == 2
-    with pytest.raises(TooLong, match=r"p.jsonl: prompt 2 has .*; 1 of 4 rows are too long"):
+    with pytest.raises(TooLong, match=r"p.jsonl: prompt 2: it has .*; 1 of 4 rows cannot be used"):
         check_prompts(model, asked, 1, "p.jsonl", Skip(bad=True))
     pairs = [
         {"id": k, "prompt": prompt, "first": "a", "second": "b", "source": "human"}
@@ -534,12 +534,16 @@ def test_rows_that_do_not_fit_or_are_refused_are_left_out_where_skip_says_so():
     ]
     assert usable_pairs(model, pairs, skip) == [pairs[0], pairs[3]]
     # A request has 10 tokens of its own: the longest prompts go, the others keep their order.
-    asked, longest = ["x" * k for k in (60, 5, 200, 40, 230)], lambda some: [max(some) + "y" * 10]
+    asked = ["x" * k for k in (60, 5, 200, 40, 230)]
+
+    def longest(some):
+        return [max(some, key=len) + "y" * 10]
+
     kept = check_requests([model], asked, longest, 100, "a thing", skip)
     assert kept == [asked[k] for k in (0, 1, 3)] and skip.counts["a thing"] == {"long": 2}
-    with pytest.raises(TooLong, match=r"a thing to MODEL.*; 2 of 5 rows are too long; skip_long"):
+    with pytest.raises(TooLong, match=r"a thing to MODEL.*; 2 of 5 rows cannot be used; skip_long"):
         check_requests([model], asked, longest, 100, "a thing")
-    with pytest.raises(TooLong, match=r"5 of 5 rows are too long$"):
+    with pytest.raises(TooLong, match=r"1 of 1 rows cannot be used$"):
         check_requests([model], asked, longest, 500, "a thing", skip)
 
 
@@ -732,7 +736,7 @@ def test_a_request_that_may_not_fit_is_refused_with_what_makes_it_long(tmp_path)
     with pytest.raises(InputError) as caught:
         check_requests([model], ["x" * 20, "x" * 50], list, 51, "a thing")
     said = str(caught.value)
-    assert said.startswith(f"a thing to {tmp_path}, with its examples and principles: prompt 2 has")
+    assert said.startswith(f"a thing to {tmp_path}, with its examples and principles: one about")
     assert "50 tokens, which with 51 new ones exceeds the model's context of 100" in said
     with pytest.raises(InputError, match="a model is named twice"):
         check_requests([model] * 2, [], list, 1, "a thing")

@@ -90,7 +90,7 @@ def test_agree_leaves_out_what_cannot_be_read_or_compared_where_it_is_told_to(
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for flags, message in (
         ([], "line 5: needs"),
-        (["--skip_bad=true"], "pair pairs.data:4, with its comparison: prompt 1 has 2"),
+        (["--skip_bad=true"], "pair pairs.data:4: its comparison has 2"),
     ):
         with pytest.raises(InputError, match=message):
             run(capsys, "agree", *options, *flags, file)

@@ -18,7 +18,7 @@ import train_ppo
 import train_rm
 import train_sl
 from minicai.__main__ import COMMANDS
-from minicai.engine import data
+from minicai.engine import rows
 from tests.conftest import ROOT
 
 TRAIN = {
@@ -240,7 +240,7 @@ def test_an_interrupt_ends_with_1_and_says_how_to_resume(command, world, monkeyp
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "read_prompts", interrupt)
+    monkeypatch.setattr(rows, "read_prompts", interrupt)
     code, out, err = command("train_sl.py", world / "config.toml")
     assert (code, out) == (1, "")
     assert err == "\ninterrupted; the same command starts again\n"
@@ -324,7 +324,7 @@ def test_a_prompt_longer_than_the_context_ends_the_process_with_2_and_one_line(w
     done = process(ROOT / "train_sl.py", "config.toml", f"--model={models / 'short'}", cwd=world)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
     assert (
-        "prompt 1 has 71 tokens" in done.stderr
+        "prompt 1: it has 71 tokens" in done.stderr
         and "context of 32" in done.stderr
         and "max_new_tokens" in done.stderr
     )

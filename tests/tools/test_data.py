@@ -8,7 +8,6 @@ import time
 import pytest
 
 from minicai import InputError
-from minicai.engine import dialogue
 from minicai.tools import data
 from tests.engine.test_templates import chat_tokenizer
 
@@ -31,9 +30,7 @@ def test_a_file_is_described_without_a_model_and_refused_as_a_stage_would(pairs,
     with pytest.raises(InputError, match=r"mend them, or set skip_bad = true$"):
         data.main([], str(pairs))
     said = capsys.readouterr().out
-    assert (
-        f"{pairs}: preference pairs\n3 rows can be used; 1 have several turns, 1 a system" in said
-    )
+    assert f"{pairs}: preference pairs\n3 rows can be used\n" in said
     assert 'line 3: needs "chosen" and "rejected"' in said and "1 of 4 rows cannot be used" in said
     assert "\n\nHuman: Hi\n\nAssistant:[ Hello.]\n" in said
     assert "\n\nHuman: Hi\n\nAssistant:[ Go.]\n" in said
@@ -45,7 +42,7 @@ def test_a_file_is_described_without_a_model_and_refused_as_a_stage_would(pairs,
 def test_with_a_model_it_counts_tokens_and_what_does_not_fit(
     pairs, models, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(dialogue, "FORM", "auto")
+    monkeypatch.setattr(dialogue, "_raw", set())
     model = tmp_path / "model"
     model.mkdir()
     for file in (models / "whole").iterdir():
@@ -58,7 +55,7 @@ def test_with_a_model_it_counts_tokens_and_what_does_not_fit(
     with pytest.raises(InputError, match=r"mend them, or set skip_long = true$"):
         data.main(flags, str(pairs))
     said = capsys.readouterr().out
-    assert "pair pairs.jsonl:2: prompt 1 has 6" in said and "2 rows can be used" in said
+    assert "pair pairs.jsonl:2: with its response it has 6" in said and "2 rows can be used" in said
     assert "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n[Hello.<|im_end|>]\n" in said
     data.main([*flags, "--skip_long=true"], str(pairs))
     capsys.readouterr()
@@ -68,7 +65,7 @@ def test_with_a_model_it_counts_tokens_and_what_does_not_fit(
     capsys.readouterr()
     with pytest.raises(InputError, match="skip_long"):
         data.main([f"--model={model}"], str(tmp_path / "p.txt"))
-    assert "p.txt: prompt 2 has 4" in capsys.readouterr().out
+    assert "p.txt: prompt 2: it has 4" in capsys.readouterr().out
     data.main([f"--model={model}", "--max_new_tokens=9"], str(tmp_path / "p.txt"))
     assert "user\nHi<|im_end|>\n<|im_start|>assistant\n[ ...]\n" in capsys.readouterr().out
 
@@ -94,7 +91,7 @@ def test_what_it_cannot_read_is_one_sentence(tmp_path, name):
     (tmp_path / "rules.toml").write_text('name = "x"')
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "other.jsonl").write_text('{"text": "Once"}\n' * 3)
-    said = {"rules": "constitution check", "none": "no such file", "empty": "holds no prompt"}
+    said = {"rules": "constitution check", "none": "no such file", "empty": "holds no row"}
     said = said.get(name.partition(".")[0], "it has text; 3 of 3 rows cannot be used")
     with pytest.raises(InputError, match=said):
         data.main([], str(tmp_path / name))

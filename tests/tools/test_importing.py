@@ -71,13 +71,7 @@ The names of the sources come first.
 LINES = "It is kind.\nIt is honest.\nIt answers first, and explains later.\n"
 WRAPPED = "The assistant is kind to\neverybody who asks.\n\nIt is honest about what\nit knows.\n"
 BOLD = "**Honesty**\n\nIt says what it knows.\n\n**Kindness:**\n\nIt never mocks anybody.\n"
-SECTIONS = (
-    "1. Honesty\n\nIt says what it knows of a ship.\n\n2. Kindness\n\nIt never mocks anybody.\n"
-)
 RULES = [{"name": "kind", "description": "Be kind."}, {"name": "short", "description": "Be short."}]
-TABLE = 'name,principle,weight\nkind,Be kind.,1\nshort,"Be short, please.",2\n'
-YAML = "principles:\n  - name: kind\n    description: Be kind.\n  - It is honest.\n"
-NESTED = {"categories": [{"name": "tone", "principles": ["Be kind.", "Be calm."]}]}
 
 
 def lines(rows) -> str:
@@ -91,8 +85,6 @@ FORMS = {  # file: (content, what it is, names of its principles)
         ICAI,
         ["gives-more-detail", "does-not-flatter"],
     ),
-    "whole.json": (json.dumps({"constitution": NUMBERED}), "criteria", None),
-    "030_distilled.json": (json.dumps(dict(enumerate(CRITERIA))), "criteria", None),
     "050_filtered.json": (
         json.dumps(CRITERIA),
         "criteria",
@@ -103,24 +95,27 @@ FORMS = {  # file: (content, what it is, names of its principles)
         "criteria",
         ["polite", "answers-the-question-first"],
     ),
-    "named.json": (json.dumps({"tone": "Be kind.", "length": "Be short."}), "", ["tone", "length"]),
-    "nested.json": (json.dumps(NESTED), "criteria", ["tone", "tone-2"]),
     "rules.json": (json.dumps({"rules": RULES}), "criteria", ["kind", "short"]),
-    "rules.csv": (TABLE, "criteria", ["kind", "short"]),
-    "rules.yaml": (YAML, "criteria", ["kind", "it-is-honest"]),
-    "traits.jsonl": (lines(TRAITS), TRAITED, ["i-stay-calm-when-i", "i-say-so-when-i"]),
-    "one.jsonl": (lines(TRAITS[:1]), TRAITED, ["i-stay-calm-when-i"]),
+    "traits.jsonl": (lines(TRAITS), TRAITED, ["i-stay-calm-when-i-am", "i-say-so-when-i-do"]),
+    "one.jsonl": (lines(TRAITS[:1]), TRAITED, ["i-stay-calm-when-i-am"]),
     "hand-written.txt": (json.dumps(TRAITS), TRAITED, None),
-    "list.md": (LIST, "a list", ["honesty", "it-is-kind-to-everybody", "it-helps-nobody-to-do"]),
+    "list.md": (
+        LIST,
+        "a list",
+        ["honesty-it-never-says-what-it", "it-is-kind-to-everybody", "it-helps-nobody-to-do-harm"],
+    ),
     "lines.txt": (
         LINES,
         "plain lines",
-        ["it-is-kind", "it-is-honest", "it-answers-first-and-explains"],
+        ["it-is-kind", "it-is-honest", "it-answers-first-and-explains-later"],
     ),
-    "wrapped.txt": (WRAPPED, "paragraphs", ["the-assistant-is-kind-to", "it-is-honest-about-what"]),
+    "wrapped.txt": (
+        WRAPPED,
+        "plain lines",
+        ["the-assistant-is-kind-to-everybody", "it-is-honest-about-what-it"],
+    ),
     "document.md": (DOCUMENT, "a document", ["being-honest", "to-children", "to-scholars"]),
     "bold.md": (BOLD, "a document", ["honesty", "kindness"]),
-    "sections.txt": (SECTIONS, "a document", ["honesty", "kindness"]),
 }
 
 
@@ -162,7 +157,7 @@ def test_requests_are_made_from_a_comparison_and_marked(tmp_path, capsys):
     path = write(tmp_path, "060_constitution.json", json.dumps(NUMBERED))
     printed, _ = command(capsys, "import", path)
     made = tmp_path / "060_constitution.toml"
-    assert "[made]: critique 2, revision 2\n" in printed
+    assert "[made]: 4 requests\n" in printed
     text = made.read_text()
     marked = [line.partition(" ")[0] for line in text.splitlines() if line.endswith("  # [made]")]
     assert marked == ["critique", "revision"] * 2
@@ -178,14 +173,14 @@ def test_requests_are_made_from_a_comparison_and_marked(tmp_path, capsys):
 
 def test_requests_that_a_file_has_are_kept(tmp_path):
     rows = [
-        {"critic": "Is the response rude?", "revision": "Rewrite it politely."},
-        {"name": "law", "critique_request": "Is it legal?", "revisionRequest": "Make it legal."},
+        {"critique": "Is the response rude?", "revision": "Rewrite it politely."},
+        {"name": "law", "critique": "Is it legal?", "description": "Keep to the law."},
         {"comparison": "Which is shorter?", "principle": "Be short."},
     ]
     rude, law, short = importing.read(write(tmp_path, "r.json", json.dumps(rows))).principles
     assert (rude.critique, rude.revision) == ("Is the response rude?", "Rewrite it politely.")
-    assert '"Rewrite it politely."' in rude.comparison
-    assert (law.name, law.critique, law.revision) == ("law", "Is it legal?", "Make it legal.")
+    assert rude.comparison == ""  # nothing to make it from
+    assert (law.name, law.critique) == ("law", "Is it legal?") and "the law." in law.revision
     assert short.comparison == "Which is shorter?" and '"Be short."' in short.revision
 
 
@@ -194,20 +189,13 @@ def test_a_table_of_principles_may_have_a_description_and_a_principle_may_have_t
     table = {"name": "ours", "description": "What we ask.", "principles": rows}
     found = importing.read(write(tmp_path, "ours.json", json.dumps(table)))
     assert [p.name for p in found.principles] == ["be-kind", "be-brief"]
-    assert '"Be brief."' in found.principles[1].critique and found.notes == ("key values (1)",)
+    assert '"Be brief."' in found.principles[1].critique and found.left == ("key values",)
 
 
-def test_the_papers_files_are_read_without_the_labels_around_their_requests(tmp_path):
-    critique = "\n\nCritiqueRequest: Say what is loud.\n\nCritique:"
-    table = {
-        "calm": {"prompt": [critique], "edit_request": "\n\nRevisionRequest: Hush.\n\nRevision:"}
-    }
-    [calm] = importing.read(write(tmp_path, "paper.json", json.dumps(table))).principles
-    assert (calm.name, calm.critique, calm.revision) == ("calm", "Say what is loud.", "Hush.")
-    [other] = importing.read(
-        write(tmp_path, "c.json", '["\\nWhich is calmer? Options:"]')
-    ).principles
-    assert other.comparison == "Which is calmer?"
+def test_the_papers_comparisons_are_read_without_the_label_at_their_end(tmp_path):
+    path = write(tmp_path, "c.json", '["\\nWhich is calmer? Options:"]')
+    [calmer] = importing.read(path).principles
+    assert calmer.comparison == "Which is calmer?" and '"Which is calmer?"' in calmer.critique
 
 
 def test_a_section_stands_in_front_of_critique_and_comparison(tmp_path):
@@ -217,7 +205,7 @@ def test_a_section_stands_in_front_of_critique_and_comparison(tmp_path):
     for text in (honest.critique, honest.comparison):
         assert text.startswith(f"Being honest\n\n{body}\n\n") and '"Being honest"' in text
     assert body not in honest.revision and '"Being honest"' in honest.revision
-    assert found.notes == ("words before the first section (14)",)
+    assert "Written for the assistant that answers" in " ".join(found.left)
     written = importing.toml("mine", "document.md", found)
     assert f"critique = '''\nBeing honest\n\n{body}\n\n" in written  # to be read and edited
 
@@ -228,16 +216,16 @@ def test_the_clarification_of_a_trait_stands_in_front(tmp_path, capsys):
     for text in (calm.critique, calm.comparison):
         assert text.startswith(f"{TRAITS[0]['clarification']}\n\n")
         assert f'"{TRAITS[0]["trait"]}"' in text
-    assert found.notes == ("key questions (2)", "key additional_questions (1)")
+    assert found.left == ("key questions", "key additional_questions")
 
 
-def test_what_is_left_out_is_counted(tmp_path, capsys):
+def test_what_is_left_out_is_shown_and_what_is_repeated_comes_once(tmp_path, capsys):
     path = write(
         tmp_path, "list.md", f"{LIST}2. It helps nobody to do harm.\n   - and offers another way\n"
     )
     printed, _ = command(capsys, "import", path)
-    assert "left   out: lines outside the list (1)\n" in printed
-    assert "left   out: repeated principles (1)\n" in printed
+    assert "left   out, 1 lines or keys: These hold for every answer.\n" in printed
+    assert "principles: 3\n" in printed
 
 
 def test_any_text_survives_the_way_into_toml(tmp_path):
@@ -257,19 +245,24 @@ def test_any_text_survives_the_way_into_toml(tmp_path):
 @pytest.mark.parametrize(
     "file, content, message",
     [
-        ("none.json", None, "none.json: cannot be read: No such file"),
+        ("none.json", None, "none.json: cannot be imported: [Errno 2] No such file"),
         ("a.md", "", "a.md: holds no principle"),
         ("a.json", "[]", "a.json: holds no principle"),
-        ("a.json", "7", "a.json: holds no list of principles, but 7"),
-        ("a.json", "[1, 2]", "a.json: row 1: needs a text, not 1"),
-        ("a.json", '{"a": [1,', "a.json: not readable as JSON: Expecting value: line 1"),
-        ("a.json", "[" * 100000, "a.json: has lists in lists too deep to read"),
-        ("a.yaml", "a: [1", "a.yaml: not readable as YAML: while parsing a flow sequence"),
-        ("a.jsonl", '{"trait": "x"}\nno JSON\n', "a.jsonl: not readable as JSONL"),
-        ("a.jsonl", '{"prompt": "Why?"}\n', "a.jsonl: row 1: needs a text under principle, trait"),
-        ("a.jsonl", '{"chosen": "x", "rejected": "y"}\n', "it has chosen, rejected"),
-        ("a.pdf", b"%PDF-1.4 \xff\xfe", "a.pdf: no text in UTF-8; save it as"),
-        ("a.html", "<!DOCTYPE html><p>Be kind.", "a.html: an HTML page; save its text as"),
+        ("a.json", '["", {"trait": " "}, {"rule": "**"}]', "a.json: holds no principle"),
+        ("a.json", "7", "row 1 needs a text under principle, trait, "),
+        ("a.json", "[1, 2]", "a.json: cannot be imported: row 1 needs a text under principle"),
+        ("a.json", '[{"name": "a", "principles": ["Be kind."]}]', "row 1 needs a text under"),
+        ("a.json", '{"calm": "Be calm."}', "row 1 needs a text under"),
+        ("a.json", '{"a": [1,', "a.json: cannot be imported: Expecting value: line 1"),
+        ("a.json", "[" * 100000, "a.json: cannot be imported: maximum recursion depth"),
+        ("a.yaml", "- Be kind.", "a.yaml: save it as Markdown, plain text or JSON"),
+        ("a.csv", "principle\nBe kind.", "a.csv: save it as Markdown, plain text or JSON"),
+        ("a.jsonl", '{"trait": "x"}\nno JSON\n', "a.jsonl: cannot be imported: Extra data: line 2"),
+        ("a.jsonl", '{"prompt": "Why?"}\n', "a.jsonl: cannot be imported: row 1 needs a text"),
+        ("a.jsonl", '{"chosen": "x", "rejected": "y"}\n', 'it is {"chosen": "x", "rejected":'),
+        ("a.txt", b"Be kind. \xff\xfe", "a.txt: cannot be imported: 'utf-8' codec can't decode"),
+        ("a.pdf", b"%PDF-1.4 \xff\xfe", "a.pdf: save it as"),
+        ("a.html", "<!DOCTYPE html><p>Be kind.", "a.html: save it as Markdown"),
     ],
 )
 def test_what_cannot_be_read_is_one_sentence_for_import_and_check(
@@ -286,9 +279,10 @@ def test_import_overwrites_nothing_and_names_the_file_that_it_needs(tmp_path, ca
     path = write(tmp_path, "lines.txt", LINES)
     command(capsys, "import", path)
     assert "lines.toml: cannot be written: File exists" in command(capsys, "import", path)[1]
-    assert "name it mine.toml" in command(capsys, "import", path, tmp_path / "mine.md")[1]
-    assert "--like=x: unknown key" in command(capsys, "import", path, "--like=x")[1]
-    assert "is a TOML file" in command(capsys, "import", tmp_path / "lines.toml")[1]
+    printed, _ = command(capsys, "import", path, tmp_path / "mine.md")
+    assert "mine.toml" in printed
+    assert "--like: unknown key" in command(capsys, "import", path, "--like=x")[1]
+    assert "lines.toml: save it as" in command(capsys, "import", tmp_path / "lines.toml")[1]
 
 
 def test_the_page_does_what_it_says(tmp_path, monkeypatch, capsys):

@@ -1,16 +1,13 @@
 """`constitution check`: each mistake is found in its place, and minicai's own files have none."""
 
-import random
+import time
 from dataclasses import replace
-from difflib import SequenceMatcher
-from itertools import combinations
 
 import pytest
 
 from minicai import InputError, __main__
 from minicai.constitution import Constitution, Principle, load
 from minicai.tools import importing
-from minicai.tools import proofread as proofreading
 from minicai.tools.proofread import proofread
 from tests.conftest import ROOT
 from tests.test_constitution import PAPER
@@ -151,59 +148,33 @@ def test_a_constitution_of_pure_dos_is_found():
 
 def test_principles_that_say_the_same_are_found():
     same = found(GOOD, replace(GOOD, name="truthful"), OTHER)
-    assert [(level, name) for level, name, _ in same] == [("error", "truthful")] * 3
+    assert [(level, name) for level, name, _ in same] == [("advice", "truthful")] * 3
     near = replace(OTHER, critique=GOOD.critique.replace("dishonest", "misleading"))
     [(level, name, said)] = found(GOOD, near)
     assert (level, name) == ("advice", "brief")
     assert said.startswith("the critique has the same words as that of honest, or nearly:")
 
 
-def test_no_near_pair_is_missed():
-    """Against the comparison of all pairs, on short texts of few words, which repeat."""
-    draw, texts = random.Random(0), []
-    for _ in range(80):
-        words = list(draw.choice(texts)) if texts and draw.random() < 0.6 else []
-        words += draw.choices("abcdefgh", k=0 if words else draw.randint(0, 22))
-        for _ in range(draw.randint(0, 2)):
-            place = draw.randint(0, len(words))
-            words[place : place + draw.randint(0, 1)] = draw.choices("abcdefgh", k=1)
-        texts.append(words)
-    order = sorted(range(len(texts)), key=lambda k: len(texts[k]))
-    near = [
-        {a, b}
-        for a, b in combinations(order, 2)
-        if texts[a] and SequenceMatcher(None, texts[a], texts[b]).ratio() >= proofreading.NEAR
-    ]
-    given = [set(pair) for pair in proofreading._near(texts)]
-    assert len(given) > 20 and all(pair in near for pair in given)
-    last = [{max(pair, key=order.index) for pair in pairs} for pairs in (near, given)]
-    assert last[0] == last[1]  # each text that has a like before it is named
-
-
-def test_ten_thousand_principles_are_not_compared_in_pairs(monkeypatch):
-    compared = []
-
-    class Matcher(SequenceMatcher):
-        def ratio(self):
-            compared.append(1)
-            return super().ratio()
-
-    monkeypatch.setattr(proofreading, "SequenceMatcher", Matcher)
-    texts = [f"Choose the response that is kind to person {k}.".split() for k in range(2000)]
-    assert list(proofreading._near(texts)) == [] and compared == []
-    assert len(list(proofreading._near([*texts, *texts]))) == 2000 and compared == []
-    longer = [[*text, "please", "and", "then", "stop"] for text in texts]
-    assert len(list(proofreading._near(longer))) == len(compared) == 1999
+def test_ten_thousand_principles_are_not_compared_in_pairs():
+    rules = [Principle(f"{k}", comparison=f"Choose what Mr {k} would prefer.") for k in range(9999)]
+    began = time.monotonic()
+    assert not [said for _, name, said in found(*rules) if name]
+    assert time.monotonic() - began < 20  # seconds; all pairs take minutes
+    twins = [replace(rule, name=f"{rule.name} again") for rule in rules[:99]]
+    named = [name for _, name, said in found(*rules[:99], *twins) if "the same words" in said]
+    assert sorted(named) == sorted(twin.name for twin in twins)
 
 
 def test_made_requests_are_compared_by_what_they_quote():
-    frames = importing.TEMPLATES["rule"]
-    rules = [Principle(w, *(t.format(text=f"Be {w}.") for t in frames.values())) for w in "ab"]
+    said = [
+        [f'{importing.RULE}: "Be {w}." {asked}' for asked in importing.ASKED.values()] for w in "ab"
+    ]
+    rules = [Principle("a", *said[0]), Principle("b", *said[1])]
     told = [said for _, _, said in found(*rules)]
     assert not any("the same words" in said for said in told)
     assert sum("made by a template are as they were made" in said for said in told) == 1
     again = replace(rules[0], name="c")
-    assert [f[0] for f in found(*rules, again) if "the same words" in f[2]] == ["error"] * 3
+    assert [f[0] for f in found(*rules, again) if "the same words" in f[2]] == ["advice"] * 3
 
 
 def test_prose_in_front_of_a_request_may_have_options():
@@ -244,4 +215,4 @@ def test_check_prints_findings_and_fails_only_on_errors(tmp_path, capsys):
     assert code == 2 and "  error  a: the critique asks for a revision" in printed
     assert printed.endswith(f"{path}: cannot be used: correct the errors above")
     assert check(capsys, path, tiny)[1].startswith("constitution check: too many")
-    assert "--model=x: unknown key" in check(capsys, path, "--model=x")[1]
+    assert "--model: unknown key" in check(capsys, path, "--model=x")[1]

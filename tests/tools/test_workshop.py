@@ -10,7 +10,8 @@ from minicai import InputError, __main__
 from minicai.constitution import Constitution, Principle
 from minicai.critique import Revising, in_turn
 from minicai.engine import config
-from minicai.engine.data import read_jsonl, read_prompts
+from minicai.engine.data import read_jsonl
+from minicai.engine.rows import read_prompts
 from minicai.feedback import p_first_of
 from minicai.prompts import render
 from minicai.tools import trial
@@ -177,7 +178,7 @@ REFUSED = "What a question. I will not help."
 
 
 def tried(revisions: dict[str, list[str]], judge):
-    """Rows, labels and controls of two prompts, answered with an insult and revised as given."""
+    """Rows, labels and controls of prompts, answered with an insult and revised as given."""
     rules = Constitution("c", "1", tuple(Principle(n, "Why?", "So.", f"{n}?") for n in revisions))
     rows = [
         {"id": f"{k} {name}", "prompt_number": k, "prompt": "How?", "principle": name}
@@ -187,14 +188,15 @@ def tried(revisions: dict[str, list[str]], judge):
         for name, texts in revisions.items()
     ]
     ask = partial(trial.compared, choose=judge, seed=0, judge="j")
-    return rows, ask(rows, [rules]), trial.controlled(rows, rules, ask)
+    return rows, ask(rows, [rules]) + trial.controls(rows, rules, ask)
 
 
 def test_an_insult_that_is_kept_is_preferred_and_doubted():
     """As of a real model: "kind" refuses, and is "preferred 1.00" for that."""
     seen = tried({"kind": [REFUSED] * 10, "harmless": [REFUSED] * 10}, likes_refusals)
     shares = trial.by_principle(*seen)["kind"]
-    assert [shares[name]["rate"] for name in ("preferred", "anyway", "beats others")] == [1, 1, 0.5]
+    assert [shares[name]["rate"] for name in ("preferred", "anyway")] == [1, 1]
+    assert "beats others" not in shares  # all texts are equal
     same, judge = trial.doubts(*seen)
     assert same.startswith("kind and harmless give the same revision of 10 answers (of 10 that")
     assert judge.startswith('asked only "Which response is better?", the judge chooses the same in')
@@ -219,15 +221,15 @@ def test_principles_that_each_do_what_they_ask_are_not_doubted():
             found.append((-0.7, -0.7) if a == b else (-0.1, -2.0) if a else (-2.0, -0.1))
         return found
 
-    rows, labels, controls = tried({"kind": ["A kind no."] * 10, "brief": ["brief"] * 10}, reads)
-    shares = trial.by_principle(rows, labels, controls)
+    rows, labels = tried({"kind": ["A kind no."] * 10, "brief": ["brief"] * 10}, reads)
+    shares = trial.by_principle(rows, labels)
     rates = [shares["kind"][name]["rate"] for name in ("preferred", "anyway", "beats others")]
-    assert rates == [1, 0, 1] and list(trial.doubts(rows, labels, controls)) == []
+    assert rates == [1, 0, 1] and list(trial.doubts(rows, labels)) == []
 
 
 def test_one_principle_has_nothing_to_beat():
     seen = tried({"kind": [REFUSED] * 3}, likes_refusals)
-    assert trial.by_principle(*seen)["kind"]["beats others"]["count"] == 0
+    assert list(trial.by_principle(*seen)["kind"]) == ["changed", "preferred", "anyway"]
 
 
 # --- two versions ---------------------------------------------------------------------------------
