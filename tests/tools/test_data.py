@@ -8,6 +8,7 @@ import time
 import pytest
 
 from minicai import InputError
+from minicai.engine import dialogue
 from minicai.tools import data
 from tests.engine.test_templates import chat_tokenizer
 
