@@ -4,8 +4,7 @@
     pip install -e '.[report,test]' && python docs/pictures.py out/tiny
 
 Needs Debian's chromium and chromium-driver. The page is drawn again first, so the pictures show the
-report as it is now. Each has the page's head and its section "Result". A palette of 64 colours
-keeps the files small.
+report as it is now: its section "Result". A palette of 64 colours keeps the files small.
 """
 
 import base64
@@ -21,7 +20,12 @@ from minicai.report import page
 
 FOLDER = Path(__file__).resolve().parent / "pictures"
 WIDTH, COLOURS = 1000, 64  # of the window, in pixels; of the palette
-BOTTOM = "return document.getElementById('result').getBoundingClientRect().bottom + scrollY"
+MARGIN = 24  # above the section and below it, in pixels
+SECTION = """
+    const box = document.getElementById('result').querySelector('h2').getBoundingClientRect();
+    const all = document.getElementById('result').getBoundingClientRect();
+    return [box.top + scrollY, all.bottom - box.top];
+"""
 
 
 def browser() -> webdriver.Chrome:
@@ -46,7 +50,8 @@ def take(out: Path, folder: Path) -> list[Path]:
             features = [{"name": "prefers-color-scheme", "value": scheme}]
             driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
             driver.get((out / "report.html").resolve().as_uri())
-            clip = {"x": 0, "y": 0, "width": WIDTH, "height": driver.execute_script(BOTTOM)}
+            top, height = driver.execute_script(SECTION)
+            clip = {"x": 0, "y": top - MARGIN, "width": WIDTH, "height": height + 2 * MARGIN}
             shot = {"captureBeyondViewport": True, "clip": clip | {"scale": 1}}
             data = driver.execute_cdp_cmd("Page.captureScreenshot", shot)["data"]
             image = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
