@@ -24,9 +24,9 @@ Beside train_ppo.py it leaves out reward functions. Steps 1 to 4 and 6 are the s
 import math
 from dataclasses import dataclass
 
+from minicai import InputError, losses  # isort: skip (before torch: how its threads wait)
 import torch
 
-from minicai import InputError, losses
 from minicai.critique import training_pairs
 from minicai.engine import parallel
 from minicai.engine.config import path_setting, positive

@@ -1,4 +1,4 @@
-"""python -m minicai COMMAND        (COMMAND --help: its keys)
+"""minicai COMMAND, or python -m minicai COMMAND        (COMMAND --help: its keys; --version)
 
   demo [--key=value]          Constitutional AI from end to end, on the embedded tiny world:
                               SL-CAI, reward model, PPO, evaluation, report; no network
@@ -19,7 +19,7 @@ import importlib
 import inspect
 import os
 
-from minicai import InputError
+from minicai import InputError, __version__
 from minicai.engine import config, terminal
 
 COMMANDS = {  # name: where its function is, the options that --help lists, their section
@@ -53,6 +53,9 @@ def usage(arguments: list[str]) -> str:
 def main(arguments: list[str]) -> None:
     """Runs the command that the first argument names. Raises InputError where there is none."""
     name, *rest = arguments or [""]
+    if name == "--version":
+        print(f"minicai {__version__}")
+        return
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise InputError(
             "python -m minicai is one process; torchrun is for train_sl.py, train_rm.py and "
@@ -64,5 +67,10 @@ def main(arguments: list[str]) -> None:
     config.call(name, getattr(importlib.import_module(f"minicai.{place}"), function), rest)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """`minicai`, the same as `python -m minicai`."""
     terminal.run(main, usage)
+
+
+if __name__ == "__main__":
+    command()

@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
+import minicai  # noqa: F401  # isort: skip (before torch: how its threads wait)
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
