@@ -129,10 +129,11 @@ def call_fails(world: World, kind: str, error: int, number: int) -> str:
 
 def disk_rows(world: World, short: bool) -> Iterator[Row]:
     events = distinct(world)
-    for k in spread(2 if short else 24, len(events)):
+    for k in spread(1 if short else 24, len(events)):
         number = events[k - 1]
         yield "killed", place(world, number), partial(killed, world, number)
-    for share, name in ((0, "no"), (1, "all"), (0.5, "half of the")):
+    shares = ((0, "no"), (1, "all"), (0.5, "half of the"))
+    for share, name in shares[: 1 if short else None]:
         places = [0] if short else [0, *(events[k - 1] for k in spread(8, len(events)))]
         for number in places:
             where = f"{place(world, number) if number else 'after the end'}, {name} names kept"
@@ -209,7 +210,7 @@ def bit_rows(world: World, short: bool) -> Iterator[Row]:
             ]
         names = sorted(str(path.relative_to(world.out)) for path in files)
         if short:
-            names = [n for n in names if n.endswith((".distcp", "sl/model.safetensors"))][-2:]
+            names = [n for n in names if n.endswith((".distcp", "sl/model.safetensors"))][-1:]
         for name in names:
             for seed in range(3 if name.endswith(".distcp") and not short else 1):
                 where = f"{name}, resumed in {stop}"
@@ -398,7 +399,7 @@ def changed_reward(world: World, finished: bool) -> str:
 def changed_rows(world: World, short: bool) -> Iterator[Row]:
     for name, (_, stops) in CHANGES.items():
         for stop in stops:
-            if not short or (name, stop) in (("red.jsonl", "ppo"), ("human.jsonl", "end")):
+            if not short or (name, stop) == ("red.jsonl", "ppo"):
                 what = f"{name}, after the end" if stop == "end" else f"{name}, stopped in {stop}"
                 yield "changed", what, partial(changed, world, stop, name)
     if short:

@@ -549,7 +549,9 @@ def test_what_cannot_run_is_refused_before_anything_is_written(base, tmp_path):
     tokenizer.save_pretrained(tmp_path / "rm")
     with pytest.raises(InputError, match="its tokenizer is not the policy's"):
         run(base, "refused", reward=str(tmp_path / "rm"))
-    with pytest.raises(InputError, match=r"harmful.txt: prompt 1: it has \d+ tokens, which with 250"):
+    with pytest.raises(
+        InputError, match=r"harmful.txt: prompt 1: it has \d+ tokens, which with 250"
+    ):
         run(base, "refused", max_new_tokens=250)
     assert not output(base, "refused").exists()
 

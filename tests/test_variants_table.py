@@ -135,6 +135,7 @@ def test_only_takes_a_variant_with_what_it_needs():
         variants.chosen(["rouds-1"])
 
 
+@pytest.mark.slow
 def test_two_variants_are_measured_and_measured_only_once(campaign, capsys):
     rows = campaign("--only", "hard", "no-human-pairs", "--seeds", "3")["rows"]
     found = {(row["name"], row["stage"]): row["seeds"]["3"] for row in rows}
