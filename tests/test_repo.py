@@ -315,3 +315,40 @@ def test_the_tables_of_the_pages_are_made_from_the_committed_results():
     for name, path in collect.PAGES.items():
         assert f"<!-- results/{name}: begin -->\n" in (ROOT / path).read_text(encoding="utf-8")
         assert len(collect.tables()[name]) > 100, f"the table {name} is empty"
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+# Words that a reader must read twice, and the better ones.
+UNCLEAR = {
+    r"foretell": "predict",
+    r"(is|are) dear\b": "expensive",
+    r"anew\b": "again",
+    r"at hand\b": "available",
+    r"goes on where": "resumes",
+    r"leaves? [\w ]+ alone": "keeps",
+    r"the price of not": "the penalty for",
+    r"a lead to be had": "required margin",
+    r"(nats|tokens|pairs|episodes) an? (response|prompt|rollout|row|step|pass)\b": "per",
+    r"what the place of a response": "position bias",
+    r"with which what was counted": "the range of true rates consistent with the counts",
+    r"the last word has": "goes to",
+    r"\bresearches\b": "experiments",
+}
+
+
+def test_no_text_has_words_that_must_be_read_twice():
+    texts = [
+        *PAGES,
+        *PATHS.values(),
+        *ROOT.glob("minicai/report/*.j2"),
+        *ROOT.glob("configs/*.toml"),
+    ]
+    said = {path: path.read_text(encoding="utf-8") for path in texts}
+    found = [
+        f"{path.relative_to(ROOT)}: {match[0]!r}; write {better!r}"
+        for path, text in said.items()
+        for pattern, better in UNCLEAR.items()
+        for match in re.finditer(pattern, text)
+    ]
+    assert not found, "\n".join(found)

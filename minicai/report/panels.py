@@ -142,8 +142,8 @@ def _ratings(ratings: Sequence[dict]) -> Panel:
 def _hacking(found: dict) -> Panel:
     title = "Learned reward and judge, as the policy moves away"
     caption = (
-        "A dot per iteration; later ones are darker. If the reward rises while the judge's score "
-        "falls, the policy hacks the reward."
+        "A dot per iteration; the later, the stronger its colour. If the reward rises while the "
+        "judge's score falls, the policy hacks the reward."
     )
     names = {"learned reward": found["reward"], "exact judge": found["judge"]}
     rows = evenly([*zip(found["steps"], found["sqrt_kl"], *names.values())], FEW)
