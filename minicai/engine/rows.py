@@ -4,6 +4,7 @@ A file is a text, plain or gzipped. Its items are lines, items of a JSON list, o
 Each is an object whose keys say which form it has. A complaint names file, row and reason.
 """
 
+import ast
 import csv
 import gzip
 import io
@@ -22,17 +23,24 @@ from minicai.prompts import NAMES, Prompt, as_turns, split_transcript
 
 # --- from files to objects ------------------------------------------------------------------------
 
-# What a file that is no text begins with: its format, and the line that makes text of it.
+# What a file that is no UTF-8 text begins with: its format, and the line that makes text of it.
 LOAD = """python -c 'import datasets; datasets.load_dataset("{1}", data_files="{0}", """
 LOAD += """split="train").to_json("data.jsonl")'"""
+UTF16 = "iconv -f UTF-16 -t UTF-8 {0} > utf8.txt"
 BINARY = {
     b"PAR1": ("parquet", LOAD),
     b"ARROW1": ("arrow", LOAD),
     b"\xff\xff\xff\xff": ("arrow", LOAD),
     b"\x28\xb5\x2f\xfd": ("zstandard", "zstd -d {0}"),
+    b"BZh": ("bzip2", "bzip2 -dk {0}"),
+    b"\xfd7zXZ\0": ("xz", "xz -dk {0}"),
+    b"PK\x03\x04": ("zip or a spreadsheet", "unzip {0}, or save the sheet as CSV"),
+    b"\xff\xfe": ("UTF-16 text", UTF16),
+    b"\xfe\xff": ("UTF-16 text", UTF16),
 }
 JSON = re.compile(r'\s*\[?\s*\{\s*"')  # begins JSON, whatever the name of its file
 MORE = "more cells than the header"
+TABLES = (".csv", ".tsv")
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -66,6 +74,11 @@ def read_object(text: str | bytes, hook: Callable | None = None) -> dict:
         raise
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", error)
+        if isinstance(error, UnicodeEncodeError):
+            byte = ord(error.object[error.start]) - 0xDC00  # as "surrogateescape" decodes it
+            if 0x80 <= byte <= 0xFF:
+                reason = f"byte {byte:#x}; iconv -f latin1 -t utf-8 FILE makes it of Latin-1"
+                raise InputError(f"not valid UTF-8 ({reason})") from error
         raise InputError(f"not valid JSON in UTF-8 ({reason})") from error
     if not isinstance(row, dict):
         raise InputError(f"expected a JSON object {{...}}, found {type(row).__name__}")
@@ -78,16 +91,21 @@ def read_items(path: str | Path) -> Iterator[tuple[str, tuple[int, str]]]:
     A text in a list, or a line of a text, is a prompt.
     """
     text = read_bytes(path).decode("utf-8-sig", "surrogateescape")  # see read_object
-    suffix = Path(str(path).removesuffix(".gz")).suffix.lower()
-    plain = suffix in (".txt", ".csv") and not JSON.match(text)
+    suffix = Path(str(path).lower().removesuffix(".gz")).suffix
+    plain = suffix in (".txt", *TABLES) and not JSON.match(text)
     kind, items = "line", [line.strip() for line in text.split("\n")]
     try:
-        if plain and suffix == ".csv":
-            kind, items = "row", _table(text.lstrip())
+        if plain and suffix in TABLES:
+            kind, items = "row", _table(text.lstrip(" \r\n"))
         elif not plain and text.lstrip().startswith("["):
             kind, items = "item", json.loads(text)
+        elif not plain and "\n" in text.strip():
+            with suppress(ValueError, RecursionError):  # JSON lines are no single JSON text
+                kind, items = "item", [json.loads(text)]
     except (csv.Error, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a valid JSON list or table: {error}") from error
+    if kind == "line" and not plain:
+        _require_json_lines(path, items)
     for number, item in enumerate(items, 1):
         if item == "":
             continue
@@ -96,14 +114,34 @@ def read_items(path: str | Path) -> Iterator[tuple[str, tuple[int, str]]]:
         yield f"{path}, {kind} {number}", (number, item)
 
 
+def _require_json_lines(path: str | Path, lines: Iterable[str]) -> None:
+    """Raises InputError where no line looks like JSON, or the first one is a part of an object."""
+    lines = [line for line in lines if line]
+    if lines and not any(line.startswith(("{", "[", '"')) for line in lines):
+        raise InputError(
+            f"{path}: is no JSON; a file of one prompt per line needs the suffix .txt, a table "
+            f".csv or .tsv"
+        )
+    if lines[:1] == ["{"]:
+        raise InputError(
+            f"{path}: its objects have several lines each; make one line of each: "
+            f"jq -c . {path} > lines.jsonl"
+        )
+
+
 def _cell(text: str):
-    """The list of turns that a cell spells as JSON, or its text."""
-    return json.loads(text) if str(text).startswith("[{") else text
+    """The list of turns that a cell spells, as JSON or as Python prints it, or its text."""
+    if str(text).startswith("[{"):
+        for spelled in (json.loads, ast.literal_eval):
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                return spelled(text)
+    return text
 
 
 def _table(text: str) -> list[dict]:
-    """The rows of a file of values separated by commas, the header first."""
-    reader = csv.DictReader(io.StringIO(text), restkey=MORE, strict=True)
+    """The rows of a table, the header first. Its cells are parted by commas, semicolons or tabs."""
+    separator = max(",;\t", key=text.partition("\n")[0].count)
+    reader = csv.DictReader(io.StringIO(text), restkey=MORE, strict=True, delimiter=separator)
     return [{key: _cell(cell) for key, cell in row.items()} for row in reader]
 
 
@@ -247,7 +285,7 @@ FORMS = PAIRS | {
 def _dialogues(row: dict, forms: dict = FORMS) -> tuple[str, list[Turns]]:
     """What a row is, by the first form whose keys it has, and its dialogues."""
     if MORE in row:
-        raise InputError(f"has {MORE}; put a text with a comma into quotes")
+        raise InputError(f"has {MORE}; put a text with a separator into quotes")
     for keys, (name, read) in forms.items():
         if all(row.get(key) is not None for key in keys):
             found = read(row, keys[0])

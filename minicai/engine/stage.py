@@ -57,7 +57,7 @@ from minicai.engine.rows import Skip
 NOTES = "notes.json"  # in the folder of a run that is not finished
 SKIPPED_AT_MOST = 3  # updates in a row whose loss or gradient is not finite; then the run stops
 # What is a file, not a model folder, whether it exists or not.
-DATA = (".jsonl", ".json", ".gz", ".txt", ".csv", ".toml", ".py", ".parquet", ".zst")
+DATA = (".jsonl", ".json", ".gz", ".txt", ".csv", ".tsv", ".toml", ".py", ".parquet", ".zst")
 METHOD = ("losses", "prompts", "constitution", "examples", "critique", "feedback", "rollout")
 
 

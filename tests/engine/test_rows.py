@@ -92,9 +92,8 @@ def test_a_folder_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
 def test_a_file_that_is_not_utf8_is_refused(tmp_path, name):
-    assert "not valid JSON in UTF-8" in refusal(
-        read_prompts, write(tmp_path / name, b'{"prompt": "\xff"}\n')
-    )
+    said = refusal(read_prompts, write(tmp_path / name, b'{"prompt": "\xff"}\n'))
+    assert ", line 1: not valid UTF-8 (byte 0xff; " in said and "iconv -f latin1" in said
 
 
 def damaged_gzip() -> dict[str, bytes]:
@@ -449,14 +448,34 @@ def test_tables_are_read_by_their_header(tmp_path):
         ("prompt\na, b\n", ", row 1: has more cells"),
         ("goal,target\na,b\n", "it has goal, target"),
         ('prompt,chosen\n"a,b\nc,d\n', "not a valid JSON list or table: unexpected end of data"),
-        (
-            f'chosen,rejected\n"{HELLO}",b\n',
-            "not a valid JSON list or table: ",
-        ),  # as Python prints it
+        ('chosen,rejected\n"[{no list",b\n', ", row 1: "),
         ("prompt,chosen,rejected\na,b\n", 'needs "chosen" and "rejected"'),
         ("chosen,rejected\na,b\n", '"chosen": not a transcript'),
     ):
         assert reason in refusal(read_preferences, write(tmp_path / "c.csv", text))
+
+
+def test_a_table_may_have_other_separators_and_lists_as_python_prints_them(tmp_path):
+    text = "prompt,chosen,rejected\nHi,Hello.,Go.\n"
+    for name, separator in (("c.csv", ";"), ("c.csv", "\t"), ("c.tsv", "\t"), ("c.CSV.GZ", ",")):
+        path = write(tmp_path / name, text.replace(",", separator))
+        assert [*map(compared, read_preferences(path))] == [("Hi", "Hello.", "Go.")]
+    assert read_prompts(write(tmp_path / "p.tsv", "\tprompt\n0\ta, b; c\n")) == ["a, b; c"]
+    path = write(tmp_path / "c.csv", f'chosen,rejected\n"{HELLO}","{GO}"\n')
+    [found] = read_preferences(path)
+    assert compared(found) == ("Hi", "Hello.", "Go.")
+    assert read_prompts(write(tmp_path / "p.csv", "prompt\n[{odd\n")) == ["[{odd"]
+
+
+def test_an_object_may_have_several_lines_and_what_is_no_json_is_said(tmp_path):
+    row = json.dumps({"prompt": "Hi"}, indent=1)
+    assert read_prompts(write(tmp_path / "p.json", row)) == ["Hi"]
+    said = refusal(read_prompts, write(tmp_path / "p.jsonl", f"{row}\n{row}\n"))
+    assert said.startswith(": its objects have several lines each") and "jq -c ." in said
+    said = refusal(read_prompts, write(tmp_path / "p.md", "Why?\nHow?\n"))
+    assert said.startswith(": is no JSON; ") and "needs the suffix .txt" in said
+    wrapped = json.dumps({"data": [{"prompt": "Hi"}]}, indent=1)
+    assert "item 1: needs" in refusal(read_prompts, write(tmp_path / "p.json", wrapped))
 
 
 def test_content_decides_how_a_file_is_read_not_its_name(tmp_path):
@@ -479,6 +498,10 @@ def test_content_decides_how_a_file_is_read_not_its_name(tmp_path):
         (b"ARROW1\0\0", "arrow", 'load_dataset("arrow", data_files="'),
         (b"\xff\xff\xff\xff\x10", "arrow", 'load_dataset("arrow", data_files="'),
         (b"\x28\xb5\x2f\xfd\x04", "zstandard", "zstd -d "),
+        (b"BZh91AY", "bzip2", "bzip2 -dk "),
+        (b"\xfd7zXZ\0\0", "xz", "xz -dk "),
+        (b"PK\x03\x04\x14", "zip or a spreadsheet", "unzip "),
+        ("Hi\n".encode("utf-16"), "UTF-16 text", "iconv -f UTF-16 -t UTF-8 "),
     ],
 )
 def test_a_format_that_is_not_read_is_named_with_the_line_that_converts_it(
