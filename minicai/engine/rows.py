@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from minicai import InputError
@@ -190,6 +191,8 @@ STRICT = Skip()  # leaves nothing out
 
 ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}  # other names of roles
 TRANSCRIPT = re.compile(r"\s*Human:")
+# Keys of texts that follow that of a prompt, as they belong to it.
+MATERIAL = {"instruction": ("input", "context"), "question": ("context",)}
 Turns = list[dict]
 
 
@@ -202,7 +205,7 @@ def _turns(said: list | str, key: str) -> Turns:
     for turn in said:
         found = turn if isinstance(turn, dict) else {}
         name = str(found.get("role", found.get("from")))
-        role, content = ROLES.get(name, name), found.get("content", found.get("value"))
+        role, content = ROLES.get(name, name), _joined(found.get("content", found.get("value")))
         usable = isinstance(content, str) and (content.strip() or role == "assistant")
         if role not in NAMES or not usable:
             raise InputError(
@@ -211,6 +214,14 @@ def _turns(said: list | str, key: str) -> Turns:
             )
         turns.append({"role": role, "content": content})
     return turns
+
+
+def _joined(content):
+    """One text of a list of parts that are all texts, as OpenAI's; other content as it is."""
+    parts = content if isinstance(content, list) else []
+    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    whole = texts and len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
+    return "".join(texts) if whole else content
 
 
 def question(row: dict, key: str) -> list[Turns]:
@@ -224,9 +235,16 @@ def question(row: dict, key: str) -> list[Turns]:
     if TRANSCRIPT.match(said):
         said = said.rstrip().removesuffix("\n\nAssistant:")
         return [_turns(f"{said}\n\nAssistant:", key)[:-1]]
-    if key == "instruction" and row.get("input"):
-        said += f"\n\n{row['input']}"
+    for name in MATERIAL.get(key, ()):
+        more = row.get(name) or ""
+        if not isinstance(more, str):
+            raise InputError(f'"{name}" must be a text, not {json.dumps(more)[:80]}')
+        said += more and f"\n\n{more}"
     return [as_turns(said)]
+
+
+def _transcript(row: dict, key: str) -> list[Turns]:
+    return [_turns(row[key], key)]
 
 
 def _attempt(row: dict, key: str) -> list[Turns]:
@@ -237,13 +255,16 @@ def _attempt(row: dict, key: str) -> list[Turns]:
 
 def _pair(row: dict, better: str, worse: str = "rejected") -> list[Turns]:
     """Both dialogues, by their keys: the prompt may be in them, beside them, or both."""
-    beside = [key for key in ("prompt", "question", "instruction") if row.get(key)]
+    places = ["prompt", "question", "instruction"]
+    if isinstance(row[better], dict):  # LLaMA-Factory: an answer is a turn by itself
+        places.append("conversations")
+    beside = [key for key in places if row.get(key)]
     [asked] = question(row, beside[0]) if beside else [[]]
     return [_side(row, key, asked) for key in (better, worse)]
 
 
 def _side(row: dict, key: str, asked: Turns) -> Turns:
-    said = row[key]
+    said = [row[key]] if isinstance(row[key], dict) else row[key]
     if asked and isinstance(said, str) and not TRANSCRIPT.match(said):
         return [*asked, {"role": "assistant", "content": said}]
     turns = _turns(said, key)
@@ -276,9 +297,11 @@ FORMS = PAIRS | {
     ("prompt",): ("prompts", question),
     ("messages",): ("conversations", question),
     ("conversations",): ("conversations (ShareGPT)", question),
-    ("instruction",): ("instructions (Alpaca)", question),
+    ("conversation",): ("conversations (WildChat, LMSYS)", question),
+    ("instruction",): ("instructions (Alpaca, Dolly)", question),
     ("question",): ("questions", question),
     ("transcript",): ("red-team attempts", _attempt),
+    ("text",): ("transcripts", _transcript),
 }
 
 
@@ -289,8 +312,8 @@ def _dialogues(row: dict, forms: dict = FORMS) -> tuple[str, list[Turns]]:
     for keys, (name, read) in forms.items():
         if all(row.get(key) is not None for key in keys):
             found = read(row, keys[0])
-            if row.get("system"):
-                system = _turns([{"role": "system", "content": row["system"]}], "system")
+            if first := row.get("system") or row.get("system_prompt"):
+                system = _turns([{"role": "system", "content": first}], "system")
                 found = [system + turns for turns in found]
             return name, found
     needed = '"prompt"' if forms is FORMS else '"chosen" and "rejected"'
@@ -311,12 +334,14 @@ def as_prompt(turns: Turns) -> Prompt:
 
 
 def form_of(path: str | Path) -> tuple[str, bool]:
-    """What the first row of a file that can be read is, and whether it is a pair."""
-    for _, (_, text) in read_items(path):
+    """What most of the first rows of a file are, and whether they are pairs."""
+    found = Counter()
+    for _, (_, text) in islice(read_items(path), 1000):
         with suppress(InputError):
             name, dialogues = _dialogues(read_object(text))
-            return name, len(dialogues) == 2
-    return "prompts", False  # whose reader says what is wrong
+            found[name, len(dialogues) == 2] += 1
+    found["prompts", False] += not found  # their reader says what is wrong
+    return found.most_common(1)[0][0]
 
 
 def _read(path: str | Path, limit: int, skip: Skip, use: Callable) -> list[tuple]:

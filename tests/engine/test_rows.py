@@ -294,6 +294,8 @@ def test_half_of_a_surrogate_pair_is_refused_with_its_line(tmp_path):
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
 GO = [HELLO[0], {"role": "assistant", "content": "Go."}]
 KIND = {"role": "system", "content": "Be kind."}
+PARTS = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+ANSWERS = {"chosen": "Hello.", "rejected": "Go."}
 WRONG_KIND = [HELLO[0], KIND, HELLO[1]]
 
 
@@ -382,6 +384,12 @@ def test_each_form_of_pairs_gives_the_same_pair_and_its_prompt(tmp_path, row, ex
         ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": ""}]}, "Hi"),
         ({"instruction": "Say", "input": "it", "output": "it"}, "Say\n\nit"),
         ({"instruction": "Say", "input": "", "output": "it"}, "Say"),
+        ({"instruction": "Say", "context": "it", "response": "it"}, "Say\n\nit"),
+        ({"question": "Say", "context": "it", "answer": "it"}, "Say\n\nit"),
+        ({"system_prompt": "Be kind.", "question": "Hi", "response": "x"}, [KIND, HELLO[0]]),
+        ({"conversation": HELLO, "model": "x"}, "Hi"),
+        ({"text": "\n\nHuman: Hi\n\nAssistant: Hello."}, "Hi"),
+        ({"messages": [{"role": "user", "content": PARTS}]}, "Hi"),
         ({"prompt": "Hi", "completion": "Hello.", "label": True}, "Hi"),
         ({"prompt": "Hi", "messages": HELLO}, "Hi"),
         ({"system": "Be kind.", "prompt": "Hi"}, [KIND, HELLO[0]]),
@@ -402,7 +410,10 @@ def test_each_form_of_prompts_is_read(tmp_path, row, expected):
         ({"conversations": [{"from": "function_call", "value": "{}"}]}, "a turn must be"),
         ({"messages": [{"role": ["user"], "content": "Hi"}]}, "a turn must be"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a turn must be"),
-        ({"text": "Hi", "label": 1}, "it has text, label"),
+        ({"messages": [{"role": "user", "content": [*PARTS, {"type": "image"}]}]}, "a turn must"),
+        ({"question": "Say", "context": {"title": []}}, '"context" must be a text, not {"title"'),
+        ({"text": "Hi", "label": 1}, '"text": not a transcript'),
+        ({"goal": "Hi", "label": 1}, "it has goal, label"),
         ({"prompt": {"0": "a"}}, 'needs "prompt", a text or a list of turns, not {"0": "a"}'),
         ({"prompt": "Hi", "system": 3}, "a turn must be"),
         ({"transcript": 3}, "not a transcript that opens"),
@@ -428,7 +439,7 @@ def test_a_conversation_that_is_none_is_refused(tmp_path, row, reason):
         ({"prompt": [KIND, HELLO[0]], "chosen": HELLO, "rejected": GO}, "without a turn of"),
         ({"chosen": [], "rejected": []}, "answers to one prompt"),
         ({"chosen": WRONG_KIND, "rejected": WRONG_KIND}, "a system turn must be the first"),
-        ({"chosen": {"role": "user"}, "rejected": GO}, '"chosen": not a transcript'),
+        ({"chosen": {"role": "user"}, "rejected": GO}, "a turn must be"),
     ],
 )
 def test_a_pair_that_is_none_is_refused(tmp_path, row, reason):
@@ -453,6 +464,20 @@ def test_tables_are_read_by_their_header(tmp_path):
         ("chosen,rejected\na,b\n", '"chosen": not a transcript'),
     ):
         assert reason in refusal(read_preferences, write(tmp_path / "c.csv", text))
+
+
+def test_an_answer_may_be_a_turn_by_itself(tmp_path):
+    for key, turns in (("prompt", "Hi"), ("conversations", [{"from": "human", "value": "Hi"}])):
+        answers = {"chosen": {"from": "gpt", "value": "Hello."}, "rejected": GO[1]}
+        path = write(tmp_path / "c.jsonl", json.dumps({key: turns} | answers))
+        [found] = read_preferences(path)
+        assert compared(found) == ("Hi", "Hello.", "Go.")
+
+
+def test_what_most_rows_are_decides_what_a_file_is(tmp_path):
+    rows = [pair(prompt="Hi", chosen=None, rejected="Go."), *[pair(prompt="Hi", **ANSWERS)] * 2]
+    assert form_of(write(tmp_path / "c.jsonl", "".join(rows))) == ("preference pairs", True)
+    assert form_of(write(tmp_path / "c.jsonl", "".join(rows[:1] * 3 + rows))) == ("prompts", False)
 
 
 def test_a_table_may_have_other_separators_and_lists_as_python_prints_them(tmp_path):
