@@ -54,7 +54,8 @@ FIELDS = {  # keys of a table -> what they are
     "comparison": "comparison",
 }
 ITEM = r"( *)(?:[-*+•–]|\(?(?:\d{1,5}|[a-z]|[IVX]{1,5}|[ivx]{2,5})[.)])\s+(?=\S)"
-UNDERLINED = r"(?m)^(?![-*+•–#|>\s])(.+)\n{}{{2,}}\s*$"  # a heading in Markdown's other form
+# A heading in Markdown's other form; a sentence above a rule across the page is none.
+UNDERLINED = r"(?m)^(?![-*+•–#|>\s])(.*[^.!?;,\n])\n{}{{2,}} *(?=\n *\n|\n?\Z)"
 HEADING = r"(?m)^(#{1,6}) +(.+?)[ #]*$"
 
 
@@ -192,6 +193,7 @@ def _from_json(content) -> tuple[str, list[dict], list[str]]:
 
 def _from_text(text: str) -> tuple[str, list[dict], list[str]]:
     """What a text is, its rows with the values of FIELDS as keys, and lines outside of them."""
+    text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.S)  # what generators of pages read
     for mark, level in (("=", "#"), ("-", "##")):
         text = re.sub(UNDERLINED.format(mark), rf"{level} \1", text)
     text = re.sub(r"(?m)^ *([-*_])( *\1){2,} *$", "", text)  # rules across the page

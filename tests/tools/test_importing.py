@@ -210,8 +210,11 @@ def test_underlined_headings_roman_numbers_and_rules_across_are_marks(tmp_path):
     found = importing.read(write(tmp_path, "b.txt", text))
     assert [p.name for p in found.principles] == ["be-calm", "be-true", "be-kind"]
     assert all(importing.RULE in p.critique for p in found.principles)
-    found = importing.read(write(tmp_path, "c.txt", "Be calm.\n\n* * *\n\nBe true.\n"))
-    assert len(found.principles) == 2
+    for text in ("Be calm.\n\n* * *\n\nBe true.", "Be calm.\n---\nBe true.\n---\n"):
+        found = importing.read(write(tmp_path, "c.txt", text))
+        assert [p.name for p in found.principles] == ["be-calm", "be-true"]
+    text = "---\ntitle: x\n---\n\n- Be calm.\n- Be true.\n"
+    assert len(importing.read(write(tmp_path, "d.md", text)).principles) == 2
 
 
 def test_a_quotation_in_the_first_person_is_no_trait(tmp_path):
