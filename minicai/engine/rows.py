@@ -4,6 +4,7 @@ A file is a text, plain or gzipped. Its items are lines, items of a JSON list, o
 Each is an object whose keys say which form it has. A complaint names file, row and reason.
 """
 
+import ast
 import csv
 import gzip
 import io
@@ -14,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from minicai import InputError
@@ -22,17 +24,24 @@ from minicai.prompts import NAMES, Prompt, as_turns, split_transcript
 
 # --- from files to objects ------------------------------------------------------------------------
 
-# What a file that is no text begins with: its format, and the line that makes text of it.
+# What a file that is no UTF-8 text begins with: its format, and the line that makes text of it.
 LOAD = """python -c 'import datasets; datasets.load_dataset("{1}", data_files="{0}", """
 LOAD += """split="train").to_json("data.jsonl")'"""
+UTF16 = "iconv -f UTF-16 -t UTF-8 {0} > utf8.txt"
 BINARY = {
     b"PAR1": ("parquet", LOAD),
     b"ARROW1": ("arrow", LOAD),
     b"\xff\xff\xff\xff": ("arrow", LOAD),
     b"\x28\xb5\x2f\xfd": ("zstandard", "zstd -d {0}"),
+    b"BZh": ("bzip2", "bzip2 -dk {0}"),
+    b"\xfd7zXZ\0": ("xz", "xz -dk {0}"),
+    b"PK\x03\x04": ("zip or a spreadsheet", "unzip {0}, or save the sheet as CSV"),
+    b"\xff\xfe": ("UTF-16 text", UTF16),
+    b"\xfe\xff": ("UTF-16 text", UTF16),
 }
 JSON = re.compile(r'\s*\[?\s*\{\s*"')  # begins JSON, whatever the name of its file
 MORE = "more cells than the header"
+TABLES = (".csv", ".tsv")
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -66,6 +75,11 @@ def read_object(text: str | bytes, hook: Callable | None = None) -> dict:
         raise
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", error)
+        if isinstance(error, UnicodeEncodeError):
+            byte = ord(error.object[error.start]) - 0xDC00  # as "surrogateescape" decodes it
+            if 0x80 <= byte <= 0xFF:
+                reason = f"byte {byte:#x}; iconv -f latin1 -t utf-8 FILE makes it of Latin-1"
+                raise InputError(f"not valid UTF-8 ({reason})") from error
         raise InputError(f"not valid JSON in UTF-8 ({reason})") from error
     if not isinstance(row, dict):
         raise InputError(f"expected a JSON object {{...}}, found {type(row).__name__}")
@@ -78,16 +92,21 @@ def read_items(path: str | Path) -> Iterator[tuple[str, tuple[int, str]]]:
     A text in a list, or a line of a text, is a prompt.
     """
     text = read_bytes(path).decode("utf-8-sig", "surrogateescape")  # see read_object
-    suffix = Path(str(path).removesuffix(".gz")).suffix.lower()
-    plain = suffix in (".txt", ".csv") and not JSON.match(text)
+    suffix = Path(str(path).lower().removesuffix(".gz")).suffix
+    plain = suffix in (".txt", *TABLES) and not JSON.match(text)
     kind, items = "line", [line.strip() for line in text.split("\n")]
     try:
-        if plain and suffix == ".csv":
-            kind, items = "row", _table(text.lstrip())
+        if plain and suffix in TABLES:
+            kind, items = "row", _table(text.lstrip(" \r\n"))
         elif not plain and text.lstrip().startswith("["):
             kind, items = "item", json.loads(text)
+        elif not plain and "\n" in text.strip():
+            with suppress(ValueError, RecursionError):  # JSON lines are no single JSON text
+                kind, items = "item", [json.loads(text)]
     except (csv.Error, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a valid JSON list or table: {error}") from error
+    if kind == "line" and not plain:
+        _require_json_lines(path, items)
     for number, item in enumerate(items, 1):
         if item == "":
             continue
@@ -96,14 +115,34 @@ def read_items(path: str | Path) -> Iterator[tuple[str, tuple[int, str]]]:
         yield f"{path}, {kind} {number}", (number, item)
 
 
+def _require_json_lines(path: str | Path, lines: Iterable[str]) -> None:
+    """Raises InputError where no line looks like JSON, or the first one is a part of an object."""
+    lines = [line for line in lines if line]
+    if lines and not any(line.startswith(("{", "[", '"')) for line in lines):
+        raise InputError(
+            f"{path}: is no JSON; a file of one prompt per line needs the suffix .txt, a table "
+            f".csv or .tsv"
+        )
+    if lines[:1] == ["{"]:
+        raise InputError(
+            f"{path}: its objects have several lines each; make one line of each: "
+            f"jq -c . {path} > lines.jsonl"
+        )
+
+
 def _cell(text: str):
-    """The list of turns that a cell spells as JSON, or its text."""
-    return json.loads(text) if str(text).startswith("[{") else text
+    """The list of turns that a cell spells, as JSON or as Python prints it, or its text."""
+    if str(text).startswith("[{"):
+        for spelled in (json.loads, ast.literal_eval):
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                return spelled(text)
+    return text
 
 
 def _table(text: str) -> list[dict]:
-    """The rows of a file of values separated by commas, the header first."""
-    reader = csv.DictReader(io.StringIO(text), restkey=MORE, strict=True)
+    """The rows of a table, the header first. Its cells are parted by commas, semicolons or tabs."""
+    separator = max(",;\t", key=text.partition("\n")[0].count)
+    reader = csv.DictReader(io.StringIO(text), restkey=MORE, strict=True, delimiter=separator)
     return [{key: _cell(cell) for key, cell in row.items()} for row in reader]
 
 
@@ -152,6 +191,8 @@ STRICT = Skip()  # leaves nothing out
 
 ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}  # other names of roles
 TRANSCRIPT = re.compile(r"\s*Human:")
+# Keys of texts that follow that of a prompt, as they belong to it.
+MATERIAL = {"instruction": ("input", "context"), "question": ("context",)}
 Turns = list[dict]
 
 
@@ -164,7 +205,7 @@ def _turns(said: list | str, key: str) -> Turns:
     for turn in said:
         found = turn if isinstance(turn, dict) else {}
         name = str(found.get("role", found.get("from")))
-        role, content = ROLES.get(name, name), found.get("content", found.get("value"))
+        role, content = ROLES.get(name, name), _joined(found.get("content", found.get("value")))
         usable = isinstance(content, str) and (content.strip() or role == "assistant")
         if role not in NAMES or not usable:
             raise InputError(
@@ -173,6 +214,14 @@ def _turns(said: list | str, key: str) -> Turns:
             )
         turns.append({"role": role, "content": content})
     return turns
+
+
+def _joined(content):
+    """One text of a list of parts that are all texts, as OpenAI's; other content as it is."""
+    parts = content if isinstance(content, list) else []
+    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    whole = texts and len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
+    return "".join(texts) if whole else content
 
 
 def question(row: dict, key: str) -> list[Turns]:
@@ -186,9 +235,16 @@ def question(row: dict, key: str) -> list[Turns]:
     if TRANSCRIPT.match(said):
         said = said.rstrip().removesuffix("\n\nAssistant:")
         return [_turns(f"{said}\n\nAssistant:", key)[:-1]]
-    if key == "instruction" and row.get("input"):
-        said += f"\n\n{row['input']}"
+    for name in MATERIAL.get(key, ()):
+        more = row.get(name) or ""
+        if not isinstance(more, str):
+            raise InputError(f'"{name}" must be a text, not {json.dumps(more)[:80]}')
+        said += more and f"\n\n{more}"
     return [as_turns(said)]
+
+
+def _transcript(row: dict, key: str) -> list[Turns]:
+    return [_turns(row[key], key)]
 
 
 def _attempt(row: dict, key: str) -> list[Turns]:
@@ -199,13 +255,16 @@ def _attempt(row: dict, key: str) -> list[Turns]:
 
 def _pair(row: dict, better: str, worse: str = "rejected") -> list[Turns]:
     """Both dialogues, by their keys: the prompt may be in them, beside them, or both."""
-    beside = [key for key in ("prompt", "question", "instruction") if row.get(key)]
+    places = ["prompt", "question", "instruction"]
+    if isinstance(row[better], dict):  # LLaMA-Factory: an answer is a turn by itself
+        places.append("conversations")
+    beside = [key for key in places if row.get(key)]
     [asked] = question(row, beside[0]) if beside else [[]]
     return [_side(row, key, asked) for key in (better, worse)]
 
 
 def _side(row: dict, key: str, asked: Turns) -> Turns:
-    said = row[key]
+    said = [row[key]] if isinstance(row[key], dict) else row[key]
     if asked and isinstance(said, str) and not TRANSCRIPT.match(said):
         return [*asked, {"role": "assistant", "content": said}]
     turns = _turns(said, key)
@@ -238,21 +297,23 @@ FORMS = PAIRS | {
     ("prompt",): ("prompts", question),
     ("messages",): ("conversations", question),
     ("conversations",): ("conversations (ShareGPT)", question),
-    ("instruction",): ("instructions (Alpaca)", question),
+    ("conversation",): ("conversations (WildChat, LMSYS)", question),
+    ("instruction",): ("instructions (Alpaca, Dolly)", question),
     ("question",): ("questions", question),
     ("transcript",): ("red-team attempts", _attempt),
+    ("text",): ("transcripts", _transcript),
 }
 
 
 def _dialogues(row: dict, forms: dict = FORMS) -> tuple[str, list[Turns]]:
     """What a row is, by the first form whose keys it has, and its dialogues."""
     if MORE in row:
-        raise InputError(f"has {MORE}; put a text with a comma into quotes")
+        raise InputError(f"has {MORE}; put a text with a separator into quotes")
     for keys, (name, read) in forms.items():
         if all(row.get(key) is not None for key in keys):
             found = read(row, keys[0])
-            if row.get("system"):
-                system = _turns([{"role": "system", "content": row["system"]}], "system")
+            if first := row.get("system") or row.get("system_prompt"):
+                system = _turns([{"role": "system", "content": first}], "system")
                 found = [system + turns for turns in found]
             return name, found
     needed = '"prompt"' if forms is FORMS else '"chosen" and "rejected"'
@@ -273,12 +334,14 @@ def as_prompt(turns: Turns) -> Prompt:
 
 
 def form_of(path: str | Path) -> tuple[str, bool]:
-    """What the first row of a file that can be read is, and whether it is a pair."""
-    for _, (_, text) in read_items(path):
+    """What most of the first rows of a file are, and whether they are pairs."""
+    found = Counter()
+    for _, (_, text) in islice(read_items(path), 1000):
         with suppress(InputError):
             name, dialogues = _dialogues(read_object(text))
-            return name, len(dialogues) == 2
-    return "prompts", False  # whose reader says what is wrong
+            found[name, len(dialogues) == 2] += 1
+    found["prompts", False] += not found  # their reader says what is wrong
+    return found.most_common(1)[0][0]
 
 
 def _read(path: str | Path, limit: int, skip: Skip, use: Callable) -> list[tuple]:

@@ -97,14 +97,14 @@ def check_lengths(
     a prompt, given its number.
     """
     context = context_length(config)
+    advice = "shorten the prompt or lower max_new_tokens" if new_tokens else "shorten it"
     for number, size in enumerate(map(len, prompts), 1):
         if not size:
             raise InputError(f"{name.format(number)} has no tokens")
         if size + new_tokens > context:
             raise TooLong(
                 f"{name.format(number)} has {size} tokens, which with {new_tokens} new ones "
-                f"exceeds the model's context of {context}; shorten the prompt or lower "
-                f"max_new_tokens"
+                f"exceeds the model's context of {context}; {advice}"
             )
 
 
@@ -176,7 +176,9 @@ def check_requests(
         names.append(model.name_or_path)
         source = f"{what} to {names[-1]}, with its examples and principles"
         look = partial(_askable, model, requests, new_tokens)
-        by_length = sorted(prompts, key=lambda prompt: len(render(prompt)))
+        # By tokens: of two prompts the one with fewer characters may have more of them.
+        sizes = [len(encode_prompt(model.tokenizer, render(prompt))) for prompt in prompts]
+        by_length = [prompts[k] for k in sorted(range(len(prompts)), key=sizes.__getitem__)]
         skip.keep(what, [(source, prompt) for prompt in by_length[:1]], look)  # else none fits
         try:
             list(map(look, by_length[-1:]))

@@ -57,7 +57,7 @@ from minicai.engine.rows import Skip
 NOTES = "notes.json"  # in the folder of a run that is not finished
 SKIPPED_AT_MOST = 3  # updates in a row whose loss or gradient is not finite; then the run stops
 # What is a file, not a model folder, whether it exists or not.
-DATA = (".jsonl", ".json", ".gz", ".txt", ".csv", ".toml", ".py", ".parquet", ".zst")
+DATA = (".jsonl", ".json", ".gz", ".txt", ".csv", ".tsv", ".toml", ".py", ".parquet", ".zst")
 METHOD = ("losses", "prompts", "constitution", "examples", "critique", "feedback", "rollout")
 
 
@@ -170,14 +170,15 @@ class Stage:
         return journal
 
     def _open(self, file: str, group: int, total: int | None) -> Journal:
-        journal = Journal(self.folder / file, group, total)
-        count, known = self._noted()["rows"].get(file, (0, ""))
-        if journal.rows and known and not journal.begins_as(count, known):
+        path, (count, known) = self.folder / file, self._noted()["rows"].get(file, (0, ""))
+        # A phase may have ended within a group: its rows were written, and are dropped below.
+        whole = Journal(path, 1, total)
+        if whole.rows and known and not whole.begins_as(count, known):
             raise InputError(
-                f"{journal.path}: its first {count} rows are not those that were written; put the "
+                f"{path}: its first {count} rows are not those that were written; put the "
                 f"file back, or remove {self.folder / NOTES} to use it as it is"
             )
-        return journal
+        return Journal(path, group, total)
 
     def turns(
         self, journal: Journal, phase: str, unit: str, each: float = 1, until: int | None = None
@@ -211,12 +212,14 @@ class Stage:
 
     def _note(self) -> None:
         """Writes down the seconds so far, and the sums of the data made before training."""
+        if parallel.rank():
+            return  # the first process may just replace or remove the file
         noted, now = self._noted(), time.monotonic()
         seconds = noted["seconds"].get(self.phase, 0.0) + now - self.since
         noted["seconds"][self.phase], self.since = seconds, now
         made = {file: j for file, j in self.journals.items() if j.total is not None}
         noted["rows"] |= {file: (len(j.rows), j.sum) for file, j in made.items()}
-        if parallel.rank() == 0 and self.folder.exists():
+        if self.folder.exists():
             write_atomic(self.folder / NOTES, json.dumps(noted))
 
     def _noted(self) -> dict:

@@ -41,6 +41,13 @@ def main(flags: list[str], file: str) -> None:
     skip = Skip(bad=True, long=True, tell=told.append)
     form, pairs = form_of(file)
     rows = (read_preferences if pairs else read_prompts)(file, skip=skip)
+    if pairs:
+        different = [row for row in rows if row["first"] != row["second"]]
+        if not different:
+            raise InputError(f"{file}: both responses of each pair are equal: nothing to learn")
+        if len(different) < len(rows):
+            told.append(f"{len(rows) - len(different)} pairs of two equal responses")
+        rows = different
     unit, pieces, decode = "characters", as_text, str
     if options.model:
         rows, pieces, decode = as_ids(options, file, rows, skip)

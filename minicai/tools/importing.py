@@ -38,6 +38,7 @@ COMPARES = r"(?i)\s*(please )?(choose|pick|select|prefer|favou?r|which|compare)\
 FIRST_PERSON = r"\b(I|I'm|[Mm]y)\b"
 FIELDS = {  # keys of a table -> what they are
     "name": "name",
+    "title": "name",
     "principle": "rule",
     "trait": "rule",
     "criterion": "rule",
@@ -46,10 +47,15 @@ FIELDS = {  # keys of a table -> what they are
     "clarification": "front",
     "description": "front",
     "critique": "critique",
+    "critic": "critique",
+    "critique_request": "critique",
     "revision": "revision",
+    "revision_request": "revision",
     "comparison": "comparison",
 }
-ITEM = r"( *)(?:[-*+•–]|\(?\d{1,5}[.)]|\(?[a-z][.)])\s+(?=\S)"
+ITEM = r"( *)(?:[-*+•–]|\(?(?:\d{1,5}|[a-z]|[IVX]{1,5}|[ivx]{2,5})[.)])\s+(?=\S)"
+# A heading in Markdown's other form; a sentence above a rule across the page is none.
+UNDERLINED = r"(?m)^(?![-*+•–#|>\s])(.*[^.!?;,\n])\n{}{{2,}} *(?=\n *\n|\n?\Z)"
 HEADING = r"(?m)^(#{1,6}) +(.+?)[ #]*$"
 
 
@@ -116,7 +122,8 @@ def _completed(row: dict) -> Iterator[str]:
     if re.match(COMPARES, text) and not front:
         row["comparison"] = text
     text = text or _clean(row.get("comparison", ""))
-    trait = re.search(FIRST_PERSON, text) and not row.get("comparison")
+    bare = re.sub(r"[\"“].*?[\"”]", "", text)  # "I" in a quotation is no trait
+    trait = re.search(FIRST_PERSON, bare) and not row.get("comparison")
     for request, asked in ASKED.items():
         words = _clean(row.get(request, ""))
         if text and not words:
@@ -186,17 +193,21 @@ def _from_json(content) -> tuple[str, list[dict], list[str]]:
 
 def _from_text(text: str) -> tuple[str, list[dict], list[str]]:
     """What a text is, its rows with the values of FIELDS as keys, and lines outside of them."""
+    text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.S)  # what generators of pages read
+    for mark, level in (("=", "#"), ("-", "##")):
+        text = re.sub(UNDERLINED.format(mark), rf"{level} \1", text)
+    text = re.sub(r"(?m)^ *([-*_])( *\1){2,} *$", "", text)  # rules across the page
     text = re.sub(r"(?m)^\*\*(.+?):?\*\*:?$", r"## \1", text)  # headings in bold letters
     items, outside = _items(text)
     before, sections = _sections(text)
     if sections and len(" ".join(outside).split()) > len(" ".join(items).split()):
-        return "a document with headings", sections, before.split("\n")
+        return "a document with headings", sections, list(filter(str.strip, before.split("\n")))
     kind = "a list"
     if not items:
         wrapped = re.search(r"[^.?!:;\n]\n(?=[a-z])", text)
         kind, outside = "plain lines", []
         items = re.split(r"\n\s*\n" if wrapped else "\n", re.sub(HEADING, "", text))
-    return kind, [{"rule": item} for item in items if item.strip()], outside
+    return kind, [{"rule": item} for item in items if re.search(r"\w", item)], outside
 
 
 def _items(text: str) -> tuple[list[str], list[str]]:

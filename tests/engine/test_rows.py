@@ -92,9 +92,8 @@ def test_a_folder_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
 def test_a_file_that_is_not_utf8_is_refused(tmp_path, name):
-    assert "not valid JSON in UTF-8" in refusal(
-        read_prompts, write(tmp_path / name, b'{"prompt": "\xff"}\n')
-    )
+    said = refusal(read_prompts, write(tmp_path / name, b'{"prompt": "\xff"}\n'))
+    assert ", line 1: not valid UTF-8 (byte 0xff; " in said and "iconv -f latin1" in said
 
 
 def damaged_gzip() -> dict[str, bytes]:
@@ -295,6 +294,8 @@ def test_half_of_a_surrogate_pair_is_refused_with_its_line(tmp_path):
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
 GO = [HELLO[0], {"role": "assistant", "content": "Go."}]
 KIND = {"role": "system", "content": "Be kind."}
+PARTS = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+ANSWERS = {"chosen": "Hello.", "rejected": "Go."}
 WRONG_KIND = [HELLO[0], KIND, HELLO[1]]
 
 
@@ -383,6 +384,12 @@ def test_each_form_of_pairs_gives_the_same_pair_and_its_prompt(tmp_path, row, ex
         ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": ""}]}, "Hi"),
         ({"instruction": "Say", "input": "it", "output": "it"}, "Say\n\nit"),
         ({"instruction": "Say", "input": "", "output": "it"}, "Say"),
+        ({"instruction": "Say", "context": "it", "response": "it"}, "Say\n\nit"),
+        ({"question": "Say", "context": "it", "answer": "it"}, "Say\n\nit"),
+        ({"system_prompt": "Be kind.", "question": "Hi", "response": "x"}, [KIND, HELLO[0]]),
+        ({"conversation": HELLO, "model": "x"}, "Hi"),
+        ({"text": "\n\nHuman: Hi\n\nAssistant: Hello."}, "Hi"),
+        ({"messages": [{"role": "user", "content": PARTS}]}, "Hi"),
         ({"prompt": "Hi", "completion": "Hello.", "label": True}, "Hi"),
         ({"prompt": "Hi", "messages": HELLO}, "Hi"),
         ({"system": "Be kind.", "prompt": "Hi"}, [KIND, HELLO[0]]),
@@ -403,7 +410,10 @@ def test_each_form_of_prompts_is_read(tmp_path, row, expected):
         ({"conversations": [{"from": "function_call", "value": "{}"}]}, "a turn must be"),
         ({"messages": [{"role": ["user"], "content": "Hi"}]}, "a turn must be"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a turn must be"),
-        ({"text": "Hi", "label": 1}, "it has text, label"),
+        ({"messages": [{"role": "user", "content": [*PARTS, {"type": "image"}]}]}, "a turn must"),
+        ({"question": "Say", "context": {"title": []}}, '"context" must be a text, not {"title"'),
+        ({"text": "Hi", "label": 1}, '"text": not a transcript'),
+        ({"goal": "Hi", "label": 1}, "it has goal, label"),
         ({"prompt": {"0": "a"}}, 'needs "prompt", a text or a list of turns, not {"0": "a"}'),
         ({"prompt": "Hi", "system": 3}, "a turn must be"),
         ({"transcript": 3}, "not a transcript that opens"),
@@ -429,7 +439,7 @@ def test_a_conversation_that_is_none_is_refused(tmp_path, row, reason):
         ({"prompt": [KIND, HELLO[0]], "chosen": HELLO, "rejected": GO}, "without a turn of"),
         ({"chosen": [], "rejected": []}, "answers to one prompt"),
         ({"chosen": WRONG_KIND, "rejected": WRONG_KIND}, "a system turn must be the first"),
-        ({"chosen": {"role": "user"}, "rejected": GO}, '"chosen": not a transcript'),
+        ({"chosen": {"role": "user"}, "rejected": GO}, "a turn must be"),
     ],
 )
 def test_a_pair_that_is_none_is_refused(tmp_path, row, reason):
@@ -449,14 +459,48 @@ def test_tables_are_read_by_their_header(tmp_path):
         ("prompt\na, b\n", ", row 1: has more cells"),
         ("goal,target\na,b\n", "it has goal, target"),
         ('prompt,chosen\n"a,b\nc,d\n', "not a valid JSON list or table: unexpected end of data"),
-        (
-            f'chosen,rejected\n"{HELLO}",b\n',
-            "not a valid JSON list or table: ",
-        ),  # as Python prints it
+        ('chosen,rejected\n"[{no list",b\n', ", row 1: "),
         ("prompt,chosen,rejected\na,b\n", 'needs "chosen" and "rejected"'),
         ("chosen,rejected\na,b\n", '"chosen": not a transcript'),
     ):
         assert reason in refusal(read_preferences, write(tmp_path / "c.csv", text))
+
+
+def test_an_answer_may_be_a_turn_by_itself(tmp_path):
+    for key, turns in (("prompt", "Hi"), ("conversations", [{"from": "human", "value": "Hi"}])):
+        answers = {"chosen": {"from": "gpt", "value": "Hello."}, "rejected": GO[1]}
+        path = write(tmp_path / "c.jsonl", json.dumps({key: turns} | answers))
+        [found] = read_preferences(path)
+        assert compared(found) == ("Hi", "Hello.", "Go.")
+
+
+def test_what_most_rows_are_decides_what_a_file_is(tmp_path):
+    rows = [pair(prompt="Hi", chosen=None, rejected="Go."), *[pair(prompt="Hi", **ANSWERS)] * 2]
+    assert form_of(write(tmp_path / "c.jsonl", "".join(rows))) == ("preference pairs", True)
+    assert form_of(write(tmp_path / "c.jsonl", "".join(rows[:1] * 3 + rows))) == ("prompts", False)
+
+
+def test_a_table_may_have_other_separators_and_lists_as_python_prints_them(tmp_path):
+    text = "prompt,chosen,rejected\nHi,Hello.,Go.\n"
+    for name, separator in (("c.csv", ";"), ("c.csv", "\t"), ("c.tsv", "\t"), ("c.CSV.GZ", ",")):
+        path = write(tmp_path / name, text.replace(",", separator))
+        assert [*map(compared, read_preferences(path))] == [("Hi", "Hello.", "Go.")]
+    assert read_prompts(write(tmp_path / "p.tsv", "\tprompt\n0\ta, b; c\n")) == ["a, b; c"]
+    path = write(tmp_path / "c.csv", f'chosen,rejected\n"{HELLO}","{GO}"\n')
+    [found] = read_preferences(path)
+    assert compared(found) == ("Hi", "Hello.", "Go.")
+    assert read_prompts(write(tmp_path / "p.csv", "prompt\n[{odd\n")) == ["[{odd"]
+
+
+def test_an_object_may_have_several_lines_and_what_is_no_json_is_said(tmp_path):
+    row = json.dumps({"prompt": "Hi"}, indent=1)
+    assert read_prompts(write(tmp_path / "p.json", row)) == ["Hi"]
+    said = refusal(read_prompts, write(tmp_path / "p.jsonl", f"{row}\n{row}\n"))
+    assert said.startswith(": its objects have several lines each") and "jq -c ." in said
+    said = refusal(read_prompts, write(tmp_path / "p.md", "Why?\nHow?\n"))
+    assert said.startswith(": is no JSON; ") and "needs the suffix .txt" in said
+    wrapped = json.dumps({"data": [{"prompt": "Hi"}]}, indent=1)
+    assert "item 1: needs" in refusal(read_prompts, write(tmp_path / "p.json", wrapped))
 
 
 def test_content_decides_how_a_file_is_read_not_its_name(tmp_path):
@@ -479,6 +523,10 @@ def test_content_decides_how_a_file_is_read_not_its_name(tmp_path):
         (b"ARROW1\0\0", "arrow", 'load_dataset("arrow", data_files="'),
         (b"\xff\xff\xff\xff\x10", "arrow", 'load_dataset("arrow", data_files="'),
         (b"\x28\xb5\x2f\xfd\x04", "zstandard", "zstd -d "),
+        (b"BZh91AY", "bzip2", "bzip2 -dk "),
+        (b"\xfd7zXZ\0\0", "xz", "xz -dk "),
+        (b"PK\x03\x04\x14", "zip or a spreadsheet", "unzip "),
+        ("Hi\n".encode("utf-16"), "UTF-16 text", "iconv -f UTF-16 -t UTF-8 "),
     ],
 )
 def test_a_format_that_is_not_read_is_named_with_the_line_that_converts_it(

@@ -652,6 +652,16 @@ def test_of_data_whole_groups_are_kept(place):
     assert read_jsonl(folder / "rows.jsonl") == [{"id": k} for k in range(4)]
 
 
+def test_a_phase_that_ends_within_a_group_can_be_resumed(place):
+    begun = opened(place)
+    rows = begun.journal("rows.jsonl", 2, 6)
+    for first, last in begun.turns(rows, "label", "rows", until=3):
+        rows.append([{"id": k} for k in range(first, last)])
+    del begun, rows
+    gc.collect()
+    assert opened(place).journal("rows.jsonl", 2, 6).rows == [{"id": 0}, {"id": 1}]
+
+
 def test_seconds_survive_an_interruption(place):
     before = json.loads((interrupted(place) / "notes.json").read_text())["seconds"]
     assert before.keys() == {"generate", "train"} and min(before.values()) > 0
@@ -709,8 +719,11 @@ def test_a_stage_names_its_script_by_its_own_path():
 
 def test_a_process_that_is_not_the_first_knows_the_rows_and_writes_none(place, monkeypatch):
     monkeypatch.setattr(parallel, "rank", lambda: 1)
-    journal = opened(place).journal("rows.jsonl", 2, 6)
-    journal.append([{"id": 0}])
+    begun = opened(place)
+    journal = begun.journal("rows.jsonl", 2, 6)
+    monkeypatch.setattr(begun, "_noted", lambda: 1 / 0)  # the first one may just remove the file
+    for _ in begun.turns(journal, "generate", "rows", until=2):
+        journal.append([{"id": 0}])
     assert journal.rows == [{"id": 0}]
     assert not (place / "out" / "sl" / "rows.jsonl").exists()
 

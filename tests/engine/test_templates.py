@@ -539,6 +539,9 @@ def test_rows_that_do_not_fit_or_are_refused_are_left_out_where_skip_says_so():
     def longest(some):
         return [max(some, key=len) + "y" * 10]
 
+    wide = ["x" * 60, "ä" * 50]  # fewer characters, and more tokens: two bytes each
+    skip_none = Skip(long=True, tell=told.append)
+    assert check_requests([model], wide, list, 170, "a thing", skip_none) == wide[:1]
     kept = check_requests([model], asked, longest, 100, "a thing", skip)
     assert kept == [asked[k] for k in (0, 1, 3)] and skip.counts["a thing"] == {"long": 2}
     with pytest.raises(TooLong, match=r"a thing to MODEL.*; 2 of 5 rows cannot be used; skip_long"):

@@ -40,6 +40,16 @@ def test_a_file_is_described_without_a_model_and_refused_as_a_stage_would(pairs,
     data.main(["--skip_bad=true"], str(pairs))
 
 
+def test_pairs_of_two_equal_responses_are_left_out_as_in_a_stage(pairs, capsys):
+    pairs.write_text(json.dumps({"prompt": "Hi", "chosen": "a", "rejected": "a"}) + "\n")
+    with pytest.raises(InputError, match="both responses of each pair are equal"):
+        data.main([], str(pairs))
+    pairs.write_text(pairs.read_text() + json.dumps(ROWS[1]) + "\n")
+    data.main([], str(pairs))
+    said = capsys.readouterr().out
+    assert "1 rows can be used" in said and "left out: 1 pairs of two equal responses" in said
+
+
 def test_with_a_model_it_counts_tokens_and_what_does_not_fit(
     pairs, models, tmp_path, capsys, monkeypatch
 ):
@@ -91,8 +101,8 @@ finally:
 def test_what_it_cannot_read_is_one_sentence(tmp_path, name):
     (tmp_path / "rules.toml").write_text('name = "x"')
     (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "other.jsonl").write_text('{"text": "Once"}\n' * 3)
+    (tmp_path / "other.jsonl").write_text('{"story": "Once"}\n' * 3)
     said = {"rules": "constitution check", "none": "no such file", "empty": "holds no row"}
-    said = said.get(name.partition(".")[0], "it has text; 3 of 3 rows cannot be used")
+    said = said.get(name.partition(".")[0], "it has story; 3 of 3 rows cannot be used")
     with pytest.raises(InputError, match=said):
         data.main([], str(tmp_path / name))

@@ -192,6 +192,37 @@ def test_a_table_of_principles_may_have_a_description_and_a_principle_may_have_t
     assert '"Be brief."' in found.principles[1].critique and found.left == ("key values",)
 
 
+def test_other_keys_of_requests_and_names_are_known(tmp_path):
+    rows = [{"title": "Calm", "critique_request": "Find anger.", "revision_request": "Be calm."}]
+    rows.append({"critic": "Find lies.", "revision": "Be true."})
+    calm, true = importing.read(write(tmp_path, "a.json", json.dumps(rows))).principles
+    assert (calm.name, calm.critique, calm.revision) == ("calm", "Find anger.", "Be calm.")
+    assert (true.critique, true.revision) == ("Find lies.", "Be true.")
+
+
+def test_underlined_headings_roman_numbers_and_rules_across_are_marks(tmp_path):
+    text = (
+        "All\n===\n\nIntro.\n\nCalm\n----\n\nStay calm always.\n\nTrue\n----\n\nNever lie to me.\n"
+    )
+    found = importing.read(write(tmp_path, "a.md", text))
+    assert [p.name for p in found.principles] == ["calm", "true"] and found.left == ("Intro.",)
+    text = "I. Be calm.\nII. Be true.\niii. Be kind.\n"
+    found = importing.read(write(tmp_path, "b.txt", text))
+    assert [p.name for p in found.principles] == ["be-calm", "be-true", "be-kind"]
+    assert all(importing.RULE in p.critique for p in found.principles)
+    for text in ("Be calm.\n\n* * *\n\nBe true.", "Be calm.\n---\nBe true.\n---\n"):
+        found = importing.read(write(tmp_path, "c.txt", text))
+        assert [p.name for p in found.principles] == ["be-calm", "be-true"]
+    text = "---\ntitle: x\n---\n\n- Be calm.\n- Be true.\n"
+    assert len(importing.read(write(tmp_path, "d.md", text)).principles) == 2
+
+
+def test_a_quotation_in_the_first_person_is_no_trait(tmp_path):
+    rows = ['Avoids "I cannot" and the like.', 'I avoid "cannot".']
+    rule, trait = importing.read(write(tmp_path, "a.json", json.dumps(rows))).principles
+    assert importing.RULE in rule.critique and importing.TRAIT in trait.critique
+
+
 def test_the_papers_comparisons_are_read_without_the_label_at_their_end(tmp_path):
     path = write(tmp_path, "c.json", '["\\nWhich is calmer? Options:"]')
     [calmer] = importing.read(path).principles
