@@ -334,8 +334,8 @@ CODE = (  # module, a change of its results, and after which stop a stage would 
     ("losses", "-logprobs, 0.0", "logprobs, 0.0", "sl"),
     ("losses", "-logprobs, 0.0", "logprobs, 0.0", "end"),
     ("losses", "return logprobs - ref_logprobs", "return ref_logprobs - logprobs", "ppo"),
-    ("prompts", '"user": "Human"', '"user": "Person"', "data"),
-    ("prompts", '"user": "Human"', '"user": "Person"', "ppo"),
+    ("prompts", '"user": "Human: "', '"user": "Person: "', "data"),
+    ("prompts", '"user": "Human: "', '"user": "Person: "', "ppo"),
 )
 
 

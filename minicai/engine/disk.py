@@ -110,6 +110,11 @@ def json_sha256(value) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
+def signed(record: dict) -> str:
+    """A record as JSON with its own sum, which data.read_record checks."""
+    return json.dumps(record | {"sha256": json_sha256(record)}, indent=1)
+
+
 def sums(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """{name: sha256} of files in a folder."""
     return {name: sha256(folder / name) for name in names}

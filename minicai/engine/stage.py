@@ -45,10 +45,10 @@ from minicai.engine.disk import (
     damaged,
     discard,
     disk_guard,
-    json_sha256,
     lock,
     make_folder,
     sha256,
+    signed,
     sums,
     write_atomic,
 )
@@ -220,7 +220,7 @@ class Stage:
         made = {file: j for file, j in self.journals.items() if j.total is not None}
         noted["rows"] |= {file: (len(j.rows), j.sum) for file, j in made.items()}
         if self.folder.exists():
-            write_atomic(self.folder / NOTES, json.dumps(noted))
+            write_atomic(self.folder / NOTES, signed(noted))
 
     def _noted(self) -> dict:
         path = self.folder / NOTES
@@ -338,8 +338,7 @@ class Stage:
             "peak_rss_mb": parallel.peak_memory_mb(),
         }
         found = finite(found)
-        signed = found | {"sha256": json_sha256(found)}
-        write_atomic(self.folder / "stage.json", json.dumps(signed, indent=1))
+        write_atomic(self.folder / "stage.json", signed(found))
         self._tidy()
         return found
 
