@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from minicai import InputError, RunError
-from minicai.engine import checkpoint, config, disk, hub, parallel, stage, terminal
+from minicai.engine import checkpoint, config, dialogue, disk, hub, parallel, stage, terminal
 from minicai.engine.data import read_jsonl, read_record
 from minicai.engine.disk import lock, sha256
 from minicai.engine.stage import Stage, code_fingerprints
@@ -749,3 +749,10 @@ def test_where_no_file_can_be_locked_a_warning_says_so(place, monkeypatch, capsy
     monkeypatch.setattr(fcntl, "flock", refuse)
     assert lock(place / "sl") is None
     assert ".sl.lock: cannot be locked (No locks available)" in capsys.readouterr().err
+
+
+def test_a_stage_reads_its_model_in_the_form_of_its_config(place):
+    opened(place, form="raw")
+    assert dialogue._raw == {str(place / "base")}
+    opened(place)
+    assert dialogue._raw == set()

@@ -611,6 +611,13 @@ def test_a_sampled_blank_is_trained_on_in_the_raw_form_and_was_lost_by_a_templat
     assert encode(tokenizer, "A boy named", decode(tokenizer, sampled, ended=True))[1] == sampled
 
 
+def test_in_the_raw_form_a_special_token_that_a_person_types_stays_text(raw_tokenizer):
+    end = raw_tokenizer.eos_token
+    prompt, response = encode(raw_tokenizer, f"Say {end}", f" {end}!", ended=False)
+    assert raw_tokenizer.eos_token_id not in [*prompt, *response]
+    assert decode(raw_tokenizer, response, ended=False) == f" {end}!"
+
+
 def test_in_the_raw_form_turns_are_one_text_and_nothing_but_blanks_is_no_response(raw_tokenizer):
     turns = [("user", "Once"), ("assistant", " upon"), ("user", " a")]
     asked = [{"role": role, "content": content} for role, content in turns]
