@@ -3,8 +3,9 @@
     python bench/waiting.py [--size tiny] [--loops 4] [--rounds 3]
 
 torch's threads spin while they wait for the slowest of them. Where other programs want the cores
-too, the one that spins takes the time of the one that it waits for. minicai sets GOMP_SPINCOUNT to
-10,000 before torch is imported, unless the user has set it or OMP_WAIT_POLICY (minicai/__init__.py).
+too, the one that spins takes the time of the one that it waits for. minicai sets GOMP_SPINCOUNT
+to 10,000 before torch is imported, unless the user has set it or OMP_WAIT_POLICY
+(minicai/__init__.py).
 
 Each setting trains the same random model in a process of its own, in turns with the others: STEPS
 steps of SL on 64 rows of 64 tokens (135m: 4 rows). The table has medians over the rounds: alone,
