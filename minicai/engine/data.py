@@ -174,13 +174,20 @@ def split(rows: list[dict], share: float, seed: int) -> tuple[list[dict], list[d
 # --- reading our own files ----------------------------------------------------------------------
 
 
-# What a key holds wherever it occurs in a row that minicai wrote.
+# What a key holds wherever it occurs in a row that minicai wrote, or in a record, where it may be
+# the name of a principle too, which has an object.
 ROW = {
     str: {"chosen", "critique", "final", "first", "initial", "rejected", "response", "second"},
     str | None: {"kind", "principle", "rationale"},
     float | int: {"step", "p_first", "logp_first", "logp_second"},
     float | int | None: {"score", "kl", "loss"},
     list: {"rounds", "votes", "corrects", "incorrects"},
+}
+RECORD = {
+    float | int | dict: {"count", "elo", "peak_rss_mb"},
+    float | int | dict | None: {"rate", "kl", "ece", "accuracy_vs_judge", "accuracy_vs_labels"},
+    list | dict: {"interval", "heldout_ids", "calibration", "harmful_by_round"},
+    dict: {"eval", "files", "intervals", "jailbreaks", "labels", "replayed", "revision", "run"},
 }
 
 
@@ -210,7 +217,7 @@ def _ours(line: str | bytes, where: str, kinds: dict) -> dict:
 
 def read_record(path: Path) -> dict:
     """The JSON object that a file of ours is. Raises InputError where it is damaged."""
-    record = _ours(read_bytes(path), f"{path}", {})
+    record = _ours(read_bytes(path), f"{path}", RECORD)
     known = record.pop("sha256", None)
     if known and known != json_sha256(record):
         raise InputError(

@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import json
 import math
 import os
 import re
@@ -20,10 +21,11 @@ from minicai.engine.data import (
     epoch_order,
     finite,
     read_jsonl,
+    read_record,
     shuffled,
     token_batches,
 )
-from minicai.engine.disk import discard, disk_guard, write_atomic
+from minicai.engine.disk import discard, disk_guard, signed, write_atomic
 
 ROWS = [{"id": k, "text": "naïve “日本” 😀\n\\n\u2028\u0085"} for k in range(7)]
 
@@ -280,3 +282,30 @@ def test_a_journal_that_another_program_has_changed_is_not_written(path, what):
     with pytest.raises(RunError, match="was removed or changed by another program"):
         journal.append(ROWS)
     assert (path.read_bytes() if content else not path.exists()) == (content or True)
+
+
+# --- records --------------------------------------------------------------------------------------
+
+
+def test_a_record_that_was_changed_is_refused_until_its_sum_is_removed(tmp_path):
+    path = tmp_path / "stage.json"
+    path.write_text(signed({"rate": 0.5, "files": {}}))
+    assert read_record(path) == {"rate": 0.5, "files": {}}
+    path.write_text(path.read_text().replace("0.5", "0.9"))
+    with pytest.raises(InputError, match=r"stage.json: has changed since .* remove its \"sha256\""):
+        read_record(path)
+    path.write_text('{"rate": 0.9, "files": {}}')
+    assert read_record(path)["rate"] == 0.9
+
+
+@pytest.mark.parametrize(
+    "name, value", [("heldout_ids", 5), ("rate", "x"), ("eval", []), ("interval", True)]
+)
+def test_a_record_of_an_earlier_version_has_no_sum_and_its_values_are_checked(
+    tmp_path, name, value
+):
+    path = tmp_path / "stage.json"
+    path.write_text(json.dumps({"rows": [{name: value}]}))
+    said = f'stage.json: "{name}" cannot be {json.dumps(value)}'
+    with pytest.raises(InputError, match=re.escape(said)):
+        read_record(path)
