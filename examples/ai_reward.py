@@ -22,9 +22,10 @@ by itself, and can exploit it. And each response costs principles x 2 more reque
 
 Two ways to ask:
     against     The response against one fixed answer, as train_rm.py asks about pairs: P(it follows
-                the principle better). This is the default, an answer that only evades.
+                the principle better). By default a polite refusal: it is neither always worse nor
+                always better. Against an evasion P was near 1 for rude and polite answers alike.
     --against=  "Does it follow this principle? (A) Yes (B) No". The tiny world's base model never
-                learned such questions: its P is between 0.499 and 0.503 for all responses.
+                learned such questions. Its P is 0.50 for good and bad responses alike.
 
 What to look at: `reward` in OUT/ppo/metrics.jsonl, at most `scale`, and eval's rates beside it.
 """
@@ -50,6 +51,9 @@ from minicai.engine.stage import script
 from minicai.prompts import READING, Prompt, render, render_comparison
 
 YES_NO = ("Yes", "No")
+REFUSAL = (
+    "I will not help with that, because that would hurt someone. Please talk to someone you trust."
+)
 
 
 @dataclass
@@ -57,7 +61,7 @@ class DirectConfig(rloo.GroupConfig):
     """[ppo] in the config file; what the direct reward adds."""
 
     feedback: str = path_setting(model=True)  # is asked; "" = top-level model
-    against: str = "I cannot talk about that."  # the fixed answer; "" = ask for Yes or No
+    against: str = REFUSAL  # the fixed answer; "" = ask for Yes or No
     scale: float = positive(5.0)  # the reward of P = 1; kl_coef is per nat of this scale
 
 

@@ -1,23 +1,24 @@
 """Best of n: no training. The SL-CAI model answers n times, the reward model picks one.
 
     python -m minicai demo                                     OUT/sl and OUT/rm to start from
-    python examples/best_of_n.py configs/tiny.toml --n=16
+    python examples/best_of_n.py configs/tiny.toml --candidates=16
 
 Replaces train_ppo.py, at n times the price of each answer for good (Stiennon et al. 2020, arXiv
 2009.01325). Prints the mean score of one answer and of the best of n, beside the KL that it costs:
 
-    KL(best of n || policy) <= log n - (n - 1) / n              (Stiennon et al. 2020, footnote 12)
+    KL(best of n || policy) <= log n - (n - 1) / n              (Stiennon et al. 2020, app. G.3)
 
-with equality where no two answers are alike in score (Beirami et al. 2024, arXiv 2401.01879). So
-best of n is a yardstick for a policy that was trained: at the same KL, which has the higher score?
+The bound is nearly reached where every answer is rare and no two have the same score (Beirami et
+al. 2024, arXiv 2401.01879). Best of n is a yardstick for a policy that was trained: at the same KL,
+which has the higher score?
 
 Why that is legal: the exact judge takes no part. The same reward model chooses as in PPO, and its
 score of the chosen answer is too high, the more so the larger n is: it was chosen for it.
 
-The section is [eval], since the prompts to answer are those of the evaluation; two settings are
-new. Writes OUT/best_of_n/answers.jsonl: "id", "prompt", "sl", the first answer, "best", "ended",
-"scores". An evaluation may judge both as it judges OUT/eval/answers.jsonl; there is no model that
-`eval` could ask. By the exact judge of the tiny world, in Python:
+The section is [eval], since the prompts to answer are those of the evaluation. Writes
+OUT/best_of_n/answers.jsonl: "id", "prompt", "sl" (the first answer), "best", whether it "ended",
+the "scores", and how many answers are "distinct". There is no model for `eval` to ask, but its
+judge reads the file. In Python:
 
     from minicai.engine.data import read_jsonl
     from minicai.evaluation.rates import stage_results
@@ -55,7 +56,7 @@ class BestConfig(Run):
     reward: str = path_setting(model=True)  # chooses; "" = OUT/rm
     prompts: str = path_setting("minicai:tinyworld/data/eval.jsonl")
     limit: int = 0  # number of prompts to use, from the first; 0 = all
-    n: int = positive(16)  # answers per prompt
+    candidates: int = positive(16)  # n, answers per prompt
     temperature: float = positive(1.0)
     max_new_tokens: int = positive(256)  # length limit of an answer
 
@@ -82,13 +83,15 @@ def main(cfg: BestConfig) -> dict:
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
 
     # A row is a prompt. Progress counts answers, n per prompt.
-    answers = stage.journal("answers.jsonl", max(1, cfg.rows // cfg.n), len(prompts))
+    answers = stage.journal("answers.jsonl", max(1, cfg.rows // cfg.candidates), len(prompts))
     with parallel.gathered(policy, scorer):
-        for first, last in stage.turns(answers, "sample", "answers", cfg.n):
+        for first, last in stage.turns(answers, "sample", "answers", cfg.candidates):
             # 1. Sample n answers to each prompt; those of one prompt are neighbours.
-            numbers = [k for k in range(first, last) for _ in range(cfg.n)]
+            numbers = [k for k in range(first, last) for _ in range(cfg.candidates)]
             encoded = [encode_prompt(policy.tokenizer, as_turns(prompts[k])) for k in numbers]
-            seeds = [(STREAM, cfg.seed, k, place % cfg.n) for place, k in enumerate(numbers)]
+            seeds = [
+                (STREAM, cfg.seed, k, place % cfg.candidates) for place, k in enumerate(numbers)
+            ]
             found = generate(policy, encoded, seeds, sampling, progress=stage.progress)
             texts = [decode(policy.tokenizer, c.ids, c.ended) for c in found]
 
@@ -101,19 +104,19 @@ def main(cfg: BestConfig) -> dict:
 
             # 3. The best answer to each prompt: y = argmax_i r(x, y_i).
             rows = []
-            for place in range(0, len(numbers), cfg.n):
-                mine = scores[place : place + cfg.n]
+            for place in range(0, len(numbers), cfg.candidates):
+                mine = scores[place : place + cfg.candidates]
                 best = place + int(mine.argmax())
                 row = {"id": numbers[place], "prompt": prompts[numbers[place]], "sl": texts[place]}
                 row |= {"best": texts[best], "ended": found[best].ended, "scores": mine.tolist()}
-                rows.append(row | {"distinct": len(set(texts[place : place + cfg.n]))})
+                rows.append(row | {"distinct": len(set(texts[place : place + cfg.candidates]))})
             answers.append(parallel.joined(rows))
 
     record = {
-        "n": cfg.n,
+        "n": cfg.candidates,
         "score": fmean(row["scores"][0] for row in answers.rows),
         "best_score": fmean(max(row["scores"]) for row in answers.rows),
-        "kl_bound": kl_bound(cfg.n),
+        "kl_bound": kl_bound(cfg.candidates),
         "distinct": fmean(row["distinct"] for row in answers.rows),  # answers per prompt
     }
     if not hushed():

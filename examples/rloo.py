@@ -63,7 +63,7 @@ class Sampled(Batch):
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:
-    """A_i = R_i - 1/(k-1) sum_{j != i} R_j: [prompts, k] -> [prompts, k] (RLOO, equation 8)."""
+    """A_i = R_i - 1/(k-1) sum_{j != i} R_j: [prompts, k] -> [prompts, k] (RLOO)."""
     others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
     return rewards - others
 

@@ -457,7 +457,7 @@ def test_the_direct_reward_is_the_label_of_the_response_against_the_fixed_answer
     choose = chooser(load_policy(str(folder / "other")), 4)
     episodes = read_jsonl(tmp_path / "ppo" / "episodes.jsonl")
     for row in episodes:
-        pair = (0, row["prompt"], row["response"], "I cannot talk about that.")
+        pair = (0, row["prompt"], row["response"], ai_reward.REFUSAL)
         [label] = label_pairs([pair], choose, Labelling(rules, principles=0), "other")
         assert len(label["votes"]) == 4  # two principles, two orders
         assert row["score"] == pytest.approx(3 * label["p_first"], abs=1e-5)
@@ -481,7 +481,7 @@ def test_the_kl_of_best_of_n_by_enumeration():
 
 def test_the_best_of_n_has_the_highest_score(run, tmp_path, command):
     flags = [f"--{name}={run / path}" for name, path in BEST.items()]
-    flags += ["--n=3", "--rows=6", "--max_new_tokens=5", f"--out={tmp_path}"]
+    flags += ["--candidates=3", "--rows=6", "--max_new_tokens=5", f"--out={tmp_path}"]
     cfg = config.load(best_of_n.BestConfig, "eval", [str(run / "config.toml"), *flags])
     with recorded(best_of_n, "generate") as calls:
         record = best_of_n.main(cfg)
