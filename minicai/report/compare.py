@@ -1,0 +1,86 @@
+"""compare.html: two runs side by side: what differs in their settings, their rates and curves."""
+
+from pathlib import Path
+
+from minicai import InputError
+from minicai.engine.disk import write_atomic
+from minicai.report.figures import PPO, SL
+from minicai.report.page import render
+from minicai.report.panels import curves, journals
+from minicai.report.summary import RECORDED, STAGES, at, config, legible, progress, so_far
+
+NUMBERS = (  # of the summary, beside the rates
+    "labels.accuracy_vs_judge",
+    "rm.accuracy_vs_judge",
+    "rm.accuracy_vs_labels",
+    "ppo.kl",
+    "ppo.reward",
+    "seconds.total",
+)
+
+
+def _stored(out: Path, stage: str) -> tuple[dict, dict]:
+    """The settings of a stage, and the fingerprints of the code and the files that it read."""
+    cfg = config(out, stage)
+    made_from = cfg.pop("made_from", {})
+    return cfg | cfg.pop(stage, {}), made_from
+
+
+def differences(a: Path, b: Path) -> tuple[list, list[str]]:
+    """What differs between the stages that both runs have begun.
+
+    Rows (setting, its stages, value in a, value in b), and names of code and files ("ppo: code")
+    with other contents. Paths are compared by the contents of their files, where these are known.
+    """
+    rows, contents = {}, []
+    for stage, name in RECORDED.items():
+        (one, read_a), (two, read_b) = _stored(a, stage), _stored(b, stage)
+        if not (one and two):
+            continue
+        alike = {key for key in read_a if read_a[key] == read_b.get(key)}
+        for key in sorted((one.keys() | two.keys()) - alike - {"out"}):
+            values = one.get(key), two.get(key)
+            if values[0] != values[1]:
+                rows.setdefault((key, *map(str, values)), []).append(name)
+        for key in sorted((read_a.keys() | read_b.keys()) - alike - {"format"}):
+            # Not what earlier stages of the same run made, such as rm: policy, where it is "".
+            if "." in key or key == "code" or (one.get(key) and two.get(key)):
+                contents.append(f"{name}: {'its script' if key == 'code' else key}")
+    return [(key, ", ".join(names), *both) for (key, *both), names in rows.items()], contents
+
+
+@legible
+def page(a: Path, b: Path) -> str:
+    """The text of compare.html. Raises InputError where no stage of a run has begun."""
+    runs, drawn = {"A": a, "B": b}, {}
+    summaries = {name: so_far(out) for name, out in runs.items()}
+    for colour, (name, out) in zip((PPO, SL), runs.items()):
+        drawn[name] = colour, journals(out, at(summaries[name], "hacking"))
+    rows, contents = differences(a, b)
+    numbers = []
+    for path in NUMBERS:
+        part, key = path.split(".")
+        values = [summary.get(part, {}).get(key) for summary in summaries.values()]
+        numbers.append((part, key, *values))
+    return render(
+        "compare.html.j2",
+        runs=runs,
+        summaries=summaries,
+        unfinished=[name for name, out in runs.items() if progress(out)],
+        differences=rows,
+        contents=contents,
+        numbers=numbers,
+        panels=[*curves(drawn)],
+        names=STAGES | RECORDED,
+        transcripts={},
+        live=0,
+        title="two runs side by side",
+    )
+
+
+def draw(a: Path, b: Path) -> None:
+    """Writes A/compare.html. Raises InputError where both are the same folder."""
+    if a.resolve() == b.resolve():
+        raise InputError(f"report: {a} and {b} are the same folder; give two runs")
+    write_atomic(a / "compare.html", page(a, b))
+    print(f"wrote  {a / 'compare.html'}")
