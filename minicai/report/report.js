@@ -39,38 +39,40 @@ const label = (said, outcome) =>
   make("div", "label", make("b", "", said), outcome ? tag(outcome) : null);
 const said = (words, name = "") =>
   words ? text("p", "said " + name, words) : make("p", "said same", "(nothing)");
-// [kind, text] for runs of words that two texts share, or of which one of them has more: a longest
-// common subsequence.
+// [kind, text] of the words that two texts share, in a longest common subsequence, and of those that
+// only one of them has. One or two shared words between two changes count as changed.
 function difference(before, now) {
-  const a = before.match(/\S+\s*/g) ?? [], b = now.match(/\S+\s*/g) ?? [], parts = [];
+  const a = before.match(/\S+\s*/g) ?? [], b = now.match(/\S+\s*/g) ?? [], runs = [];
   if (a.length * b.length > 4e6) return [["del", before], ["ins", now]];
-  const common = a.map(() => new Uint16Array(b.length + 1));  // of what follows each two words
-  common.push(new Uint16Array(b.length + 1));
+  const common = [...a, ""].map(() => new Uint16Array(b.length + 1));  // words from i and j on
   const same = (i, j) => a[i].trim() === b[j].trim();
   for (let i = a.length - 1; i >= 0; i--)
     for (let j = b.length - 1; j >= 0; j--)
       common[i][j] = same(i, j) ? common[i + 1][j + 1] + 1
         : Math.max(common[i + 1][j], common[i][j + 1]);
-  function add(kind, word) {
-    if (parts.at(-1)?.[0] !== kind) parts.push([kind, ""]);
-    parts.at(-1)[1] += word;
+  for (let i = 0, j = 0; i < a.length && j < b.length;) {
+    if (!same(i, j)) {
+      if (common[i + 1][j] >= common[i][j + 1]) i++; else j++;
+      continue;
+    }
+    const from = [i, j];
+    while (i < a.length && j < b.length && same(i, j)) { i++; j++; }
+    const edge = from[0] + from[1] === 0 || (i === a.length && j === b.length);
+    if (edge || i - from[0] > 2) runs.push([...from, i, j]);
   }
+  const parts = [];
   let i = 0, j = 0;
-  while (i < a.length || j < b.length) {
-    if (i < a.length && j < b.length && same(i, j)) {
-      add("span", b[j++]);
-      i++;
-    } else if (j === b.length || (i < a.length && common[i + 1][j] >= common[i][j + 1]))
-      add("del", a[i++]);
-    else add("ins", b[j++]);
+  for (const [iFirst, jFirst, iEnd, jEnd] of [...runs, [a.length, b.length]]) {
+    parts.push(["del", a.slice(i, iFirst)], ["ins", b.slice(j, jFirst)], ["span",
+      b.slice(jFirst, jEnd)]);
+    [i, j] = [iEnd, jEnd];
   }
-  return parts;
+  return parts.map(([kind, words]) => [kind, words.join("")]).filter(([, words]) => words);
 }
 function revised(now, before) {
   if (now === before) return make("p", "said same", "unchanged");
-  const parts = now ? difference(before, now) : [["del", before]];
-  return make("p", "said", ...parts.flatMap(
-    ([kind, words]) => [text(kind, "", words), /\s$/.test(words) ? "" : " "]));
+  return make("p", "said", ...difference(before, now).flatMap(
+    ([kind, words]) => [text(kind, "", words.trimEnd()), words.match(/\s*$/)[0] || " "]));
 }
 const fixed = value => value === null ? "–" : value.toFixed(3);
 const cells = (tag, values) =>

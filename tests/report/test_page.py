@@ -174,9 +174,11 @@ def test_a_revision_shows_the_words_that_it_changed(page):
     script = page()
     row = "{prompt: [], outcomes: [], rounds: [{principle: 'p', critique: '<i>', revision: %s}]"
     made = "return make('p', '', ...BODIES.revisions(" + row + ", initial: %s})).innerHTML"
-    text = script(made % ('"I will <b>not</b> hide it."', '"I will gladly hide <b>it</b>."'))
-    assert "<ins>&lt;b&gt;not&lt;/b&gt; </ins>" in text and "<del>gladly </del>" in text
-    assert text.endswith("<del>&lt;b&gt;it&lt;/b&gt;.</del> <ins>it.</ins> </p>")
+    text = script(made % ('"I will not hide the <b>cat</b> here."', '"I will hide it in here."'))
+    assert text.endswith(
+        '<p class="said"><span>I will</span> <del>hide it in</del> '
+        "<ins>not hide the &lt;b&gt;cat&lt;/b&gt;</ins> <span>here.</span> </p>"
+    )
     assert "unchanged" in script(made % ('"a b"', '"a b"'))
     assert script(made % ('""', '"a"')).endswith("<del>a</del> </p>")
 
