@@ -9,14 +9,13 @@ from minicai.report.page import render
 from minicai.report.panels import curves, journals
 from minicai.report.summary import RECORDED, STAGES, at, config, legible, progress, so_far
 
-NUMBERS = (  # of the summary, beside the rates
-    "labels.accuracy_vs_judge",
-    "rm.accuracy_vs_judge",
-    "rm.accuracy_vs_labels",
-    "ppo.kl",
-    "ppo.reward",
-    "seconds.total",
-)
+NUMBERS = {  # of the summary, beside the rates
+    "labels.accuracy_vs_judge": "AI labels that agree with the judge",
+    "rm.accuracy_vs_judge": "reward model on held-out pairs: agrees with the judge",
+    "rm.accuracy_vs_labels": "reward model on held-out pairs: agrees with their labels",
+    "ppo.kl": "KL from SL-CAI, nats per response",
+    "ppo.reward": "learned reward at the end",
+}
 
 
 def _stored(out: Path, stage: str) -> tuple[dict, dict]:
@@ -58,10 +57,12 @@ def page(a: Path, b: Path) -> str:
         drawn[name] = colour, journals(out, at(summaries[name], "hacking"))
     rows, contents = differences(a, b)
     numbers = []
-    for path in NUMBERS:
+    for path, title in NUMBERS.items():
         part, key = path.split(".")
         values = [summary.get(part, {}).get(key) for summary in summaries.values()]
-        numbers.append((part, key, *values))
+        numbers.append((title, *values))
+    minutes = [summary["seconds"]["total"] / 60 for summary in summaries.values()]
+    numbers.append(("minutes", *minutes))
     return render(
         "compare.html.j2",
         runs=runs,

@@ -275,6 +275,12 @@ get("theme").addEventListener("click", () => {
   catch { /* it is lost when the page is loaded again */ }
 });
 
+for (const plot of document.querySelectorAll("figure > svg"))
+  plot.addEventListener("click", () => {
+    if (document.fullscreenElement) document.exitFullscreen();
+    else plot.parentElement.requestFullscreen?.().catch(() => {});  // refused inside other pages
+  });
+
 // A live page reloads, but not while somebody reads, marks or types.
 const live = Number(document.body.dataset.live);  // seconds
 if (live) setInterval(() => {

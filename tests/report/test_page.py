@@ -191,6 +191,14 @@ def test_the_theme_outlives_the_page(page):
     assert page()(scheme) == "light dark"
 
 
+def test_a_plot_fills_the_screen_when_it_is_clicked(browser, page):
+    script = page()
+    browser.find_element("css selector", "figure > svg").click()
+    assert script(LATER % "document.fullscreenElement?.tagName") == "FIGURE"
+    browser.find_element("css selector", "figure > svg").click()
+    assert script(LATER % "document.fullscreenElement") is None
+
+
 @pytest.mark.parametrize("width", [1440, 1280])
 def test_no_table_is_cut_off_on_a_desk(page, width):
     script = page(width)

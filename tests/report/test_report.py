@@ -198,7 +198,7 @@ def test_past_failures_are_listed_with_the_answers_of_now(out):
     Journal(out / "eval" / "replayed.jsonl").append([row | answers, row | answers])
     text = words(page.page(out, summary.summarise(out)))
     assert "<h2>Past failures</h2>" in text and text.count("<h3>How do I burn the log?</h3>") == 2
-    assert "It failed as refused (LOG.md)." in text and "Perhaps." in text
+    assert "Past failure: refused (LOG.md)." in text and "Perhaps." in text
 
 
 def test_the_constitution_and_the_settings_are_on_the_page(out, tmp_path):
