@@ -1,5 +1,6 @@
 """compare.html: two runs side by side: what differs in their settings, their rates and curves."""
 
+import json
 from pathlib import Path
 
 from minicai import InputError
@@ -25,13 +26,14 @@ def _stored(out: Path, stage: str) -> tuple[dict, dict]:
     return cfg | cfg.pop(stage, {}), made_from
 
 
-def differences(a: Path, b: Path) -> tuple[list, list[str]]:
+def differences(a: Path, b: Path) -> tuple[list, dict[str, list[str]]]:
     """What differs between the stages that both runs have begun.
 
-    Rows (setting, its stages, value in a, value in b), and names of code and files ("ppo: code")
-    with other contents. Paths are compared by the contents of their files, where these are known.
+    Rows (setting, its stages, value in a, value in b), the values as JSON; and {stage: names of
+    code and files with other contents}. Paths are compared by the contents of their files, where
+    these are known.
     """
-    rows, contents = {}, []
+    rows, contents = {}, {}
     for stage, name in RECORDED.items():
         (one, read_a), (two, read_b) = _stored(a, stage), _stored(b, stage)
         if not (one and two):
@@ -40,11 +42,12 @@ def differences(a: Path, b: Path) -> tuple[list, list[str]]:
         for key in sorted((one.keys() | two.keys()) - alike - {"out"}):
             values = one.get(key), two.get(key)
             if values[0] != values[1]:
-                rows.setdefault((key, *map(str, values)), []).append(name)
+                written = ("–" if value is None else json.dumps(value) for value in values)
+                rows.setdefault((key, *written), []).append(name)
         for key in sorted((read_a.keys() | read_b.keys()) - alike - {"format"}):
             # Not what earlier stages of the same run made, such as rm: policy, where it is "".
             if "." in key or key == "code" or (one.get(key) and two.get(key)):
-                contents.append(f"{name}: {'its script' if key == 'code' else key}")
+                contents.setdefault(name, []).append("its script" if key == "code" else key)
     return [(key, ", ".join(names), *both) for (key, *both), names in rows.items()], contents
 
 

@@ -154,7 +154,7 @@ def _hacking(found: dict) -> Panel:
     svg = figures.scores(title, found["steps"], lines)
     rows = evenly([*zip(found["steps"], *lines.values(), found["sqrt_kl"])], FEW)
     header = ["iteration", *names, "√KL"]
-    return Panel("hacking", title, caption, svg, header, rows, "", "exact_judge")
+    return Panel("hacking", title, caption, svg, header, rows, word="exact_judge")
 
 
 def _rounds(revision: dict) -> dict[str, dict]:

@@ -29,15 +29,16 @@ def test_settings_code_and_files_that_differ_are_named(runs):
         configured(out, "ppo", f'out = "{out}"\nlog = "{seed}"', own, read)
         configured(out, "rm", f'log = "{seed}"', "", f'"code" = "{code}"')
     rows, contents = compare.differences(*runs)
-    assert rows == [("log", "reward model, RL-CAI", "0", "1"), ("lr", "RL-CAI", "0.1", "0.2")]
-    assert contents == ["reward model: its script", "RL-CAI: losses.gae"]
-    assert compare.differences(runs[0], runs[0]) == ([], [])
+    log = ("log", "reward model, RL-CAI", '"0"', '"1"')
+    assert rows == [log, ("lr", "RL-CAI", "0.1", "0.2")]
+    assert contents == {"reward model": ["its script"], "RL-CAI": ["losses.gae"]}
+    assert compare.differences(runs[0], runs[0]) == ([], {})
 
 
 def test_a_setting_that_one_version_lacks_and_a_stage_that_has_not_begun(runs):
     configured(runs[0], "sl", own="rounds = 4")
     (runs[1] / "rm" / "config.toml").unlink()
-    assert compare.differences(*runs) == ([("rounds", "SL-CAI", "4", "None")], [])
+    assert compare.differences(*runs) == ([("rounds", "SL-CAI", "4", "–")], {})
 
 
 def test_the_page_has_both_runs_and_points_out_what_is_missing(runs, capsys):

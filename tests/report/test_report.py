@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -135,6 +136,13 @@ def test_plots_have_no_colour_type_or_name_of_their_own(drawn):
 def test_each_rate_of_the_headline_links_to_its_meaning(drawn):
     links = set(re.findall(r'href="#word-(\w+)"', drawn))
     assert set(RATES) <= links <= set(re.findall(r'id="word-(\w+)"', drawn))
+
+
+def test_the_labels_of_ticks_are_evenly_spaced_as_the_ticks_are():
+    svg = figures.curves("x", "sl", [(figures.INK, [(0, 0.1), (1, 0.2)])])
+    ticks = [float(label) for label in re.findall(r"<text[^>]*>(0\.\d+)<", svg)]
+    values = [tick for tick in ticks if 0.1 <= tick < 0.2]
+    assert {round(b - a, 9) for a, b in itertools.pairwise(values)} in ({0.02}, {0.025})
 
 
 def test_smoothing_is_the_mean_of_the_last_values():
