@@ -174,7 +174,7 @@ def test_the_exact_judge_has_a_curve_over_training(out):
     assert curve.section == "ppo" and curve.rows == [(1, 0.9), (2, 0.8), (30, 0.25)]
 
 
-def test_records_of_an_early_version_are_drawn(tmp_path):
+def test_records_of_an_early_version_are_drawn(tmp_path, unplotted):
     old = {"prompts": {"harmful": 2, "benign": 2}, "base": RATES, "sl": RATES, "ppo": RATES}
     record = {"seconds": 1.0, "eval": old, "revision": {"harmful_by_round": [1.0, 0.5]}}
     record["revision"] |= {"improved": 0.5, "worsened": 0.0}
