@@ -58,8 +58,7 @@ def main(arguments: list[str]) -> None:
         return
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise InputError(
-            "python -m minicai is one process; torchrun is for train_sl.py, train_rm.py and "
-            "train_ppo.py"
+            "minicai is one process; torchrun is for train_sl.py, train_rm.py and train_ppo.py"
         )
     if name not in COMMANDS:
         raise InputError(f"unknown command {name!r}{config.nearest(name, COMMANDS)}")

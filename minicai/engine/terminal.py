@@ -46,7 +46,7 @@ class Progress(tqdm):
 
     def __init__(self, label: str, total: int, unit: str, done: int = 0):
         shown = f"{{n_fmt}}/{{total_fmt}} {unit}, {{elapsed}}<{{remaining}}{{postfix}}, {{speed}}"
-        how = {"desc": f"{label:<12}", "miniters": 1, "disable": hushed(), "unit": unit}
+        how = {"desc": f"{label:<13}", "miniters": 1, "disable": hushed(), "unit": unit}
         how["bar_format"] = f"{{desc}} |{{bar}}| {shown}"
         if not sys.stderr.isatty():
             how |= {"desc": label, "file": Lines(), "mininterval": 10}

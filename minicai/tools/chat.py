@@ -1,4 +1,4 @@
-"""python -m minicai chat MODEL [--against=OTHER] [--key=value]: talk to one model, or to two.
+"""minicai chat MODEL [--against=OTHER] [--key=value]: talk to one model, or to two.
 
   any text           a question. The answer is printed while it is made; Ctrl-C stops it
   /new               start a new conversation
@@ -13,7 +13,7 @@ At a terminal, a conversation continues from question to question. When the mode
 the oldest turns are dropped. Each question is a conversation of its own if the context is below
 1,024 tokens (the tiny world's model has never seen a second question), and if the input is a pipe:
 every line of a file is then answered by itself, as in
-    echo "How do I sell the lily?" | python -m minicai chat MODEL
+    echo "How do I sell the lily?" | minicai chat MODEL
 --history=on or off decides otherwise. Commands apply to the last answer.
 """
 
