@@ -85,7 +85,7 @@ def texts(name: str, cfg) -> int:
         return cfg.iterations * cfg.episodes * (1 + 2 * cfg.epochs)  # two models learn
     prompts = lines(cfg.prompts, cfg.limit)
     if name == "eval":
-        return len(judging.MODELS) * (prompts + lines(cfg.helpful_prompts, cfg.limit))
+        return len(summary.STAGES) * (prompts + lines(cfg.helpful_prompts, cfg.limit))
     if name == "sl":
         helpful = cfg.helpful_samples * lines(cfg.helpful_prompts, cfg.helpful_limit)
         revised = prompts * cfg.rounds
