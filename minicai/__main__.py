@@ -18,6 +18,7 @@
 import importlib
 import inspect
 import os
+import sys
 
 from minicai import InputError, __version__
 from minicai.engine import config, terminal
@@ -63,6 +64,8 @@ def main(arguments: list[str]) -> None:
     if name not in COMMANDS:
         raise InputError(f"unknown command {name!r}{config.nearest(name, COMMANDS)}")
     place, function, *_ = COMMANDS[name]
+    if name == "chat" and sys.stderr.isatty():  # torch is imported next, which takes seconds
+        terminal.say("loading ...")
     config.call(name, getattr(importlib.import_module(f"minicai.{place}"), function), rest)
 
 
