@@ -22,7 +22,9 @@ Beside train_ppo.py it leaves out reward functions. Steps 1 to 4 and 6 are the s
 """
 
 import math
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from minicai import InputError, losses  # isort: skip (before torch: how its threads wait)
 import torch
@@ -57,6 +59,8 @@ from minicai.rollout import (
     spread,
     watch,
 )
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where train_ppo.py is
 from train_ppo import KL, STREAM, PPOConfig
 
 TRAINED, FROZEN = ("policy", "value"), ("reference", "reward")  # for the memory plan

@@ -53,7 +53,7 @@ class RunError(RuntimeError):
 # torch's threads spin while they wait, which is slow beside other programs. So they spin shortly,
 # unless the user has set how. It must be set before torch is imported (bench/waiting.py).
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "10000"
+    os.environ["GOMP_SPINCOUNT"] = "2000"
 
 # Ctrl-C before terminal.run, while a command still imports, is one line too.
 sys.excepthook = lambda kind, *rest: (

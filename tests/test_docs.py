@@ -129,6 +129,52 @@ def test_each_section_has_an_equation_its_function_an_example_a_figure_and_a_sol
         assert ">>> " in told and re.search(solved, asked, re.S), section[:40]
 
 
+# --- the notebook ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def notebook():
+    for package in ("jupytext", "nbclient", "ipykernel"):
+        pytest.importorskip(package, reason="needs pip install -e '.[docs]'")
+    spec = importlib.util.spec_from_file_location("notebook", DOCS / "notebook.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def results(notebook, made) -> list[str]:
+    return [notebook.result(cell) for cell in made.cells if cell.cell_type == "code"]
+
+
+def test_the_notebook_is_the_walkthrough_with_its_results_and_a_cell_to_fill_for_each_exercise(
+    notebook,
+):
+    committed = notebook.nbformat.read(notebook.NOTEBOOK, 4)
+    notebook.nbformat.validate(committed)
+    sources = []
+    for cell in committed.cells:
+        source = re.sub(r"\n\n\[\w+\]: data:image/png;base64,\S{5000,}", "", cell.source)
+        source = re.sub(r"^(!\[.*\])\[(\w+)\]$", r"\1(figures/\2.svg)", source, flags=re.M)
+        sources.append(source)
+    made = [cell.source for cell in notebook.notebook(WALKTHROUGH).cells]
+    assert sources == made, "run python docs/notebook.py"
+    page = re.sub(r"^<details>.*?^</details>$", "", WALKTHROUGH, flags=re.M | re.S)
+    wanted = [example.want for example in doctest.DocTestParser().get_examples(page)]
+    shown = list(filter(None, results(notebook, committed)))
+    assert shown == ["".join(want.split()) for want in wanted if want] and len(shown) > 20
+    text = "\n".join(made)
+    stubs = re.findall(r"^<!-- stub\n(.*?)^-->$", WALKTHROUGH, re.M | re.S)
+    assert len(stubs) == text.count("**Exercise.**") == text.count("<details>")
+    assert all(stub.strip() in made for stub in stubs)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom_with_the_results_that_it_shows(notebook):
+    made = notebook.run(notebook.notebook(WALKTHROUGH))
+    committed = notebook.nbformat.read(notebook.NOTEBOOK, 4)
+    assert results(notebook, made) == results(notebook, committed)
+
+
 # --- figures --------------------------------------------------------------------------------------
 
 
