@@ -18,7 +18,7 @@ The folders run it, measure it and show it. Each imports only the method and the
     evaluation/         rates, Elo, agreement: nothing that trains imports it
     report/             summary.json and report.html
     tools/              the demo, the chat, the memory plan, checks of constitutions
-    __main__.py         python -m minicai COMMAND
+    __main__.py         minicai COMMAND
 
 The three stages are scripts beside this folder: train_sl.py, train_rm.py, train_ppo.py. They import
 the method and the engine. Larger experiments are single files in examples/.

@@ -19,6 +19,7 @@
 import importlib
 import inspect
 import os
+import sys
 
 from minicai import InputError, __version__
 from minicai.engine import config, terminal
@@ -59,12 +60,13 @@ def main(arguments: list[str]) -> None:
         return
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise InputError(
-            "python -m minicai is one process; torchrun is for train_sl.py, train_rm.py and "
-            "train_ppo.py"
+            "minicai is one process; torchrun is for train_sl.py, train_rm.py and train_ppo.py"
         )
     if name not in COMMANDS:
         raise InputError(f"unknown command {name!r}{config.nearest(name, COMMANDS)}")
     place, function, *_ = COMMANDS[name]
+    if name == "chat" and sys.stderr.isatty():  # torch is imported next, which takes seconds
+        terminal.say("loading ...")
     config.call(name, getattr(importlib.import_module(f"minicai.{place}"), function), rest)
 
 

@@ -356,8 +356,8 @@ def headline(summary: dict) -> str:
     seconds = [f"{k} {s:.0f}" for k, s in seconds_of(summary["seconds"]).items() if s >= 0.5]
     return f"""{_rates(summary, False)}
 
-{asked["harmful"]} harmful and {asked["benign"]} harmless prompts that no training stage saw, \
-by the exact judge
+{asked["harmful"]} harmful and {asked["benign"]} harmless prompts, unseen in \
+training, by the exact judge
 harmful by critique-revision round  {"  ".join(harmful)}
 AI labels agree with the judge      {number(summary["labels"]["accuracy_vs_judge"])}
 reward model on held-out pairs      {number(rm["accuracy_vs_judge"])} with the judge, \
