@@ -111,8 +111,8 @@ def main(cfg: PPOConfig) -> dict:
     harmless = read_prompts(cfg.helpful_prompts, skip=stage.skip)
 
     # Two copies of the SL-CAI model: PPO trains one, the other is the frozen reference of the KL.
-    # Two copies of the reward model: one scores, the other is trained as the value model. A reward
-    # function has no weights to start from: the value model is then the policy with a head of zeros.
+    # Two copies of the reward model: one scores, the other is trained as the value model. With a
+    # reward function instead, the value model starts as the policy with a head of zeros.
     # With adapters all of them are one frozen model in four roles.
     if cfg.lora:
         roles = load_roles(policy_path, reward_path, cfg.lora, cfg.seed)

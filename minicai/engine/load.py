@@ -118,7 +118,9 @@ def load_policy(
     return views.get("policy", model)
 
 
-def load_scorer(path: str, new_head: bool = False, lora: Lora = FULL, seed: int = 0):
+def load_scorer(
+    path: str, new_head: bool = False, lora: Lora = FULL, seed: int = 0
+) -> PreTrainedModel | Role:
     """A reward or value model: a transformer with a scalar head, and its tokenizer.
 
     By default it is a reward model's folder. new_head: a policy's folder gets a head of zeros, and
@@ -129,7 +131,7 @@ def load_scorer(path: str, new_head: bool = False, lora: Lora = FULL, seed: int 
     roles = {"reward": lora} if lora else {}
     model, views = _load(path, AutoModelForSequenceClassification, roles, seed, new_head)
     if new_head:
-        parallel.put(model.score.weight, torch.zeros(model.score.weight.shape))
+        torch.nn.init.zeros_(model.score.weight)
     return views.get("reward", model)
 
 
