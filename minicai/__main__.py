@@ -7,6 +7,7 @@
   agree CONFIG FILE           agreement of AI labels with a file of human preferences
   choices MODEL FILE          accuracy on a multiple-choice file, by log-prob
   report DIR [--watch]        writes DIR/report.html, and DIR/summary.json of a finished run
+  report DIR OTHER            writes DIR/compare.html: two runs side by side
   plan CONFIG                 what each stage takes of memory; loads no weights
   data FILE [--model=MODEL]   what a file of prompts or pairs holds; docs/data.md has all forms
   constitution ACTION         new, import, check, try, diff: write one, and see what it does

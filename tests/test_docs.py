@@ -33,7 +33,8 @@ SCRIPTS = {
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 LOG = ROOT / "LOG.md"
-UNTRAINED = {"equations.md", "evaluation.md", "runs.md", "speed.md"}  # have no training command
+# They have no training command.
+UNTRAINED = {"equations.md", "evaluation.md", "questions.md", "runs.md", "speed.md"}
 WALKTHROUGH = (DOCS / "walkthrough.md").read_text(encoding="utf-8")
 RESEARCH = (DOCS / "change-a-loss.md").read_text(encoding="utf-8")
 DIFFS = re.findall(r"^```diff\n(.*?)^```$", RESEARCH, re.M | re.S)
@@ -49,7 +50,9 @@ def blocks(page: str, language: str = "") -> list[str]:
 # --- what the pages say ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["walkthrough.md", "change-a-loss.md", "helpfulness.md"])
+@pytest.mark.parametrize(
+    "name", ["walkthrough.md", "change-a-loss.md", "helpfulness.md", "questions.md"]
+)
 def test_every_number_of_the_page_is_what_the_code_gives(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     failed, tried = doctest.testfile(str(DOCS / name), module_relative=False)
@@ -108,6 +111,22 @@ def test_every_function_that_is_linked_is_in_the_file_of_the_link(page):
     for module, function, path in re.findall(r"\[`(\w+)\.(?!py`)(\w+)`\]\(([^)]+)\)", page):
         text = (DOCS / path).read_text(encoding="utf-8")
         assert Path(path).stem == module and f"\ndef {function}(" in text, f"{module}.{function}"
+
+
+def test_each_of_the_ten_questions_has_five_lines_a_number_and_a_line_of_code():
+    _, *questions, numbers = re.split(
+        r"^## ", (DOCS / "questions.md").read_text(encoding="utf-8"), flags=re.M
+    )
+    results = re.findall(r"^(?:\(?[\d., ]+\)?|True)$", numbers, re.M)  # one per question, in order
+    assert len(questions) == len(results) == 10
+    for k, (question, result) in enumerate(zip(questions, results), 1):
+        title, answer, reference, code = question.strip().split("\n\n")
+        assert re.fullmatch(rf"{k}\. .+\?", title) and len(answer.splitlines()) <= 5, title
+        [path] = re.findall(r"^\[`\S+`\]\(\.\./(\S+)\):$", reference)
+        [line] = blocks(code, "python")
+        assert f" {line.strip()}" in (ROOT / path).read_text(encoding="utf-8"), title
+        given = {float(number) for number in re.findall(r"\d[\d.]*\d", answer)}
+        assert result == "True" or {float(x) for x in re.findall(r"[\d.]+", result)} <= given, title
 
 
 def test_each_equation_of_the_map_has_its_place_in_the_walkthrough():

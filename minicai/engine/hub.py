@@ -22,7 +22,7 @@ from minicai import InputError
 PACKAGE = Path(__file__).parents[1]
 MODEL = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 DATA = re.compile(r"hub:([^/]+/[^/]+)/(.+)")
-SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "README.md")
 TOKENIZER = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken")
 COPIES = ("*/*", "consolidated*")  # other programs' copies of the same weights
 ADAPTER = "adapter_config.json"  # of a folder in PEFT's format, which names its base

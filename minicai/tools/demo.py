@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from math import comb
 from pathlib import Path
 
+from minicai import InputError
 from minicai.engine import config, terminal
 from minicai.engine.data import read_jsonl
 from minicai.engine.rows import read_prompts
 from minicai.evaluation.rates import kinds
-from minicai.report import page, summary
+from minicai.report import compare, page, summary
 from minicai.tools import judging
 from minicai.tools.judging import EvalConfig
 from minicai.tools.plan import SCRIPTS
@@ -133,11 +134,21 @@ def evaluate(flags: list[str], file: str) -> None:
     print(summary.rated(Path(cfg.out)))
 
 
-def report(flags: list[str], folder: str) -> None:
+def report(flags: list[str], folder: str, other: str = "") -> None:
     """minicai report DIR [--watch]
+    minicai report DIR OTHER
 
     Writes DIR/report.html from what the run left in DIR so far, and DIR/summary.json of a finished
     run. --watch: again and again while the run trains, for a browser to follow.
+    With a second run, writes DIR/compare.html: both side by side, and what differs in their
+    settings.
     """
-    show = page.watch if config.options(ReportOptions, flags).watch else page.draw
-    show(Path(folder))
+    watch = config.options(ReportOptions, flags).watch
+    if other and watch:
+        raise InputError("report: --watch follows one run; leave out the second folder")
+    if other:
+        compare.draw(Path(folder), Path(other))
+    elif watch:
+        page.watch(Path(folder))
+    else:
+        page.draw(Path(folder))

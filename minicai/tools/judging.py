@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 
 from minicai import InputError, constitution
-from minicai.engine import config, hub, parallel, terminal
+from minicai.engine import card, config, hub, parallel, terminal
 from minicai.engine.data import read_jsonl, read_record
 from minicai.engine.disk import disk_guard
 from minicai.engine.load import load_policy
@@ -114,7 +114,16 @@ def evaluate(cfg: EvalConfig, run: dict) -> None:
     if hacking["warning"]:
         terminal.warn(f"{ppo}: {hacking['warning']}")
 
-    # 4. What fails now is asked again by later evaluations.
+    # 4. The models' cards get their rates.
+    for name in ("sl", "ppo"):
+        shares, ranges = found["eval"][name], found["intervals"][name]
+        metrics = rates.METRICS.items()
+        card.rate(out / name, {one.meaning: (shares[key], ranges[key]) for key, one in metrics})
+    right = counted(agreed)
+    what = "held-out pairs that it orders as the judge does"
+    card.rate(out / "rm", {what: (right["rate"], right["interval"])})
+
+    # 5. What fails now is asked again by later evaluations.
     made_by = {"model": hub.weights_sha256(ppo), "seed": cfg.seed}
     save(stage, "answers", answers)
     save(stage, "replayed", past)

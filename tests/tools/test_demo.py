@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from minicai.engine import config
@@ -21,6 +23,7 @@ from minicai.engine.dialogue import encode_pair
 from minicai.engine.load import load_policy, load_scorer
 from minicai.engine.models import scored_pairs
 from minicai.engine.sampler import Sampling, generate
+from minicai.evaluation.rates import METRICS
 from minicai.prompts import render
 from minicai.report import page
 from minicai.report.summary import seconds_of
@@ -120,6 +123,29 @@ def test_every_rate_of_the_summary_lies_in_its_interval(summary):
     assert revisions == first["improved"]["count"] + second["improved"]["count"]
     labels = summary["labels"]
     assert labels["rate"] == labels["accuracy_vs_judge"] and 0 <= labels["ece"] <= 1
+
+
+def test_each_model_has_a_card_with_its_rates_and_an_upload_has_the_model_alone(run, summary):
+    page = (ROOT / "docs" / "runs.md").read_text(encoding="utf-8")
+    [line] = re.findall(r"^hf upload .*$", page, re.M)
+    excluded = re.findall(r"--exclude='([^']+)'", line)
+    for stage in ("sl", "rm", "ppo"):
+        folder = run[0] / stage
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.license == "mit" and card.data.constitutions == [summary["constitution"]]
+        assert str(folder.parent) not in card.content and str(ROOT) not in card.content
+        names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+        kept = set(filter_repo_objects(names, ignore_patterns=excluded))
+        made = json.loads((folder / "stage.json").read_text())["files"]
+        assert kept == {name for name in made if not name.endswith(".jsonl")} | {"README.md"}
+        rates = re.findall(r"^\| (.+) \| ([\d.]+) \(([\d.]+)–([\d.]+)\) \|$", card.text, re.M)
+        if stage == "rm":
+            assert [row[0] for row in rates] == ["held-out pairs that it orders as the judge does"]
+            assert float(rates[0][1]) == pytest.approx(summary["rm"]["accuracy_vs_judge"], abs=6e-4)
+            continue
+        for (_, *shown), name in zip(rates, METRICS, strict=True):
+            wanted = [summary["eval"][stage][name], *summary["intervals"][stage][name]]
+            assert [float(x) for x in shown] == pytest.approx(wanted, abs=6e-4)
 
 
 def test_another_evaluation_asks_the_failures_of_the_last_one_again_and_jailbreaks(
