@@ -6,10 +6,10 @@ The paper runs the two phases one after the other. Here every update of PPO also
 SL-CAI learned from: the last revisions and the helpful samples of stage 1. The idea is that of
 InstructGPT's pretraining mix (Ouyang et al. 2022, equation 2, with the other factor in front).
 
-    python -m minicai demo                                     OUT/sl and OUT/rm to start from
+    minicai demo                                               OUT/sl and OUT/rm to start from
     mkdir -p out/joint && cp -r out/tiny/sl out/tiny/rm out/joint
     python examples/joint_loss.py configs/tiny.toml --alpha=1 --out=out/joint
-    python -m minicai eval configs/tiny.toml --out=out/joint
+    minicai eval configs/tiny.toml --out=out/joint
 
 Writes OUT/ppo, as train_ppo.py does. The section and its settings are those of [ppo], and three
 more: alpha, sl_data, sl_batch.

@@ -7,6 +7,7 @@
   agree CONFIG FILE           agreement of AI labels with a file of human preferences
   choices MODEL FILE          accuracy on a multiple-choice file, by log-prob
   report DIR [--watch]        writes DIR/report.html, and DIR/summary.json of a finished run
+  report DIR OTHER            writes DIR/compare.html: two runs side by side
   plan CONFIG                 what each stage takes of memory; loads no weights
   data FILE [--model=MODEL]   what a file of prompts or pairs holds; docs/data.md has all forms
   constitution ACTION         new, import, check, try, diff: write one, and see what it does
@@ -18,6 +19,7 @@
 import importlib
 import inspect
 import os
+import sys
 
 from minicai import InputError, __version__
 from minicai.engine import config, terminal
@@ -58,12 +60,13 @@ def main(arguments: list[str]) -> None:
         return
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise InputError(
-            "python -m minicai is one process; torchrun is for train_sl.py, train_rm.py and "
-            "train_ppo.py"
+            "minicai is one process; torchrun is for train_sl.py, train_rm.py and train_ppo.py"
         )
     if name not in COMMANDS:
         raise InputError(f"unknown command {name!r}{config.nearest(name, COMMANDS)}")
     place, function, *_ = COMMANDS[name]
+    if name == "chat" and sys.stderr.isatty():  # torch is imported next, which takes seconds
+        terminal.say("loading ...")
     config.call(name, getattr(importlib.import_module(f"minicai.{place}"), function), rest)
 
 

@@ -83,7 +83,7 @@ class Stage:
         parents, rules = reads.values(), reads.get("constitution")
         reads, section = config.paths(cfg) | reads, name.partition("/")[0]  # [try] of OUT/try/NAME
         self.sums, inputs = {}, {"format": "2"} | code_fingerprints(code)
-        for what, found in parallel.once(fingerprints, section, reads).items():
+        for what, found in parallel.once(fingerprints, section, reads, cfg.flags).items():
             inputs[what] = " ".join(found.values())
             self.sums |= found
         self.text = config.dump(cfg, section, inputs)
@@ -382,12 +382,16 @@ def require_stage(folder: Path) -> None:
 # --- fingerprints ---------------------------------------------------------------------------------
 
 
-def fingerprints(stage: str, reads: dict) -> dict[str, dict[str, str]]:
-    """{what: {path: sha256 of the contents}} of the files and model folders that a stage reads."""
+def fingerprints(stage: str, reads: dict, flags: Sequence[str]) -> dict[str, dict[str, str]]:
+    """{what: {path: sha256 of the contents}} of the files and model folders that a stage reads.
+
+    flags: what of it the command line gave: an error then names the flag, not the config's section.
+    """
     found = {}
     for what, paths in reads.items():
         paths = [paths] if isinstance(paths, str) else paths
-        sums = {path: _contents(path, f"[{stage}] {what}") for path in paths if path}
+        name = f"--{what}" if what in flags else f"[{stage}] {what}"
+        sums = {path: _contents(path, name) for path in paths if path}
         if sums:
             found[what] = sums
     return found

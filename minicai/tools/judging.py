@@ -152,7 +152,7 @@ def save(stage: Stage, name: str, rows: list[dict]) -> None:
 
 
 def elo(flags: list[str], file: str, *models: str) -> None:
-    """python -m minicai elo CONFIG MODEL MODEL ... [--key=value]
+    """minicai elo CONFIG MODEL MODEL ... [--key=value]
 
     Rates any model folders by their answers to the prompts of the config's [eval]. Its feedback
     model compares the answers, in both orders. Writes OUT/elo.
@@ -183,7 +183,7 @@ def elo(flags: list[str], file: str, *models: str) -> None:
 
 
 def agree(flags: list[str], file: str, preferences: str) -> None:
-    """python -m minicai agree CONFIG FILE [--key=value]
+    """minicai agree CONFIG FILE [--key=value]
 
     Agreement of AI labels with a file of human preferences, by confidence, and the calibration of
     the labels. The config's feedback model labels the pairs. Writes OUT/agree.
@@ -233,7 +233,7 @@ class ChoicesOptions:
 
 
 def choices(flags: list[str], model: str, file: str) -> None:
-    """python -m minicai choices MODEL FILE [--per_token]
+    """minicai choices MODEL FILE [--per_token]
 
     Accuracy of a model on a multiple-choice file ("prompt", "corrects", "incorrects"). The score of
     an option is the sum of the log-probs of its tokens, so a longer option tends to score lower.

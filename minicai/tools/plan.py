@@ -1,4 +1,4 @@
-"""python -m minicai plan CONFIG [--processes=N] [--key=value ...]: memory that each stage needs.
+"""minicai plan CONFIG [--processes=N] [--key=value ...]: memory that each stage needs.
 
 This is arithmetic. It reads the config, the prompts and each model's config.json. It loads no
 weights and makes no folder. Each formula is written above the line that computes it, because where

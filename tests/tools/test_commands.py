@@ -58,10 +58,10 @@ def assert_nothing_is_half_written(world):
         (["demonstrate"], "unknown command 'demonstrate'"),
         ([], f"unknown command ''; known: {', '.join(COMMANDS)}"),
         (["report", "no/such/folder"], "no/such/folder: no stage of a run has begun here"),
-        (["report"], "report: missing a required argument: 'folder'; see python -m minicai report"),
+        (["report"], "report: missing a required argument: 'folder'; see minicai report"),
         (["report", "out", "--wacth"], "--wacth: unknown key"),
         (["chat"], "chat: missing a required argument: 'folder'"),
-        (["demo", "other.toml"], "demo: too many positional arguments; see python -m minicai demo"),
+        (["demo", "other.toml"], "demo: too many positional arguments; see minicai demo"),
         (["demo", "--config", "no/such.toml"], "no/such.toml: no such file"),
         (["demo", "--sede=1"], "did you mean --seed?"),
         (["chat", "no/such/folder"], "no/such/folder is not a model folder"),
@@ -82,7 +82,7 @@ def assert_nothing_is_half_written(world):
         (["constitution", "new", "a.toml", "--like=genral"], "constitutions/general.toml?"),
         (["chat", "model", "--agianst=x"], "did you mean --against?"),
         (["elo", "no/such.toml", "one", "two"], "no/such.toml: no such file"),
-        (["demo", "--plan=8"], "--plan: unknown key: python -m minicai plan CONFIG"),
+        (["demo", "--plan=8"], "--plan: unknown key: minicai plan CONFIG"),
     ],
 )
 def test_a_wrong_command_is_refused(refused, monkeypatch, tmp_path, words, message):
@@ -121,9 +121,25 @@ def test_a_missing_model_folder_is_refused(refused, world, words):
     assert not (world / "out").exists()
 
 
+@pytest.mark.parametrize("script, missing", [("train_rm.py", "sl"), ("train_ppo.py", "sl")])
+def test_a_missing_stage_is_said_with_the_command_that_makes_it(refused, world, script, missing):
+    message = refused(script, world / "config.toml")
+    assert f"policy: {world / 'out' / missing} is not a model folder" in message
+    assert f"python train_{missing}.py CONFIG makes it" in message
+
+
+def test_a_wrong_value_is_not_blamed_on_the_config_file(refused, world):
+    """Of the command line it is named as a flag, of the file with its section."""
+    path = world / "config.toml"
+    assert ": --model: /none is not" in refused("train_sl.py", path, "--model=/none")
+    assert ": --prompts: " in refused("train_sl.py", path, "--sl.prompts=/none.jsonl")
+    path.write_text(path.read_text().replace('prompts = "prompts', 'prompts = "none'))
+    assert ": [sl] prompts: " in refused("train_sl.py", path)
+
+
 def test_a_model_folder_without_a_config_is_refused_with_its_key(refused, world, models):
     message = refused("train_sl.py", world / "config.toml", f"--model={models / 'hole'}")
-    assert f"[sl] model: {models / 'hole'} is not a model folder (no config.json)" in message
+    assert f"--model: {models / 'hole'} is not a model folder (no config.json)" in message
 
 
 # --- mistakes in what the command is given --------------------------------------------------------
@@ -228,8 +244,8 @@ def test_help_with_a_config_that_is_wrong_is_refused(refused):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_after_a_command_prints_its_own_keys_and_ends_with_0(command, name):
     code, out, err = command(MINICAI, name, "--help")
-    assert (code, err) == (0, "") and out.startswith(f"python -m minicai {name} ")
-    assert [other for other in COMMANDS if f"python -m minicai {other} " in out] == [name]
+    assert (code, err) == (0, "") and out.startswith(f"minicai {name} ")
+    assert [other for other in COMMANDS if f"minicai {other} " in out] == [name]
     place, _, options, _ = COMMANDS[name]
     if options:
         kind = getattr(importlib.import_module(f"minicai.{place}"), options)

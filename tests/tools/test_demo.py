@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from minicai.engine import config
 from minicai.engine.data import read_jsonl
 from minicai.engine.dialogue import encode_pair
 from minicai.engine.load import load_policy, load_scorer
@@ -25,6 +26,10 @@ from minicai.engine.sampler import Sampling, generate
 from minicai.evaluation.rates import METRICS
 from minicai.prompts import render
 from minicai.report import page
+from minicai.report.summary import seconds_of
+from minicai.tools import demo
+from minicai.tools.judging import EvalConfig
+from minicai.tools.plan import SCRIPTS
 from tests.conftest import ROOT
 
 SHORT = str(ROOT / "configs" / "tiny-short.toml")
@@ -62,6 +67,28 @@ def test_the_demo_ends_with_a_table_examples_and_paths_that_exist(run):
     assert printed.count("Human: ") == 3
     paths = re.findall(r"^wrote  (.+)$", printed, re.MULTILINE)
     assert len(paths) == 5 and all(Path(path).exists() for path in paths)
+    assert all(len(line) <= 80 for line in printed.partition("Human: ")[0].splitlines()[2:])
+
+
+def test_the_work_of_the_demo_is_foreseen_from_its_settings(tmp_path):
+    """texts() against the seconds of the recorded runs, and of a finished stage nothing."""
+    flags, found = ["minicai:tiny.toml", f"--out={tmp_path}"], {}
+    for name, (_, kind) in SCRIPTS.items():
+        found[name] = demo.texts(name, config.load(kind, name, flags))
+    found["eval"] = demo.texts("eval", config.load(EvalConfig, "eval", flags))
+    for run in json.loads((ROOT / "results" / "tiny.json").read_text())["runs"]:
+        taken = seconds_of(run["seconds"])
+        assert sum(found.values()) * demo.SECONDS == pytest.approx(taken["total"], rel=0.25)
+        for name, texts in found.items():
+            assert 0.5 < taken[name] / (texts * demo.SECONDS) < 2
+    (tmp_path / "sl").mkdir()
+    (tmp_path / "sl" / "stage.json").touch()
+    assert demo.texts("sl", config.load(*SCRIPTS["sl"][1:], "sl", flags)) == 0
+
+
+def test_a_duration_is_in_minutes_where_it_is_long():
+    said = [demo.duration(seconds, "left") for seconds in (0, 12, 151)]
+    assert said == ["", "; about 12 s left", "; about 3 min left"]
 
 
 def test_the_summary_has_the_promised_keys_and_rates_between_0_and_1(summary):
