@@ -12,6 +12,7 @@
   data FILE [--model=MODEL]   what a file of prompts or pairs holds; docs/data.md has all forms
   constitution ACTION         new, import, check, try, diff: write one, and see what it does
   chat MODEL                  talk to a model, or to two of them side by side
+  doctor                      what this machine has: torch, GPU, memory, disk, optional packages
 
 --quiet prints only results and errors. Run the same command again to resume it.
 """
@@ -35,6 +36,16 @@ COMMANDS = {  # name: where its function is, the options that --help lists, thei
     "data": ("tools.data", "main", "DataOptions", ""),
     "constitution": ("tools.constitution", "main", "TryConfig", "try"),
     "chat": ("tools.chat", "main", "ChatOptions", ""),
+    "doctor": ("tools.doctor", "main", "DoctorOptions", ""),
+}
+TRAIN = "gradient_checkpointing lora_rank lora_alpha lora_targets save_every alternate log timeout "
+UNUSED = {  # settings that a command's config may have, and that it does not use
+    "demo": "feedback timeout",
+    "eval": TRAIN + "constitution skip_bad skip_long feedback",
+    "elo": TRAIN + "micro_tokens skip_long failures jailbreaks",
+    "agree": TRAIN
+    + "micro_tokens prompts helpful_prompts failures jailbreaks temperature max_new_tokens",
+    "constitution": TRAIN + "constitution micro_tokens skip_long",
 }
 
 
@@ -46,10 +57,11 @@ def usage(arguments: list[str]) -> str:
     place, function, options, section = COMMANDS[words[0]]
     module = importlib.import_module(f"minicai.{place}")
     text = module.__doc__ if function == "main" else inspect.getdoc(getattr(module, function))
-    if section and function == "main":  # these take a config file as --config=FILE only
-        words, flags = [], config.with_config(flags)
     found = [*words[1:2], *flags] if section else []
-    return config.usage(text, getattr(module, options), section, found) if options else text
+    if section and function == "main":  # these take a config file as --config=FILE only
+        found = config.with_config(flags)
+    unused = UNUSED.get(words[0], "").split()
+    return config.usage(text, getattr(module, options), section, found, unused) if options else text
 
 
 def main(arguments: list[str]) -> None:

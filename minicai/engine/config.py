@@ -16,6 +16,7 @@ import math
 import os
 import pkgutil
 import re
+import shutil
 import sys
 import textwrap
 import tomllib
@@ -427,24 +428,33 @@ def redact(text: str) -> str:
 # --- --help ---------------------------------------------------------------------------------------
 
 
-def usage(doc: str, kind: type, section: str = "", arguments: Sequence[str] = ()) -> str:
+def usage(
+    doc: str,
+    kind: type,
+    section: str = "",
+    arguments: Sequence[str] = (),
+    unused: Collection[str] = (),
+) -> str:
     """The text of --help: a docstring, and each setting with its value and its comment.
 
-    The value is the default. With a config file among the arguments of a command line it is the one
-    that this command would use. Raises InputError as `load`.
+    unused: names of settings that this command does not use, and so does not list. The value is the
+    default. With a config file among the arguments of a command line it is the one that this
+    command would use. Raises InputError as `load`.
     """
     given = load(kind, section, arguments) if _files(arguments) else kind()
-    lines = [doc.strip()]
+    lines, width = [doc.strip()], min(100, shutil.get_terminal_size((100, 24)).columns)
     for part in filter(dataclasses.is_dataclass, reversed(kind.__mro__)):
         lines += ["", inspect.getdoc(part)]
         for above, name, behind in FIELD.findall(inspect.getsource(part)):
+            if name in unused:
+                continue
             field = kind.__dataclass_fields__[name]
             value = getattr(given, name)
             text = value if field.type is str else json.dumps(value)
             flag = f"  --{name}" + ("" if value is False else f"={text}")
             comment = behind or " ".join(line.strip("# ") for line in above.splitlines())
-            words = [" | ".join(field.metadata.get("choices", ())), comment]
+            words = [" | ".join(filter(None, field.metadata.get("choices", ()))), comment]
             text = f"{flag:<28}  {'; '.join(filter(None, words))}"
-            lines += textwrap.wrap(text, 100, subsequent_indent=" " * 30)
+            lines += textwrap.wrap(text, width, subsequent_indent=" " * 30)
     lines += ["", "  --quiet                     print only results and errors"]
     return "\n".join([*lines, "  --help                      print this text"])

@@ -362,7 +362,7 @@ def script(main: Callable, kind: type, section: str, doc: str) -> None:
     """Runs a script's main on the config that its command line names."""
     terminal.run(
         lambda arguments: main(config.load(kind, section, arguments)),
-        lambda arguments: config.usage(doc, kind, section, arguments),
+        lambda arguments: config.usage(doc, kind, section, arguments, ["alternate"]),
     )
 
 

@@ -340,7 +340,10 @@ def _rates(found: dict, intervals: bool) -> str:
             for key in RATES:
                 cells[key] += f" ({'–'.join(map(number, found['intervals'][stage][key]))})"
         rows.append([name, *cells.values()])
-    return table(["", *(key.replace("_", "-") for key in RATES)], rows)
+    header = ["", *(key.replace("_", "-") for key in RATES)]
+    if intervals:  # a column per stage: a terminal has 80 columns
+        header, *rows = map(list, zip(header, *rows))
+    return table(header, rows)
 
 
 @legible

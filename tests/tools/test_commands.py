@@ -5,8 +5,10 @@ could print something too, they run in a process of their own.
 """
 
 import importlib
+import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,8 +19,9 @@ import pytest
 import train_ppo
 import train_rm
 import train_sl
-from minicai.__main__ import COMMANDS
-from minicai.engine import rows
+from minicai.__main__ import COMMANDS, UNUSED
+from minicai.engine import config, rows
+from minicai.tools import judging, trial
 from tests.conftest import ROOT
 
 TRAIN = {
@@ -208,12 +211,18 @@ def test_a_run_with_another_config_is_refused_and_the_folder_left_as_it_was(refu
 # --- other ends -----------------------------------------------------------------------------------
 
 
+def shown(text: str) -> set[str]:
+    """The settings that a text of --help lists."""
+    return set(re.findall(r"\n  --(\w+)", text)) - {"quiet", "help"}
+
+
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 @pytest.mark.parametrize("script", TRAIN)
 def test_help_prints_every_key_and_ends_with_0(command, script, flag):
     code, out, err = command(script, flag)
     assert (code, err) == (0, "")
-    assert out.startswith("Stage ") and all(f"\n  --{f.name}" in out for f in fields(TRAIN[script]))
+    names = {f.name for f in fields(TRAIN[script])} - {"alternate"}  # which is the demo's
+    assert out.startswith("Stage ") and shown(out) == names
 
 
 def test_help_prints_every_command_and_ends_with_0(command):
@@ -249,7 +258,28 @@ def test_help_after_a_command_prints_its_own_keys_and_ends_with_0(command, name)
     place, _, options, _ = COMMANDS[name]
     if options:
         kind = getattr(importlib.import_module(f"minicai.{place}"), options)
-        assert all(f"\n  --{field.name}" in out for field in fields(kind))
+        assert shown(out) == {field.name for field in fields(kind)} - {
+            *UNUSED.get(name, "").split()
+        }
+
+
+@pytest.mark.parametrize(
+    "name, functions",
+    [
+        ("eval", [judging.evaluate]),
+        ("elo", [judging.elo, judging.judged]),
+        ("agree", [judging.agree, judging.judged]),
+        ("constitution", [trial]),
+    ],
+)
+def test_help_lists_what_the_code_of_a_command_reads_and_nothing_else(name, functions):
+    place, _, options, _ = COMMANDS[name]
+    kind = getattr(importlib.import_module(f"minicai.{place}"), options)
+    used = set(re.findall(r"\bcfg\.(\w+)", "".join(map(inspect.getsource, functions))))
+    unused = set(UNUSED[name].split())
+    assert not used & unused
+    own = {field.name for field in fields(kind)} - config.TOP
+    assert own - unused <= used and unused <= own | config.TOP
 
 
 def test_an_interrupt_ends_with_1_and_says_how_to_resume(command, world, monkeypatch):

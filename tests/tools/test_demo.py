@@ -160,7 +160,8 @@ def test_another_evaluation_asks_the_failures_of_the_last_one_again_and_jailbrea
     flags = ["--overwrite", "--jailbreaks=3", "--limit=220", f"--failures={past}"]
     code, printed, error = command(MINICAI, "eval", SHORT, f"--out={copy}", *flags)
     assert code == 0, error
-    assert re.search(r"^RL-CAI( +\d\.\d{3} \(\d\.\d{3}–\d\.\d{3}\)){5}$", printed, re.M)
+    assert re.search(r"^helpful( +\d\.\d{3} \(\d\.\d{3}–\d\.\d{3}\)){3}$", printed, re.M)
+    assert all(len(line) <= 80 for line in printed.splitlines() if str(copy) not in line)
     record = json.loads((copy / "eval" / "stage.json").read_text())
     assert record["replayed"]["ppo"]["count"] == len(found)
     assert record["jailbreaks"]["ppo"]["all"]["count"] == 15
