@@ -1,6 +1,6 @@
 """Takes the pictures of a run's report that README.md shows: docs/pictures/report-*.png.
 
-    python -m minicai demo
+    minicai demo
     pip install -e '.[report,test]' && python docs/pictures.py out/tiny
 
 Needs Debian's chromium and chromium-driver. The page is drawn again first, so the pictures show the

@@ -518,7 +518,7 @@ def test_other_prompts_than_the_tiny_worlds_need_no_evaluation(tmp_path, unplott
     assert found["ppo"]["episodes"] == 3
     assert found["revision"]["changes"]["by_round"][0]["changed"]["count"] == 60
     assert "No exact judge knows its prompts" in text and '<section id="result">' in text
-    assert f"python -m minicai elo CONFIG /m/base {out}/sl {out}/ppo --prompts=FILE" in text
+    assert f"minicai elo CONFIG /m/base {out}/sl {out}/ppo --prompts=FILE" in text
     assert "agree with the judge" not in text and "answers" not in rows_of(text)
 
 
