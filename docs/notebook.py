@@ -22,6 +22,8 @@ from nbclient import NotebookClient
 DOCS = Path(__file__).resolve().parent
 NOTEBOOK = DOCS / "walkthrough.ipynb"
 OPENING = """\
+Each exercise has a cell to fill, and below it a folded solution.
+
 ```python
 from importlib.util import find_spec
 from pathlib import Path

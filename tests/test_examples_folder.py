@@ -15,16 +15,31 @@ from transformers import PreTrainedTokenizerFast
 
 import train_ppo
 import train_rm
-from examples import best_and_worst, foreign_reward, held_out_judge, joint_loss
-from minicai import InputError
+from examples import (
+    ai_reward,
+    best_and_worst,
+    best_of_n,
+    dpo,
+    foreign_reward,
+    held_out_judge,
+    joint_loss,
+    rloo,
+)
+from minicai import InputError, constitution
+from minicai.constitution import Principle
 from minicai.engine import config
 from minicai.engine.data import read_jsonl
-from minicai.engine.dialogue import encode
+from minicai.engine.dialogue import decode, encode
 from minicai.engine.load import load_policy
+from minicai.engine.sampler import chooser
+from minicai.feedback import Labelling, label_pairs
 from tests.conftest import assert_close, byte_tokenizer, tiny_model
+from tests.recorders import descent, recorded, stopped
 
 ROOT = Path(__file__).parents[1]
 REVISED = [("How?", "No."), ("Why?", "Never so."), ("What?", "Ask me again.")]
+SEEDED = torch.Generator().manual_seed(0)
+BEST = {"policy": "sl", "reward": "rm", "prompts": "prompts.txt"}
 HELPFUL = [("When?", "Now."), ("Where?", "Here, I think.")]
 
 
@@ -269,3 +284,219 @@ def test_a_reward_model_trains_on_the_best_against_the_worst(run, tmp_path, comm
     )
     code, _, err = command("examples/best_and_worst.py", labelled, "many", tmp_path / "x.jsonl")
     assert code == 2 and "COMPARISONS CANDIDATES NEW" in err
+
+
+# --- rloo.py --------------------------------------------------------------------------------------
+
+
+def test_rewards_are_compared_within_their_group_by_hand():
+    rewards = torch.tensor([[1.0, 2.0, 6.0], [5.0, 5.0, 5.0]])
+    others = torch.tensor([[-3.0, -1.5, 4.5], [0.0, 0.0, 0.0]])  # 1 - 8/2, 2 - 7/2, 6 - 3/2
+    assert_close(rloo.leave_one_out(rewards), others)
+    assert_close(rloo.leave_one_out(rewards + 9).sum(1), [0, 0], 1e-5)
+    assert_close(rloo.normalised(torch.tensor([[1.0, 2.0, 3.0]])), [[-1, 0, 1]], 1e-3)  # std 1
+    assert_close(rloo.normalised(rewards)[1], [0, 0, 0])
+
+
+@pytest.mark.parametrize("baseline", ["rloo", "grpo"])
+def test_the_first_update_is_that_of_reinforce_with_the_group_s_baseline(run, tmp_path, baseline):
+    """While the policy is the reference, no KL has a gradient, and every ratio is 1."""
+    flags = ["--iterations=1", "--epochs=1", "--minibatches=1", "--lr=1e-2", "--grad_clip=1e9"]
+    flags += ["--temperature=1", "--group=4", f"--baseline={baseline}", f"--out={tmp_path}"]
+    cfg = config.load(rloo.GroupConfig, "ppo", [str(run / "config.toml"), *flags])
+    with descent(), recorded(rloo, "sample") as sampled:
+        rloo.main(cfg)
+    [((_, asked, *_), done)] = sampled
+    episodes = read_jsonl(tmp_path / "ppo" / "episodes.jsonl")
+    assert len({row["prompt"] for row in episodes[:4]}) == 1 and len(episodes) == 8
+
+    model, loss = load_policy(str(run / "sl")), torch.zeros(())
+    paid = torch.tensor([row["score"] - (not row["ended"]) for row in episodes]).view(2, 4)
+    for group, rows in enumerate(paid):
+        for k, reward in enumerate(rows):
+            if baseline == "rloo":
+                advantage = reward - (rows.sum() - reward) / 3
+            else:
+                advantage = (reward - rows.mean()) / (rows.std() + 1e-4)
+            prompt, ids = asked[4 * group + k], done[4 * group + k].ids
+            logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+            logp = logits.log_softmax(-1)[range(len(ids)), ids]
+            loss = loss - advantage * (logp.sum() if baseline == "rloo" else logp.mean()) / 8
+    loss.backward()
+    before = load_file(run / "sl" / "model.safetensors")
+    after = load_file(tmp_path / "ppo" / "model.safetensors")
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    moved = torch.cat([(after[key] - before[key]).flatten() for key in sorted(before)])
+    expected = torch.cat([-0.01 * gradients[key].flatten() for key in sorted(before)])
+    assert_close(moved, expected, 1e-5)
+    assert moved.abs().max() > 1e-4
+
+
+def test_groups_train_from_the_command_line(run, tmp_path, command):
+    flags = ("--baseline=grpo", "--epochs=1", f"--out={tmp_path / 'g'}")
+    call = ("examples/rloo.py", run / "config.toml", *flags)
+    code, _, err = command(*call)
+    assert code == 0, err
+    rows = read_jsonl(tmp_path / "g" / "ppo" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2] and rows[1]["kl_k3"] > 0 == rows[0]["kl_k3"]
+    assert all(row["updates"] > 0 and 0 <= row["equal"] <= 1 for row in rows)
+    load_policy(str(tmp_path / "g" / "ppo"))
+    code, out, _ = command(*call)
+    assert code == 0 and "finished already" in out
+    code, _, err = command(*call[:2], "--group=3", f"--out={tmp_path / 'none'}")
+    assert code == 2 and "8 do not divide into groups of 3" in err
+
+
+def test_groups_take_any_reward_function(run, tmp_path, command):
+    flags = ("--reward_function=results.rewards:refusing_words", "--iterations=1", "--epochs=1")
+    code, _, err = command("examples/rloo.py", run / "config.toml", *flags, f"--out={tmp_path}")
+    assert code == 0, err
+    assert {row["score"] for row in read_jsonl(tmp_path / "ppo" / "episodes.jsonl")} <= {0.0, 1.0}
+
+
+# --- dpo.py ---------------------------------------------------------------------------------------
+
+
+def test_the_loss_of_dpo_by_hand_and_its_gradient():
+    """beta d = 0.5 (1 + 1) = 1; log(1 + 1/e) = 0.31326, log(1 + e) = 1.31326."""
+    one = [torch.tensor([x]) for x in (-1.0, -3.0, -2.0, -2.0)]
+    assert_close(dpo.dpo_loss(*one, torch.tensor([1.0]), 0.5), [0.31326])
+    assert_close(dpo.dpo_loss(*one, torch.tensor([0.75]), 0.5), [0.56326])
+    assert_close(dpo.dpo_loss(*one, torch.tensor([0.0]), 0.5), [1.31326])
+
+    # dL / d log pi(first) = -beta (p - sigma(beta d)), and its opposite for the second.
+    first, second, *reference = torch.randn(4, 9, dtype=torch.float64, generator=SEEDED)
+    p = torch.rand(9, dtype=torch.float64, generator=SEEDED)
+    first.requires_grad_(), second.requires_grad_()
+    dpo.dpo_loss(first, second, *reference, p, 0.3).sum().backward()
+    d = 0.3 * ((first - reference[0]) - (second - reference[1])).detach()
+    assert_close(first.grad, -0.3 * (p - d.sigmoid()))
+    assert_close(second.grad, -first.grad)
+
+
+@pytest.fixture(scope="module")
+def labelled(run) -> Path:
+    """A folder with soft labels: the longer response is better."""
+    folder, rows = run / "labelled", []
+    folder.mkdir()
+    for k in range(30):
+        row = {"id": k, "prompt": f"Tell {k}", "first": "No.", "second": f"Yes, {k}!", "votes": []}
+        rows.append(row | {"p_first": 0.2, "source": "ai", "cut": ["second"] if k % 2 else []})
+    write(folder / "comparisons.jsonl", rows)
+    return folder
+
+
+def test_dpo_starts_at_log_2_learns_its_labels_and_resumes(
+    run, labelled, tmp_path, command, monkeypatch
+):
+    """The reference must be that of the beginning after a resume too."""
+    monkeypatch.setattr(dpo, "SAMPLED", 8)
+    flags = [f"--reward={labelled}", "--batch_size=14", "--epochs=2", "--lr=1e-4", "--save_every=1"]
+    cfg = config.load(dpo.DPOConfig, "ppo", [str(run / "config.toml"), *flags])
+    whole = replace(cfg, out=str(tmp_path / "whole"))
+    record = dpo.main(whole)
+    rows = read_jsonl(tmp_path / "whole" / "ppo" / "metrics.jsonl")
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and len(rows) == 4
+    assert rows[0]["better"] == pytest.approx(0, abs=1e-4)
+    assert rows[-1]["loss"] < rows[0]["loss"] and rows[-1]["accuracy"] == 1
+    assert record["accuracy"] == 1 and record["kl_k3"] > 0
+    episodes = read_jsonl(tmp_path / "whole" / "ppo" / "episodes.jsonl")
+    assert len(episodes) == 4  # there are harmful prompts only
+    assert sum(row["score"] for row in episodes) == pytest.approx(4 * cfg.beta * record["kl"], 1e-3)
+    assert {row["kl"] for row in rows} == {None}  # eval reads it
+
+    cut = replace(cfg, out=str(tmp_path / "cut"))
+    with pytest.raises(KeyboardInterrupt), stopped(dpo, "dpo_loss", 3):
+        dpo.main(cut)
+    assert len(read_jsonl(tmp_path / "cut" / "ppo" / "metrics.jsonl")) == 2
+    dpo.main(cut)
+    ends = [load_file(f"{one.out}/ppo/model.safetensors") for one in (whole, cut)]
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+    call = ("examples/dpo.py", run / "config.toml", *flags, f"--out={cut.out}")
+    code, out, err = command(*call)
+    assert code == 0 and "finished already" in out, err
+
+
+# --- ai_reward.py ---------------------------------------------------------------------------------
+
+
+def test_a_direct_reward_by_hand():
+    """Both orders: 0.8 for the response as (A), and 0.6 as (B)."""
+    rules, asked = [Principle("kind", comparison="Kinder?")], []
+
+    def choose(texts):
+        asked.extend(texts)
+        swapped = "(A) Never." in texts[0] or "(A) No\n" in texts[0]
+        return [[math.log(p) for p in ((0.4, 0.6) if swapped else (0.8, 0.2))] for _ in texts]
+
+    for against, good, bad in (("Never.", "So.", "Never."), ("", "Yes", "No")):
+        asked.clear()
+        found = ai_reward.follows([("Why?", "So."), ("How?", "So.")], rules, choose, against)
+        assert_close(found, [[0.7], [0.7]])
+        assert [f"(A) {good}\n(B) {bad}\n" in text for text in asked] == [True, True, False, False]
+        assert [f"(A) {bad}\n(B) {good}\n" in text for text in asked] == [False, False, True, True]
+        assert all("Kinder?" in text and "Why?" in text for text in asked[::2])
+
+
+def test_the_direct_reward_is_the_label_of_the_response_against_the_fixed_answer(
+    folder, tmp_path, command
+):
+    flags = ["--iterations=1", "--episodes=4", "--group=2", "--minibatches=1", "--epochs=1"]
+    flags += [
+        "--max_new_tokens=4",
+        "--scale=3",
+        "--helpful_prompts=",
+        f"--policy={folder / 'model'}",
+    ]
+    flags += [f"--prompts={folder / 'prompts.txt'}", f"--feedback={folder / 'other'}"]
+    code, _, err = command(
+        "examples/ai_reward.py", folder / "config.toml", *flags, f"--out={tmp_path}"
+    )
+    assert code == 0, err
+    rules = constitution.load(folder / "rules.toml")
+    choose = chooser(load_policy(str(folder / "other")), 4)
+    episodes = read_jsonl(tmp_path / "ppo" / "episodes.jsonl")
+    for row in episodes:
+        pair = (0, row["prompt"], row["response"], "I cannot talk about that.")
+        [label] = label_pairs([pair], choose, Labelling(rules, principles=0), "other")
+        assert len(label["votes"]) == 4  # two principles, two orders
+        assert row["score"] == pytest.approx(3 * label["p_first"], abs=1e-5)
+    assert len(episodes) == 4 and len({row["score"] for row in episodes}) > 1
+
+
+# --- best_of_n.py ---------------------------------------------------------------------------------
+
+
+def test_the_kl_of_best_of_n_by_enumeration():
+    """A policy that gives m answers equally often: P(best is the i-th) = (i^n - (i-1)^n) / m^n."""
+    assert best_of_n.kl_bound(1) == 0
+    for n in (2, 4):
+        found = []
+        for m in (2, 10, 1000):
+            p = [(i**n - (i - 1) ** n) / m**n for i in range(1, m + 1)]
+            found.append(sum(q * math.log(q * m) for q in p))
+        assert found == sorted(found) and found[-1] < best_of_n.kl_bound(n)
+        assert found[-1] == pytest.approx(best_of_n.kl_bound(n), abs=0.01)
+
+
+def test_the_best_of_n_has_the_highest_score(run, tmp_path, command):
+    flags = [f"--{name}={run / path}" for name, path in BEST.items()]
+    flags += ["--n=3", "--rows=6", "--max_new_tokens=5", f"--out={tmp_path}"]
+    cfg = config.load(best_of_n.BestConfig, "eval", [str(run / "config.toml"), *flags])
+    with recorded(best_of_n, "generate") as calls:
+        record = best_of_n.main(cfg)
+    rows = read_jsonl(tmp_path / "best_of_n" / "answers.jsonl")
+    assert [row["id"] for row in rows] == [0, 1, 2, 3] and len(calls) == 2  # two prompts a turn
+    assert record["best_score"] > record["score"] and record["kl_bound"] == best_of_n.kl_bound(3)
+    model, scores = tiny_model("gpt2", seed=1, vocab=258, scorer=True), []
+    for (_, asked, *_), done in calls:
+        for prompt, answer in zip(asked, done):
+            scores.append(model(input_ids=torch.tensor([prompt + answer.ids])).logits.item())
+    assert_close([row["scores"] for row in rows], torch.tensor(scores).view(4, 3), 1e-4)
+    sampled = [answer for _, done in calls for answer in done]
+    for k, row in enumerate(rows):
+        best = 3 * k + max(range(3), key=row["scores"].__getitem__)
+        texts = [decode(byte_tokenizer(), sampled[i].ids, sampled[i].ended) for i in (3 * k, best)]
+        assert [row["sl"], row["best"]] == texts and row["ended"] == sampled[best].ended
+    code, out, err = command("examples/best_of_n.py", run / "config.toml", *flags)
+    assert code == 0 and "finished already" in out, err

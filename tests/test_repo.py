@@ -250,7 +250,7 @@ def test_every_path_in_a_page_exists(name):
 def parse(command: str) -> str:
     """Parses a command of ours as it would, and returns its script or module; "" of another."""
     pattern = r"(?:\bpython3?|\btorchrun\b.*?) (?:(train_\w+)\.py|-m ([\w.]+))(.*)"
-    match = re.search(pattern, command)
+    match = re.search(pattern, re.sub(r"^minicai ", "python -m minicai ", command.strip()))
     if not match:
         return ""
     script, module, arguments = match[1], match[2], shlex.split(match[3], comments=True)

@@ -43,17 +43,17 @@ def write(folder: Path, stage: str, models: list[str], rules: dict | None, facts
     """
     cards = [known(model) for model in models]
     name = hub.MODEL.fullmatch(models[0]) if hub.is_name(models[0]) else None
-    passed = [rule for card in cards for rule in card.get("constitutions", [])]
-    rules = [rules] if rules else [rule for k, rule in enumerate(passed) if rule not in passed[:k]]
+    ours = [card.get("minicai") or {} for card in cards]
+    passed = {rule["sha256"]: rule for one in ours for rule in one.get("constitutions", [])}
     hub_name = name["repo"] if name else cards[0].get("base_model")
-    base = hub_name or cards[0].get("base") or written(models[0])
+    base = hub_name or ours[0].get("base") or written(models[0])
+    rules = [rules] if rules else [*passed.values()]
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-classification" if stage == "rm" else "text-generation",
         base_model=hub_name,
-        base=base,
         tags=["minicai", "constitutional-ai", "reward-model" if stage == "rm" else "rlaif"],
-        constitutions=rules or None,
+        minicai={"version": __version__, "base": base, "constitutions": rules},
         **{key: cards[0].get(key) for key in LICENCE},
     )
     template = facts["template"]
@@ -62,7 +62,6 @@ def write(folder: Path, stage: str, models: list[str], rules: dict | None, facts
         "stage": stage,
         "form": {"": "paper", RAW: "raw"}.get(template, "chat"),
         "given": "".join(f", {key}={value!r}" for key, value in given.items()),
-        "version": __version__,
         "rates": RATES,
     }
     card = ModelCard.from_template(data, template_path=str(LAYOUT), **facts, **shown)

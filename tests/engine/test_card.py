@@ -12,7 +12,7 @@ from tests.conftest import ROOT, byte_tokenizer, tiny_model
 from tests.engine.test_templates import chat_tokenizer
 
 RULES = {"name": "kind", "version": "2.0", "sha256": "ab" * 32}
-OTHER = RULES | {"name": "other"}
+OTHER = RULES | {"name": "other", "sha256": "ef" * 32}
 PROMPT, ANSWER = "Why is the sky blue?", "Because of the air."
 
 
@@ -46,13 +46,15 @@ def test_base_licence_and_constitutions_are_passed_on_from_stage_to_stage(tmp_pa
         assert data["library_name"] == "transformers" and "language" not in data
         shown = f"| data | `prompts.txt`, sha256 `{'cd' * 32}` |"
         assert "| seed | 7 |" in one.text and shown in one.text
-    assert [one.data.constitutions for one in found] == [[RULES], [OTHER], [RULES, OTHER]]
+    rules = [one.data.minicai["constitutions"] for one in found]
+    assert rules == [[RULES], [OTHER], [RULES, OTHER]]
     assert [one.data.pipeline_tag for one in found] == [
         "text-generation",
         "text-classification",
         "text-generation",
     ]
-    assert all(f"`{'ab' * 32}`" in one.text for one in found)
+    for one, known in zip(found, rules):
+        assert all(f"sha256 `{rule['sha256']}` |" in one.text for rule in known)
 
 
 def test_a_base_on_this_machine_is_named_without_its_folders(tmp_path):

@@ -132,7 +132,8 @@ def test_each_model_has_a_card_with_its_rates_and_an_upload_has_the_model_alone(
     for stage in ("sl", "rm", "ppo"):
         folder = run[0] / stage
         card = ModelCard.load(folder / "README.md")
-        assert card.data.license == "mit" and card.data.constitutions == [summary["constitution"]]
+        assert card.data.license == "mit"
+        assert card.data.minicai["constitutions"] == [summary["constitution"]]
         assert str(folder.parent) not in card.content and str(ROOT) not in card.content
         names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
         kept = set(filter_repo_objects(names, ignore_patterns=excluded))
