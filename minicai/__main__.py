@@ -1,20 +1,26 @@
-"""minicai COMMAND, or python -m minicai COMMAND        (COMMAND --help: its keys; --version)
+"""minicai COMMAND, or python -m minicai COMMAND
 
-  demo [--key=value]          Constitutional AI from end to end, on the embedded tiny world:
-                              SL-CAI, reward model, PPO, evaluation, report; no network
-  eval CONFIG                 judges the models in the config's output folder on held-out prompts
-  elo CONFIG MODEL MODEL ...  Elo of any model folders, compared by the config's feedback model
-  agree CONFIG FILE           agreement of AI labels with a file of human preferences
-  choices MODEL FILE          accuracy on a multiple-choice file, by log-prob
-  report DIR [--watch]        writes DIR/report.html, and DIR/summary.json of a finished run
-  report DIR OTHER            writes DIR/compare.html: two runs side by side
-  plan CONFIG                 what each stage takes of memory; loads no weights
-  data FILE [--model=MODEL]   what a file of prompts or pairs holds; docs/data.md has all forms
-  constitution ACTION         new, import, check, try, diff: write one, and see what it does
-  chat MODEL                  talk to a model, or to two of them side by side
-  doctor                      what this machine has: torch, GPU, memory, disk, optional packages
+  demo [--key=value]         Constitutional AI from end to end, on the embedded
+                             tiny world: SL-CAI, reward model, PPO, evaluation,
+                             report; no network
+  eval CONFIG                judge the models in the config's output folder on
+                             prompts that no training stage saw
+  elo CONFIG MODEL MODEL ... Elo of any model folders, by a feedback model
+  agree CONFIG FILE          agreement of AI labels with human preferences
+  choices MODEL FILE         accuracy on a multiple-choice file, by log-prob
+  report DIR [--watch]       write DIR/report.html, and DIR/summary.json of a
+                             finished run
+  report DIR OTHER           write DIR/compare.html: two runs side by side
+  plan CONFIG                the memory of each stage; loads no weights
+  data FILE [--model=MODEL]  what prompts or pairs a file holds: docs/data.md
+  constitution ACTION        new, import, check, try, diff: write one, and see
+                             what it does
+  chat MODEL                 talk to a model, or to two of them side by side
+  doctor                     what this machine has: torch, GPU, memory, disk
 
---quiet prints only results and errors. Run the same command again to resume it.
+minicai COMMAND --help prints the settings of a command. --version prints the
+version. --quiet prints only results and errors. Run the same command again to
+resume it.
 """
 
 import importlib
@@ -74,6 +80,8 @@ def main(arguments: list[str]) -> None:
         raise InputError(
             "minicai is one process; torchrun is for train_sl.py, train_rm.py and train_ppo.py"
         )
+    if not name:
+        raise InputError("expected a command; minicai --help lists them")
     if name not in COMMANDS:
         raise InputError(f"unknown command {name!r}{config.nearest(name, COMMANDS)}")
     place, function, *_ = COMMANDS[name]

@@ -50,3 +50,15 @@ def test_what_a_system_does_not_say_is_unknown(tmp_path):
     file.write_text("flags: avx512_bf16\nMemAvailable:   12 kB\n")
     assert doctor.found(str(file), "bf16") == "yes" and doctor.found(str(file), "sve") == "no"
     assert doctor.found(str(file), r"MemAvailable: +(\d+)") == "12"
+
+
+def test_a_gpu_is_named_with_its_memory_and_bf16(monkeypatch, capsys):
+    monkeypatch.setattr(doctor.parallel, "setup", lambda: None)
+    monkeypatch.setattr(doctor.parallel, "precision", lambda: "bf16")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 << 30, 4 << 30))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    doctor.main([])
+    out = capsys.readouterr().out
+    assert "GPU                   A GPU, 3.0 GiB of 4.0 GiB free\n" in out
+    assert "bf16 in hardware      yes\n" in out
