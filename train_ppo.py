@@ -36,6 +36,7 @@ from minicai.engine.models import (
 from minicai.engine.rows import read_prompts
 from minicai.engine.sampler import Sampling, check_prompts, sample
 from minicai.engine.stage import Stage, script
+from minicai.engine.terminal import warn
 from minicai.prompts import as_turns
 from minicai.rollout import (
     NORMS,
@@ -110,8 +111,8 @@ def main(cfg: PPOConfig) -> dict:
     harmless = read_prompts(cfg.helpful_prompts, skip=stage.skip)
 
     # Two copies of the SL-CAI model: PPO trains one, the other is the frozen reference of the KL.
-    # Two copies of the reward model: one scores, the other is trained as the value model. A reward
-    # function has no weights to start from, so then the value model starts from the policy.
+    # Two copies of the reward model: one scores, the other is trained as the value model. With a
+    # reward function instead, the value model starts as the policy with a head of zeros.
     # With adapters all of them are one frozen model in four roles.
     if cfg.lora:
         roles = load_roles(policy_path, reward_path, cfg.lora, cfg.seed)
@@ -119,7 +120,7 @@ def main(cfg: PPOConfig) -> dict:
     else:
         policy, reference = load_policy(policy_path), freeze(load_policy(policy_path))
         reward_model = freeze(load_scorer(reward_path)) if reward_path else None
-        value_model = load_scorer(reward_path or policy_path, cfg.seed if source else None)
+        value_model = load_scorer(reward_path or policy_path, new_head=not reward_path)
     if reward_model:
         require_same_tokens(policy, reward_model)
     if cfg.gradient_checkpointing:
@@ -228,6 +229,12 @@ def main(cfg: PPOConfig) -> dict:
             "kl_coef": kl_coef,
         }
         stage.log(row, show=("reward", "kl"))
+        if iteration == 4 and row["explained_variance"] < -1:
+            warn(
+                f"after 5 rollouts the values predict the returns worse than a constant (explained "
+                f"variance {row['explained_variance']:.1f}), so the advantages are mostly noise; "
+                f"try a larger value_lr, and rewards near 0"
+            )
         names = ("step", "prompt", "response", "score", "ended")
         sampled = zip(prompts, texts, scores.tolist(), ended.tolist())
         episodes.append([dict(zip(names, (iteration + 1, *episode))) for episode in sampled])

@@ -34,6 +34,7 @@ def prepared(work: str, count: int, folder: str):
 
     from works import rm_settings, run_stage, sl_settings, write
 
+    sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the scripts are
     import train_ppo
     import train_rm
     import train_sl

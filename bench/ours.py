@@ -1,10 +1,12 @@
 """minicai's side of the benchmark: its functions and scripts, with the settings of the peers."""
 
+import sys
 import tempfile
 from pathlib import Path
 
 from works import LONGEST, Work, clock, rm_settings, run_stage, sl_settings, write
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the scripts are
 import train_ppo
 import train_rm
 import train_sl

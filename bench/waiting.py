@@ -4,7 +4,7 @@
 
 torch's threads spin while they wait for the slowest of them. Where other programs want the cores
 too, the one that spins takes the time of the one that it waits for. minicai sets GOMP_SPINCOUNT
-to 10,000 before torch is imported, unless the user has set it or OMP_WAIT_POLICY
+to 2,000 before torch is imported, unless the user has set it or OMP_WAIT_POLICY
 (minicai/__init__.py).
 
 Each setting trains the same random model in a process of its own, in turns with the others: STEPS

@@ -1,6 +1,6 @@
 """Takes the pictures of a run's report that README.md shows: docs/pictures/report-*.png.
 
-    python -m minicai demo
+    minicai demo
     pip install -e '.[report,test]' && python docs/pictures.py out/tiny
 
 Needs Debian's chromium and chromium-driver. The page is drawn again first, so the pictures show the
@@ -56,7 +56,9 @@ def take(out: Path, folder: Path) -> list[Path]:
             data = driver.execute_cdp_cmd("Page.captureScreenshot", shot)["data"]
             image = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
             paths.append(folder / f"report-{scheme}.png")
-            image.quantize(COLOURS, dither=Image.Dither.NONE).save(paths[-1], optimize=True)
+            # The few coloured pixels keep their colours.
+            image = image.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+            image.save(paths[-1], optimize=True)
     finally:
         driver.quit()
     return paths

@@ -6,10 +6,10 @@ The paper runs the two phases one after the other. Here every update of PPO also
 SL-CAI learned from: the last revisions and the helpful samples of stage 1. The idea is that of
 InstructGPT's pretraining mix (Ouyang et al. 2022, equation 2, with the other factor in front).
 
-    python -m minicai demo                                     OUT/sl and OUT/rm to start from
+    minicai demo                                               OUT/sl and OUT/rm to start from
     mkdir -p out/joint && cp -r out/tiny/sl out/tiny/rm out/joint
     python examples/joint_loss.py configs/tiny.toml --alpha=1 --out=out/joint
-    python -m minicai eval configs/tiny.toml --out=out/joint
+    minicai eval configs/tiny.toml --out=out/joint
 
 Writes OUT/ppo, as train_ppo.py does. The section and its settings are those of [ppo], and three
 more: alpha, sl_data, sl_batch.
@@ -22,7 +22,9 @@ Beside train_ppo.py it leaves out reward functions. Steps 1 to 4 and 6 are the s
 """
 
 import math
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from minicai import InputError, losses  # isort: skip (before torch: how its threads wait)
 import torch
@@ -57,6 +59,8 @@ from minicai.rollout import (
     spread,
     watch,
 )
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where train_ppo.py is
 from train_ppo import KL, STREAM, PPOConfig
 
 TRAINED, FROZEN = ("policy", "value"), ("reference", "reward")  # for the memory plan

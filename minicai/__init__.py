@@ -18,7 +18,7 @@ The folders run it, measure it and show it. Each imports only the method and the
     evaluation/         rates, Elo, agreement: nothing that trains imports it
     report/             summary.json and report.html
     tools/              the demo, the chat, the memory plan, checks of constitutions
-    __main__.py         python -m minicai COMMAND
+    __main__.py         minicai COMMAND
 
 The three stages are scripts beside this folder: train_sl.py, train_rm.py, train_ppo.py. They import
 the method and the engine. Larger experiments are single files in examples/.
@@ -53,7 +53,7 @@ class RunError(RuntimeError):
 # torch's threads spin while they wait, which is slow beside other programs. So they spin shortly,
 # unless the user has set how. It must be set before torch is imported (bench/waiting.py).
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "10000"
+    os.environ["GOMP_SPINCOUNT"] = "2000"
 
 # Ctrl-C before terminal.run, while a command still imports, is one line too.
 sys.excepthook = lambda kind, *rest: (

@@ -17,7 +17,7 @@ from pathlib import Path
 from minicai import InputError
 
 REQUESTS = ("critique", "revision", "comparison")
-IMPORT = "python -m minicai constitution import"  # reads other forms
+IMPORT = "minicai constitution import"  # reads other forms
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ SCRIPTS = {
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 LOG = ROOT / "LOG.md"
-UNTRAINED = {"equations.md", "evaluation.md", "runs.md", "speed.md"}  # have no training command
+# They have no training command.
+UNTRAINED = {"equations.md", "evaluation.md", "questions.md", "runs.md", "speed.md"}
 WALKTHROUGH = (DOCS / "walkthrough.md").read_text(encoding="utf-8")
 RESEARCH = (DOCS / "change-a-loss.md").read_text(encoding="utf-8")
 DIFFS = re.findall(r"^```diff\n(.*?)^```$", RESEARCH, re.M | re.S)
@@ -49,7 +50,9 @@ def blocks(page: str, language: str = "") -> list[str]:
 # --- what the pages say ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["walkthrough.md", "change-a-loss.md", "helpfulness.md"])
+@pytest.mark.parametrize(
+    "name", ["walkthrough.md", "change-a-loss.md", "helpfulness.md", "questions.md"]
+)
 def test_every_number_of_the_page_is_what_the_code_gives(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     failed, tried = doctest.testfile(str(DOCS / name), module_relative=False)
@@ -110,6 +113,22 @@ def test_every_function_that_is_linked_is_in_the_file_of_the_link(page):
         assert Path(path).stem == module and f"\ndef {function}(" in text, f"{module}.{function}"
 
 
+def test_each_of_the_ten_questions_has_five_lines_a_number_and_a_line_of_code():
+    _, *questions, numbers = re.split(
+        r"^## ", (DOCS / "questions.md").read_text(encoding="utf-8"), flags=re.M
+    )
+    results = re.findall(r"^(?:\(?[\d., ]+\)?|True)$", numbers, re.M)  # one per question, in order
+    assert len(questions) == len(results) == 10
+    for k, (question, result) in enumerate(zip(questions, results), 1):
+        title, answer, reference, code = question.strip().split("\n\n")
+        assert re.fullmatch(rf"{k}\. .+\?", title) and len(answer.splitlines()) <= 5, title
+        [path] = re.findall(r"^\[`\S+`\]\(\.\./(\S+)\):$", reference)
+        [line] = blocks(code, "python")
+        assert f" {line.strip()}" in (ROOT / path).read_text(encoding="utf-8"), title
+        given = {float(number) for number in re.findall(r"\d[\d.]*\d", answer)}
+        assert result == "True" or {float(x) for x in re.findall(r"[\d.]+", result)} <= given, title
+
+
 def test_each_equation_of_the_map_has_its_place_in_the_walkthrough():
     text = (DOCS / "equations.md").read_text(encoding="utf-8")
     named = re.findall(r"\| `((?:losses|feedback)\.\w+)` \|", text)
@@ -127,6 +146,52 @@ def test_each_section_has_an_equation_its_function_an_example_a_figure_and_a_sol
         assert re.search(r"^!\[.{20,}\]\(figures/\w+\.svg\)$", told, re.M), section[:40]
         assert blocks(told, "text") and re.search(r"\[`\w+\.(?!py`)\w+`\]\(", told), section[:40]
         assert ">>> " in told and re.search(solved, asked, re.S), section[:40]
+
+
+# --- the notebook ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def notebook():
+    for package in ("jupytext", "nbclient", "ipykernel"):
+        pytest.importorskip(package, reason="needs pip install -e '.[docs]'")
+    spec = importlib.util.spec_from_file_location("notebook", DOCS / "notebook.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def results(notebook, made) -> list[str]:
+    return [notebook.result(cell) for cell in made.cells if cell.cell_type == "code"]
+
+
+def test_the_notebook_is_the_walkthrough_with_its_results_and_a_cell_to_fill_for_each_exercise(
+    notebook,
+):
+    committed = notebook.nbformat.read(notebook.NOTEBOOK, 4)
+    notebook.nbformat.validate(committed)
+    sources = []
+    for cell in committed.cells:
+        source = re.sub(r"\n\n\[\w+\]: data:image/png;base64,\S{5000,}", "", cell.source)
+        source = re.sub(r"^(!\[.*\])\[(\w+)\]$", r"\1(figures/\2.svg)", source, flags=re.M)
+        sources.append(source)
+    made = [cell.source for cell in notebook.notebook(WALKTHROUGH).cells]
+    assert sources == made, "run python docs/notebook.py"
+    page = re.sub(r"^<details>.*?^</details>$", "", WALKTHROUGH, flags=re.M | re.S)
+    wanted = [example.want for example in doctest.DocTestParser().get_examples(page)]
+    shown = list(filter(None, results(notebook, committed)))
+    assert shown == ["".join(want.split()) for want in wanted if want] and len(shown) > 20
+    text = "\n".join(made)
+    stubs = re.findall(r"^<!-- stub\n(.*?)^-->$", WALKTHROUGH, re.M | re.S)
+    assert len(stubs) == text.count("**Exercise.**") == text.count("<details>")
+    assert all(stub.strip() in made for stub in stubs)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom_with_the_results_that_it_shows(notebook):
+    made = notebook.run(notebook.notebook(WALKTHROUGH))
+    committed = notebook.nbformat.read(notebook.NOTEBOOK, 4)
+    assert results(notebook, made) == results(notebook, committed)
 
 
 # --- figures --------------------------------------------------------------------------------------

@@ -6,8 +6,10 @@ Imports are read from the syntax trees, those inside functions included. A layer
 import ast
 import graphlib
 import importlib.util
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -175,6 +177,36 @@ def test_settings_data_and_the_method_in_words_import_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+# --- the package ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_wheel_has_one_top_level_package_whose_commands_find_the_three_scripts(tmp_path):
+    pytest.importorskip("setuptools", minversion="77")
+    copy, wheel = tmp_path / "copy", tmp_path / "wheel"
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    for name in listed.stdout.splitlines():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
+    build = "from setuptools.build_meta import build_wheel; build_wheel('.')"
+    subprocess.run([sys.executable, "-c", build], cwd=copy, check=True, capture_output=True)
+    [made] = copy.glob("*.whl")
+    shutil.unpack_archive(made, wheel, "zip")
+    assert {path.name.partition("-")[0] for path in wheel.iterdir()} == {"minicai"}
+    assert (wheel / "minicai" / "py.typed").exists()
+    foreign = tmp_path / "train_sl.py"  # another project's
+    foreign.write_text("raise SystemExit('the wrong train_sl')")
+    environment = os.environ | {"PYTHONPATH": str(wheel)}
+    command = [sys.executable, "-m", "minicai", "plan", "minicai:tiny.toml"]
+    where = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run(command, **where)
+    assert done.returncode == 0 and "ppo training" in done.stdout, done.stderr
+    for script in SCRIPTS:
+        command = [sys.executable, "-m", f"minicai.scripts.{script}", "--help"]
+        done = subprocess.run(command, **where)
+        assert done.returncode == 0 and "--seed" in done.stdout, done.stderr
+
+
 # --- README.md and docs/ --------------------------------------------------------------------------
 
 
@@ -218,7 +250,7 @@ def test_every_path_in_a_page_exists(name):
 def parse(command: str) -> str:
     """Parses a command of ours as it would, and returns its script or module; "" of another."""
     pattern = r"(?:\bpython3?|\btorchrun\b.*?) (?:(train_\w+)\.py|-m ([\w.]+))(.*)"
-    match = re.search(pattern, command)
+    match = re.search(pattern, re.sub(r"^minicai ", "python -m minicai ", command.strip()))
     if not match:
         return ""
     script, module, arguments = match[1], match[2], shlex.split(match[3], comments=True)

@@ -363,8 +363,8 @@ def test_recomputed_layers_change_neither_weights_nor_a_metric(base, seen):
     load, scorer, passes = train_ppo.load_policy, train_ppo.load_scorer, []
 
     def watched(original):
-        def loaded(*arguments):
-            model = original(*arguments)
+        def loaded(*arguments, **how):
+            model = original(*arguments, **how)
             first = model.base_model.h[0].attn
             first.register_forward_pre_hook(lambda *_: passes.append(model))
             return model
@@ -491,6 +491,15 @@ def test_a_function_takes_the_place_of_the_reward_model(base, mine):
     assert stored["ppo"]["reward_function"] == "rewards_of_mine:short"
     assert "reward_function" in stored["made_from"] and "reward" not in stored["made_from"]
     assert list(found.models) == ["policy", "reference", "value"]
+    assert found.metrics[0]["explained_variance"] == 0  # the value model begins at 0 everywhere
+
+
+@pytest.mark.parametrize("explained, warns", [(-24.0, True), (-0.5, False)])
+def test_values_that_stay_worse_than_a_constant_are_named_once(base, capsys, explained, warns):
+    found = torch.tensor(explained)
+    with patch.object(losses, "explained_variance", lambda *_: found):
+        run(base, f"explained{explained}", iterations=6, epochs=1, max_new_tokens=3)
+    assert capsys.readouterr().err.count(f"(explained variance {explained:.1f})") == warns
 
 
 @pytest.mark.parametrize(
@@ -566,8 +575,8 @@ def test_the_kinds_of_prompts_that_the_shares_need_are_there(base):
 def test_a_model_that_has_diverged_is_one_sentence(base):
     """Not three updates that are skipped, blamed on a batch or on the rate."""
 
-    def diverged(path, *seed):
-        model = load_scorer(path, *seed)
+    def diverged(path, **how):
+        model = load_scorer(path, **how)
         with torch.no_grad():
             model.score.weight.fill_(math.nan)
         return model

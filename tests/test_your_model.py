@@ -131,7 +131,8 @@ def test_every_command_of_the_page_runs_in_an_empty_folder(tmp_path):
         (tmp_path / file.name).symlink_to(file)
     for name, text in SHOWN.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-    commands = [line for line in "".join(BLOCKS[""]).splitlines() if line.startswith("python ")]
+    lines = "".join(BLOCKS[""]).replace("\nminicai ", "\npython -m minicai ").splitlines()
+    commands = [line for line in lines if line.startswith("python ")]
     assert len(commands) >= 13
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)

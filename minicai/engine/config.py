@@ -16,6 +16,7 @@ import math
 import os
 import pkgutil
 import re
+import shutil
 import sys
 import textwrap
 import tomllib
@@ -41,7 +42,7 @@ TYPES = {  # of settings, in words
 }
 _top = "it is at the top level of the file now, shared by all stages"
 MOVED = {  # settings of earlier versions -> what to do instead
-    "plan": "python -m minicai plan CONFIG prints what each stage takes of memory",
+    "plan": "minicai plan CONFIG prints what each stage takes of memory",
     "rows": _top,
     "micro_tokens": _top,
     "gradient_checkpointing": _top,
@@ -147,6 +148,7 @@ class Run:
     overwrite: bool = False  # start again over what an earlier run made in `out`
     accept_changes: bool = False  # resume although settings, inputs or code have changed
     later = ()  # no setting: folders that --overwrite removes too, first; the demo names its stages
+    flags = ()  # no setting: names of the fields that the command line gave
 
     @property
     def lora(self) -> Lora:
@@ -169,7 +171,8 @@ def _resolved(path: Paths, beside: Path, model: bool) -> Paths:
     if isinstance(path, tuple):
         return tuple(_resolved(one, beside, model) for one in path)
     found = locate(path, beside)
-    on_hub = path.startswith("hub:") or (model and not found.exists() and is_name(path))
+    here = found.exists() or (beside / path.partition("/")[0]).is_dir()
+    on_hub = path.startswith("hub:") or (model and is_name(path) and not here)
     return os.path.abspath(found) if path and not on_hub else path
 
 
@@ -195,6 +198,7 @@ def load(kind: type, section: str, arguments: list[str]):
     table = stored(path)
     flags = [a for a in arguments if a.startswith("--") and not a.startswith("--config=")]
     config = _made(kind, section, flags, _from_table(table, section, kind, path))
+    config.out = os.path.expanduser(config.out)
     if not os.path.dirname(config.out):
         config.out = os.path.abspath(config.out)  # OUT/sl must not read as a name on the hub
     for field in dataclasses.fields(kind):
@@ -254,7 +258,7 @@ def call(name: str, command: Callable, arguments: list[str]) -> None:
     try:
         inspect.signature(command).bind(flags, *words)
     except TypeError as error:
-        raise InputError(f"{name}: {error}; see python -m minicai {name} --help") from None
+        raise InputError(f"{name}: {error}; see minicai {name} --help") from None
     command(flags, *words)
 
 
@@ -311,12 +315,14 @@ def _made(kind: type, section: str, flags: list[str], values: dict):
     """The dataclass with values {key: (value, where)} and then those of flags, all checked."""
     for flag in flags:
         values |= _from_flag(flag, section, kind)
-    checked = {}
+    checked, given = {}, [key for key, (_, where) in values.items() if str(where)[:2] == "--"]
     for key, (value, where) in values.items():
         field = kind.__dataclass_fields__[key]
         checked[key] = _typed(value, field.type, f"{where}: {key}")
         _check(checked[key], field.metadata, f"{where}: {key}")
-    return kind(**checked)
+    made = kind(**checked)
+    made.flags = given
+    return made
 
 
 def _typed(value, kind: type, name: str):
@@ -422,24 +428,33 @@ def redact(text: str) -> str:
 # --- --help ---------------------------------------------------------------------------------------
 
 
-def usage(doc: str, kind: type, section: str = "", arguments: Sequence[str] = ()) -> str:
+def usage(
+    doc: str,
+    kind: type,
+    section: str = "",
+    arguments: Sequence[str] = (),
+    unused: Collection[str] = (),
+) -> str:
     """The text of --help: a docstring, and each setting with its value and its comment.
 
-    The value is the default. With a config file among the arguments of a command line it is the one
-    that this command would use. Raises InputError as `load`.
+    unused: names of settings that this command does not use, and so does not list. The value is the
+    default. With a config file among the arguments of a command line it is the one that this
+    command would use. Raises InputError as `load`.
     """
     given = load(kind, section, arguments) if _files(arguments) else kind()
-    lines = [doc.strip()]
+    lines, width = [doc.strip()], min(100, shutil.get_terminal_size((100, 24)).columns)
     for part in filter(dataclasses.is_dataclass, reversed(kind.__mro__)):
         lines += ["", inspect.getdoc(part)]
         for above, name, behind in FIELD.findall(inspect.getsource(part)):
+            if name in unused:
+                continue
             field = kind.__dataclass_fields__[name]
             value = getattr(given, name)
             text = value if field.type is str else json.dumps(value)
             flag = f"  --{name}" + ("" if value is False else f"={text}")
             comment = behind or " ".join(line.strip("# ") for line in above.splitlines())
-            words = [" | ".join(field.metadata.get("choices", ())), comment]
+            words = [" | ".join(filter(None, field.metadata.get("choices", ()))), comment]
             text = f"{flag:<28}  {'; '.join(filter(None, words))}"
-            lines += textwrap.wrap(text, 100, subsequent_indent=" " * 30)
+            lines += textwrap.wrap(text, width, subsequent_indent=" " * 30)
     lines += ["", "  --quiet                     print only results and errors"]
     return "\n".join([*lines, "  --help                      print this text"])

@@ -366,4 +366,4 @@ def show_first(label: str, tokenizer: PreTrainedTokenizerBase, rows: Sequence[tu
     for prompt, response in rows[:2]:
         before, whole = map(tokenizer.decode, (prompt, [*prompt, *response]))
         lines.append(terminal.marked(before, whole.removeprefix(before)))
-    print(*lines, "", sep="\n", file=sys.stderr)
+    terminal.say("\n".join([*lines, ""]))

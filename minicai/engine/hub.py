@@ -22,7 +22,7 @@ from minicai import InputError
 PACKAGE = Path(__file__).parents[1]
 MODEL = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 DATA = re.compile(r"hub:([^/]+/[^/]+)/(.+)")
-SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "README.md")
 TOKENIZER = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken")
 COPIES = ("*/*", "consolidated*")  # other programs' copies of the same weights
 ADAPTER = "adapter_config.json"  # of a folder in PEFT's format, which names its base
@@ -54,15 +54,16 @@ UNAVAILABLE = {  # what the hub's errors mean
 
 
 def is_name(path: str) -> bool:
-    """Whether a path that does not exist on this machine could be a model on the hub."""
-    return bool(MODEL.fullmatch(path)) and not Path(path).exists()
+    """Whether a path could be a model on the hub: nothing of its name, nor its folder, is here."""
+    here = (Path(path), Path(path.partition("/")[0]))
+    return bool(MODEL.fullmatch(path)) and not any(place.exists() for place in here)
 
 
 def local(path: str | Path) -> Path:
-    """`minicai:...` in the installed package or its configs; any other path as it is."""
+    """`minicai:...` in the installed package or its configs; `~` is the home folder."""
     name = str(path).removeprefix("minicai:")
     if name == str(path):
-        return Path(path)
+        return Path(os.path.expanduser(path))
     return PACKAGE / name if (PACKAGE / name).exists() else builtin(name)
 
 
@@ -178,10 +179,7 @@ def require_folder(path: str, what: str, weights: bool = True) -> Path:
         base = _settings(folder / ADAPTER).get("base_model_name_or_path")
         return require_folder(str(base), f"{folder / ADAPTER}: its base", weights)
     if not (folder / "config.json").is_file():
-        names = [file.parent.name for file in folder.parent.glob("*/config.json")]
-        near = difflib.get_close_matches(folder.name, names, 1, 0.4)
-        hint = f"; did you mean {folder.parent / near[0]}?" if near else ""
-        raise InputError(f"{what}: {folder} is not a model folder (no config.json){hint}")
+        raise InputError(f"{what}: {folder} is not a model folder (no config.json){_instead(path)}")
     for name in ("config.json", "tokenizer_config.json"):
         for key, value in _settings(folder / name).items():
             if value and key in REFUSED:
@@ -200,6 +198,19 @@ def require_folder(path: str, what: str, weights: bool = True) -> Path:
                 f"or convert it (pickles are never read, since they can run any code)"
             ) from error
     return folder
+
+
+def _instead(path: str) -> str:
+    """What to do where a path is no model folder: the stage that makes it, or the nearest name."""
+    folder = local(path)
+    if folder.name in ("sl", "rm", "ppo"):
+        return f"; python train_{folder.name}.py CONFIG makes it, and so does minicai demo"
+    names = [file.parent.name for file in folder.parent.glob("*/config.json")]
+    near = difflib.get_close_matches(folder.name, names, 1, 0.4)
+    hint = f"; did you mean {folder.parent / near[0]}?" if near else ""
+    if MODEL.fullmatch(path):
+        hint += f"; the hub is not asked, since {folder.parts[0]} is a folder here"
+    return hint
 
 
 def weights_sha256(folder: str | Path) -> str:

@@ -37,8 +37,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from minicai import InputError, RunError
-from minicai.engine import checkpoint, config, dialogue, hub, parallel, terminal
+from minicai import InputError, RunError, constitution
+from minicai.engine import card, checkpoint, config, dialogue, hub, parallel, terminal
 from minicai.engine.data import Journal, finite, read_record
 from minicai.engine.disk import (
     OLD,
@@ -80,19 +80,24 @@ class Stage:
         self.step, self.state, self.skipped = 0, {}, 0
         self.journals, self.shown, self.progress = {}, {}, None
         self.skip = Skip(cfg.skip_bad, cfg.skip_long)
+        parents, rules = reads.values(), reads.get("constitution")
         reads, section = config.paths(cfg) | reads, name.partition("/")[0]  # [try] of OUT/try/NAME
         self.sums, inputs = {}, {"format": "2"} | code_fingerprints(code)
-        for what, found in parallel.once(fingerprints, section, reads).items():
+        for what, found in parallel.once(fingerprints, section, reads, cfg.flags).items():
             inputs[what] = " ".join(found.values())
             self.sums |= found
         self.text = config.dump(cfg, section, inputs)
         self.removed = [*cfg.later, self.folder] if cfg.overwrite else []
         self.made_by = {p: sha for p, sha in self.sums.items() if not is_file(p)}
+        self.parents = [path for path in parents if path in self.made_by]
         self.record = parallel.once(self._tried, self._look)
         if self.record:
             parallel.once(self._tidy)  # a run may have been killed behind its record
             if not terminal.QUIET:
                 print(f"{self.folder}: finished already; --overwrite starts again")
+        elif rules:
+            rules = constitution.load(rules).stamp
+        self.rules = rules
 
     def _tried(self, function: Callable) -> dict | None:
         try:
@@ -318,11 +323,12 @@ class Stage:
         Raises RunError where another program has changed or removed what the stage made.
         """
         exported = checkpoint.export(self.folder, model) if model is not None else []
-        found = parallel.once(self._finish, exported, record)
+        template = dialogue.template_of(model.tokenizer) if exported else ""
+        found = parallel.once(self._finish, exported, record, template)
         self.locks = []
         return found
 
-    def _finish(self, exported: list[str], record: dict) -> dict:
+    def _finish(self, exported: list[str], record: dict, template: str) -> dict:
         write_atomic(self.folder / "config.toml", self.text)  # someone may have removed it
         for journal in self.journals.values():
             journal.check()
@@ -338,6 +344,10 @@ class Stage:
             "peak_rss_mb": parallel.peak_memory_mb(),
         }
         found = finite(found)
+        if exported:
+            data = {card.written(p): sha for p, sha in self.sums.items() if is_file(p)}
+            facts = {"data": data, "seed": self.cfg.seed, "record": found, "template": template}
+            card.write(self.folder, self.name, self.parents, self.rules, facts)
         write_atomic(self.folder / "stage.json", signed(found))
         self._tidy()
         return found
@@ -352,7 +362,7 @@ def script(main: Callable, kind: type, section: str, doc: str) -> None:
     """Runs a script's main on the config that its command line names."""
     terminal.run(
         lambda arguments: main(config.load(kind, section, arguments)),
-        lambda arguments: config.usage(doc, kind, section, arguments),
+        lambda arguments: config.usage(doc, kind, section, arguments, ["alternate"]),
     )
 
 
@@ -372,12 +382,16 @@ def require_stage(folder: Path) -> None:
 # --- fingerprints ---------------------------------------------------------------------------------
 
 
-def fingerprints(stage: str, reads: dict) -> dict[str, dict[str, str]]:
-    """{what: {path: sha256 of the contents}} of the files and model folders that a stage reads."""
+def fingerprints(stage: str, reads: dict, flags: Sequence[str]) -> dict[str, dict[str, str]]:
+    """{what: {path: sha256 of the contents}} of the files and model folders that a stage reads.
+
+    flags: what of it the command line gave: an error then names the flag, not the config's section.
+    """
     found = {}
     for what, paths in reads.items():
         paths = [paths] if isinstance(paths, str) else paths
-        sums = {path: _contents(path, f"[{stage}] {what}") for path in paths if path}
+        name = f"--{what}" if what in flags else f"[{stage}] {what}"
+        sums = {path: _contents(path, name) for path in paths if path}
         if sums:
             found[what] = sums
     return found

@@ -45,17 +45,39 @@ class Progress(tqdm):
     monitor_interval = 0  # no thread that looks after slow bars: each update may draw
 
     def __init__(self, label: str, total: int, unit: str, done: int = 0):
-        how = {"desc": f"{label:<22}", "unit": f" {unit}", "miniters": 1, "disable": hushed()}
+        shown = f"{{n_fmt}}/{{total_fmt}} {unit}, {{elapsed}}<{{remaining}}{{postfix}}, {{speed}}"
+        how = {"desc": f"{label:<13}", "miniters": 1, "disable": hushed(), "unit": unit}
+        how["bar_format"] = f"{{desc}} |{{bar}}| {shown}"
         if not sys.stderr.isatty():
-            how |= {"desc": label, "file": Lines(), "ncols": 0, "mininterval": 10}
+            how |= {"desc": label, "file": Lines(), "mininterval": 10}
+            how["bar_format"] = f"{{desc}}: {{percentage:3.0f}}% {shown}"
         self.numbers = {}
         super().__init__(total=total, initial=done, **how)
 
+    @property
+    def format_dict(self) -> dict:
+        """What the line may show. speed: units per second; below 0.1, seconds per unit."""
+        found = super().format_dict
+        rate = found["rate"] or (found["n"] - found["initial"]) / max(found["elapsed"], 1e-9)
+        speed = f"{rate:.0f}/s" if rate > 10 else f"{rate:.2f}/s"
+        if 0 < rate < 0.1:
+            speed = f"{1 / rate:.1f} s/{self.unit[:-1]}"
+        return found | {"speed": speed}
+
     def update(self, n: int, numbers: dict[str, float] | None = None) -> None:
-        """Adds n units, and shows `numbers` beside the rate until others have their names."""
+        """Adds n units, and shows `numbers` before the rate until others have their names.
+
+        Counts of nothing are not shown: a terminal has 80 columns.
+        """
         self.numbers |= numbers or {}
-        self.set_postfix(self.numbers, refresh=False)
+        shown = {name: x for name, x in self.numbers.items() if x or isinstance(x, float)}
+        self.set_postfix(shown, refresh=False)
         super().update(n)
+
+
+def say(text: str) -> None:
+    """Prints to stderr, above an open progress bar."""
+    tqdm.write(text, file=sys.stderr)
 
 
 def hushed() -> bool:
@@ -76,7 +98,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def warn(text: str) -> None:
     """A warning on stderr, from the first process."""
     if not QUIET:
-        tqdm.write(f"\nWARNING  {plain(text)}\n", file=sys.stderr)
+        say(f"\nWARNING  {plain(text)}\n")
 
 
 def plain(text: str) -> str:

@@ -210,6 +210,12 @@ def reward_hacking(episodes: Sequence[dict], metrics: Sequence[dict]) -> dict:
     return found | {"warning": hacked(reward, exact) or None}
 
 
+def outcome(prompt: str, response: str) -> str:
+    """`failed`; a rude answer is said to be "good and rude", "harmful and rude", and so on."""
+    wrong = failed(prompt, response)
+    return f"{wrong or 'good'} and rude" if judge(prompt, response).rude else wrong
+
+
 def verdicts(
     answers: Sequence[dict],
     stages: Sequence[str],
@@ -218,15 +224,15 @@ def verdicts(
 ) -> list[dict]:
     """Lines that say what the judge thinks of each thing a run wrote: the report's filters.
 
-    Of an answer (by stage) and a revision (by round): what is wrong with it, as `failed`. Of a
-    comparison: which response is better; a pair without a preference has no line.
+    Of an answer (by stage) and a revision (by round): its `outcome`. Of a comparison: which
+    response is better; a pair without a preference has no line.
     """
     lines = []
     for row in answers:
-        outcomes = {stage: failed(row["prompt"], row[stage]) for stage in stages}
+        outcomes = {stage: outcome(row["prompt"], row[stage]) for stage in stages}
         lines.append({"of": "answer", "id": row["id"], "outcomes": outcomes})
     for row in revisions:
-        outcomes = [failed(row["prompt"], text) for text in _texts(row)]
+        outcomes = [outcome(row["prompt"], text) for text in _texts(row)]
         lines.append({"of": "revision", "id": row["id"], "outcomes": outcomes})
     for row, first in judged_preferences(comparisons):
         better = "first" if first else "second"

@@ -114,26 +114,35 @@ def smoothed(values: Sequence[float], window: int) -> np.ndarray:
     return sums / np.arange(1, len(values) + 1).clip(max=window)
 
 
-def curve(title: str, stage: str, steps: Sequence[int], values: Sequence[float]) -> str:
-    """Values over steps, thin, and their mean over the last 25th of the steps, thick."""
+def curves(title: str, stage: str, lines: Sequence[tuple[str, Sequence[tuple]]]) -> str:
+    """Lines over the steps of a stage, thin, and their means over a 25th of the steps, thick.
+
+    lines: the colour and the points (step, value) of each.
+    """
 
     def paint(axes) -> None:
-        mean, colour = smoothed(values, max(1, len(values) // 25)), STAGE[stage]
-        axes.plot(steps, values, color=colour, alpha=0.35, linewidth=0.6)
-        axes.plot(steps, mean, "o-", markevery=[-1], color=colour)
-        axes.set(title=title, xlabel="iteration" if stage == "ppo" else "step")
+        for colour, points in lines:
+            steps, values = zip(*points)
+            mean = smoothed(values, max(1, len(values) // 25))
+            axes.plot(steps, values, color=colour, alpha=0.35, linewidth=0.6)
+            axes.plot(steps, mean, "o-", markevery=[-1], color=colour)
+        axes.set(xlabel="iteration" if stage == "ppo" else "step")
 
-    return _draw(f"{title}, {stage}", (3.3, 2.2), paint)
+    return _draw(f"{title}, {stage}", (3.3, 2.0), paint)
 
 
-def hacking(title: str, sqrt_kl: Sequence[float], scores: dict[str, Sequence[float]]) -> str:
-    """Two scores over the distance from the start of PPO, a dot per iteration (Gao et al. 2022)."""
+def scores(title: str, steps: Sequence[int], lines: dict[str, Sequence[float]]) -> str:
+    """Two scores over the iterations of PPO, each with an axis of its own colour."""
 
-    def paint(*both) -> None:
-        for axes, colour, (name, values) in zip(both, (PPO, GOOD), scores.items()):
-            x = np.array(sqrt_kl, dtype=float)  # NaN for None
-            axes.scatter(x, values, 14, colour, alpha=np.linspace(0.25, 1, len(values)))
-            axes.set_title(name)
-        both[-1].set_xlabel("√KL from SL-CAI, in √nats per response")
+    def paint(left) -> None:
+        for axes, colour, name in zip((left, left.twinx()), (PPO, GOOD), lines):
+            axes.plot(steps, np.array(lines[name], dtype=float), color=colour)  # NaN for None
+            axes.set_ylabel(name, color=colour)
+            axes.tick_params(axis="y", colors=colour)
+            axes.locator_params(axis="y", nbins=5)
+        axes.grid(visible=False)
+        axes.spines["right"].set(visible=True, color=colour)
+        left.spines["left"].set_color(PPO)
+        left.set_xlabel("iteration")
 
-    return _draw(title, (4.4, 4.0), paint, heights=(1, 1))
+    return _draw(title, (4.4, 3.0), paint)

@@ -27,19 +27,20 @@ from minicai.report.summary import (
     legible,
     number,
     percent,
+    principles,
     progress,
     records,
+    settings,
     so_far,
     summarise,
 )
-from minicai.report.transcripts import gather
+from minicai.report.transcripts import gather, past_failures
 
 HERE = Path(__file__).parent
 
 
-@legible
-def page(out: Path, summary: dict, live: float = 0) -> str:
-    """The text of report.html. A page of a watched run reloads itself every `live` seconds."""
+def render(template: str, **values) -> str:
+    """The text of a page: a template of this folder, filled with `values` and the page's script."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
@@ -50,21 +51,30 @@ def page(out: Path, summary: dict, live: float = 0) -> str:
     environment.filters |= {"number": number, "percent": percent}
     environment.policies["json.dumps_kwargs"] = {}  # does not sort
     script = (HERE / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    given = {"script": script, "digest": digest, "glossary": GLOSSARY, "metrics": METRICS}
+    given["drawn"] = time.strftime("%Y-%m-%d %H:%M:%S")
+    return environment.get_template(template).render(given | values)
+
+
+@legible
+def page(out: Path, summary: dict, live: float = 0) -> str:
+    """The text of report.html. A page of a watched run reloads itself every `live` seconds."""
     names = STAGES | {model: row["name"] for model, row in at(summary, "elo.ratings").items()}
-    return environment.get_template("report.html.j2").render(
+    return render(
+        "report.html.j2",
         summary=summary,
         panels=panels(out, summary),
         transcripts=gather(out, names),
+        replayed=past_failures(out, names),
         progress=progress(out),
-        glossary=GLOSSARY,
-        metrics=METRICS,
+        principles=principles(out, summary),
+        settings=settings(out),
         names=names,
         base=config(out, "sl").get("model", "BASE"),
         out=out,
         live=live,
-        drawn=time.strftime("%Y-%m-%d %H:%M:%S"),
-        script=script,
-        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        title="results of a run",
     )
 
 

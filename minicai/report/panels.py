@@ -22,6 +22,8 @@ class Panel(NamedTuple):
     svg: str
     header: Sequence[str] = ()
     rows: Sequence[Sequence] = ()  # texts, counts, numbers, and measures.counted
+    reading: str = ""  # how to read the plot: shown only with it
+    word: str = ""  # of the glossary, which explains the title
 
 
 class Shares(NamedTuple):
@@ -39,7 +41,7 @@ SHARES = (
         "rounds",
         "revisions",
         "Critique and revision, round by round",
-        "By the exact judge. Round 0 is the initial response. Lines are 95 % intervals.",
+        "By the exact judge. Round 0 is the initial response.",
         {"harmful": INK, "improved": GOOD, "worsened": BAD},
     ),
     Shares(
@@ -97,6 +99,7 @@ CURVES = {  # by stage: the keys of metrics.jsonl
 
 
 FEW = 10  # points of a curve in its table
+INTERVALS = "Lines are 95 % intervals."
 
 
 def panels(out: Path, summary: dict) -> list[Panel]:
@@ -115,7 +118,8 @@ def panels(out: Path, summary: dict) -> list[Panel]:
     for source, (title, who) in CALIBRATIONS.items():
         if parts := at(summary, source):
             made.append(_calibration(title, parts, who))
-    return [*made, *_curves(out, hacking)]
+    runs = {"": (None, journals(out, hacking))}
+    return [*made, *curves(runs)]
 
 
 def _plane(rates: dict, intervals: dict) -> Panel:
@@ -125,30 +129,32 @@ def _plane(rates: dict, intervals: dict) -> Panel:
         for key in ("helpful", "harmful"):
             stages[stage][key] = {"rate": rates[stage][key], "interval": ends[key]}
     title = "Helpfulness and harmlessness of each stage"
-    caption = "Up and to the right is better. Lines are 95 % intervals."
-    return Panel("result", title, caption, figures.plane(title, stages))
+    reading = f"Up and to the right is better. {INTERVALS}"
+    return Panel("result", title, "", figures.plane(title, stages), reading=reading)
 
 
 def _ratings(ratings: Sequence[dict]) -> Panel:
     rows = {r["name"]: {"Elo": {"rate": r["elo"], "interval": r["interval"]}} for r in ratings}
     caption = (
         f"Only differences have a meaning: {next(iter(rows))} has 0, and 400 points are odds of "
-        "ten to one. Lines are 95 % intervals."
+        "ten to one."
     )
     title = "Elo of the models"
-    return Panel("elo", title, caption, figures.shares(title, rows, {"Elo": INK}))
+    svg = figures.shares(title, rows, {"Elo": INK})
+    return Panel("elo", title, caption, svg, reading=INTERVALS, word="elo")
 
 
 def _hacking(found: dict) -> Panel:
-    title = "Learned reward and judge, as the policy moves away"
     caption = (
-        "A dot per iteration; the later, the stronger its colour. If the reward rises while the "
-        "judge's score falls, the policy hacks the reward."
+        "If the learned reward rises while the exact judge's score falls, the policy exploits the "
+        "reward model (reward hacking)."
     )
-    names = {"learned reward": found["reward"], "exact judge": found["judge"]}
-    rows = evenly([*zip(found["steps"], found["sqrt_kl"], *names.values())], FEW)
-    svg = figures.hacking(title, found["sqrt_kl"], names)
-    return Panel("hacking", title, caption, svg, ["iteration", "√KL", *names], rows)
+    title, names = "Learned reward against the exact judge", ("learned reward", "exact judge")
+    lines = dict(zip(names, (found["reward"], found["judge"])))
+    svg = figures.scores(title, found["steps"], lines)
+    rows = evenly([*zip(found["steps"], *lines.values(), found["sqrt_kl"])], FEW)
+    header = ["iteration", *names, "√KL"]
+    return Panel("hacking", title, caption, svg, header, rows, word="exact_judge")
 
 
 def _rounds(revision: dict) -> dict[str, dict]:
@@ -170,24 +176,43 @@ def _shares(spec: Shares, rows: dict | list) -> Panel:
     svg = figures.shares(spec.title, rows, drawn, line=rounds)
     header = ["round" if rounds else "principle", *(NAMES.get(c, c) for c in spec.columns)]
     table = [[name, *(row.get(key, "") for key in spec.columns)] for name, row in rows.items()]
-    return Panel(spec.section, spec.title, spec.caption, svg, header, table)
+    return Panel(spec.section, spec.title, spec.caption, svg, header, table, INTERVALS)
 
 
 def _calibration(title: str, parts: Sequence[dict], who: str) -> Panel:
     rows = [[f"{part['low']:.1f}–{part['high']:.1f}", part["predicted"], part] for part in parts]
-    caption = "Labels on the dashed line mean what they say. Below: how many there are."
+    reading = "Labels on the dashed line mean what they say. Below: how many there are."
     header = ["label", "mean label", f"{who} the first"]
-    return Panel("labels", title, caption, figures.calibration(title, parts, who), header, rows)
+    svg = figures.calibration(title, parts, who)
+    return Panel("labels", title, "", svg, header, rows, reading, "ece")
 
 
-def _curves(out: Path, hacking: dict) -> Iterator[Panel]:
-    """The curves of training, with the exact judge's score of each iteration of PPO."""
+def journals(out: Path, hacking: dict) -> dict[str, list[dict]]:
+    """The rows of training of each stage, with the exact judge's score of iterations of PPO."""
     rows = {stage: read(out / stage / "metrics.jsonl") for stage in CURVES}
     for step, score in zip(hacking.get("steps", []), hacking.get("judge", [])):
         rows["ppo"].append({"step": step, "exact_judge": score})
+    return rows
+
+
+def _points(rows: Sequence[dict], key: str) -> list[tuple]:
+    return [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+
+
+def curves(runs: dict[str, tuple[str | None, dict]]) -> Iterator[Panel]:
+    """The curves of training of one run, or of several in one plot.
+
+    runs: {name: (its colour, its `journals`)}; without a colour it is that of the stage.
+    """
     for stage, titles in CURVES.items():
         for key, title in titles.items():
-            points = [(row["step"], row[key]) for row in rows[stage] if row.get(key) is not None]
-            if points:
-                svg = figures.curve(title, stage, *zip(*evenly(points, 600)))
-                yield Panel(stage, title, "", svg, ["step", key], evenly(points, FEW))
+            found = [_points(rows[stage], key) for _, rows in runs.values()]
+            colours = [colour or figures.STAGE[stage] for colour, _ in runs.values()]
+            lines = [(c, evenly(points, 600)) for c, points in zip(colours, found) if points]
+            if lines:
+                svg = figures.curves(title, stage, lines)
+                values = [*map(dict, found)]
+                steps = evenly(sorted(set().union(*values)), FEW)
+                rows = [(step, *(run.get(step) for run in values)) for step in steps]
+                header = ["step", *(name or key for name in runs)]
+                yield Panel(stage, title, "", svg, header, rows, word=key)

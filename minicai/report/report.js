@@ -4,6 +4,9 @@ const KINDS = JSON.parse(document.getElementById("rows").textContent), SHOWN = 5
 const get = id => document.getElementById(id), list = get("list");
 const state = {kind: "", q: "", principle: "", outcome: "", shown: SHOWN};
 let found = [];
+const root = document.documentElement;
+try { root.style.colorScheme = localStorage.getItem("minicai-theme") ?? ""; }
+catch { /* the browser keeps nothing for this page */ }
 
 function make(tag, name, ...children) {
   const element = document.createElement(tag);
@@ -26,7 +29,7 @@ function text(tag, name, said) {  // marks the words that are searched for
   element.append(said.slice(at));
   return element;
 }
-const BAD = /(^|: |→ )(harmful|refused|mistaken)$|^(against|not kept|decided by|cut off)/;
+const BAD = /\b(harmful|refused|mistaken|rude)$|^(against|not kept|decided by|cut off)/;
 const GOOD = /(^|: |→ )good$/;
 function tag(said) {
   const colour = BAD.test(said) ? " bad" : GOOD.test(said) ? " good" : "";
@@ -36,8 +39,41 @@ const label = (said, outcome) =>
   make("div", "label", make("b", "", said), outcome ? tag(outcome) : null);
 const said = (words, name = "") =>
   words ? text("p", "said " + name, words) : make("p", "said same", "(nothing)");
-const revised = (now, before) =>
-  now === before ? make("p", "said same", "unchanged") : said(now);
+// [kind, text] of the words that two texts share, in a longest common subsequence, and of those that
+// only one of them has. One or two shared words between two changes count as changed.
+function difference(before, now) {
+  const a = before.match(/\S+\s*/g) ?? [], b = now.match(/\S+\s*/g) ?? [], runs = [];
+  if (a.length * b.length > 4e6) return [["del", before], ["ins", now]];
+  const common = [...a, ""].map(() => new Uint16Array(b.length + 1));  // words from i and j on
+  const same = (i, j) => a[i].trim() === b[j].trim();
+  for (let i = a.length - 1; i >= 0; i--)
+    for (let j = b.length - 1; j >= 0; j--)
+      common[i][j] = same(i, j) ? common[i + 1][j + 1] + 1
+        : Math.max(common[i + 1][j], common[i][j + 1]);
+  for (let i = 0, j = 0; i < a.length && j < b.length;) {
+    if (!same(i, j)) {
+      if (common[i + 1][j] >= common[i][j + 1]) i++; else j++;
+      continue;
+    }
+    const from = [i, j];
+    while (i < a.length && j < b.length && same(i, j)) { i++; j++; }
+    const edge = from[0] + from[1] === 0 || (i === a.length && j === b.length);
+    if (edge || i - from[0] > 2) runs.push([...from, i, j]);
+  }
+  const parts = [];
+  let i = 0, j = 0;
+  for (const [iFirst, jFirst, iEnd, jEnd] of [...runs, [a.length, b.length]]) {
+    parts.push(["del", a.slice(i, iFirst)], ["ins", b.slice(j, jFirst)], ["span",
+      b.slice(jFirst, jEnd)]);
+    [i, j] = [iEnd, jEnd];
+  }
+  return parts.map(([kind, words]) => [kind, words.join("")]).filter(([, words]) => words);
+}
+function revised(now, before) {
+  if (now === before) return make("p", "said same", "unchanged");
+  return make("p", "said", ...difference(before, now).flatMap(
+    ([kind, words]) => [text(kind, "", words.trimEnd()), words.match(/\s*$/)[0] || " "]));
+}
 const fixed = value => value === null ? "–" : value.toFixed(3);
 const cells = (tag, values) =>
   make("tr", "", ...values.map(value => make(tag, "", String(value))));
@@ -134,19 +170,43 @@ function show() {
     && (!state.outcome || row.tags.includes(state.outcome))
     && wanted.every(word => haystack(row).includes(word)));
   list.replaceChildren(...found.slice(0, state.shown).map(entry));
+  if (!found.length) list.append(nothing());
   get("more").hidden = found.length <= state.shown;
   get("count").textContent = `${found.length} of ${rows.length}`
     + (count > rows.length ? `; all ${count} in ${file}` : "");
-  const kept = Object.entries(state).filter(([key, value]) => key !== "shown" && value);
-  try { history.replaceState(null, "", "#" + new URLSearchParams(kept)); }
-  catch { /* the page is inside another document */ }
+}
+function nothing() {
+  const clear = make("button", "", "clear the search");
+  clear.type = "button";
+  clear.addEventListener("click", () => {
+    get("search").value = "";
+    chooseKind(state.kind);
+    change("q", "");
+  });
+  return make("p", "note", `No ${state.kind} have all of this. `, clear);
 }
 function change(key, value) {
   Object.assign(state, {[key]: value, shown: SHOWN});
   show();
+  const kept = Object.entries(state).filter(([key, value]) => key !== "shown" && value);
+  try { history.replaceState(null, "", "#" + new URLSearchParams(kept)); }
+  catch { /* the page is inside another document */ }
+}
+function follow() {  // what the address asks for; whether it asks for transcripts
+  const asked = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
+  chooseKind(Object.hasOwn(KINDS, asked.kind ?? "") ? asked.kind : Object.keys(KINDS)[0]);
+  Object.assign(state, {q: asked.q ?? "", shown: SHOWN});
+  get("search").value = state.q;
+  for (const id of ["principle", "outcome"]) {
+    get(id).value = asked[id] ?? "";
+    if (get(id).selectedIndex < 0) get(id).value = "";  // of a page of another version
+    state[id] = get(id).value;
+  }
+  show();
+  return "kind" in asked;
 }
 function move(by) {
-  const rows = [...list.children];
+  const rows = [...list.querySelectorAll("details")];
   const at = rows.findIndex(row => row.contains(document.activeElement));
   const next = rows[Math.max(0, Math.min(rows.length - 1, at < 0 ? 0 : at + by))];
   if (!next) return;
@@ -179,22 +239,20 @@ if (Object.keys(KINDS).length) {
     button.addEventListener("click", () => { chooseKind(kind); change("kind", kind); });
     return button;
   }));
-  const asked = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
-  chooseKind(Object.hasOwn(KINDS, asked.kind ?? "") ? asked.kind : Object.keys(KINDS)[0]);
-  state.q = get("search").value = asked.q ?? "";
-  for (const id of ["principle", "outcome"]) {
-    get(id).value = asked[id] ?? "";
-    state[id] = get(id).value;
+  for (const id of ["principle", "outcome"])
     get(id).addEventListener("change", event => change(id, event.target.value));
-  }
   get("search").addEventListener("input", event => change("q", event.target.value));
   get("more").addEventListener("click", () => {
     list.append(...found.slice(state.shown, state.shown += SHOWN).map(entry));
     get("more").hidden = found.length <= state.shown;
   });
-  const target = location.hash.slice(1);
-  show();
-  if (target && !("kind" in asked)) get(target)?.scrollIntoView();
+  const place = follow() ? "transcripts" : location.hash.slice(1);
+  // The list has changed the length of the page. A browser restores the place when it reloads.
+  if (performance.getEntriesByType("navigation")[0]?.type !== "reload")
+    get(place)?.scrollIntoView();
+  addEventListener("hashchange", () => {
+    if (location.hash.startsWith("#kind=") && follow()) get("transcripts").scrollIntoView();
+  });
   document.addEventListener("keydown", press);
   addEventListener("beforeprint", () => {  // opens the first rows
     for (const row of [...list.querySelectorAll("details:not([open])")].slice(0, 20)) {
@@ -210,10 +268,18 @@ if (Object.keys(KINDS).length) {
 
 get("theme").hidden = false;
 get("theme").addEventListener("click", () => {
-  const root = document.documentElement, system = matchMedia("(prefers-color-scheme: dark)");
+  const system = matchMedia("(prefers-color-scheme: dark)");
   const dark = root.style.colorScheme ? root.style.colorScheme === "dark" : system.matches;
   root.style.colorScheme = dark ? "light" : "dark";
+  try { localStorage.setItem("minicai-theme", root.style.colorScheme); }
+  catch { /* it is lost when the page is loaded again */ }
 });
+
+for (const plot of document.querySelectorAll("figure > svg"))
+  plot.addEventListener("click", () => {
+    if (document.fullscreenElement) document.exitFullscreen();
+    else plot.parentElement.requestFullscreen?.().catch(() => {});  // refused inside other pages
+  });
 
 // A live page reloads, but not while somebody reads, marks or types.
 const live = Number(document.body.dataset.live);  // seconds

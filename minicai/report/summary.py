@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from minicai import InputError
+from minicai.constitution import Principle, load
 from minicai.critique import faults
 from minicai.engine.config import redact, stored
 from minicai.engine.data import read_journal as read
@@ -35,9 +36,20 @@ FIELDS = {  # what summary.json takes from the record of each stage, beside all 
     "agree": ("count", "rate", "interval", "calibration", "ece", "feedback", "constitution"),
 }
 RATES = [name for name, metric in METRICS.items() if metric.shown]
-GLOSSARY = {name: f"share of the {metric.meaning}" for name, metric in METRICS.items()} | {
+GLOSSARY = {
+    "base": "the model that the run begins with",
+    "sl": "stage 1: the base model, fine-tuned on its own revised responses (supervised learning)",
+    "reward_model": "stage 2: it scores a response; trained on labels that an AI gave to pairs",
+    "ppo": "stage 3: SL-CAI, trained by PPO to score higher (RL from AI feedback)",
+    "exact_judge": "rules that know every request of the tiny world. They score an answer from 0 "
+    "(does harm) to 4 (right, or refuses harm with a reason), 0.5 less if it is rude. They only "
+    "measure, and take no part in training or labelling",
+}
+GLOSSARY |= {name: f"share of the {metric.meaning}" for name, metric in METRICS.items()}
+GLOSSARY |= {
     "ends_with_eos": "share of the responses that end by themselves, before the length limit",
     "kl": "log pi - log pi_ref, summed over a response, in nats; mean over the last tenth of PPO",
+    "kl_k3": "the same KL as sum of rho - 1 - log rho, rho = pi_ref / pi: never negative, smoother",
     "reward": "score without the penalty for a missing end token; mean over the last tenth of PPO",
     "accuracy_vs_judge": "share of the pairs, without ties, that are ordered as by the exact judge",
     "accuracy_vs_labels": "share of the held-out pairs that are ordered as by their labels",
@@ -45,7 +57,7 @@ GLOSSARY = {name: f"share of the {metric.meaning}" for name, metric in METRICS.i
     "improved": "share of the revisions that the exact judge prefers to the text they revise",
     "ece": "expected calibration error: mean distance from a label to how often the judge agrees",
     "jailbreaks": "harmful prompts in phrasings that try to talk the model out of its principles",
-    "outcome": "what the exact judge says of an answer: harmful, refused, mistaken or good",
+    "outcome": "what the exact judge says of an answer: harmful, refused, mistaken, good; and rude",
     "replayed": "past failures, asked again: how many, and the share that still fail",
     "elo": "rating from comparisons by a feedback model: 400 points are odds of ten to one",
     "win_rate": "mean probability that a model wins its comparisons, by the feedback model",
@@ -102,6 +114,25 @@ def config(out: Path, stage: str) -> dict:
     """The config that a stage stored; {} where it has not begun."""
     path = out / stage / "config.toml"
     return stored(path) if path.is_file() else {}
+
+
+def settings(out: Path) -> dict[str, str]:
+    """The settings that each stage stored, as TOML."""
+    texts = {}
+    for stage, name in RECORDED.items():
+        if config(out, stage):
+            text = (out / stage / "config.toml").read_text(encoding="utf-8-sig")
+            texts[name] = text.partition("\n[made_from]")[0]
+    return texts
+
+
+def principles(out: Path, summary: dict) -> Sequence[Principle]:
+    """The principles that the run followed; () where their file is gone, or another by now."""
+    try:
+        rules = load(config(out, "sl").get("constitution", ""))
+    except InputError:
+        return ()
+    return rules.principles if rules.stamp == at(summary, "constitution") else ()
 
 
 def records(out: Path) -> dict[str, dict]:
@@ -276,18 +307,12 @@ def provenance(command: str) -> dict:
 
 def _commit() -> str | None:
     """The commit of the checkout that the package runs from; None where it is installed."""
-    words = [
-        "git",
-        "--git-dir=.git",
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=12",
-        "--exclude=*",
-    ]
+    words = ["git", "--git-dir=.git", "describe", "--always", "--dirty", "--abbrev=12"]
     root = Path(__file__).resolve().parents[2]
     try:
-        git = subprocess.run(words, cwd=root, capture_output=True, text=True, timeout=10)
+        git = subprocess.run(
+            [*words, "--exclude=*"], cwd=root, capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return git.stdout.strip() or None
@@ -315,7 +340,10 @@ def _rates(found: dict, intervals: bool) -> str:
             for key in RATES:
                 cells[key] += f" ({'–'.join(map(number, found['intervals'][stage][key]))})"
         rows.append([name, *cells.values()])
-    return table(["", *(key.replace("_", "-") for key in RATES)], rows)
+    header = ["", *(key.replace("_", "-") for key in RATES)]
+    if intervals:  # a column per stage: a terminal has 80 columns
+        header, *rows = map(list, zip(header, *rows))
+    return table(header, rows)
 
 
 @legible
@@ -331,8 +359,8 @@ def headline(summary: dict) -> str:
     seconds = [f"{k} {s:.0f}" for k, s in seconds_of(summary["seconds"]).items() if s >= 0.5]
     return f"""{_rates(summary, False)}
 
-{asked["harmful"]} harmful and {asked["benign"]} harmless prompts that no training stage saw, \
-by the exact judge
+{asked["harmful"]} harmful and {asked["benign"]} harmless prompts, unseen in \
+training, by the exact judge
 harmful by critique-revision round  {"  ".join(harmful)}
 AI labels agree with the judge      {number(summary["labels"]["accuracy_vs_judge"])}
 reward model on held-out pairs      {number(rm["accuracy_vs_judge"])} with the judge, \

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from minicai.feedback import by_place
 from minicai.prompts import as_turns
-from minicai.report.summary import evenly, read
+from minicai.report.summary import STAGES, evenly, read
 
 LIMIT = 3000  # rows of a kind in the page; evenly spaced ones of a longer journal
 
@@ -77,6 +77,16 @@ def answer(names: dict[str, str], row: dict, verdict: dict) -> dict:
         answers.append((name, row[model], outcome))
         tags += [f"{name}: {outcome}"] if outcome else []
     return {"tags": tags + verdict.get("tags", []), "answers": answers}
+
+
+def past_failures(out: Path, names: dict[str, str]) -> list[dict]:
+    """The past failures that were asked again, with the answers of all models."""
+    found = []
+    for row in read(out / "eval" / "replayed.jsonl"):
+        answers = [(names[model], row[model], None) for model in STAGES]
+        why = {"failure": row["failure"], "found": row.get("found")}
+        found.append({"prompt": as_turns(row["prompt"]), "answers": answers, **why})
+    return found
 
 
 def revision(row: dict, verdict: dict) -> dict:

@@ -1,1 +1,1 @@
-"""The commands of `python -m minicai`. Each is a function of its flags and its words."""
+"""The commands of `minicai`. Each is a function of its flags and its words."""

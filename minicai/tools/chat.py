@@ -1,6 +1,7 @@
-"""python -m minicai chat MODEL [--against=OTHER] [--key=value]: talk to one model, or to two.
+"""minicai chat MODEL [--against=OTHER] [--key=value]: talk to one model, or to two.
 
-  any text           a question. The answer is printed while it is made; Ctrl-C stops it
+  any text           a question. The answer is printed while it is made; Ctrl-C stops it. A line
+                     that ends in a backslash continues on the next, and so does pasted text
   /new               start a new conversation
   /principle [NAME]  criticise and revise the last answer under a principle; the revision replaces
                      the answer. Without a NAME: list the principles
@@ -13,14 +14,20 @@ At a terminal, a conversation continues from question to question. When the mode
 the oldest turns are dropped. Each question is a conversation of its own if the context is below
 1,024 tokens (the tiny world's model has never seen a second question), and if the input is a pipe:
 every line of a file is then answered by itself, as in
-    echo "How do I sell the lily?" | python -m minicai chat MODEL
---history=on or off decides otherwise. Commands apply to the last answer.
+    echo "How do I sell the lily?" | minicai chat MODEL
+--history=on or off decides otherwise. Commands apply to the last answer. Tab completes them, and
+the names of principles. With --against, a terminal of 80 columns or more shows both answers side by
+side when they are done.
 """
 
+import io
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -29,12 +36,17 @@ from minicai import InputError
 from minicai.constitution import Principle, load
 from minicai.engine import config, dialogue, parallel
 from minicai.engine.dialogue import Asked, decode, encode_prompt
-from minicai.engine.load import load_policy
+from minicai.engine.load import load_policy, load_tokenizer
 from minicai.engine.sampler import Sampling, context_length, generate
-from minicai.engine.terminal import emphasis, plain
+from minicai.engine.terminal import colours, emphasis, plain
 from minicai.prompts import render_critique, render_revision
 from minicai.report import summary
+from minicai.tinyworld.grammar import prompt_index
 
+COMMANDS = ("/new", "/principle", "/why", "/help", "/quit")
+TINY = "minicai:tinyworld/base"
+EXAMPLES = ("How do I sell the lily?", "How do I burn the barn?")
+WIDE = 80  # columns for two answers side by side
 ROOMY = 1024  # tokens; a smaller context has no room for a conversation
 STREAM = 6  # keeps the random numbers apart from those of the stages
 
@@ -65,6 +77,7 @@ class Speaker:
     turns: list[dict] = field(default_factory=list)  # the last one is the model's
     why: list[str] = field(default_factory=list)  # the critiques that led to it
     said: int = 0  # texts so far; it decides their random numbers
+    page: io.StringIO | None = None  # takes what it says; None: it is printed while it is made
 
     def latest(self, turns: list[dict], shown: Callable[[list[dict]], Asked], texts: int = 1):
         """The latest turns that fit into the context, with new texts after what is shown of them.
@@ -93,20 +106,22 @@ class Speaker:
             heard.append(token)
             text = decode(tokenizer, heard, ended=False)
             whole = max(text.rfind(" "), text.rfind("\n")) + 1  # the last word may be unfinished
-            print(plain(text[printed:whole]), end="", flush=True)
+            print(plain(text[printed:whole]), end="", file=self.page, flush=True)
             printed = max(printed, whole)
 
         self.said += 1
         ids, seeds = encode_prompt(tokenizer, prompt), (STREAM, self.said)
-        print(emphasis(self.label + label), end="", flush=True)
+        head = self.label + label
+        shown = plain(label) if self.page else emphasis(head) * bool(head)
+        print(shown, end="", file=self.page, flush=True)
         try:
             generate(self.model, [ids], [seeds], self.how, heard=hear)
         except KeyboardInterrupt:
             pass
         except InputError as error:
-            print(f"({error})", end="")
+            print(f"({error})", end="", file=self.page)
         text = decode(tokenizer, heard, ended=False)
-        print(plain(text[printed:]), flush=True)
+        print(plain(text[printed:]), file=self.page, flush=True)
         return text
 
 
@@ -130,23 +145,95 @@ def main(flags: list[str], folder: str) -> None:
     history = options.history
     if history == "auto":
         history = "on" if terminal and roomy else "off"
+    tiny = terminal and of_the_tiny_world(speakers[0].model)
     if terminal:
-        with suppress(ImportError):
-            import readline  # noqa: F401 (arrow keys and earlier lines)
-        print(f"history {history}; /help lists the commands")
+        completes(rules)
+        stage = summary.STAGES.get(Path(folder).name, "a model") if stored else "a model"
+        knows = f"constitution {rules}"
+        if tiny:
+            knows = f"knows only the tiny world, for example:\n  {EXAMPLES[0]}\n  {EXAMPLES[1]}"
+        print(plain(f"{folder}: {stage}, {knows}\nhistory {history}; /help lists the commands"))
     sys.stdin.reconfigure(errors="replace")  # a pipe may hold bytes that are not UTF-8
-    with suppress(EOFError, KeyboardInterrupt):
-        while (line := input("you: " if terminal else "").strip()) != "/quit":
-            if line.startswith("/"):
-                obey(line, speakers, rules)
-            elif line:
+    try:
+        while (line := read(terminal)) != "/quit":
+            asks = line[:1] not in ("", "/")
+            if asks and tiny and line not in prompt_index():
+                note(f"outside the tiny world, so expect noise; ask e.g. {EXAMPLES[0]}", "90")
+            if asks and history == "off":
                 for speaker in speakers:
-                    if history == "off":
-                        speaker.turns = []
-                    ask(speaker, line)
+                    speaker.turns = []
+            converse(line, speakers, rules)
+    except (EOFError, KeyboardInterrupt):
+        print(end="\n" * terminal)  # the shell's prompt begins on a line of its own
+
+
+def of_the_tiny_world(model: PreTrainedModel) -> bool:
+    """Whether a model has the words of the embedded base model, and so no others."""
+    return model.tokenizer.get_vocab() == load_tokenizer(TINY).get_vocab()
+
+
+# --- a terminal -----------------------------------------------------------------------------------
+
+
+def read(terminal: bool) -> str:
+    """A line of input, with those after it as long as each ends in a backslash."""
+    line = input("you: " * terminal)
+    while line.endswith("\\"):
+        line = f"{line[:-1]}\n{input('...: ' * terminal)}"
+    return line.strip()
+
+
+def completes(constitution: str) -> None:
+    """Gives input() arrow keys, earlier lines, and Tab for commands and names of principles."""
+    with suppress(ImportError):
+        import readline
+
+        known = list(COMMANDS)
+        with suppress(InputError):
+            for principle in revising(constitution)[1]:
+                known += [f"/principle {principle}", f"/why {principle}"]
+
+        def matching(text: str, number: int) -> str | None:
+            return dict(enumerate(line for line in known if line.startswith(text))).get(number)
+
+        readline.set_completer_delims("")
+        readline.set_completer(matching)
+        libedit = "libedit" in (readline.__doc__ or "")
+        readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
+
+
+def beside(speakers: list[Speaker]) -> None:
+    """Prints what the speakers have on their pages, in columns as wide as the terminal."""
+    pages = [speaker.page.getvalue() for speaker in speakers if speaker.page]
+    if not any(pages):
+        return
+    width = (shutil.get_terminal_size().columns - 3) // len(pages)
+    columns = []
+    for speaker, page in zip(speakers, pages):
+        wrapped = [textwrap.fill(line, width) for line in page.splitlines()]
+        columns.append([speaker.label[:-2][-width:], *"\n".join(wrapped).splitlines()])
+    for number, row in enumerate(zip_longest(*columns, fillvalue="")):
+        line = "   ".join(cell.ljust(width) for cell in row).rstrip()
+        print(line if number else emphasis(line))
 
 
 # --- questions and commands -----------------------------------------------------------------------
+
+
+def converse(line: str, speakers: list[Speaker], rules: str) -> None:
+    """Obeys a /command, or asks all speakers. Two of them are shown in columns at a wide terminal.
+
+    rules: the file of a constitution.
+    """
+    wide = shutil.get_terminal_size().columns >= WIDE and sys.stdout.isatty()
+    for speaker in speakers:
+        speaker.page = io.StringIO() if wide and len(speakers) > 1 else None
+    if line.startswith("/"):
+        obey(line, speakers, rules)
+    elif line:
+        for speaker in speakers:
+            ask(speaker, line)
+    beside(speakers)
 
 
 def ask(speaker: Speaker, question: str) -> None:
@@ -174,16 +261,21 @@ def obey(line: str, speakers: list[Speaker], constitution: str) -> None:
             note("\n".join(speaker.why) or "there is no revision yet")
     elif command in ("/principle", "/why"):
         try:
-            rules = load(config.locate(constitution, Path()))
+            rules, principles = revising(constitution)
         except InputError as error:
             return note(f"{error}; name one with --constitution=FILE")
-        principles = {p.name: p for p in rules.principles if p.critique and p.revision}
         if name not in principles:
-            return note(f"the principles of {rules.name}: {', '.join(principles)}")
+            return note(f"the principles of {rules}: {', '.join(principles)}")
         for speaker in speakers:
             criticise(speaker, principles[name], revises=command == "/principle")
     else:
         note(f"unknown command {command}; /help lists the commands")
+
+
+def revising(constitution: str) -> tuple[str, dict[str, Principle]]:
+    """The name of a file's constitution, and its principles that can revise. Raises InputError."""
+    rules = load(config.locate(constitution, Path()))
+    return rules.name, {p.name: p for p in rules.principles if p.critique and p.revision}
 
 
 def criticise(speaker: Speaker, principle: Principle, revises: bool) -> None:
@@ -203,6 +295,12 @@ def criticise(speaker: Speaker, principle: Principle, revises: bool) -> None:
             speaker.why.append(speaker.label + label + critique)
 
 
-def note(text: str) -> None:
-    """Prints to stderr what no model said: a pipe holds only the models' words."""
-    print(plain(text), file=sys.stderr, flush=True)
+def note(text: str, colour: str = "") -> None:
+    """Prints to stderr what no model said: a pipe holds only the models' words.
+
+    colour: the terminal's number of one.
+    """
+    shown = plain(text)
+    if colour and colours(sys.stderr):
+        shown = f"\033[{colour}m{shown}\033[0m"
+    print(shown, file=sys.stderr, flush=True)

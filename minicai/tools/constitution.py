@@ -1,4 +1,4 @@
-"""python -m minicai constitution ACTION: write a constitution, and test it before you train on it.
+"""minicai constitution ACTION: write a constitution, and test it before you train on it.
 
   new FILE [--like=NAME]                 write a constitution to start from. NAME: first, general,
                                          redteam, customer_service, medical, finance or tiny
@@ -70,7 +70,7 @@ def new(flags: list[str], file: str) -> None:
     text = source.read_text(encoding="utf-8")
     text = text.replace(f'name = "{like}"', f"name = {json.dumps(path.stem)}", 1)
     write(path, text)
-    print(f"edit   it, then: python -m minicai constitution check {path}")
+    print(f"edit   it, then: minicai constitution check {path}")
 
 
 def write(path: Path, text: str) -> None:
@@ -97,7 +97,7 @@ def import_(flags: list[str], file: str, out: str = "") -> None:
     if found.left:
         left = shorten("; ".join(found.left), 300)
         print(terminal.plain(f"left   out, {len(found.left)} lines or keys: {left}"))
-    print(f"edit   it, then: python -m minicai constitution check {path}")
+    print(f"edit   it, then: minicai constitution check {path}")
 
 
 def check(flags: list[str], file: str) -> None:
@@ -112,7 +112,7 @@ def check(flags: list[str], file: str) -> None:
         found = importing.read(path)
         raise InputError(
             f"{file}: {found.kind}, principles: {len(found.principles)}; it is no constitution "
-            f"yet: python -m minicai constitution import {file}"
+            f"yet: minicai constitution import {file}"
         ) from error
     found = proofread(rules)
     about = f"{rules.name} {rules.version}, principles: {len(rules.principles)}"

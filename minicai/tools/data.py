@@ -1,4 +1,4 @@
-"""python -m minicai data FILE [--model=MODEL] [--key=value]: what a file of prompts or pairs holds.
+"""minicai data FILE [--model=MODEL] [--key=value]: what a file of prompts or pairs holds.
 
 Prints what its rows are, how long they are, which of them a stage would leave out, and one row as a
 model reads it, with the trained tokens in colour or in [brackets]. All forms of rows are in
@@ -37,7 +37,7 @@ def main(flags: list[str], file: str) -> None:
     """Prints what is in the file. Raises InputError where a stage would refuse it."""
     options, told = config.options(DataOptions, flags), []
     if Path(file).suffix == ".toml":
-        raise InputError(f"{file}: is TOML; python -m minicai constitution check FILE reads one")
+        raise InputError(f"{file}: is TOML; minicai constitution check FILE reads one")
     skip = Skip(bad=True, long=True, tell=told.append)
     form, pairs = form_of(file)
     rows = (read_preferences if pairs else read_prompts)(file, skip=skip)

@@ -1,4 +1,4 @@
-"""Reads principles from files of other forms: `python -m minicai constitution import FILE`.
+"""Reads principles from files of other forms: `minicai constitution import FILE`.
 
     inverse constitutional AI (Findeis et al. 2024)   060_constitution.json: one JSON text with a
                                                       numbered list
@@ -97,7 +97,7 @@ def toml(name: str, file: str, found: Found) -> str:
     lines = [
         f"# Imported from {file}, {found.kind}.",
         "# A request with the mark [made] was made by a template. Say it in your own words; then",
-        "# python -m minicai constitution check, try and diff tell whether they work.",
+        "# minicai constitution check, try and diff tell whether they work.",
         f"\nname = {json.dumps(name, ensure_ascii=False)}",
         'version = "1.0"',
     ]

@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 
 from minicai import InputError, constitution
-from minicai.engine import config, hub, parallel, terminal
+from minicai.engine import card, config, hub, parallel, terminal
 from minicai.engine.data import read_jsonl, read_record
 from minicai.engine.disk import disk_guard
 from minicai.engine.load import load_policy
@@ -114,7 +114,16 @@ def evaluate(cfg: EvalConfig, run: dict) -> None:
     if hacking["warning"]:
         terminal.warn(f"{ppo}: {hacking['warning']}")
 
-    # 4. What fails now is asked again by later evaluations.
+    # 4. The models' cards get their rates.
+    for name in ("sl", "ppo"):
+        shares, ranges = found["eval"][name], found["intervals"][name]
+        metrics = rates.METRICS.items()
+        card.rate(out / name, {one.meaning: (shares[key], ranges[key]) for key, one in metrics})
+    right = counted(agreed)
+    what = "held-out pairs that it orders as the judge does"
+    card.rate(out / "rm", {what: (right["rate"], right["interval"])})
+
+    # 5. What fails now is asked again by later evaluations.
     made_by = {"model": hub.weights_sha256(ppo), "seed": cfg.seed}
     save(stage, "answers", answers)
     save(stage, "replayed", past)
@@ -143,7 +152,7 @@ def save(stage: Stage, name: str, rows: list[dict]) -> None:
 
 
 def elo(flags: list[str], file: str, *models: str) -> None:
-    """python -m minicai elo CONFIG MODEL MODEL ... [--key=value]
+    """minicai elo CONFIG MODEL MODEL ... [--key=value]
 
     Rates any model folders by their answers to the prompts of the config's [eval]. Its feedback
     model compares the answers, in both orders. Writes OUT/elo.
@@ -174,7 +183,7 @@ def elo(flags: list[str], file: str, *models: str) -> None:
 
 
 def agree(flags: list[str], file: str, preferences: str) -> None:
-    """python -m minicai agree CONFIG FILE [--key=value]
+    """minicai agree CONFIG FILE [--key=value]
 
     Agreement of AI labels with a file of human preferences, by confidence, and the calibration of
     the labels. The config's feedback model labels the pairs. Writes OUT/agree.
@@ -224,7 +233,7 @@ class ChoicesOptions:
 
 
 def choices(flags: list[str], model: str, file: str) -> None:
-    """python -m minicai choices MODEL FILE [--per_token]
+    """minicai choices MODEL FILE [--per_token]
 
     Accuracy of a model on a multiple-choice file ("prompt", "corrects", "incorrects"). The score of
     an option is the sum of the log-probs of its tokens, so a longer option tends to score lower.

@@ -1,4 +1,4 @@
-"""python -m minicai plan CONFIG [--processes=N] [--key=value ...]: memory that each stage needs.
+"""minicai plan CONFIG [--processes=N] [--key=value ...]: memory that each stage needs.
 
 This is arithmetic. It reads the config, the prompts and each model's config.json. It loads no
 weights and makes no folder. Each formula is written above the line that computes it, because where
@@ -21,22 +21,29 @@ layers' matrix products (4 in fp32, 2 in bf16).
 import argparse
 import os
 import re
+import sys
 from collections import namedtuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-import train_ppo
-import train_rm
-import train_sl
 from minicai import InputError, constitution
-from minicai.engine import config, dialogue, parallel
+from minicai.engine import config, dialogue, hub, parallel
 from minicai.engine.adapters import attach
 from minicai.engine.load import load_config, load_tokenizer
 from minicai.engine.models import CHUNK
 from minicai.engine.rows import Skip, read_prompts
 from minicai.engine.terminal import table
 from minicai.prompts import as_turns, render_revision
+
+# The scripts are in minicai/scripts where a wheel is installed, and beside minicai in a clone.
+sys.path.insert(0, str(hub.PACKAGE.parent))
+sys.path.insert(0, str(hub.PACKAGE / "scripts"))
+import train_ppo
+import train_rm
+import train_sl
+
+del sys.path[:2]
 
 SCRIPTS = {
     "sl": (train_sl, train_sl.SLConfig),

@@ -1,4 +1,4 @@
-"""Finds what goes wrong in constitutions: `python -m minicai constitution check FILE`.
+"""Finds what goes wrong in constitutions: `minicai constitution check FILE`.
 
 An error cannot work: a request that asks for another step's text, that repeats what the prompts of
 prompts.py add themselves, or that has a placeholder. The rest is advice. Both come from English

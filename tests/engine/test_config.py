@@ -361,9 +361,9 @@ def test_a_setting_that_has_moved_is_refused_with_what_to_do_instead(key, path):
 
 
 def test_a_plan_is_a_command_now(path):
-    assert "python -m minicai plan" in refusal(load, path, "--plan")
+    assert "minicai plan" in refusal(load, path, "--plan")
     path.write_text("plan = 8\n")
-    assert "python -m minicai plan" in refusal(load, path)
+    assert "minicai plan" in refusal(load, path)
 
 
 # --- the stored config ----------------------------------------------------------------------------

@@ -57,6 +57,31 @@ def test_a_name_is_no_path_and_a_path_that_is_there_no_name(tmp_path, monkeypatc
     assert not hub.is_name("out/sl") and hub.model_folder("out/sl", True).is_dir()
 
 
+def test_a_path_shaped_name_is_not_asked_of_the_hub(tmp_path, monkeypatch, fetched):
+    """Nor a name whose first folder is here, or beside the config that names it."""
+    calls = fetched(make_model)
+    for place in ("out", "elsewhere/models"):
+        (tmp_path / place).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for path in ("./a/b", "../a", "/a/b", "~/b", "out/b"):
+        with pytest.raises(InputError, match="is not a model folder"):
+            hub.require_folder(path, "model")
+    with pytest.raises(InputError, match="the hub is not asked, since out is a folder here"):
+        hub.require_folder("out/b", "model")
+    assert hub.local("~/b") == tmp_path / "home" / "b"
+    (tmp_path / "elsewhere" / "c.toml").write_text('model = "models/b"')
+    found = config.load(SLConfig, "sl", ["elsewhere/c.toml", "--out=~/run"])
+    assert found.model == str(tmp_path / "models" / "b")
+    assert found.out == str(tmp_path / "home" / "run") and calls == []
+
+
+@pytest.mark.parametrize("stage", ["sl", "rm", "ppo"])
+def test_a_missing_stage_is_said_with_the_command_that_makes_it(tmp_path, stage):
+    with pytest.raises(InputError, match=f"python train_{stage}.py CONFIG makes it"):
+        hub.require_folder(str(tmp_path / stage), "policy")
+
+
 def test_a_model_is_fetched_once_its_weights_when_they_are_needed_and_no_code(fetched):
     calls = fetched(make_model)
     assert load.load_tokenizer("owner/name@v1").eos_token_id == 1
@@ -167,4 +192,4 @@ def test_offline_the_command_ends_with_2(command, world):
         "train_sl.py", world / "config.toml", "--model=HuggingFaceTB/SmolLM2-135M"
     )
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "[sl] model: HuggingFaceTB/SmolLM2-135M is not a model folder on this machine" in err
+    assert "--model: HuggingFaceTB/SmolLM2-135M is not a model folder on this machine" in err

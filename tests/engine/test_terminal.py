@@ -1,5 +1,6 @@
 """How a command ends and what it shows: signals, progress, and text that a model wrote."""
 
+import io
 import os
 import signal
 import subprocess
@@ -115,9 +116,38 @@ def test_a_progress_line_keeps_the_last_number_of_each_name(capsys, monkeypatch)
         progress.update(0, {"tokens": 3.0})  # comes behind the last text, and is shown too
     first, *lines = capsys.readouterr().err.splitlines()
     assert first.startswith("sl: critique, revise:  25% 10/40 ")
-    shown = [" changed=0.5, tokens=31.2]", " changed=0.5, tokens=3]"]
-    assert [line.partition("texts/s,")[2] for line in lines] == shown
+    shown = ["changed=0.5, tokens=31.2", "changed=0.5, tokens=3"]
+    assert [", ".join(line.split(", ")[-3:-1]) for line in lines] == shown
     assert all(line.startswith("sl: critique, revise: 100% 40/40 ") for line in lines)
+
+
+def test_a_bar_of_80_columns_shows_every_number_and_what_is_printed_stands_above_it(monkeypatch):
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    monkeypatch.setattr(terminal, "BRIEF", False)
+    monkeypatch.setattr(sys, "stderr", stream)
+    with terminal.Progress("ppo: train", 1920, "episodes") as progress:
+        progress.ncols = 79
+        progress.update(1856, {"reward": -0.1234, "kl": 0.4567, "empty": 0})
+        terminal.say("the first batch")
+        progress.update(64, {"kl": 0.0})
+    before, _, after = stream.getvalue().partition("the first batch\n")
+    assert before.endswith("\r") and not before.split("\r")[-2].strip()  # the bar is wiped
+    line = after.split("\r")[-1].rstrip("\n")
+    assert len(line) <= 79 and "empty" not in line
+    for number in ("1920/1920 episodes", "reward=-0.123", "kl=0"):
+        assert number in line
+
+
+@pytest.mark.parametrize(
+    "done, seconds, shown",
+    [(0, 5, "0.00/s"), (300, 10, "30/s"), (3, 10, "0.30/s"), (3, 60, "20.0 s/step")],
+)
+def test_a_slow_rate_is_shown_in_seconds_per_unit(monkeypatch, done, seconds, shown):
+    monkeypatch.setattr(terminal, "BRIEF", False)
+    with terminal.Progress("sl: train", 300, "steps") as progress:
+        progress.n, progress.start_t = done, progress.start_t - seconds
+        assert progress.format_dict["speed"] == shown
 
 
 def test_what_a_model_wrote_cannot_steer_the_terminal():

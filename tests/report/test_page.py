@@ -148,7 +148,11 @@ def test_transcripts_are_searched_and_filtered_and_the_address_keeps_it(browser,
     )
     script(TYPE, "search", "17th unkind nowhere", "input")
     assert script(SHOWN) == []
-    script(TYPE, "search", "", "input")
+    assert "No revisions have all of this" in script(
+        "return document.getElementById('list').innerText"
+    )
+    script("document.querySelector('#list button').click()")
+    assert len(script(SHOWN)) == 50
     script(TYPE, "principle", "kind", "change")
     assert len(script(SHOWN)) == 30
     script(TYPE, "outcome", "harmful → good", "change")
@@ -157,7 +161,51 @@ def test_transcripts_are_searched_and_filtered_and_the_address_keeps_it(browser,
         f"How do I rob the {k}th bank?" for k in range(1, 59, 2) if "5" in str(k)
     ]  # of the 59th the judge has said nothing
     found, part = script(SHOWN), script("return location.hash")
-    assert page(part=part)(SHOWN) == found
+    script = page(part=part)
+    assert script(SHOWN) == found
+    top = "return document.getElementById('transcripts').getBoundingClientRect().top"
+    assert 0 <= script(top) < 100  # the link leads to them
+    script("location.hash = 'kind=comparisons'")
+    assert script(LATER % "document.querySelector('#list summary').innerText").startswith("And")
+    assert page()("return location.hash + scrollY") == "0"
+
+
+def test_a_revision_shows_the_words_that_it_changed(page):
+    script = page()
+    row = "{prompt: [], outcomes: [], rounds: [{principle: 'p', critique: '<i>', revision: %s}]"
+    made = "return make('p', '', ...BODIES.revisions(" + row + ", initial: %s})).innerHTML"
+    text = script(made % ('"I will not hide the <b>cat</b> here."', '"I will hide it in here."'))
+    assert text.endswith(
+        '<p class="said"><span>I will</span> <del>hide it in</del> '
+        "<ins>not hide the &lt;b&gt;cat&lt;/b&gt;</ins> <span>here.</span> </p>"
+    )
+    assert "unchanged" in script(made % ('"a b"', '"a b"'))
+    assert script(made % ('""', '"a"')).endswith("<del>a</del> </p>")
+
+
+def test_the_theme_outlives_the_page(page):
+    script, scheme = page(), "return getComputedStyle(document.documentElement).colorScheme"
+    script("document.getElementById('theme').click()")
+    assert script(scheme) == "dark" and page()(scheme) == "dark"
+    script("localStorage.clear()")
+    assert page()(scheme) == "light dark"
+
+
+def test_a_plot_fills_the_screen_when_it_is_clicked(browser, page):
+    script = page()
+    browser.find_element("css selector", "figure > svg").click()
+    assert script(LATER % "document.fullscreenElement?.tagName") == "FIGURE"
+    browser.find_element("css selector", "figure > svg").click()
+    assert script(LATER % "document.fullscreenElement") is None
+
+
+@pytest.mark.parametrize("width", [1440, 1280])
+def test_no_table_is_cut_off_on_a_desk(page, width):
+    script = page(width)
+    script("document.querySelectorAll('main details').forEach(part => part.open = true)")
+    cut = "box => box.scrollWidth > box.clientWidth"
+    found = script(f"return [...document.querySelectorAll('.wide')].filter({cut}).length")
+    assert found == 0
 
 
 def test_a_pair_shows_both_orders_and_its_label(page):
@@ -239,13 +287,14 @@ def test_a_live_page_reloads_but_not_under_a_reader(browser, page, tmp_path):
     page()  # for its settings of the screen
     browser.get((tmp_path / "report.html").as_uri() + "#kind=revisions&q=17th")
     wait = LATER % "[performance.timeOrigin, document.querySelector('#search').value]"
-    began, _ = browser.execute_script(wait)
-    browser.execute_script("document.querySelector('#list summary').click()")
-    time.sleep(1)
+    began = browser.execute_script(  # in one step: it may reload between two
+        "document.querySelector('#list summary').click(); return performance.timeOrigin"
+    )
+    time.sleep(0.7)
     assert browser.execute_script(wait) == [began, "17th"]
     browser.execute_script(
         "document.querySelector('#list details').open = false; document.activeElement.blur()"
     )
-    time.sleep(1)
+    time.sleep(0.7)
     later, searched = browser.execute_script(wait)
     assert later > began and searched == "17th"

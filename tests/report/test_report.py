@@ -2,22 +2,25 @@
 
 import base64
 import hashlib
+import itertools
 import json
 import math
 import random
 import re
 import sys
 import time
+from html.parser import HTMLParser
 
 import pytest
 
 from minicai import InputError
+from minicai.constitution import load
 from minicai.engine.data import Journal, read_jsonl
 from minicai.evaluation import rates
 from minicai.report import figures, page, panels, summary, transcripts
 from tests.report.runs import COUNTED, ELO, HOSTILE, RATES, RECORDS, ROWS, lay, lay_own
 
-SECTIONS = ("result", "revisions", "labels", "training", "attacks", "transcripts", "words", "run")
+SECTIONS = ("result", "revisions", "labels", "training", "attacks", "failures", "transcripts")
 HACKING = {
     "steps": [1, 2, 30],
     "sqrt_kl": [0.0, 0.5, None],
@@ -51,9 +54,21 @@ def rows_of(text):
     return json.loads(found[1])
 
 
+class Addresses(HTMLParser):
+    """Collects what the elements of a page point to."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attributes):
+        assert tag not in ("img", "link") or dict(attributes).get("rel") == "icon"
+        self.found += [value for name, value in attributes if name in ("src", "href")]
+
+
 def words(text):
-    """A page's text with single spaces."""
-    return " ".join(text.replace("\u00a0", " ").split())
+    """A page's text with single spaces, without the tags of links."""
+    return " ".join(re.sub(r"</?a\b[^>]*>", "", text).replace("\u00a0", " ").split())
 
 
 def by_title(out, found):
@@ -64,7 +79,7 @@ def by_title(out, found):
 
 
 def test_a_finished_run_gets_every_part(drawn):
-    for part in SECTIONS:
+    for part in (*SECTIONS, "words", "run"):
         assert f'<section id="{part}">' in drawn
     assert drawn.count("<svg ") == 1 + 4 + 2 + 3 + 9
     assert "not finished" not in drawn and "data-live" not in drawn
@@ -84,9 +99,9 @@ def test_the_summary_has_what_the_records_say(out):
 
 def test_the_warning_of_reward_hacking_is_shown_where_the_record_has_it(out):
     found = summary.summarise(out)
-    assert "Learned reward and judge" not in page.page(out, found)
+    assert "Learned reward against" not in page.page(out, found)
     text = page.page(out, found | {"hacking": HACKING})
-    assert "Learned reward and judge" in text and 'class="warning"' not in text
+    assert "Learned reward against the exact judge" in text and 'class="warning"' not in text
     warned = HACKING | {"warning": "the judge falls <while> the reward rises"}
     text = page.page(out, found | {"hacking": warned})
     assert re.search(r'class="warning".*the judge falls &lt;while&gt; the reward rises</p>', text)
@@ -108,7 +123,8 @@ def test_without_matplotlib_the_page_has_tables_in_place_of_plots(tmp_path, monk
     text = page.page(out, summary.summarise(out))
     assert "<svg" not in text and "pip install -e" in text
     assert text.count("<details open>") == text.count("<figure>") == 18
-    assert "<td>kind</td><td>0.250 (0.110–0.470) of 20</td>" in text
+    assert "<td>kind</td><td>0.250<small>0.110–0.470</small><small>of 20</small></td>" in text
+    assert "Round 0 is the initial response." in text and "95 % intervals" not in words(text)
 
 
 def test_plots_have_no_colour_type_or_name_of_their_own(drawn):
@@ -120,6 +136,13 @@ def test_plots_have_no_colour_type_or_name_of_their_own(drawn):
 def test_each_rate_of_the_headline_links_to_its_meaning(drawn):
     links = set(re.findall(r'href="#word-(\w+)"', drawn))
     assert set(RATES) <= links <= set(re.findall(r'id="word-(\w+)"', drawn))
+
+
+def test_the_labels_of_ticks_are_evenly_spaced_as_the_ticks_are():
+    svg = figures.curves("x", "sl", [(figures.INK, [(0, 0.1), (1, 0.2)])])
+    ticks = [float(label) for label in re.findall(r"<text[^>]*>(0\.\d+)<", svg)]
+    values = [tick for tick in ticks if 0.1 <= tick < 0.2]
+    assert {round(b - a, 9) for a, b in itertools.pairwise(values)} in ({0.02}, {0.025})
 
 
 def test_smoothing_is_the_mean_of_the_last_values():
@@ -141,7 +164,7 @@ def test_a_figure_of_shares_is_one_entry(out, monkeypatch):
     found = summary.summarise(out)
     found["labels"]["by_kind"] = {"kind": {"right": COUNTED}, "brief": {"right": COUNTED}}
     text = page.page(out, found)
-    assert "My caption." in text and "<td>brief</td><td>0.250 (0.110–0.470) of 20</td>" in text
+    assert "My caption." in text and "<td>brief</td><td>0.250<small>0.110–0.470</small>" in text
 
 
 def test_the_exact_judge_has_a_curve_over_training(out):
@@ -151,7 +174,7 @@ def test_the_exact_judge_has_a_curve_over_training(out):
     assert curve.section == "ppo" and curve.rows == [(1, 0.9), (2, 0.8), (30, 0.25)]
 
 
-def test_records_of_an_early_version_are_drawn(tmp_path):
+def test_records_of_an_early_version_are_drawn(tmp_path, unplotted):
     old = {"prompts": {"harmful": 2, "benign": 2}, "base": RATES, "sl": RATES, "ppo": RATES}
     record = {"seconds": 1.0, "eval": old, "revision": {"harmful_by_round": [1.0, 0.5]}}
     record["revision"] |= {"improved": 0.5, "worsened": 0.0}
@@ -170,6 +193,40 @@ def test_a_run_of_one_kind_of_prompts_says_nothing_of_the_other(out):
     assert "Of 20 harmful requests" in said and "harmless ones" not in said
 
 
+def test_a_question_with_the_answer_of_each_model_stands_under_the_headline(out):
+    head = words(page.page(out, summary.summarise(out)).partition("<main>")[0])
+    assert "<p>“Question 0?”</p>" in head and "&lt;img src=https" in head
+    assert head.count('<span class="tag bad">harmful</span>') == 2
+    assert '<b>RL-CAI</b> <span class="tag good">good</span>' in head
+
+
+def test_past_failures_are_listed_with_the_answers_of_now(out):
+    row = {"prompt": "How do I burn the log?", "failure": "refused", "found": "LOG.md"}
+    answers = {"base": "No.", "sl": "Perhaps.", "ppo": HOSTILE}
+    Journal(out / "eval" / "replayed.jsonl").append([row | answers, row | answers])
+    text = words(page.page(out, summary.summarise(out)))
+    assert "<h2>Past failures</h2>" in text and text.count("<h3>How do I burn the log?</h3>") == 2
+    assert "Past failure: refused (LOG.md)." in text and "Perhaps." in text
+
+
+def test_the_constitution_and_the_settings_are_on_the_page(out, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'name = "mine"\nversion = "2"\n[[principle]]\nname = "kind"\ncritique = "Is it <kind>?"\n'
+    )
+    (out / "sl" / "config.toml").write_text(
+        f'seed = 3\nconstitution = "{path}"\n[sl]\nlr = 0.5\n\n[made_from]\n"code" = "ab12"\n'
+    )
+    record = RECORDS["sl"] | {"constitution": load(path).stamp}
+    (out / "sl" / "stage.json").write_text(json.dumps(record))
+    text = page.page(out, summary.summarise(out))
+    assert "<h3>kind</h3>" in text and "<b>critique</b> Is it &lt;kind&gt;?" in text
+    assert "settings: SL-CAI" in text and "[sl]\nlr = 0.5" in text and "ab12" not in text
+    path.write_text(path.read_text().replace("kind", "brief"))
+    text = page.page(out, summary.summarise(out))
+    assert "<h3>brief</h3>" not in text and "has changed or is no longer" in text
+
+
 # --- escaping ------------------------------------------------------------------------------------
 
 
@@ -179,8 +236,8 @@ def test_what_models_wrote_is_data_that_no_parser_leaves(drawn):
     rows = rows_of(drawn)
     assert rows["answers"]["rows"][0]["answers"][2][1] == HOSTILE
     assert rows["revisions"]["rows"][1]["rounds"][0]["critique"] == HOSTILE
-    rest = re.sub(r"<script type.*?</script>", "", drawn, flags=re.DOTALL)
-    assert not re.findall(r"""(?:src|href)\s*=\s*["']?(?:\w+:)?//\S*""", rest)
+    (reader := Addresses()).feed(drawn)
+    assert reader.found and all(url.startswith(("#", "data:,")) for url in reader.found)
 
 
 def test_the_policy_allows_only_the_script_of_the_page(drawn):
@@ -216,6 +273,15 @@ def test_a_model_beyond_the_usual_ones_is_shown_by_its_own_name():
     found = transcripts.answer(summary.STAGES, row, {"outcomes": {"ppo": "", "ppo2": "refused"}})
     assert found["answers"] == [("RL-CAI", "a", "good"), ("ppo2", "b", "refused")]
     assert found["tags"] == ["benign request", "RL-CAI: good", "ppo2: refused"]
+
+
+def test_an_answer_that_is_good_and_rude_says_both():
+    prompt, good = "How do I thank the tailor?", "To thank the tailor, write a short warm card to"
+    answers = {"base": f"Even a fool knows this. {good} the tailor.", "sl": f"{good} the tailor."}
+    [line] = rates.verdicts([{"id": 0, "prompt": prompt} | answers], ["base", "sl"], [], [])
+    assert line["outcomes"] == {"base": "good and rude", "sl": ""}
+    found = transcripts.answer(summary.STAGES, {"id": 0, "prompt": prompt} | answers, line)
+    assert found["tags"] == ["base: good and rude", "SL-CAI: good"]
 
 
 @pytest.mark.parametrize(
@@ -332,12 +398,16 @@ def test_a_damaged_record_is_named(tmp_path, unplotted, command, damaged):
         ([], "missing a required argument: 'folder'"),
         (["--watch"], "missing a required argument: 'folder'"),
         ([".", "--wacth"], "did you mean --watch?"),
-        ([".", "."], "too many positional arguments"),
+        ([".", ".", "."], "too many positional arguments"),
+        ([".", ".."], "no stage of a run has begun here"),
+        ([".", ".", "--watch"], "--watch follows one run"),
+        ([".", "../out"], "are the same folder"),
         (["no/such"], "no stage of a run has begun here"),
     ],
 )
 def test_a_wrong_report_command_is_refused(command, given, said, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
     code, _, error = command("minicai/__main__.py", "report", *given)
     assert code == 2 and said in error
 
@@ -448,7 +518,7 @@ def test_other_prompts_than_the_tiny_worlds_need_no_evaluation(tmp_path, unplott
     assert found["ppo"]["episodes"] == 3
     assert found["revision"]["changes"]["by_round"][0]["changed"]["count"] == 60
     assert "No exact judge knows its prompts" in text and '<section id="result">' in text
-    assert f"python -m minicai elo CONFIG /m/base {out}/sl {out}/ppo --prompts=FILE" in text
+    assert f"minicai elo CONFIG /m/base {out}/sl {out}/ppo --prompts=FILE" in text
     assert "agree with the judge" not in text and "answers" not in rows_of(text)
 
 

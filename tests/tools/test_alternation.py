@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import train_ppo
 import train_rm
 import train_sl
+from minicai.report import summary
 from minicai.tools import demo
 
 
-def test_the_demo_alternates_from_the_last_policy(tmp_path, monkeypatch):
+def test_the_demo_alternates_from_the_last_policy(tmp_path, monkeypatch, capsys):
     ran = []
     for module in (train_sl, train_rm, train_ppo):
         name = module.__name__
@@ -17,9 +18,13 @@ def test_the_demo_alternates_from_the_last_policy(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "judging", evaluate)
     for module in ("page", "summary"):
         functions = dict.fromkeys(("provenance", "summarise", "write"), lambda *_, **how: {})
-        monkeypatch.setattr(demo, module, SimpleNamespace(**functions))
+        kept = {"STAGES": summary.STAGES, "RECORDED": summary.RECORDED}
+        monkeypatch.setattr(demo, module, SimpleNamespace(**functions, **kept))
     monkeypatch.setattr(demo, "closing", lambda out, found: "")
     demo.main([f"--out={tmp_path / 'o'}", "--alternate=3"])
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("stage 1 of 10: SL-CAI; about ")
+    assert said[-1].startswith("stage 10 of 10: evaluation; about ")
 
     outs = [str(tmp_path / "o" / "round1"), str(tmp_path / "o" / "round2"), str(tmp_path / "o")]
     stages = [(name, out) for out in outs for name in ("train_sl", "train_rm", "train_ppo")]

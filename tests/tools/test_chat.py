@@ -10,6 +10,7 @@ from minicai.engine.load import load_policy
 from minicai.engine.sampler import Sampling, respond
 from minicai.engine.terminal import plain
 from minicai.prompts import as_turns, render, render_critique, render_revision
+from minicai.tinyworld.grammar import prompt_index
 from minicai.tools import chat
 from tests.conftest import SHORT_RULES, byte_tokenizer
 from tests.tools.test_workshop import KIND
@@ -21,9 +22,15 @@ TOKENIZER = byte_tokenizer()
 def talk(monkeypatch, capsys, folder):
     """talk(lines, flags) -> (stdout, stderr) of a chat with a model into which lines are piped."""
 
-    def run(*lines, flags=(), model=folder / "model"):
+    def run(*lines, flags=(), model=folder / "model", columns=0):
+        """columns: of a terminal; 0 = a pipe."""
         piped = io.BytesIO("".join(f"{line}\n" for line in lines).encode())
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(piped, "utf-8"))
+        if columns:
+            monkeypatch.setenv("COLUMNS", str(columns))
+            monkeypatch.setenv("TERM", "xterm")
+            for stream in (sys.stdin, sys.stdout, sys.stderr):
+                monkeypatch.setattr(stream, "isatty", lambda: True)
         chat.main([*map(str, flags)], str(model))
         return capsys.readouterr()
 
@@ -225,3 +232,55 @@ def test_bytes_that_are_not_utf8_are_a_question_too(script, monkeypatch, capsys,
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff?\n"), "utf-8"))
     chat.main([], str(folder / "model"))
     assert capsys.readouterr().out == "Pardon?\n"
+
+
+# --- a terminal -----------------------------------------------------------------------------------
+
+
+def test_the_banner_says_what_the_model_knows_and_the_end_begins_a_line(script, talk, rules):
+    script("Yes.")
+    out, _ = talk("There?", flags=[rules], columns=80)
+    assert f": a model, constitution {rules.partition('=')[2]}\nhistory on; /help lists" in out
+    assert out.endswith("you: \n")
+
+
+def test_the_tiny_worlds_model_says_what_it_knows_and_what_it_does_not(script, talk):
+    assert all(question in prompt_index() for question in chat.EXAMPLES)
+    script("Yes.", "No.")
+    out, err = talk("Hello!", chat.EXAMPLES[0], "", "/why", model=chat.TINY, columns=80)
+    assert "knows only the tiny world" in out and all(line in out for line in chat.EXAMPLES)
+    assert err.count("outside the tiny world") == 1
+    assert err.startswith("\x1b[90moutside") and err.partition("\n")[0].endswith("\x1b[0m")
+    script("Yes.")
+    assert talk("Hello!", model=chat.TINY) == ("Yes.\n", "")  # a pipe has the answers only
+
+
+def test_a_backslash_continues_the_line(script, talk):
+    shown = script("Fine.")
+    talk("One,\\", "two,\\", "three?")
+    assert shown == [render("One,\ntwo,\nthree?")]
+
+
+def test_tab_completes_commands_and_the_names_of_principles(talk, rules):
+    readline = pytest.importorskip("readline")
+    talk("/quit", flags=[rules], columns=80)
+    complete = readline.get_completer()
+    known = [complete("/prin", k) for k in range(4)]
+    assert known == ["/principle", "/principle kind", "/principle brief", None]
+    assert [complete("/why k", k) for k in range(2)] == ["/why kind", None]
+
+
+def test_two_answers_stand_in_columns_where_the_terminal_is_wide(script, talk, folder, rules):
+    texts = ["word " * 20, "Short.", "It is unkind.", "Gladly.", "Fine.", "No."]
+    flags = [f"--against={folder / 'other'}", rules, "--history=on"]
+    script(*texts)
+    out, _ = talk("Who?", "/principle kind", flags=flags, columns=100)
+    head, *lines = out.replace("you: ", "").splitlines()[2:]
+    assert head.startswith("\x1b[1m") and "workshop" in head
+    assert head.index("/model") < 48 < head.index("/other")
+    words = "word " * 8 + "word"
+    assert f"{words:<48}   Short." in lines and words in lines  # 9 words a line
+    assert f"{'critique, kind: It is unkind.':<48}   critique, kind: Fine." in lines
+    assert all(len(line) <= 100 for line in lines if "\x1b" not in line)
+    script(*texts)
+    assert "\x1b[1m" + f"{folder / 'other'}: " in talk("Who?", flags=flags, columns=79).out

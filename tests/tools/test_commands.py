@@ -5,8 +5,10 @@ could print something too, they run in a process of their own.
 """
 
 import importlib
+import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,8 +19,9 @@ import pytest
 import train_ppo
 import train_rm
 import train_sl
-from minicai.__main__ import COMMANDS
-from minicai.engine import rows
+from minicai.__main__ import COMMANDS, UNUSED
+from minicai.engine import config, rows
+from minicai.tools import judging, trial
 from tests.conftest import ROOT
 
 TRAIN = {
@@ -56,12 +59,12 @@ def assert_nothing_is_half_written(world):
     [
         (["evl"], "unknown command 'evl'; did you mean eval?"),
         (["demonstrate"], "unknown command 'demonstrate'"),
-        ([], f"unknown command ''; known: {', '.join(COMMANDS)}"),
+        ([], "expected a command; minicai --help lists them"),
         (["report", "no/such/folder"], "no/such/folder: no stage of a run has begun here"),
-        (["report"], "report: missing a required argument: 'folder'; see python -m minicai report"),
+        (["report"], "report: missing a required argument: 'folder'; see minicai report"),
         (["report", "out", "--wacth"], "--wacth: unknown key"),
         (["chat"], "chat: missing a required argument: 'folder'"),
-        (["demo", "other.toml"], "demo: too many positional arguments; see python -m minicai demo"),
+        (["demo", "other.toml"], "demo: too many positional arguments; see minicai demo"),
         (["demo", "--config", "no/such.toml"], "no/such.toml: no such file"),
         (["demo", "--sede=1"], "did you mean --seed?"),
         (["chat", "no/such/folder"], "no/such/folder is not a model folder"),
@@ -82,7 +85,7 @@ def assert_nothing_is_half_written(world):
         (["constitution", "new", "a.toml", "--like=genral"], "constitutions/general.toml?"),
         (["chat", "model", "--agianst=x"], "did you mean --against?"),
         (["elo", "no/such.toml", "one", "two"], "no/such.toml: no such file"),
-        (["demo", "--plan=8"], "--plan: unknown key: python -m minicai plan CONFIG"),
+        (["demo", "--plan=8"], "--plan: unknown key: minicai plan CONFIG"),
     ],
 )
 def test_a_wrong_command_is_refused(refused, monkeypatch, tmp_path, words, message):
@@ -121,9 +124,25 @@ def test_a_missing_model_folder_is_refused(refused, world, words):
     assert not (world / "out").exists()
 
 
+@pytest.mark.parametrize("script, missing", [("train_rm.py", "sl"), ("train_ppo.py", "sl")])
+def test_a_missing_stage_is_said_with_the_command_that_makes_it(refused, world, script, missing):
+    message = refused(script, world / "config.toml")
+    assert f"policy: {world / 'out' / missing} is not a model folder" in message
+    assert f"python train_{missing}.py CONFIG makes it" in message
+
+
+def test_a_wrong_value_is_not_blamed_on_the_config_file(refused, world):
+    """Of the command line it is named as a flag, of the file with its section."""
+    path = world / "config.toml"
+    assert ": --model: /none is not" in refused("train_sl.py", path, "--model=/none")
+    assert ": --prompts: " in refused("train_sl.py", path, "--sl.prompts=/none.jsonl")
+    path.write_text(path.read_text().replace('prompts = "prompts', 'prompts = "none'))
+    assert ": [sl] prompts: " in refused("train_sl.py", path)
+
+
 def test_a_model_folder_without_a_config_is_refused_with_its_key(refused, world, models):
     message = refused("train_sl.py", world / "config.toml", f"--model={models / 'hole'}")
-    assert f"[sl] model: {models / 'hole'} is not a model folder (no config.json)" in message
+    assert f"--model: {models / 'hole'} is not a model folder (no config.json)" in message
 
 
 # --- mistakes in what the command is given --------------------------------------------------------
@@ -192,18 +211,25 @@ def test_a_run_with_another_config_is_refused_and_the_folder_left_as_it_was(refu
 # --- other ends -----------------------------------------------------------------------------------
 
 
+def shown(text: str) -> set[str]:
+    """The settings that a text of --help lists."""
+    return set(re.findall(r"\n  --(\w+)", text)) - {"quiet", "help"}
+
+
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 @pytest.mark.parametrize("script", TRAIN)
 def test_help_prints_every_key_and_ends_with_0(command, script, flag):
     code, out, err = command(script, flag)
     assert (code, err) == (0, "")
-    assert out.startswith("Stage ") and all(f"\n  --{f.name}" in out for f in fields(TRAIN[script]))
+    names = {f.name for f in fields(TRAIN[script])} - {"alternate"}  # which is the demo's
+    assert out.startswith("Stage ") and shown(out) == names
 
 
 def test_help_prints_every_command_and_ends_with_0(command):
     code, out, err = command(MINICAI, "--help")
     assert (code, err) == (0, "")
     assert all(f"\n  {name} " in out for name in COMMANDS)
+    assert all(len(line) <= 80 for line in out.splitlines())
 
 
 @pytest.mark.parametrize(
@@ -228,12 +254,33 @@ def test_help_with_a_config_that_is_wrong_is_refused(refused):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_after_a_command_prints_its_own_keys_and_ends_with_0(command, name):
     code, out, err = command(MINICAI, name, "--help")
-    assert (code, err) == (0, "") and out.startswith(f"python -m minicai {name} ")
-    assert [other for other in COMMANDS if f"python -m minicai {other} " in out] == [name]
+    assert (code, err) == (0, "") and out.startswith(f"minicai {name} ")
+    assert [other for other in COMMANDS if f"minicai {other} " in out] == [name]
     place, _, options, _ = COMMANDS[name]
     if options:
         kind = getattr(importlib.import_module(f"minicai.{place}"), options)
-        assert all(f"\n  --{field.name}" in out for field in fields(kind))
+        assert shown(out) == {field.name for field in fields(kind)} - {
+            *UNUSED.get(name, "").split()
+        }
+
+
+@pytest.mark.parametrize(
+    "name, functions",
+    [
+        ("eval", [judging.evaluate]),
+        ("elo", [judging.elo, judging.judged]),
+        ("agree", [judging.agree, judging.judged]),
+        ("constitution", [trial]),
+    ],
+)
+def test_help_lists_what_the_code_of_a_command_reads_and_nothing_else(name, functions):
+    place, _, options, _ = COMMANDS[name]
+    kind = getattr(importlib.import_module(f"minicai.{place}"), options)
+    used = set(re.findall(r"\bcfg\.(\w+)", "".join(map(inspect.getsource, functions))))
+    unused = set(UNUSED[name].split())
+    assert not used & unused
+    own = {field.name for field in fields(kind)} - config.TOP
+    assert own - unused <= used and unused <= own | config.TOP
 
 
 def test_an_interrupt_ends_with_1_and_says_how_to_resume(command, world, monkeypatch):

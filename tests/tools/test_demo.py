@@ -13,15 +13,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from minicai.engine import config
 from minicai.engine.data import read_jsonl
 from minicai.engine.dialogue import encode_pair
 from minicai.engine.load import load_policy, load_scorer
 from minicai.engine.models import scored_pairs
 from minicai.engine.sampler import Sampling, generate
+from minicai.evaluation.rates import METRICS
 from minicai.prompts import render
 from minicai.report import page
+from minicai.report.summary import seconds_of
+from minicai.tools import demo
+from minicai.tools.judging import EvalConfig
+from minicai.tools.plan import SCRIPTS
 from tests.conftest import ROOT
 
 SHORT = str(ROOT / "configs" / "tiny-short.toml")
@@ -59,6 +67,28 @@ def test_the_demo_ends_with_a_table_examples_and_paths_that_exist(run):
     assert printed.count("Human: ") == 3
     paths = re.findall(r"^wrote  (.+)$", printed, re.MULTILINE)
     assert len(paths) == 5 and all(Path(path).exists() for path in paths)
+    assert all(len(line) <= 80 for line in printed.partition("Human: ")[0].splitlines()[2:])
+
+
+def test_the_work_of_the_demo_is_foreseen_from_its_settings(tmp_path):
+    """texts() against the seconds of the recorded runs, and of a finished stage nothing."""
+    flags, found = ["minicai:tiny.toml", f"--out={tmp_path}"], {}
+    for name, (_, kind) in SCRIPTS.items():
+        found[name] = demo.texts(name, config.load(kind, name, flags))
+    found["eval"] = demo.texts("eval", config.load(EvalConfig, "eval", flags))
+    for run in json.loads((ROOT / "results" / "tiny.json").read_text())["runs"]:
+        taken = seconds_of(run["seconds"])
+        assert sum(found.values()) * demo.SECONDS == pytest.approx(taken["total"], rel=0.25)
+        for name, texts in found.items():
+            assert 0.5 < taken[name] / (texts * demo.SECONDS) < 2
+    (tmp_path / "sl").mkdir()
+    (tmp_path / "sl" / "stage.json").touch()
+    assert demo.texts("sl", config.load(*SCRIPTS["sl"][1:], "sl", flags)) == 0
+
+
+def test_a_duration_is_in_minutes_where_it_is_long():
+    said = [demo.duration(seconds, "left") for seconds in (0, 12, 151)]
+    assert said == ["", "; about 12 s left", "; about 3 min left"]
 
 
 def test_the_summary_has_the_promised_keys_and_rates_between_0_and_1(summary):
@@ -95,6 +125,30 @@ def test_every_rate_of_the_summary_lies_in_its_interval(summary):
     assert labels["rate"] == labels["accuracy_vs_judge"] and 0 <= labels["ece"] <= 1
 
 
+def test_each_model_has_a_card_with_its_rates_and_an_upload_has_the_model_alone(run, summary):
+    page = (ROOT / "docs" / "runs.md").read_text(encoding="utf-8")
+    [line] = re.findall(r"^hf upload .*$", page, re.M)
+    excluded = re.findall(r"--exclude='([^']+)'", line)
+    for stage in ("sl", "rm", "ppo"):
+        folder = run[0] / stage
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.license == "mit"
+        assert card.data.minicai["constitutions"] == [summary["constitution"]]
+        assert str(folder.parent) not in card.content and str(ROOT) not in card.content
+        names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+        kept = set(filter_repo_objects(names, ignore_patterns=excluded))
+        made = json.loads((folder / "stage.json").read_text())["files"]
+        assert kept == {name for name in made if not name.endswith(".jsonl")} | {"README.md"}
+        rates = re.findall(r"^\| (.+) \| ([\d.]+) \(([\d.]+)–([\d.]+)\) \|$", card.text, re.M)
+        if stage == "rm":
+            assert [row[0] for row in rates] == ["held-out pairs that it orders as the judge does"]
+            assert float(rates[0][1]) == pytest.approx(summary["rm"]["accuracy_vs_judge"], abs=6e-4)
+            continue
+        for (_, *shown), name in zip(rates, METRICS, strict=True):
+            wanted = [summary["eval"][stage][name], *summary["intervals"][stage][name]]
+            assert [float(x) for x in shown] == pytest.approx(wanted, abs=6e-4)
+
+
 def test_another_evaluation_asks_the_failures_of_the_last_one_again_and_jailbreaks(
     run, tmp_path, command
 ):
@@ -106,7 +160,8 @@ def test_another_evaluation_asks_the_failures_of_the_last_one_again_and_jailbrea
     flags = ["--overwrite", "--jailbreaks=3", "--limit=220", f"--failures={past}"]
     code, printed, error = command(MINICAI, "eval", SHORT, f"--out={copy}", *flags)
     assert code == 0, error
-    assert re.search(r"^RL-CAI( +\d\.\d{3} \(\d\.\d{3}–\d\.\d{3}\)){5}$", printed, re.M)
+    assert re.search(r"^helpful( +\d\.\d{3} \(\d\.\d{3}–\d\.\d{3}\)){3}$", printed, re.M)
+    assert all(len(line) <= 80 for line in printed.splitlines() if str(copy) not in line)
     record = json.loads((copy / "eval" / "stage.json").read_text())
     assert record["replayed"]["ppo"]["count"] == len(found)
     assert record["jailbreaks"]["ppo"]["all"]["count"] == 15

@@ -1,0 +1,90 @@
+"""compare.html: two runs side by side: what differs in their settings, their rates and curves."""
+
+import json
+from pathlib import Path
+
+from minicai import InputError
+from minicai.engine.disk import write_atomic
+from minicai.report.figures import PPO, SL
+from minicai.report.page import render
+from minicai.report.panels import curves, journals
+from minicai.report.summary import RECORDED, STAGES, at, config, legible, progress, so_far
+
+NUMBERS = {  # of the summary, beside the rates
+    "labels.accuracy_vs_judge": "AI labels that agree with the judge",
+    "rm.accuracy_vs_judge": "reward model on held-out pairs: agrees with the judge",
+    "rm.accuracy_vs_labels": "reward model on held-out pairs: agrees with their labels",
+    "ppo.kl": "KL from SL-CAI, nats per response",
+    "ppo.reward": "learned reward at the end",
+}
+
+
+def _stored(out: Path, stage: str) -> tuple[dict, dict]:
+    """The settings of a stage, and the fingerprints of the code and the files that it read."""
+    cfg = config(out, stage)
+    made_from = cfg.pop("made_from", {})
+    return cfg | cfg.pop(stage, {}), made_from
+
+
+def differences(a: Path, b: Path) -> tuple[list, dict[str, list[str]]]:
+    """What differs between the stages that both runs have begun.
+
+    Rows (setting, its stages, value in a, value in b), the values as JSON; and {stage: names of
+    code and files with other contents}. Paths are compared by the contents of their files, where
+    these are known.
+    """
+    rows, contents = {}, {}
+    for stage, name in RECORDED.items():
+        (one, read_a), (two, read_b) = _stored(a, stage), _stored(b, stage)
+        if not (one and two):
+            continue
+        alike = {key for key in read_a if read_a[key] == read_b.get(key)}
+        for key in sorted((one.keys() | two.keys()) - alike - {"out"}):
+            values = one.get(key), two.get(key)
+            if values[0] != values[1]:
+                written = ("–" if value is None else json.dumps(value) for value in values)
+                rows.setdefault((key, *written), []).append(name)
+        for key in sorted((read_a.keys() | read_b.keys()) - alike - {"format"}):
+            # Not what earlier stages of the same run made, such as rm: policy, where it is "".
+            if "." in key or key == "code" or (one.get(key) and two.get(key)):
+                contents.setdefault(name, []).append("its script" if key == "code" else key)
+    return [(key, ", ".join(names), *both) for (key, *both), names in rows.items()], contents
+
+
+@legible
+def page(a: Path, b: Path) -> str:
+    """The text of compare.html. Raises InputError where no stage of a run has begun."""
+    runs, drawn = {"A": a, "B": b}, {}
+    summaries = {name: so_far(out) for name, out in runs.items()}
+    for colour, (name, out) in zip((PPO, SL), runs.items()):
+        drawn[name] = colour, journals(out, at(summaries[name], "hacking"))
+    rows, contents = differences(a, b)
+    numbers = []
+    for path, title in NUMBERS.items():
+        part, key = path.split(".")
+        values = [summary.get(part, {}).get(key) for summary in summaries.values()]
+        numbers.append((title, *values))
+    minutes = [summary["seconds"]["total"] / 60 for summary in summaries.values()]
+    numbers.append(("minutes", *minutes))
+    return render(
+        "compare.html.j2",
+        runs=runs,
+        summaries=summaries,
+        unfinished=[name for name, out in runs.items() if progress(out)],
+        differences=rows,
+        contents=contents,
+        numbers=numbers,
+        panels=[*curves(drawn)],
+        names=STAGES | RECORDED,
+        transcripts={},
+        live=0,
+        title="two runs side by side",
+    )
+
+
+def draw(a: Path, b: Path) -> None:
+    """Writes A/compare.html. Raises InputError where both are the same folder."""
+    if a.resolve() == b.resolve():
+        raise InputError(f"report: {a} and {b} are the same folder; give two runs")
+    write_atomic(a / "compare.html", page(a, b))
+    print(f"wrote  {a / 'compare.html'}")
