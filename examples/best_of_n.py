@@ -39,7 +39,7 @@ from minicai.engine.data import token_batches
 from minicai.engine.dialogue import decode, encode_prompt
 from minicai.engine.load import load_policy, load_scorer, require_same_tokens
 from minicai.engine.rows import read_prompts
-from minicai.engine.sampler import Sampling, check_prompts, generate
+from minicai.engine.sampler import Sampling, check_prompts, generate, turn_size
 from minicai.engine.stage import Stage, script
 from minicai.engine.terminal import hushed, table
 from minicai.prompts import as_turns
@@ -83,7 +83,8 @@ def main(cfg: BestConfig) -> dict:
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
 
     # A row is a prompt. Progress counts answers, n per prompt.
-    answers = stage.journal("answers.jsonl", max(1, cfg.rows // cfg.candidates), len(prompts))
+    group = max(1, turn_size(cfg.rows) // cfg.candidates)  # prompts per turn
+    answers = stage.journal("answers.jsonl", group, len(prompts))
     with parallel.gathered(policy, scorer):
         for first, last in stage.turns(answers, "sample", "answers", cfg.candidates):
             # 1. Sample n answers to each prompt; those of one prompt are neighbours.

@@ -23,7 +23,9 @@ heldout.
 What to look at: `accuracy` and `kl` in OUT/ppo/stage.json: held-out pairs that beta log pi/pi_ref
 orders as their labels do, to compare with the reward model's accuracy_vs_labels, and the KL of 256
 responses. In metrics.jsonl, `better` and `worse`: the mean log-ratios of the preferred responses
-and of the others. Both may fall; only their difference is in the loss.
+and of the others. Both may fall, since only their difference is in the loss. On the tiny world
+(seed 0) the paper's beta of 0.1 spoils many sentences: 59 % of the harmless prompts are answered
+right, at a KL of 5.0. With a beta of 1 it is 97 %, at 0.5.
 """
 
 import math
@@ -61,7 +63,7 @@ SAMPLED = 256  # responses, for the KL at the end
 class DPOConfig(PPOConfig):
     """[ppo] in the config file; what DPO adds."""
 
-    beta: float = positive(0.1)  # KL penalty, reward per nat
+    beta: float = positive(1.0)  # KL penalty, reward per nat (paper: 0.1)
     batch_size: int = positive(32)  # pairs per step
     heldout: float = setting(0.1, at_most=0.99)  # share of prompts held out, as in [rm]
 

@@ -481,7 +481,7 @@ def test_the_kl_of_best_of_n_by_enumeration():
 
 def test_the_best_of_n_has_the_highest_score(run, tmp_path, command):
     flags = [f"--{name}={run / path}" for name, path in BEST.items()]
-    flags += ["--candidates=3", "--rows=6", "--max_new_tokens=5", f"--out={tmp_path}"]
+    flags += ["--candidates=3", "--rows=2", "--max_new_tokens=5", f"--out={tmp_path}"]
     cfg = config.load(best_of_n.BestConfig, "eval", [str(run / "config.toml"), *flags])
     with recorded(best_of_n, "generate") as calls:
         record = best_of_n.main(cfg)
