@@ -236,8 +236,5 @@ def hygiene(rows: Sequence[dict]) -> dict[str, int]:
     found = [wrong for row in rows for wrong in faults(row)]
     counts = Counter(fault for wrong in found for fault in wrong)
     stopped = sum("stopped" in row for row in rows)
-    return {
-        "revisions": len(found),
-        **{fault: counts[fault] for fault in FAULTS},
-        "stopped": stopped,
-    }
+    found_faults = {fault: counts[fault] for fault in FAULTS}
+    return found_faults | {"stopped": stopped, "revisions": len(found)}
