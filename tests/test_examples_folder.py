@@ -174,7 +174,7 @@ def test_the_joint_loss_says_what_it_lacks(run):
 
     with pytest.raises(InputError, match=r"reward_function: examples/joint_loss.py"):
         start("--reward_function=results.rewards:refusing_words")
-    with pytest.raises(InputError, match=r"\[ppo\] sl_data: .*rm/revisions.jsonl: No such file"):
+    with pytest.raises(InputError, match=r"sl_data: .*rm/revisions.jsonl: No such file"):
         start(f"--sl_data={run / 'rm'}")
     assert not (run / "none").exists()
 

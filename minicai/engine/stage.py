@@ -89,7 +89,7 @@ class Stage:
         self.text = config.dump(cfg, section, inputs)
         self.removed = [*cfg.later, self.folder] if cfg.overwrite else []
         self.made_by = {p: sha for p, sha in self.sums.items() if not is_file(p)}
-        self.parents = [path for path in parents if path in self.made_by]
+        self.parents = [path for path in parents if str(path) in self.made_by]
         self.record = parallel.once(self._tried, self._look)
         if self.record:
             parallel.once(self._tidy)  # a run may have been killed behind its record
