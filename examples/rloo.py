@@ -2,7 +2,7 @@
 
     python -m minicai demo                                     OUT/sl and OUT/rm to start from
     mkdir -p out/rloo && cp -r out/tiny/sl out/tiny/rm out/rloo
-    python examples/rloo.py configs/tiny.toml --out=out/rloo            --baseline=grpo: GRPO
+    python examples/rloo.py configs/tiny.toml --out=out/rloo    [--baseline=grpo --kl_coef=0.04]
     python -m minicai eval configs/tiny.toml --out=out/rloo
 
 Reads and writes what train_ppo.py does, and has its settings. Those of values have no effect.
@@ -11,7 +11,7 @@ reward compared with its group's (step 4), so the value model and GAE go.
     rloo    Ahmadian et al. 2024, arXiv 2402.14740. A whole response is one action. The KL penalty
             is part of its reward. The baseline is the mean of the other responses' rewards.
     grpo    Shao et al. 2024, arXiv 2402.03300. A token is an action. The advantage is divided by
-            the group's standard deviation. The KL penalty is k3, in the loss.
+            the group's standard deviation. The KL penalty is k3, in the loss; paper: kl_coef 0.04.
 
 Why that is legal: a number that does not depend on the response may be subtracted from its reward.
 The policy's gradient stays the same on average. The mean of the others is such a number. GRPO's
