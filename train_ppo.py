@@ -120,7 +120,9 @@ def main(cfg: PPOConfig) -> dict:
     else:
         policy, reference = load_policy(policy_path), freeze(load_policy(policy_path))
         reward_model = freeze(load_scorer(reward_path)) if reward_path else None
-        value_model = load_scorer(reward_path or policy_path, new_head=not reward_path)
+        value_model = load_scorer(reward_path or policy_path, cfg.seed if source else None)
+        if source:  # a head that is drawn would be noise, larger than many a reward
+            torch.nn.init.zeros_(value_model.score.weight)
     if reward_model:
         require_same_tokens(policy, reward_model)
     if cfg.gradient_checkpointing:

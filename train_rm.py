@@ -153,7 +153,7 @@ def main(cfg: RMConfig) -> dict:
 
     # 3. Minimise  L_RM = - [ p log sigma(r_A - r_B) + (1 - p) log sigma(r_B - r_A) ].
     rows, heldout = split(comparisons.rows, cfg.heldout, cfg.seed)
-    model = load_scorer(policy_path, True, cfg.lora, cfg.seed)  # the policy with a new head
+    model = load_scorer(policy_path, cfg.seed, cfg.lora)  # the policy with a new head of one score
     encoded = [encode_pair(model.tokenizer, row) for row in rows]
     if cfg.gradient_checkpointing:
         models.checkpoint_layers(model)

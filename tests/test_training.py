@@ -167,7 +167,7 @@ def test_a_step_of_rm_learns_the_soft_labels_of_the_whole_batch(stage, broken):
         not_finite("rm", *broken),
     ):
         record = main(cfg)
-    model = load_scorer(cfg.policy, new_head=True)
+    model = load_scorer(cfg.policy, seed=cfg.seed)
     before = weights(model)
     rows, held = read_jsonl(f"{cfg.out}/rm/comparisons.jsonl"), record["heldout_ids"]
     kept = [row for row in rows if row["id"] not in held]

@@ -118,20 +118,20 @@ def load_policy(
     return views.get("policy", model)
 
 
-def load_scorer(
-    path: str, new_head: bool = False, lora: Lora = FULL, seed: int = 0
-) -> PreTrainedModel | Role:
+def load_scorer(path: str, seed: int | None = None, lora: Lora = FULL) -> PreTrainedModel | Role:
     """A reward or value model: a transformer with a scalar head, and its tokenizer.
 
-    By default it is a reward model's folder. new_head: a policy's folder gets a head of zeros, and
-    a pad token that no answer has (give_pad). So all scores begin at 0: a head that is drawn adds
-    noise of the size of the model's hidden states.
-    lora: its weights are frozen, and it comes in the role "reward", with adapters of this seed.
+    Without `seed` it is a reward model's folder. With it, a policy's folder gets a new head, drawn
+    from N(0, 1/(D + 1)) (Stiennon et al. 2020), and a pad token that no answer has (give_pad).
+    lora: its weights are frozen, and it comes in the role "reward".
     """
     roles = {"reward": lora} if lora else {}
+    new_head = seed is not None
     model, views = _load(path, AutoModelForSequenceClassification, roles, seed, new_head)
     if new_head:
-        torch.nn.init.zeros_(model.score.weight)
+        width = model.score.weight.shape[1]
+        first = torch.randn(1, width, generator=torch.Generator().manual_seed(seed))
+        parallel.put(model.score.weight, first / (width + 1) ** 0.5)
     return views.get("reward", model)
 
 

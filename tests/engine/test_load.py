@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -25,8 +24,7 @@ from transformers import (
 from minicai import InputError
 from minicai.engine import hub, load, parallel
 from minicai.engine.dialogue import end_ids
-from minicai.engine.models import pair_scores, response_logprobs
-from minicai.losses import preference_loss
+from minicai.engine.models import response_logprobs
 from minicai.rollout import collate
 from tests.conftest import CPU, EOS, PAD, byte_tokenizer, tiny_model
 
@@ -74,18 +72,19 @@ def test_a_loaded_policy_has_float32_weights_its_tokenizer_and_no_dropout(dropou
     assert not torch.equal(response_logprobs(model, batch), first)  # dropout would show
 
 
-def test_a_new_head_is_zero_and_learns(dropout):
-    """So the first loss of a reward model is log 2, however large the hidden states are."""
-    model = load.load_scorer(dropout, new_head=True)
-    assert model.score.weight.shape == (1, 32) and not model.score.weight.any()
-    scores = pair_scores(model, [([5, 9], [20, EOS], [31, EOS])])
-    loss = preference_loss(*scores, torch.ones(1))
-    assert loss.item() == pytest.approx(math.log(2))
-    loss.backward()
-    assert model.score.weight.grad.norm() > 0
+def test_a_new_head_is_drawn_by_the_seed_only_with_variance_1_over_width_plus_1(dropout):
+    heads = []
+    for seed in range(12):
+        torch.manual_seed(100 + seed)
+        heads.append(load.load_scorer(dropout, seed=seed).score.weight.detach())
+    assert torch.equal(load.load_scorer(dropout, seed=3).score.weight, heads[3])
+    assert not torch.equal(heads[0], heads[1]) and heads[0].shape == (1, 32)
+    drawn = torch.cat(heads)  # 384 numbers: a standard error of 3.6 %
+    assert drawn.std().item() == pytest.approx(33**-0.5, rel=0.1)
+    assert abs(drawn.mean().item()) < 3 * 33**-0.5 / 384**0.5
 
 
-def test_a_scorer_without_a_new_head_keeps_the_head_of_its_folder(tmp_path):
+def test_a_scorer_without_a_seed_keeps_the_head_of_its_folder(tmp_path):
     trained = tiny_model(scorer=True, seed=5, vocab=258)
     trained.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
@@ -99,7 +98,7 @@ def test_a_scorer_without_a_new_head_keeps_the_head_of_its_folder(tmp_path):
 def test_a_new_scorer_gets_a_pad_token_that_no_answer_has(tmp_path):
     tiny_model(vocab=258).save_pretrained(tmp_path)
     byte_tokenizer(pad="<eos>").save_pretrained(tmp_path)
-    model = load.load_scorer(str(tmp_path), new_head=True)
+    model = load.load_scorer(str(tmp_path), seed=0)
     pad = model.tokenizer.pad_token_id
     assert pad == model.config.pad_token_id == 258 and pad not in end_ids(model.tokenizer, None)
     assert model.get_input_embeddings().weight.shape[0] == 259
@@ -364,7 +363,7 @@ def test_weights_that_transformers_ignores_on_purpose_are_ignored(tmp_path, fold
         byte_tokenizer().save_pretrained(path)
         copy = model.get_input_embeddings().weight.detach().clone()
         tensors(lambda found, key=key, copy=copy: found.update({key: copy}))(path)
-        assert load.load_policy(str(path)) and load.load_scorer(str(path), new_head=True)
+        assert load.load_policy(str(path)) and load.load_scorer(str(path), seed=0)
 
 
 def test_a_policys_head_in_a_reward_model_is_ignored_and_a_bias_is_not(tmp_path):
