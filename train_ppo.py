@@ -86,6 +86,7 @@ class PPOConfig(Run):
     lr: float = 1e-6  # learning rate of the policy
     value_lr: float = 1e-6  # learning rate of the value model
     schedule: str = setting("constant", choices=("constant", "linear"))  # both rates
+    adam_eps: float = positive(1e-8)
     grad_clip: float = positive(1.0)  # largest gradient norm, for each model
 
     # extensions
@@ -129,7 +130,7 @@ def main(cfg: PPOConfig) -> dict:
         policy, value_model = checkpoint_layers(policy), checkpoint_layers(value_model)
     # One optimizer with two groups, since each model has its own learning rate.
     groups = [{"params": model.parameters()} for model in (policy, value_model)]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-5, weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(groups, eps=cfg.adam_eps, weight_decay=0, fused=True)
     n_harmless = round(cfg.episodes * cfg.helpful_share) if harmless else 0
     n_harmful = cfg.episodes - n_harmless
     limit, skip = cfg.max_new_tokens, stage.skip

@@ -13,11 +13,12 @@ same function of the text:
     reward-model    as animal, but both sides see only a reward model, which was trained for it
 
 Settings are the same: clip ranges 0.2, 4 epochs of 4 minibatches, a learning rate of 2e-4 for both
-models, vf_coef 0.1, gamma 1, lambda 0.95, kl_coef 0.01, AdamW's betas.
-A missing end costs nothing.
-All else is each side's own: where the value model starts, epsilon, clipping of gradients, the order
-of the minibatches. Each run is a process with one thread. Finished runs are kept in the JSON file,
-so the same command resumes. The curves are compared by episodes, so a busy machine changes nothing.
+models, vf_coef 0.1, gamma 1, lambda 0.95, kl_coef 0.01, AdamW with epsilon 1e-8, gradients not
+clipped, since TRL's PPO does not clip them. A missing end costs nothing. All else is each side's
+own: where the value model starts, the order of the minibatches, how sums are divided.
+
+Each run is a process with one thread. Finished runs are kept in the JSON file, so the same command
+resumes. The curves are compared by episodes, so a busy machine changes nothing.
 """
 
 import argparse
@@ -103,6 +104,7 @@ def ours(model: str, reward: str, seed: int, iterations: int, scorer: str) -> li
             "kl_coef": KL_COEF,
             "missing_eos_penalty": 0,
             "target_kl": 1e9,  # TRL has no such limit
+            "grad_clip": 1e9,  # TRL's PPO does not clip
         }
         function = f"bench.learning:{REWARDS[reward].__name__}"
         settings |= {"reward": scorer} if scorer else {"reward_function": function}

@@ -113,9 +113,8 @@ def main(cfg: DPOConfig) -> dict:
     ref_first, ref_second = before.chunk(2)  # [pairs] each
 
     policy = checkpoint_layers(policy) if cfg.gradient_checkpointing else policy
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), betas=(0.9, 0.999), eps=1e-5, weight_decay=0, fused=True
-    )
+    settings = {"eps": cfg.adam_eps, "weight_decay": 0, "fused": True}
+    optimizer = torch.optim.AdamW(policy.parameters(), **settings)
     steps = cfg.epochs * math.ceil(len(rows) / cfg.batch_size)
     stage.resume({"policy": policy}, optimizer)
     episodes = stage.journal("episodes.jsonl")

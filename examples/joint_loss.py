@@ -94,7 +94,7 @@ def main(cfg: JointConfig) -> dict:
     if cfg.gradient_checkpointing:
         policy, value_model = checkpoint_layers(policy), checkpoint_layers(value_model)
     groups = [{"params": model.parameters()} for model in (policy, value_model)]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-5, weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(groups, eps=cfg.adam_eps, weight_decay=0, fused=True)
     harmful = read_prompts(cfg.prompts, skip=stage.skip)
     harmless = read_prompts(cfg.helpful_prompts, skip=stage.skip)
     n_harmless = round(cfg.episodes * cfg.helpful_share) if harmless else 0

@@ -96,7 +96,7 @@ def main(cfg: GroupConfig, score: Callable | None = None, more: Sequence[tuple] 
         reward_model = models.freeze(load_scorer(reward_path))
         require_same_tokens(policy, reward_model)
     policy = models.checkpoint_layers(policy) if cfg.gradient_checkpointing else policy
-    optimizer = torch.optim.AdamW(policy.parameters(), eps=1e-5, weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(policy.parameters(), eps=cfg.adam_eps, weight_decay=0, fused=True)
     limit, pools = cfg.max_new_tokens, []  # harmful prompts, harmless prompts
     for file in (cfg.prompts, cfg.helpful_prompts):
         found = read_prompts(file, skip=stage.skip)

@@ -32,7 +32,7 @@ DEFAULTS = {  # of each script; the paper's where it names one
         **{"minibatches": 4, "clip_range": 0.2, "value_clip_range": 0.2, "vf_coef": 0.1},
         **{"lr": 1e-6, "value_lr": 1e-6, "grad_clip": 1.0, "kl_target": 0.0, "kl_horizon": 10000},
         **{"target_kl": 0.1, "missing_eos_penalty": 1.0, "schedule": "constant"},
-        **{"kl_estimator": "k1"},
+        **{"kl_estimator": "k1", "adam_eps": 1e-8},
     },
 }
 LEAST = {"candidates": 2}  # of a count that must not be 0: 1 elsewhere
