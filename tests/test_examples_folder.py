@@ -400,6 +400,7 @@ def test_dpo_starts_at_log_2_learns_its_labels_and_resumes(
     assert rows[0]["better"] == pytest.approx(0, abs=1e-4)
     assert rows[-1]["loss"] < rows[0]["loss"] and rows[-1]["accuracy"] == 1
     assert record["accuracy"] == 1 and record["kl_k3"] > 0
+    assert "trained further by `dpo.py`" in (tmp_path / "whole/ppo/README.md").read_text()
     episodes = read_jsonl(tmp_path / "whole" / "ppo" / "episodes.jsonl")
     assert len(episodes) == 4  # there are harmful prompts only
     assert sum(row["score"] for row in episodes) == pytest.approx(4 * cfg.beta * record["kl"], 1e-3)

@@ -97,7 +97,7 @@ class Stage:
                 print(f"{self.folder}: finished already; --overwrite starts again")
         elif rules:
             rules = constitution.load(rules).stamp
-        self.rules = rules
+        self.rules, self.code = rules, code
 
     def _tried(self, function: Callable) -> dict | None:
         try:
@@ -347,6 +347,7 @@ class Stage:
         if exported:
             data = {card.written(p): sha for p, sha in self.sums.items() if is_file(p)}
             facts = {"data": data, "seed": self.cfg.seed, "record": found, "template": template}
+            facts["script"] = Path(self.code).name
             card.write(self.folder, self.name, self.parents, self.rules, facts)
         write_atomic(self.folder / "stage.json", signed(found))
         self._tidy()
