@@ -8,8 +8,9 @@ value model from OUT/rm. Writes OUT/ppo: the policy as a Hugging Face folder, me
 episodes.jsonl with every response and its score, since a rising reward proves nothing by itself.
 
 Settings follow the paper and Bai et al. 2022a: clip 0.2, gamma 1, no entropy bonus, a KL penalty k1
-per token. Advantages are whitened, so the policy loss does not depend on the scale of the reward.
-But kl_coef and value_clip_range must fit that scale. Variants are in examples/, one file each.
+per token. Where those are silent they are common practice (Huang et al. 2024, arXiv 2403.17031).
+Advantages are whitened, so the policy loss does not depend on the scale of the reward. But kl_coef
+and value_clip_range must fit that scale. Variants are in examples/, one file each.
 """
 
 import math

@@ -1,12 +1,13 @@
 """AI feedback as the reward itself: no comparisons, no reward model.
 
-    python -m minicai demo                                     OUT/sl to start from
+    minicai demo                                               OUT/sl to start from
     mkdir -p out/direct && cp -r out/tiny/sl out/tiny/rm out/direct
     python examples/ai_reward.py configs/tiny.toml --out=out/direct
-    python -m minicai eval configs/tiny.toml --out=out/direct
+    minicai eval configs/tiny.toml --out=out/direct
 
-The feedback model is asked about each response while the policy trains (Lee et al. 2023, arXiv
-2309.00267, "direct RLAIF"). Its two options are (A) and (B), in both orders. The reward is
+The feedback model is asked about each response while the policy trains, as in "direct RLAIF" (Lee
+et al. 2023, arXiv 2309.00267). They ask for a grade from 1 to 10. Here the options are (A) and (B),
+in both orders, as in the paper's labels. The reward is
 
     r(x, y) = scale * mean over principles c of P(y follows c),  P = p_A / (p_A + p_B)
 
@@ -40,7 +41,7 @@ from statistics import fmean
 from minicai import constitution, feedback  # isort: skip (before torch: how its threads wait)
 import torch
 
-sys.path.append(str(Path(__file__).parents[1]))  # a script sees its own folder only
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where train_ppo.py is
 from examples import rloo
 from minicai.constitution import Principle
 from minicai.engine import models, parallel

@@ -1,6 +1,6 @@
 """Best of n: no training. The SL-CAI model answers n times, the reward model picks one.
 
-    python -m minicai demo                                     OUT/sl and OUT/rm to start from
+    minicai demo                                               OUT/sl and OUT/rm to start from
     python examples/best_of_n.py configs/tiny.toml --candidates=16
 
 Replaces train_ppo.py, at n times the price of each answer for good (Stiennon et al. 2020, arXiv
@@ -9,8 +9,8 @@ Replaces train_ppo.py, at n times the price of each answer for good (Stiennon et
     KL(best of n || policy) <= log n - (n - 1) / n              (Stiennon et al. 2020, app. G.3)
 
 The bound is nearly reached where every answer is rare and no two have the same score (Beirami et
-al. 2024, arXiv 2401.01879). Best of n is a yardstick for a policy that was trained: at the same KL,
-which has the higher score?
+al. 2024, arXiv 2401.01879). Where answers repeat (`distinct`), the KL is far below it: of n equal
+ones it is 0. Best of n is a yardstick for a trained policy: at the same KL, whose score is higher?
 
 Why that is legal: the exact judge takes no part. The same reward model chooses as in PPO, and its
 score of the chosen answer is too high, the more so the larger n is: it was chosen for it.

@@ -1,9 +1,9 @@
 """DPO: the policy learns from the AI labels directly. No reward model, no sampling, no PPO.
 
-    python -m minicai demo                                     OUT/sl and OUT/rm to start from
+    minicai demo                                               OUT/sl and OUT/rm to start from
     mkdir -p out/dpo && cp -r out/tiny/sl out/tiny/rm out/dpo
     python examples/dpo.py configs/tiny.toml --out=out/dpo
-    python -m minicai eval configs/tiny.toml --out=out/dpo
+    minicai eval configs/tiny.toml --out=out/dpo
 
 Reads the pairs and the soft labels of OUT/rm/comparisons.jsonl, with those of helpfulness, and
 OUT/sl. Writes OUT/ppo in place of train_ppo.py. (OUT/rm's model is read by eval only.)
@@ -29,8 +29,10 @@ right, at a KL of 5.0. With a beta of 1 it is 97 %, at 0.5.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from minicai import losses  # isort: skip (before torch: how its threads wait)
 import torch
@@ -54,6 +56,8 @@ from minicai.engine.sampler import Sampling, check_prompts, sample, usable_pairs
 from minicai.engine.stage import Stage, script
 from minicai.prompts import as_turns
 from minicai.rollout import Batch, collate, spread, watch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where train_ppo.py is
 from train_ppo import STREAM, PPOConfig
 
 SAMPLED = 256  # responses, for the KL at the end
@@ -73,8 +77,8 @@ def dpo_loss(
 ) -> Tensor:
     """DPO, equation 7, with soft labels p = P(first is better), as cDPO.
 
-    r = beta (log pi(y | x) - log pi_ref(y | x)),  d = (r_first - r_second) / beta
-    L = -[ p log sigma(beta d) + (1 - p) log sigma(-beta d) ]
+    r = beta (log pi(y | x) - log pi_ref(y | x))
+    L = -[ p log sigma(r_first - r_second) + (1 - p) log sigma(r_second - r_first) ]
     Log-probs of whole responses, [B] nats, and p [B] -> [B] nats.
     """
     return losses.preference_loss(beta * (first - ref_first), beta * (second - ref_second), p)

@@ -1,13 +1,13 @@
 """RLOO and GRPO: several responses per prompt judge one another, and there is no value model.
 
-    python -m minicai demo                                     OUT/sl and OUT/rm to start from
+    minicai demo                                               OUT/sl and OUT/rm to start from
     mkdir -p out/rloo && cp -r out/tiny/sl out/tiny/rm out/rloo
     python examples/rloo.py configs/tiny.toml --out=out/rloo    [--baseline=grpo --kl_coef=0.04]
-    python -m minicai eval configs/tiny.toml --out=out/rloo
+    minicai eval configs/tiny.toml --out=out/rloo
 
-Reads and writes what train_ppo.py does, and has its settings. Those of values have no effect.
-Against it: a rollout has `group` responses to each prompt. The advantage of a response is its
-reward compared with its group's (step 4), so the value model and GAE go.
+Reads and writes what train_ppo.py does, with its settings; those of values have no effect. A
+rollout has `group` responses to each prompt. The advantage of a response is its reward compared
+with its group's (step 4), so the value model and GAE go.
     rloo    Ahmadian et al. 2024, arXiv 2402.14740. A whole response is one action. The KL penalty
             is part of its reward. The baseline is the mean of the other responses' rewards.
     grpo    Shao et al. 2024, arXiv 2402.03300. A token is an action. The advantage is divided by
@@ -15,17 +15,16 @@ reward compared with its group's (step 4), so the value model and GAE go.
 
 Why that is legal: a number that does not depend on the response may be subtracted from its reward.
 The policy's gradient stays the same on average. The mean of the others is such a number. GRPO's
-mean includes the response itself, which scales the gradient by 1 - 1/group. Its division by std(R)
-changes the objective: every prompt counts alike, however little its responses differ. Updates after
-the first use the samples again, with the ratio and the clip of PPO.
-
-What to look at: `equal` in OUT/ppo/metrics.jsonl, the share of groups of equal responses. Their
-advantages are 0.
+mean includes the response itself, which scales the gradient by 1 - 1/group, and its division by
+std(R) makes every prompt count alike. Later updates use PPO's ratio and clip. What to look at:
+`equal` in OUT/ppo/metrics.jsonl, the share of groups of equal responses.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from statistics import fmean
 
 from minicai import InputError, losses  # isort: skip (before torch: how its threads wait)
@@ -42,6 +41,8 @@ from minicai.engine.sampler import Sampling, check_prompts, sample
 from minicai.engine.stage import Stage, script
 from minicai.prompts import as_turns
 from minicai.rollout import Batch, check_ratio, collate, distinct_ngrams, spread, watch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where train_ppo.py is
 from train_ppo import STREAM, PPOConfig
 
 
@@ -74,7 +75,7 @@ def normalised(rewards: Tensor, eps: float = 1e-4) -> Tensor:
 
 
 def main(cfg: GroupConfig, score: Callable | None = None, more: Sequence[tuple] = ()) -> dict:
-    """Runs or resumes the stage. Returns its record, which is also in OUT/ppo/stage.json.
+    """Runs or resumes the stage, and returns its record.
 
     score: function(prompts, responses) -> scores [B], of the responses. more: what it reads.
     """
@@ -178,14 +179,13 @@ def main(cfg: GroupConfig, score: Callable | None = None, more: Sequence[tuple] 
         # 6. What to watch.
         entropies = spread([c.entropies for c in completions], mask)
         same = [len(set(texts[k : k + cfg.group])) == 1 for k in range(0, len(texts), cfg.group)]
-        names = "policy_loss", "approx_kl", "policy_grad_norm"
         row = {
             "reward": scores.mean().item(),
             **watch(mask, logprobs, ref_logprobs, entropies),
             "equal": fmean(same),
             "eos_rate": ended.float().mean().item(),
             "distinct_2": distinct_ngrams([c.ids for c in completions], 2),
-            **dict(zip(names, map(fmean, zip(*updates)))),
+            **dict(zip(("policy_loss", "approx_kl", "grad_norm"), map(fmean, zip(*updates)))),
             "updates": len(updates),
         }
         stage.log(row, show=("reward", "kl"))

@@ -81,7 +81,9 @@ def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Estimator k2 of KL(pi || pi_ref), for tokens sampled from pi.
 
-    It is biased, has a low variance, and is never negative. Its mean gradient is the true KL's.
+    It is biased, has a low variance near the reference, and is never negative. As a loss, its mean
+    gradient is that of the KL of this token's distribution. (That a token changes the KL of later
+    ones is not in it.)
     KL:  k2 = (log pi(y) - log pi_ref(y))^2 / 2
     logprobs, ref_logprobs: nats, of the same shape -> that shape.
     """
@@ -91,7 +93,8 @@ def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Estimator k3 of KL(pi || pi_ref), for tokens sampled from pi.
 
-    It is unbiased, has a low variance, and is never negative. So it is the one to monitor.
+    It is unbiased, never negative, and has a low variance near the reference. Far from it, its mean
+    depends on rare tokens with a large rho: a mean of few samples is then mostly too low.
     KL:  k3 = (rho - 1) - log rho  with  rho = pi_ref(y) / pi(y)
     logprobs, ref_logprobs: nats, of the same shape -> that shape. Set both to 0 outside the mask
     before the call: masking the result is too late, since the exponential may have overflowed.
@@ -135,7 +138,8 @@ def adaptive_kl_coef(
 ) -> float:
     """Moves the KL coefficient so that the measured KL approaches a target. An extension.
 
-    LM section 2.2:  e = clip(KL / target - 1, -0.2, 0.2);  beta <- beta (1 + e n / horizon)
+    LM section 2.2:  e = clip(KL / target - 1, -0.2, 0.2);  beta <- beta (1 + K e)
+    K is 0.1 in the paper, and n / horizon in its code and here.
     kl, target: nats per response. episodes (n): since the last call; horizon: the larger, the
     slower -> the new coefficient. CAI's coefficient is fixed.
     """
@@ -151,7 +155,7 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation over the response, which ends the episode.
 
-    GAE equations 11, 12, 16:
+    GAE equation 16, by recursion:
         delta_t = r_t + gamma V_{t+1} - V_t
         A_t     = delta_t + gamma lambda A_{t+1}
         returns = advantages + values

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -41,6 +44,10 @@ REVISED = [("How?", "No."), ("Why?", "Never so."), ("What?", "Ask me again.")]
 SEEDED = torch.Generator().manual_seed(0)
 BEST = {"policy": "sl", "reward": "rm", "prompts": "prompts.txt"}
 HELPFUL = [("When?", "Now."), ("Where?", "Here, I think.")]
+
+
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
 
 
 def foreign_tokenizer() -> PreTrainedTokenizerFast:
@@ -463,6 +470,18 @@ def test_the_direct_reward_is_the_label_of_the_response_against_the_fixed_answer
         assert len(label["votes"]) == 4  # two principles, two orders
         assert row["score"] == pytest.approx(3 * label["p_first"], abs=1e-5)
     assert len(episodes) == 4 and len({row["score"] for row in episodes}) > 1
+
+
+def test_every_file_that_imports_a_script_finds_it_from_anywhere(tmp_path):
+    files = [path for path in (ROOT / "examples").glob("*.py") if "\nfrom train_" in read(path)]
+    assert len(files) >= 3
+    for path in files:
+        before, _, _ = read(path).partition("\nfrom train_")
+        assert "sys.path.append(str(Path(__file__).resolve().parents[1]))" in before, path
+    environment = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
+    asked = [sys.executable, ROOT / "examples" / "rloo.py", "--help"]
+    said = subprocess.run(asked, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "--baseline" in said.stdout, said.stderr
 
 
 # --- best_of_n.py ---------------------------------------------------------------------------------

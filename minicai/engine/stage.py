@@ -242,6 +242,11 @@ class Stage:
         self.models, self.optimizer = models, optimizer
         self.step, extra = checkpoint.resume(self.folder, models, optimizer)
         extra = {"state": {}, "skipped": 0, "rows": {}} | extra
+        if not self.step and self.journals["metrics.jsonl"].rows and not terminal.QUIET:
+            every = self.cfg.save_every
+            terminal.say(
+                f"{self.folder}: no checkpoint yet (save_every={every}): from the first step"
+            )
         self.state, self.skipped, self.kept = extra["state"], extra["skipped"], extra["rows"]
 
     def steps(self, total: int, unit: str = "steps", each: int = 1) -> Iterator[int]:

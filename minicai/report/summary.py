@@ -49,7 +49,8 @@ GLOSSARY |= {name: f"share of the {metric.meaning}" for name, metric in METRICS.
 GLOSSARY |= {
     "ends_with_eos": "share of the responses that end by themselves, before the length limit",
     "kl": "log pi - log pi_ref, summed over a response, in nats; mean over the last tenth of PPO",
-    "kl_k3": "the same KL as sum of rho - 1 - log rho, rho = pi_ref / pi: never negative, smoother",
+    "kl_k3": "the same KL as sum of rho - 1 - log rho, rho = pi_ref / pi: never negative; far from "
+    "SL-CAI it is mostly too low, since its mean depends on rare tokens",
     "reward": "score without the penalty for a missing end token; mean over the last tenth of PPO",
     "accuracy_vs_judge": "share of the pairs, without ties, that are ordered as by the exact judge",
     "accuracy_vs_labels": "share of the held-out pairs that are ordered as by their labels",
