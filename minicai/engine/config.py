@@ -193,7 +193,9 @@ def load(kind: type, section: str, arguments: list[str]):
         raise InputError(f"expected one config file, got {found}; for example minicai:tiny.toml")
     path = local(files[0])
     if not path.exists():
-        names = [other.name for other in path.parent.glob("*.toml")]
+        names = [other.name for other in path.parent.glob("*.toml") if other.stem != "pyproject"]
+        if builtin(path.name).exists():
+            names = [f"minicai:{path.name}"]
         raise InputError(f"{path}: no such file{nearest(path.name, names)}")
     table = stored(path)
     flags = [a for a in arguments if a.startswith("--") and not a.startswith("--config=")]
@@ -287,7 +289,8 @@ def _from_flag(argument: str, section: str, kind: type) -> dict:
     fields = kind.__dataclass_fields__
     known = fields.keys() - TOP if prefix else fields.keys()
     if prefix not in ("", section) or name not in known:
-        raise InputError(f"--{key}: unknown key{_instead(name, known, '--')}")
+        dashes = f"--{prefix}." if prefix else "--"
+        raise InputError(f"--{key}: unknown key{_instead(name, known, dashes)}")
     value = text if equals else True
     if equals and (fields[name].type is not str or text.startswith(('"', "'"))):  # --out=7: a text
         with suppress(tomllib.TOMLDecodeError):  # a bare word

@@ -204,7 +204,10 @@ def _instead(path: str) -> str:
     """What to do where a path is no model folder: the stage that makes it, or the nearest name."""
     folder = local(path)
     if folder.name in ("sl", "rm", "ppo"):
-        return f"; python train_{folder.name}.py CONFIG makes it, and so does minicai demo"
+        return f"; python train_{folder.name}.py CONFIG makes it, in OUT"
+    for inside in ("ppo", "sl"):
+        if (folder / inside / "config.json").is_file():
+            return f"; did you mean {folder / inside}?"
     names = [file.parent.name for file in folder.parent.glob("*/config.json")]
     near = difflib.get_close_matches(folder.name, names, 1, 0.4)
     hint = f"; did you mean {folder.parent / near[0]}?" if near else ""

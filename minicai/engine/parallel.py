@@ -416,7 +416,8 @@ def _keep_freed_memory() -> None:
 
 def device_name() -> str:
     """The device and the number of processes, for the record."""
-    name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    name = f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}"
     if device().type == "cuda":
         name = torch.cuda.get_device_name()
     return name if world() == 1 else f"{name}; {world()} processes"

@@ -146,7 +146,7 @@ class Stage:
         if self.accepted:
             Journal(folder / "accepted.jsonl").append([{"changes": self.accepted}])
         write_atomic(folder / "config.toml", self.text)
-        terminal.BEGUN = True
+        terminal.BEGUN = f"the beginning of {folder}"
         ours = str(hub.PACKAGE / "tinyworld")
         named = config.paths(self.cfg).items()
         tiny = [what for what, path in named if f"{ours}/data" in str(path)]
@@ -200,6 +200,7 @@ class Stage:
             for first, last in parallel.turns(done, until, journal.group):
                 yield first, last
                 self._note()
+                terminal.BEGUN = f"row {len(journal.rows)} of {journal.name}"
                 now = min(round(len(journal.rows) * each), self.progress.total)
                 self.progress.update(now - self.progress.n, self.shown)
 
@@ -242,6 +243,7 @@ class Stage:
         self.models, self.optimizer = models, optimizer
         self.step, extra = checkpoint.resume(self.folder, models, optimizer)
         extra = {"state": {}, "skipped": 0, "rows": {}} | extra
+        terminal.BEGUN = f"step {self.step} of {self.folder}"
         if not self.step and self.journals["metrics.jsonl"].rows and not terminal.QUIET:
             every = self.cfg.save_every
             terminal.say(

@@ -25,7 +25,7 @@ _stop = {"asked": 0.0, "held": False}
 
 QUIET = False  # in all processes of a group but the first, which prints for all of them
 BRIEF = False  # --quiet: print only results and errors
-BEGUN = False  # whether a stage has made its folder its own
+BEGUN = ""  # where an interrupted command resumes; "" before a stage has made its folder its own
 
 
 class Lines(io.TextIOBase):
@@ -45,12 +45,13 @@ class Progress(tqdm):
     monitor_interval = 0  # no thread that looks after slow bars: each update may draw
 
     def __init__(self, label: str, total: int, unit: str, done: int = 0):
-        shown = f"{{n_fmt}}/{{total_fmt}} {unit}, {{elapsed}}<{{remaining}}{{postfix}}, {{speed}}"
+        shown = "{elapsed}<{remaining}{postfix}, {speed}"  # a terminal may have 80 columns
         how = {"desc": f"{label:<13}", "miniters": 1, "disable": hushed(), "unit": unit}
-        how["bar_format"] = f"{{desc}} |{{bar}}| {shown}"
+        how["bar_format"] = f"{{desc}} |{{bar}}| {{n_fmt}}/{{total_fmt}} {shown}"
         if not sys.stderr.isatty():
             how |= {"desc": label, "file": Lines(), "mininterval": 10}
-            how["bar_format"] = f"{{desc}}: {{percentage:3.0f}}% {shown}"
+            counts = f"{{n_fmt}}/{{total_fmt}} {unit}, "
+            how["bar_format"] = f"{{desc}}: {{percentage:3.0f}}% {counts}{shown}"
         self.numbers = {}
         super().__init__(total=total, initial=done, **how)
 
@@ -168,7 +169,7 @@ def run(main: Callable[[list[str]], None], usage: str | Callable[[list[str]], st
     """
     global BRIEF, BEGUN
     arguments = [argument for argument in sys.argv[1:] if argument != "--quiet"]
-    BRIEF, BEGUN = "--quiet" in sys.argv, False
+    BRIEF, BEGUN = "--quiet" in sys.argv, ""
     others = [argument for argument in arguments if argument not in ("--help", "-h")]
     _stop.update(asked=0.0, held=False)
     before = {}
@@ -194,7 +195,7 @@ def run(main: Callable[[list[str]], None], usage: str | Callable[[list[str]], st
     except KeyboardInterrupt as error:
         if not QUIET:
             # Before a stage begins, what --overwrite removes is still there.
-            where = str(error) or ("the last checkpoint" if BEGUN else "")
+            where = str(error) or BEGUN
             again = f"(without --overwrite) resumes from {where}" if where else "starts again"
             print(f"\ninterrupted; the same command {again}", file=sys.stderr)
         sys.exit(1)

@@ -265,7 +265,8 @@ def obey(line: str, speakers: list[Speaker], constitution: str) -> None:
         except InputError as error:
             return note(f"{error}; name one with --constitution=FILE")
         if name not in principles:
-            return note(f"the principles of {rules}: {', '.join(principles)}")
+            missing = f"no principle {name}; " if name else ""
+            return note(f"{missing}the principles of {rules}: {', '.join(principles)}")
         for speaker in speakers:
             criticise(speaker, principles[name], revises=command == "/principle")
     else:

@@ -66,7 +66,7 @@ def main(flags: list[str]) -> None:
     rate, done, seconds = SECONDS * ("tinyworld" in cfg.model), 0, 0.0
     for number, (name, stage, settings) in enumerate(planned):
         if not terminal.hushed():
-            about = duration(rate * sum(left[number:]), "left" if done else "on two CPU cores")
+            about = duration(rate * sum(left[number:]), "left" if done else "in all")
             terminal.say(f"stage {number + 1} of {len(planned)}: {summary.RECORDED[name]}{about}")
         record = stage(settings)
         if record and left[number]:

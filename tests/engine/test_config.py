@@ -159,7 +159,7 @@ def test_a_config_file_that_is_not_utf8_is_refused(path):
     "flag, message",
     [
         ("--cuont=1", "--cuont: unknown key; did you mean --count?"),
-        ("--sl.cuont=1", "--sl.cuont: unknown key; did you mean --count?"),
+        ("--sl.cuont=1", "--sl.cuont: unknown key; did you mean --sl.count?"),
         ("--sede=1", "--sede: unknown key; did you mean --seed?"),
         ("--ls.count=1", "--ls.count: unknown key"),
         ("--sl.seed=1", "--sl.seed: unknown key"),

@@ -135,7 +135,7 @@ def test_a_bar_of_80_columns_shows_every_number_and_what_is_printed_stands_above
     assert before.endswith("\r") and not before.split("\r")[-2].strip()  # the bar is wiped
     line = after.split("\r")[-1].rstrip("\n")
     assert len(line) <= 79 and "empty" not in line
-    for number in ("1920/1920 episodes", "reward=-0.123", "kl=0"):
+    for number in ("1920/1920", "reward=-0.123", "kl=0"):
         assert number in line
 
 

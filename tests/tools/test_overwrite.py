@@ -61,7 +61,7 @@ def run(monkeypatch, tmp_path):
 
     def demo_of(*flags, stop=""):
         place["stop"] = stop
-        monkeypatch.setattr(terminal, "BEGUN", False)
+        monkeypatch.setattr(terminal, "BEGUN", "")
         demo.main([*flags, f"--out={out}"])
         return json.loads((out / "summary.json").read_text())
 
