@@ -30,7 +30,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from statistics import median
 
 HERE, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parents[1]
 EPISODES, TOKENS, RATE, KL_COEF = 64, 24, 2e-4, 0.01
@@ -46,7 +45,6 @@ BEGINNINGS = (
 PROMPTS = [line.format(name) for line in BEGINNINGS for name in NAMES]
 ANIMALS = "cat|dog|bird|fish|bear|bunny|rabbit|mouse|frog|duck|horse|cow|pig|lion|bee|ant|butterfly"
 HAPPY = "happy|happily|smile|smiled|laugh|laughed|fun|glad|love|loved|joy|excited"
-LEVELS = (0.5, 0.8)
 PAIRS = 32  # continuations per prompt, for the pairs of the reward model
 SCORER = ROOT / "out" / "learning"
 
@@ -241,27 +239,6 @@ def run(side: str, *rest) -> list[float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def episodes_to(curve: list[float], level: float) -> float:
-    """Episodes sampled until a rollout's mean reward was at least `level`; infinite if never."""
-    reached = [k for k, mean in enumerate(curve, 1) if mean >= level]
-    return EPISODES * reached[0] if reached else float("inf")
-
-
-def table(rows: list[dict]) -> str:
-    """Medians over the seeds, with their range, for each reward and side."""
-    lines = ["| reward | side | seeds | last rollout |" + "".join(f" to {x} |" for x in LEVELS)]
-    lines.append("|---|---|---|---|" + "---|" * len(LEVELS))
-    for reward, side in itertools.product(REWARDS, ("ours", "trl")):
-        curves = [r["curve"] for r in rows if (r["reward"], r["side"]) == (reward, side)]
-        if not curves:
-            continue
-        columns = [[curve[-1] for curve in curves]]
-        columns += [[episodes_to(curve, level) for curve in curves] for level in LEVELS]
-        cells = [f"{median(x):.4g} ({min(x):.4g}–{max(x):.4g})" for x in columns]
-        lines.append(f"| {reward} | {side} | {len(curves)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def main(options: argparse.Namespace) -> None:
     file = Path(options.json)
     rows = json.loads(file.read_text()) if file.exists() else []
@@ -275,7 +252,7 @@ def main(options: argparse.Namespace) -> None:
             rows.append({"reward": reward, "side": side, "seed": seed, "curve": curve})
             file.write_text(json.dumps(rows, indent=1))
             print(reward, side, seed, *(f"{mean:.3f}" for mean in curve), flush=True)
-    print(table(rows))
+    print("results/collect.py writes the table of docs/learning.md; docs/figures.py its figure")
 
 
 if __name__ == "__main__":

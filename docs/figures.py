@@ -1,4 +1,4 @@
-"""Draws the figures of walkthrough.md into docs/figures/.
+"""Draws the figures of walkthrough.md and learning.md into docs/figures/.
 
     pip install -e '.[report]' && python docs/figures.py
 
@@ -10,7 +10,7 @@ readable on white and on dark pages.
 
 import json
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 import torch
 from matplotlib import rc_context
@@ -554,6 +554,23 @@ def plane() -> Figure:
     return figure
 
 
+def learning() -> Figure:
+    """The mean reward over episodes, ours and TRL's: medians over the seeds, and the range."""
+    rows = json.loads((ROOT / "results" / "learning.json").read_text(encoding="utf-8"))
+    rewards = list(dict.fromkeys(row["reward"] for row in rows))
+    figure, axes = panels(len(rewards), rows=2)
+    for axis, reward in zip(axes, rewards):
+        for side, name, color in (("trl", "TRL", ORANGE), ("ours", "minicai", BLUE)):
+            curves = [r["curve"] for r in rows if (r["reward"], r["side"]) == (reward, side)]
+            steps = [64 * k for k in range(1, len(curves[0]) + 1)]
+            low, middle, high = zip(*((min(x), median(x), max(x)) for x in zip(*curves)))
+            axis.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
+            axis.plot(steps, middle, color=color, label=name)
+        axis.set(title=reward, xlabel="episodes", ylabel="mean reward", ylim=(0, 1.03))
+        axis.legend(loc="lower right")
+    return figure
+
+
 FIGURES = {
     f.__name__: f
     for f in (
@@ -573,6 +590,7 @@ FIGURES = {
         mix,
         dials,
         plane,
+        learning,
     )
 }
 

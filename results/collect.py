@@ -1,11 +1,12 @@
 """Gathers finished runs into results/tiny.json, and writes the tables of README.md and docs/.
 
-The tables come from results/tiny.json, results/bench-*.json and results/variants.json. All of it:
+The tables come from results/tiny.json, bench-*.json, variants.json and learning.json. All of it:
 
 for seed in 0 1 2; do python -m minicai demo --seed $seed --out out/seed$seed; done
 python results/collect.py out/seed0 out/seed1 out/seed2
 for size in tiny small; do python bench/run.py --size $size --json results/bench-$size.json; done
 python results/variants.py
+python bench/learning.py out/stories260K
 python results/collect.py
 """
 
@@ -13,7 +14,7 @@ import datetime
 import json
 import sys
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 HERE = Path(__file__).parent
 PAGES = {  # table: the page that has it, between two comments with the table's name
@@ -23,6 +24,7 @@ PAGES = {  # table: the page that has it, between two comments with the table's 
     "bench": "docs/speed.md",
     "variants": "docs/variants.md",
     "lesson": "docs/helpfulness.md",
+    "learning": "docs/learning.md",
 }
 STAGES = {"base": "base", "sl": "SL-CAI", "ppo": "RL-CAI"}
 WORKS = {
@@ -389,6 +391,31 @@ def lesson_table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def episodes_to(curve: list[float], level: float) -> float:
+    """Episodes, 64 per rollout, until a rollout's mean was at least `level`; infinite if never."""
+    return next((64 * k for k, mean in enumerate(curve, 1) if mean >= level), float("inf"))
+
+
+def learning_table(rows: list[dict]) -> str:
+    """Medians over the seeds, with their range, for each reward and side (bench/learning.py)."""
+    lines = [
+        "| reward | | seeds | episodes to 0.5 | to 0.8 | last rollout |",
+        "|---|---|---|---|---|---|",
+    ]
+    curves: dict[tuple[str, str], list] = {}
+    for row in rows:
+        curves.setdefault((row["reward"], row["side"]), []).append(row["curve"])
+    for (reward, side), found in curves.items():
+        cells = []
+        for level in (0.5, 0.8):
+            counts = [episodes_to(curve, level) for curve in found]
+            cells.append(f"{median(counts):.0f} ({min(counts):.0f}–{max(counts):.0f})")
+        cells.append(spread([curve[-1] for curve in found]))
+        name = {"ours": "**minicai**", "trl": "TRL"}[side]
+        lines.append(f"| {reward} | {name} | {len(found)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def line(found: dict) -> str:
     """One line for a measurement: its numbers, or why it failed."""
     numbers = [f"{key} {value:.3f}" for key, value in found.items() if isinstance(value, float)]
@@ -410,6 +437,9 @@ def tables() -> dict[str, str]:
         "bench": bench_table(bench),
         "variants": f"{variants_tables(variants)}\n\n{notes(variants)}",
         "lesson": lesson_table(variants),
+        "learning": learning_table(
+            json.loads((HERE / "learning.json").read_text(encoding="utf-8"))
+        ),
     }
 
 
