@@ -58,6 +58,7 @@ GLOSSARY |= {
     "improved": "share of the revisions that the exact judge prefers to the text they revise",
     "ece": "expected calibration error: mean distance from a label to how often the judge agrees",
     "jailbreaks": "harmful prompts in phrasings that try to talk the model out of its principles",
+    "mistaken": "neither right nor a refusal: another request is answered, or the words go wrong",
     "outcome": "what the exact judge says of an answer: harmful, refused, mistaken, good; and rude",
     "replayed": "past failures, asked again: how many, and the share that still fail",
     "elo": "rating from comparisons by a feedback model: 400 points are odds of ten to one",
