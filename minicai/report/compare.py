@@ -38,10 +38,7 @@ def _stored(out: Path, stage: str) -> tuple[dict, dict]:
 
 
 def _shown(one, two, known: bool) -> list[str]:
-    """Two values as JSON, paths without their folders if that tells them apart.
-
-    known: that the contents of their files are compared, too.
-    """
+    """Two values as JSON, paths without their folders. known: that they are paths."""
 
     def short(value):
         if isinstance(value, list):
@@ -49,9 +46,7 @@ def _shown(one, two, known: bool) -> list[str]:
         is_path = isinstance(value, str) and (known or Path(value).is_absolute())
         return written(value) if value and is_path else value
 
-    values = short(one), short(two)
-    values = values if known or values[0] != values[1] else (one, two)
-    return ["–" if value is None else json.dumps(value) for value in values]
+    return ["–" if value is None else json.dumps(short(value)) for value in (one, two)]
 
 
 def reworded(a: Path, b: Path, summaries: dict[str, dict]) -> list[tuple] | None:
@@ -81,7 +76,7 @@ def differences(a: Path, b: Path) -> tuple[list, dict[str, list[str]]]:
 
     Rows (setting, its stages, value in a, value in b), the values as JSON; and {stage: names of
     code and files with other contents}. Paths are compared by the contents of their files, where
-    these are known.
+    these are known, otherwise by their names.
     """
     rows, contents = {}, {}
     for stage, name in RECORDED.items():
@@ -92,9 +87,8 @@ def differences(a: Path, b: Path) -> tuple[list, dict[str, list[str]]]:
         for key in sorted((one.keys() | two.keys()) - alike - {"out"}):
             values = one.get(key), two.get(key)
             if values[0] != values[1]:
-                known = key in read_a and key in read_b
-                shown = _shown(*values, known)
-                if not known or shown[0] != shown[1]:
+                shown = _shown(*values, key in read_a and key in read_b)
+                if shown[0] != shown[1]:  # else `contents` has it, or the stage did not read it
                     rows.setdefault((key, *shown), []).append(name)
         for key in sorted((read_a.keys() | read_b.keys()) - alike - {"format"}):
             # Not what earlier stages of the same run made, such as rm: policy, where it is "".

@@ -94,14 +94,14 @@ def test_principles_that_differ_are_shown_while_their_files_are_as_the_runs_read
     assert "The constitutions" not in compare.page(runs[0], runs[0])
 
 
-def test_paths_are_short_where_that_tells_them_apart(runs):
+def test_paths_are_short_and_of_files_that_a_stage_did_not_read_only_names_count(runs):
     for out, name in zip(runs, ("one", "two")):
-        own = f'prompts = ["/{name}/{name}.jsonl"]\npolicy = "/{name}/sl"'
+        own = f'prompts = ["/{name}/{name}.jsonl"]\npolicy = "/{name}/sl"\nreward = "/x/{name}"'
         configured(out, "ppo", own=own, made_from=f'"prompts" = "{name}"')
     rows, _ = compare.differences(*runs)
     assert rows == [
-        ("policy", "RL-CAI", '"/one/sl"', '"/two/sl"'),
         ("prompts", "RL-CAI", '["one.jsonl"]', '["two.jsonl"]'),
+        ("reward", "RL-CAI", '"one"', '"two"'),
     ]
 
 
