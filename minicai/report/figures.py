@@ -25,7 +25,7 @@ COLOURS = {
 INK, MUTED, RULE, BASE, SL, PPO, GOOD, BAD = COLOURS
 STAGE = {"base": BASE, "sl": SL, "rm": INK, "ppo": PPO}
 # What the page calls a column of shares; others are called by their key.
-NAMES = {"p_a": "mean probability of (A)", "to_a": "(A) both times", "to_b": "(B) both times"}
+NAMES = {"p_a": "mean P(A)", "to_a": "(A) both times", "to_b": "(B) both times"}
 
 
 def _draw(title: str, size: tuple[float, float], paint: Callable, heights: Sequence = (1,)) -> str:

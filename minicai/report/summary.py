@@ -66,7 +66,7 @@ GLOSSARY |= {
     "agree": "share of the pairs in which labels prefer what people prefer; a tie counts as half",
     "changed": "share of the revisions that are not empty and differ from the text they revise",
     "faulty": "share of the revisions that are empty, open with boilerplate or repeat the critique",
-    "p_a": "mean probability in the labels of position (A) in the prompt; 0.5 means no bias",
+    "p_a": "mean P(A), the probability in the labels of position (A); 0.5 means no bias",
     "position_bias": "share of the pairs in which the order in the prompt decides the label",
     "entropy": "mean entropy of the policy's next-token distribution over response tokens, in nats",
     "distinct_2": "share of distinct word pairs in a rollout; it falls with repetition",

@@ -618,7 +618,7 @@ def test_changes_and_position_bias_are_counted_from_the_journals(tmp_path, unplo
     bias = tables["Position bias of the labels"]
     assert bias.header == [
         "principle",
-        "mean probability of (A)",
+        "mean P(A)",
         "(A) both times",
         "(B) both times",
     ]
