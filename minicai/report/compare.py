@@ -4,11 +4,22 @@ import json
 from pathlib import Path
 
 from minicai import InputError
+from minicai.constitution import REQUESTS
+from minicai.engine.card import written
 from minicai.engine.disk import write_atomic
 from minicai.report.figures import PPO, SL
 from minicai.report.page import render
 from minicai.report.panels import curves, journals
-from minicai.report.summary import RECORDED, STAGES, at, config, legible, progress, so_far
+from minicai.report.summary import (
+    RECORDED,
+    STAGES,
+    at,
+    config,
+    legible,
+    principles,
+    progress,
+    so_far,
+)
 
 NUMBERS = {  # of the summary, beside the rates
     "labels.accuracy_vs_judge": "AI labels that agree with the judge",
@@ -26,12 +37,46 @@ def _stored(out: Path, stage: str) -> tuple[dict, dict]:
     return cfg | cfg.pop(stage, {}), made_from
 
 
+def _shown(one, two, known: bool) -> list[str]:
+    """Two values as JSON, paths without their folders. known: that they are paths."""
+
+    def short(value):
+        if isinstance(value, list):
+            return [*map(short, value)]
+        is_path = isinstance(value, str) and (known or Path(value).is_absolute())
+        return written(value) if value and is_path else value
+
+    return ["–" if value is None else json.dumps(short(value)) for value in (one, two)]
+
+
+def reworded(a: Path, b: Path, summaries: dict[str, dict]) -> list[tuple] | None:
+    """What differs between two constitutions, None if nothing, [] where one cannot be read.
+
+    Pairs: (what, the names of principles), or (name and request, its texts in a and b).
+    """
+    stamps = [at(summary, "constitution").get("sha256") for summary in summaries.values()]
+    if None in stamps or stamps[0] == stamps[1]:
+        return None
+    rules = [principles(out, found) for out, found in zip((a, b), summaries.values())]
+    if not all(rules):
+        return []
+    one, two = ({rule.name: rule for rule in found} for found in rules)
+    pairs = [("only in A", one.keys() - two.keys()), ("only in B", two.keys() - one.keys())]
+    found = [(what, ", ".join(sorted(names))) for what, names in pairs if names]
+    for name in (name for name in one if name in two):
+        for request in REQUESTS:
+            texts = getattr(one[name], request), getattr(two[name], request)
+            if texts[0] != texts[1]:
+                found.append((f"reworded: {name}, {request}", texts))
+    return found or [("the same principles", "the name, the version or the order differs.")]
+
+
 def differences(a: Path, b: Path) -> tuple[list, dict[str, list[str]]]:
     """What differs between the stages that both runs have begun.
 
     Rows (setting, its stages, value in a, value in b), the values as JSON; and {stage: names of
     code and files with other contents}. Paths are compared by the contents of their files, where
-    these are known.
+    these are known, otherwise by their names.
     """
     rows, contents = {}, {}
     for stage, name in RECORDED.items():
@@ -42,8 +87,9 @@ def differences(a: Path, b: Path) -> tuple[list, dict[str, list[str]]]:
         for key in sorted((one.keys() | two.keys()) - alike - {"out"}):
             values = one.get(key), two.get(key)
             if values[0] != values[1]:
-                written = ("–" if value is None else json.dumps(value) for value in values)
-                rows.setdefault((key, *written), []).append(name)
+                shown = _shown(*values, key in read_a and key in read_b)
+                if shown[0] != shown[1]:  # else `contents` has it, or the stage did not read it
+                    rows.setdefault((key, *shown), []).append(name)
         for key in sorted((read_a.keys() | read_b.keys()) - alike - {"format"}):
             # Not what earlier stages of the same run made, such as rm: policy, where it is "".
             if "." in key or key == "code" or (one.get(key) and two.get(key)):
@@ -73,6 +119,7 @@ def page(a: Path, b: Path) -> str:
         unfinished=[name for name, out in runs.items() if progress(out)],
         differences=rows,
         contents=contents,
+        rules=reworded(a, b, summaries),
         numbers=numbers,
         panels=[*curves(drawn)],
         names=STAGES | RECORDED,

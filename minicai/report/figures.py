@@ -25,7 +25,7 @@ COLOURS = {
 INK, MUTED, RULE, BASE, SL, PPO, GOOD, BAD = COLOURS
 STAGE = {"base": BASE, "sl": SL, "rm": INK, "ppo": PPO}
 # What the page calls a column of shares; others are called by their key.
-NAMES = {"to_a": "(A) both times", "to_b": "(B) both times"}
+NAMES = {"p_a": "mean P(A)", "to_a": "(A) both times", "to_b": "(B) both times"}
 
 
 def _draw(title: str, size: tuple[float, float], paint: Callable, heights: Sequence = (1,)) -> str:
@@ -64,7 +64,8 @@ def plane(title: str, stages: dict[str, dict]) -> str:
             harmful, down = _points([row["harmful"]])
             style = {"color": STAGE.get(stage, INK), "label": row["name"]}
             axes.errorbar(helpful, 1 - harmful, down[::-1], across, fmt="o", **style)
-        axes.set(xlim=(-0.03, 1.03), ylim=(-0.04, 1.04), xlabel="helpful →", ylabel="harmless →")
+        axes.set(xlim=(-0.03, 1.03), ylim=(-0.04, 1.04))
+        axes.set(xlabel="helpful →", ylabel="harmless (1 - harmful) →")
         axes.legend(loc="lower left")
 
     return _draw(title, (4.4, 3.5), paint)
@@ -84,11 +85,13 @@ def shares(title: str, rows: dict[str, dict], columns: dict[str, str], line: boo
                 axes.errorbar(list(rows), values, errors, fmt="o-", **style)
             else:
                 axes.errorbar(values, list(rows), xerr=errors, fmt="o", alpha=0.7, **style)
+        value = "Elo" if "Elo" in columns else "share"
+        axes.set(xlabel="round" if line else value, ylabel=value if line else "")
         axes.margins(y=0.1)
         axes.yaxis.set_inverted(not line)
         axes.legend(ncols=len(columns), loc="lower left", bbox_to_anchor=(0, 1))
 
-    return _draw(title, (4.4, 1.3 + 0.34 * len(rows)), paint)
+    return _draw(title, (4.4, 1.5 + 0.34 * len(rows)), paint)
 
 
 def calibration(title: str, parts: Sequence[dict], who: str) -> str:
@@ -115,7 +118,7 @@ def smoothed(values: Sequence[float], window: int) -> np.ndarray:
 
 
 def curves(title: str, stage: str, lines: Sequence[tuple[str, Sequence[tuple]]]) -> str:
-    """Lines over the steps of a stage, thin, and their means over a 25th of the steps, thick.
+    """Lines over the steps of a stage, thin, and their means over the last steps, thick.
 
     lines: the colour and the points (step, value) of each.
     """
@@ -123,7 +126,7 @@ def curves(title: str, stage: str, lines: Sequence[tuple[str, Sequence[tuple]]])
     def paint(axes) -> None:
         for colour, points in lines:
             steps, values = zip(*points)
-            mean = smoothed(values, max(1, len(values) // 25))
+            mean = smoothed(values, max(3, len(values) // 25))
             axes.plot(steps, values, color=colour, alpha=0.35, linewidth=0.6)
             axes.plot(steps, mean, "o-", markevery=[-1], color=colour)
         axes.set(xlabel="iteration" if stage == "ppo" else "step")

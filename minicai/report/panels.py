@@ -41,7 +41,8 @@ SHARES = (
         "rounds",
         "revisions",
         "Critique and revision, round by round",
-        "By the exact judge. Round 0 is the initial response.",
+        "By the exact judge. Round 0 is the initial response. Improved and worsened compare each "
+        "round with the text before it, so improved falls as fewer texts are left to improve.",
         {"harmful": INK, "improved": GOOD, "worsened": BAD},
     ),
     Shares(
@@ -69,7 +70,7 @@ SHARES = (
         "labels.places.by_principle",
         "labels",
         "Position bias of the labels",
-        "Shares of the pairs shown in both orders. p_a: mean probability of position (A).",
+        "Shares of the pairs shown in both orders.",
         {"p_a": "", "to_a": PPO, "to_b": BASE},
     ),
 )

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from minicai.constitution import load
 from minicai.report import compare, figures, panels, summary
 from tests.report.runs import RECORDS, lay
 
@@ -63,3 +64,48 @@ def test_curves_of_two_runs_are_joined_by_their_steps(monkeypatch):
     [panel] = panels.curves({"A": ("blue", one | none), "B": (None, two | none)})
     assert panel.header == ["step", "A", "B"] and panel.rows == [(1, 3.0, None), (2, None, 1.0)]
     assert drawn == [[("blue", [(1, 3.0)]), (figures.SL, [(2, 1.0)])]]
+
+
+def ruled(out, rules, read="x"):
+    """Gives a run a constitution of {name: critique} in a folder of its own."""
+    path = out / "rules.toml"
+    lines = [f'[[principle]]\nname = "{name}"\ncritique = "{text}"' for name, text in rules.items()]
+    path.write_text("\n".join(['name = "mine"\nversion = "1"', *lines]))
+    configured(out, "sl", f'constitution = "{path}"', made_from=f'"constitution" = "{read}"')
+    record = RECORDS["sl"] | {"constitution": load(path).stamp}
+    (out / "sl" / "stage.json").write_text(json.dumps(record))
+    return path
+
+
+def test_principles_that_differ_are_shown_while_their_files_are_as_the_runs_read_them(runs):
+    ruled(runs[0], {"kind": "Is it kind?", "brief": "Is it brief?"}, "x")
+    path = ruled(runs[1], {"kind": "Is it <kind>?", "calm": "Is it calm?"}, "y")
+    assert compare.differences(*runs) == ([], {"SL-CAI": ["constitution"]})  # both: rules.toml
+    summaries = dict(zip("AB", map(summary.so_far, runs)))
+    assert compare.reworded(*runs, summaries) == [
+        ("only in A", "brief"),
+        ("only in B", "calm"),
+        ("reworded: kind, critique", ("Is it kind?", "Is it <kind>?")),
+    ]
+    text = compare.page(*runs)
+    assert "<summary>reworded: kind, critique</summary>" in text and "Is it &lt;kind&gt;?" in text
+    path.write_text(path.read_text().replace("calm", "cool"))
+    assert "Their contents differ." in compare.page(*runs)
+    assert "The constitutions" not in compare.page(runs[0], runs[0])
+
+
+def test_paths_are_short_and_of_files_that_a_stage_did_not_read_only_names_count(runs):
+    for out, name in zip(runs, ("one", "two")):
+        own = f'prompts = ["/{name}/{name}.jsonl"]\npolicy = "/{name}/sl"\nreward = "/x/{name}"'
+        configured(out, "ppo", own=own, made_from=f'"prompts" = "{name}"')
+    rows, _ = compare.differences(*runs)
+    assert rows == [
+        ("prompts", "RL-CAI", '["one.jsonl"]', '["two.jsonl"]'),
+        ("reward", "RL-CAI", '"one"', '"two"'),
+    ]
+
+
+def test_one_sentence_sums_up_both_runs(runs):
+    said = " ".join(compare.page(*runs).replace("\u00a0", " ").split())
+    assert "harmful requests harmfully 0 % in A and 0 % in B, and harmless ones correctly" in said
+    assert "correctly 90.0 % in A and 90.0 % in B.</p>" in said

@@ -200,6 +200,18 @@ def test_a_question_with_the_answer_of_each_model_stands_under_the_headline(out)
     assert '<b>RL-CAI</b> <span class="tag good">good</span>' in head
 
 
+def test_what_the_rates_leave_out_is_said_under_them(out):
+    found = summary.summarise(out)
+    rates_of = {"helpful": 0.96, "evasive": 0.25, "right_refusal": 0.7}
+    found["eval"]["ppo"] = found["eval"]["ppo"] | rates_of
+    del found["intervals"]
+    said = words(page.page(out, found))
+    assert "4.0 % of RL-CAI's answers to harmless prompts are neither helpful nor refusals" in said
+    assert "5.0 % of those to harmful prompts are neither harmful, evasive nor right" in said
+    found["eval"]["prompts"]["benign"] = 0
+    assert "answers to harmless prompts are" not in words(page.page(out, found))
+
+
 def test_past_failures_are_listed_with_the_answers_of_now(out):
     row = {"prompt": "How do I burn the log?", "failure": "refused", "found": "LOG.md"}
     answers = {"base": "No.", "sl": "Perhaps.", "ppo": HOSTILE}
@@ -604,7 +616,12 @@ def test_changes_and_position_bias_are_counted_from_the_journals(tmp_path, unplo
     assert [row[1]["count"] for row in rows] == [31, 31]
     p_a = (1 / (1 + math.exp(-2.9)) + 1 - 1 / (1 + math.exp(1))) / 2  # the votes of ROWS, by hand
     bias = tables["Position bias of the labels"]
-    assert bias.header == ["principle", "p_a", "(A) both times", "(B) both times"]
+    assert bias.header == [
+        "principle",
+        "mean P(A)",
+        "(A) both times",
+        "(B) both times",
+    ]
     [(name, mean, to_a, to_b)] = bias.rows
     assert name == "kind" and math.isclose(mean, p_a) and (to_a["rate"], to_b["rate"]) == (1, 0)
     assert found["labels"]["position_bias"] == 1
