@@ -31,6 +31,7 @@ from pathlib import Path
 REPOSITORY = ""  # where minicai is not installed, as on Colab: its address, https://...
 if find_spec("minicai") is None:
     source = ".." if Path("../pyproject.toml").exists() else f"git+{REPOSITORY}"
+    assert source != "git+", "write the repository's address into REPOSITORY"
     %pip install -q {source}
 ```
 """
