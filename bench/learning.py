@@ -29,9 +29,10 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
-HERE, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 EPISODES, TOKENS, RATE, KL_COEF = 64, 24, 2e-4, 0.01
 NAMES = ("Lily", "Tim", "Mia", "Ben", "Sara", "Tom", "Anna", "Max", "Sue", "Jack")
 BEGINNINGS = (
@@ -179,10 +180,12 @@ def trl(model: str, reward: str, seed: int, iterations: int, scorer: str) -> lis
 # --- the reward model -----------------------------------------------------------------------------
 
 
+@cache
 def train_scorer(model: str, folder: Path) -> str:
     """The folder of a reward model that prefers stories with an animal to stories without.
 
-    It is trained on pairs of the model's own continuations, by train_rm.py.
+    It is trained on pairs of the model's own continuations, by train_rm.py, which refuses a folder
+    of another model's.
     """
     import train_rm
     from minicai.engine.config import load
@@ -190,8 +193,6 @@ def train_scorer(model: str, folder: Path) -> str:
     from minicai.engine.load import load_policy
     from minicai.engine.sampler import Sampling, respond
 
-    if (folder / "rm" / "stage.json").exists():
-        return str(folder / "rm")
     choose_form("raw", model)
     asked = PROMPTS * PAIRS
     seeds = [(9, k) for k in range(len(asked))]
@@ -240,8 +241,12 @@ def run(side: str, *rest) -> list[float]:
 
 
 def main(options: argparse.Namespace) -> None:
+    from minicai.engine.disk import write_atomic
+
     file = Path(options.json)
     rows = json.loads(file.read_text()) if file.exists() else []
+    if {len(row["curve"]) for row in rows} - {options.iterations}:
+        raise SystemExit(f"{file}: has runs of another number of iterations; choose another --json")
     done = {(row["reward"], row["side"], row["seed"]) for row in rows}
     for seed, reward in itertools.product(range(options.seeds), options.only or REWARDS):
         for side in ("ours", "trl"):
@@ -250,7 +255,8 @@ def main(options: argparse.Namespace) -> None:
             scorer = train_scorer(options.model, SCORER) if reward == "reward-model" else ""
             curve = run(side, options.model, reward, seed, options.iterations, scorer)
             rows.append({"reward": reward, "side": side, "seed": seed, "curve": curve})
-            file.write_text(json.dumps(rows, indent=1))
+            lines = ",\n".join(map(json.dumps, rows))
+            write_atomic(file, f"[\n{lines}\n]\n")
             print(reward, side, seed, *(f"{mean:.3f}" for mean in curve), flush=True)
     print("results/collect.py writes the table of docs/learning.md; docs/figures.py its figure")
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from results import collect
 from tests.conftest import ROOT
 
 KEYS = [
@@ -190,3 +191,27 @@ def test_both_sides_compute_the_same(small, work, tmp_path):
         getattr(importlib.import_module(side), work)(given) for side in ("ours", "peers")
     )
     assert mine[1] == theirs[1] and mine[2] == pytest.approx(theirs[2], rel=2e-3, abs=2e-3)
+
+
+# --- learning.py ----------------------------------------------------------------------------------
+
+
+def test_the_rewards_of_the_comparison_by_hand():
+    learning = file(ROOT / "bench" / "learning.py")
+    assert learning.s_words([], ["She saw a dog. Sss!", "", "12 34"]) == [0.6, 0, 0]
+    assert learning.animal([], ["Two cats!", "A category", "the Antelope"]) == [1, 0, 0]
+    assert learning.happy([], ["He smiled.", "Unhappy he was"]) == [1, 0]
+    assert len({*learning.PROMPTS}) == 60
+
+
+def test_the_table_of_the_comparison_counts_episodes_until_a_level_is_reached():
+    """64 episodes per rollout. A run that never reaches a level counts as infinite."""
+    curves = {"ours": [[0.1, 0.5, 0.9], [0.6, 0.7, 0.8]], "trl": [[0.1, 0.2, 0.5], [0.1, 0.1, 0.2]]}
+    rows = [
+        {"reward": "happy", "side": side, "seed": seed, "curve": curve}
+        for side, found in curves.items()
+        for seed, curve in enumerate(found)
+    ]
+    _, _, ours, trl = collect.learning_table(rows).splitlines()
+    assert ours == "| happy | **minicai** | 2 | 96 (64–128) | 192 (192–192) | 0.850 (0.800–0.900) |"
+    assert trl == "| happy | TRL | 2 | inf (192–inf) | inf (inf–inf) | 0.350 (0.200–0.500) |"
