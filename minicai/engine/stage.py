@@ -284,6 +284,7 @@ class Stage:
         rows = {file: (len(j.rows), j.sum) for file, j in self.journals.items()}
         extra = {"state": self.state, "skipped": self.skipped, "rows": rows}
         checkpoint.save(self.folder, self.step, self.models, self.optimizer, extra)
+        terminal.BEGUN = f"step {self.step} of {self.folder}"  # a second Ctrl-C ends within a step
 
     def finite(self, numbers: Sequence[float], batch: Sequence) -> bool:
         """Whether an update can be made: its losses and gradient norms are finite.

@@ -620,6 +620,21 @@ def test_an_error_of_the_disk_is_one_sentence_and_the_same_command_resumes(
 # --- resuming -------------------------------------------------------------------------------------
 
 
+def test_what_an_interrupted_run_says_it_resumes_from_is_there(place):
+    """save_every is 2, and rows are written two at a time."""
+    folder = place / "out" / "sl"
+    moments = {
+        "row 0": f"the beginning of {folder}",
+        "row 4": "row 4 of rows.jsonl",
+        "step 1": f"step 0 of {folder}",
+        "step 3": f"step 2 of {folder}",
+        "step 5": f"step 4 of {folder}",
+    }
+    for moment, says in moments.items():
+        interrupted(place, moment)
+        assert terminal.BEGUN == says
+
+
 def test_a_resumed_run_ends_as_the_one_that_was_never_interrupted(place):
     record = run(place, out=str(place / "straight"))
     for moment in ("row 0", "row 4", "step 0", "step 1", "step 2", "step 4", "step 5"):
