@@ -200,7 +200,7 @@ class Stage:
             for first, last in parallel.turns(done, until, journal.group):
                 yield first, last
                 self._note()
-                terminal.BEGUN = f"row {len(journal.rows)} of {journal.name}"
+                terminal.BEGUN = f"row {len(journal.rows)} of {self.folder}/{journal.name}.jsonl"
                 now = min(round(len(journal.rows) * each), self.progress.total)
                 self.progress.update(now - self.progress.n, self.shown)
 

@@ -625,14 +625,14 @@ def test_what_an_interrupted_run_says_it_resumes_from_is_there(place):
     folder = place / "out" / "sl"
     moments = {
         "row 0": f"the beginning of {folder}",
-        "row 4": "row 4 of rows.jsonl",
+        "row 4": f"row 4 of {folder}/rows.jsonl",
         "step 1": f"step 0 of {folder}",
         "step 3": f"step 2 of {folder}",
         "step 5": f"step 4 of {folder}",
     }
     for moment, says in moments.items():
         interrupted(place, moment)
-        assert terminal.BEGUN == says
+        assert says == terminal.BEGUN
 
 
 def test_a_resumed_run_ends_as_the_one_that_was_never_interrupted(place):
