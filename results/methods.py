@@ -30,6 +30,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,8 +216,8 @@ def run(name: str, configs: Path, seed: int, home: Path) -> dict:
 
 def made_of(method: Method, configs: Path) -> dict:
     """What a measurement depends on, besides the code: to be measured again where it changes."""
-    text = (configs / method.config).read_text(encoding="utf-8")
-    return {"settings": [" ".join(words) for words in method.commands], "config": text}
+    settings = tomllib.loads((configs / method.config).read_text(encoding="utf-8"))
+    return {"settings": [" ".join(words) for words in method.commands], "config": settings}
 
 
 def finished(name: str, configs: Path, home: Path) -> bool:

@@ -170,7 +170,7 @@ def test_a_changed_config_is_measured_again_and_its_old_numbers_go(campaign, fak
     made, _ = faked
     campaign("--only", "base", "sl-cai", "rlhf", "--seeds", "0")
     with open(tmp_path / "configs" / "tiny-rlhf.toml", "a") as config_file:
-        config_file.write("# changed\n")
+        config_file.write("limit = 5\n")
     made.clear()
     names = [row["name"] for row in campaign("--only", "base", "--seeds", "0")["rows"]]
     assert (names, made) == (["base", "sl-cai"], [])
