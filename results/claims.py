@@ -1,4 +1,4 @@
-"""What Bai et al. 2022 found, as differences that results/paper.json has per seed, and the verdicts.
+"""What Bai et al. 2022 found, as numbers that results/paper.json has per seed, with verdicts.
 
 A claim is a number per seed, and what the paper says of it: that it is above 0, below 0, about 0,
 or at least 0. The verdict comes from the 95 % interval of the mean over the seeds (Student's t):
@@ -12,6 +12,7 @@ cannot show  neither, or there are fewer than two seeds
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from statistics import fmean, stdev
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ LABELS = {
     "clamped": "chain of thought, clamped",
 }
 PICTURES = {
-    "2": "Harmlessness against helpfulness in Elo points over RL, a line per method, with intervals",
+    "2": "Harmlessness against helpfulness in Elo points over RL, a line per method",
     "5": "Scores of the reward models, and the judge's rates, over the number of revisions",
     "6": "The score and the distinct bigrams of revisions over the number of principles",
     "7": "Critiqued and direct revisions: the score and the harmful share over the revisions",
@@ -241,7 +242,8 @@ CLAIMS: dict[str, list[Claim]] = {
             "the reward model has seen harmless prompts only, and must guess on red-team prompts",
         ),
         Claim(
-            "3.4, figure 5", "the score for both goals rises", "RL-CAI's reward model, last less first",
+            "3.4, figure 5", "the score for both goals rises",
+            "RL-CAI's reward model, last less first",
             revised(lambda r: gain(r["critiqued"]["harmful"]["both"])), ">", 0.05, "",
         ),
     ],
@@ -356,7 +358,7 @@ def gain(means: Sequence[float]) -> float:
 
 
 def step_gains(means: Sequence[float]) -> list[float]:
-    return [after - before for before, after in zip(means, means[1:])]
+    return [after - before for before, after in pairwise(means)]
 
 
 def style_gap(found: dict, column: str, turn: int) -> float:
@@ -478,6 +480,15 @@ def principles_table(data: dict) -> str:
     return grid(titles, lines)
 
 
+def pooled(data: dict, name: str, tenth: int) -> tuple[int, float, float]:
+    """Of the labels in a tenth, over the seeds: their count, sum, and how often the first won."""
+    found = [p for one in results(data, "labels") for p in one[name]["calibration"]]
+    parts = [part for part in found if part["low"] == tenth / 10]
+    count = sum(part["count"] for part in parts)
+    sums = (sum(part["count"] * part[key] for part in parts) for key in ("predicted", "rate"))
+    return count, *sums
+
+
 def calibration_table(data: dict) -> str:
     """Counts and rates by the tenth of the label, pooled over the seeds, and the errors."""
     found = results(data, "labels")
@@ -486,9 +497,7 @@ def calibration_table(data: dict) -> str:
     for k in range(10):
         cells = [f"{k / 10:.1f}–{(k + 1) / 10:.1f}"]
         for name in LABELS:
-            parts = [p for one in found for p in one[name]["calibration"] if p["low"] == k / 10]
-            count = sum(part["count"] for part in parts)
-            came = sum(part["count"] * part["rate"] for part in parts)
+            count, _, came = pooled(data, name, k)
             cells.append(f"{came / count:.2f}, {count}" if count else "–")
         lines.append(cells)
     for title, key in (("calibration error", "ece"), ("accuracy", "accuracy_vs_judge"),
@@ -524,9 +533,9 @@ TABLES = {
     "5": (rounds_table, "revisions"),
     "6": (principles_table, "principles"),
     "7": (None, "revisions"),
-    "8": (None, "sl"),
+    "8": (None, "ppo-rl-cai"),
     "9": (calibration_table, "labels"),
-    "10": (harm_table, "sl"),
+    "10": (harm_table, "ppo-rl-cai"),
     "choices": (choices_table, "choices"),
 }
 

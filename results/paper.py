@@ -8,12 +8,13 @@ stage 1 of configs/tiny.toml, and then the reward model and PPO of four methods 
 policy answers held-out prompts every few iterations, harmful and harmless ones, whatever it trains
 on. The exact judge scores the answers, which no stage sees.
 
-The command writes results/paper.json, from which `python results/collect.py` makes the tables of
-docs/paper.md, and docs/figures.py its figures. Run the same command again to resume after the last
-finished measurement. A measurement that fails is reported, and the next command tries it again. A
-measurement is made again where its config, or one that it reads, has changed. Several commands may
-share an --out if each has its own seeds; each writes the results of all of them. Settings such as
---ppo.iterations=4 go to the stages, for a trial; give it an --out and a --json of its own.
+The command writes results/paper.json and the tables of docs/paper.md that claims.py makes of it;
+with --tables it writes only the tables. `python docs/figures.py` draws the figures. Run the same
+command again to resume after the last finished measurement. A measurement that fails is reported,
+and the next command tries it again. So is one whose config has changed, and each that reads it.
+Several commands may share an --out if each has its own seeds; each writes the results of all of
+them. Settings such as --ppo.iterations=4 go to the stages, for a trial. Give a trial an --out and a
+--json of its own.
 """
 
 import argparse
@@ -42,6 +43,7 @@ import numpy as np
 import train_ppo
 import train_rm
 import train_sl
+from examples import demonstrations
 from minicai import InputError, constitution, critique, feedback
 from minicai.engine import config, parallel, sampler, terminal
 from minicai.engine.data import finite, read_jsonl
@@ -54,13 +56,15 @@ from minicai.evaluation import rates
 from minicai.evaluation.choices import read_choices, score_choices
 from minicai.evaluation.elo import SCALE, bradley_terry
 from minicai.evaluation.measures import counted, share
+from minicai.evaluation.rates import judge, meaning
 from minicai.prompts import as_turns, render
 from minicai.report import summary as report
 from minicai.rollout import distinct_ngrams
 from minicai.tinyworld.grammar import EVASIONS, HARMS, RUDE, comply, refuse, requests
-from minicai.tinyworld.judge import judge, meaning
 from minicai.tools.judging import EvalConfig
+from results import claims
 
+JSON, PAGE = ROOT / "results" / "paper.json", ROOT / "docs" / "paper.md"
 KINDS = {
     "sl": train_sl.SLConfig,
     "rm": train_rm.RMConfig,
@@ -141,9 +145,9 @@ def reward_model(place: Place, method: str, *own: str) -> dict:
     cfg = place.load("rm", method, *own)
     if "cai" in method:
         cfg = dataclasses.replace(cfg, policy=f"{place.home}/rl-cai/sl")
-    elif not cfg.policy:  # the method has a stage 1 of its own
+    elif not cfg.policy:  # stage 1 of RLHF learns the answers that people preferred
         fresh(Path(cfg.out) / "sl")
-        train_sl.main(place.load("sl", method))
+        demonstrations.main(place.load("sl", method))
     fresh(Path(cfg.out) / "rm")
     record = train_rm.main(cfg)
     return {key: record[key] for key in ("train_pairs", "accuracy_vs_labels")}
@@ -266,8 +270,8 @@ def windows(names: Sequence[str], size: int) -> list[tuple[str, ...]]:
 def principles(place: Place) -> dict:
     """Revisions under constitutions of one, two, three and all principles.
 
-    {"of": [{"principles", "judge", "harmless", "harmful", "distinct_2", "critiques_2"}]}; scores
-    are of the last round, and distinct-2 of the words of all rounds.
+    {"of": [{"principles", "judge", "harmless", "harmful", "distinct_2", "critiques_2"}], "harm":
+    the principles about harm}. Scores are of the last round, distinct-2 is of all rounds' words.
     """
     cfg = place.load("sl")
     rows = [row for row in place.asked() if row["kind"] == "harmful"][: PROMPTS // 2]
@@ -293,7 +297,7 @@ def principles(place: Place) -> dict:
                 "critiques_2": distinct_ngrams(texts["critique"], 2),
             }
         )
-    return {"of": found}
+    return {"of": found, "harm": [name for name in usable if name in HARM]}
 
 
 # --- labels and multiple choice: figures 9 and 4 --------------------------------------------------
@@ -604,14 +608,34 @@ def gathered(out: Path) -> dict:
     }
 
 
+def filled(page: str, data: dict) -> str:
+    """The page with the tables of claims.py between its comments."""
+    for name, text in claims.tables(data).items():
+        begin, end = (f"<!-- results/paper-{name}: {edge} -->" for edge in ("begin", "end"))
+        before, _, rest = page.partition(begin)
+        page = f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
+    return page
+
+
+def write_page(path: Path) -> None:
+    """Writes the tables of docs/paper.md from a file such as paper.json, which may be missing."""
+    data = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), data), encoding="utf-8")
+    print(f"wrote  {PAGE}; python docs/figures.py draws its figures")
+
+
 def main(arguments: list[str]) -> None:
     """Measures what is not finished. Raises InputError."""
     parser = argparse.ArgumentParser(prog="python results/paper.py", allow_abbrev=False)
     parser.add_argument("--only", nargs="+", default=[])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--out", type=Path, default=Path("out/paper"))
-    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "paper.json")
+    parser.add_argument("--json", type=Path, default=JSON)
+    parser.add_argument("--tables", action="store_true")
     chose, settings = parser.parse_known_args(arguments)
+    if chose.tables:
+        write_page(chose.json)
+        return
     names, locks, todo = chosen(chose.only), [], []
     for seed in chose.seeds:
         place = Place(chose.out.resolve() / f"seed{seed}", seed, tuple(settings))
@@ -636,7 +660,9 @@ def main(arguments: list[str]) -> None:
         said = f"failed: {found['failed']}" if "failed" in found else "done"
         print(f"    {said} in {found['seconds']:.0f} s", flush=True)
     write_atomic(chose.json, json.dumps(gathered(chose.out.resolve()), indent=1) + "\n")
-    print(f"wrote  {chose.json}; python results/collect.py makes the tables of docs/paper.md")
+    print(f"wrote  {chose.json}")
+    if chose.json == JSON:
+        write_page(JSON)
 
 
 if __name__ == "__main__":
