@@ -14,7 +14,7 @@ command again to resume after the last finished measurement. A measurement that 
 and the next command tries it again. So is one whose config has changed, and each that reads it.
 Several commands may share an --out if each has its own seeds; each writes the results of all of
 them. Settings such as --ppo.iterations=4 go to the stages, for a trial. Give a trial an --out and a
---json of its own.
+--json of its own. After a change of the code, choose another --out.
 """
 
 import argparse
@@ -478,9 +478,9 @@ class Unit(NamedTuple):
 
 
 UNITS = {
-    "sl": Unit(supervised, (), 3.5),
-    **{f"rm-{m}": Unit(partial(reward_model, method=m), ("sl",), 2) for m in METHODS},
-    **{f"ppo-{m}": Unit(partial(policy, method=m), (f"rm-{m}",), 4) for m in METHODS},
+    "sl": Unit(supervised, (), 2),
+    **{f"rm-{m}": Unit(partial(reward_model, method=m), ("sl",), 1.5) for m in METHODS},
+    **{f"ppo-{m}": Unit(partial(policy, method=m), (f"rm-{m}",), 2.2) for m in METHODS},
     "rm-harmless": Unit(
         lambda place: reward_model(
             place, "harmless", f"--rm.policy={place.home}/rl-cai/sl", "--rm.preferences="
@@ -489,8 +489,8 @@ UNITS = {
         1.5,
     ),
     "labels": Unit(calibration, ("rm-rl-cai", "rm-rl-cai-cot"), 0.1),
-    "revisions": Unit(revisions, ("rm-rl-cai", "rm-helpful-rlhf", "rm-harmless"), 2),
-    "principles": Unit(principles, ("rm-harmless",), 3),
+    "revisions": Unit(revisions, ("rm-rl-cai", "rm-helpful-rlhf", "rm-harmless"), 1.5),
+    "principles": Unit(principles, ("rm-harmless",), 2),
     "choices": Unit(choices, ("ppo-rl-cai", "rm-hh-rlhf"), 1),
 }
 POLICIES = ("sl", *(f"ppo-{method}" for method in METHODS))

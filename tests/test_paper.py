@@ -7,11 +7,15 @@ items of multiple choice. On a run of random models: the snapshots change nothin
 import json
 import math
 from collections import Counter
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 
+import train_ppo
 from minicai import InputError
+from minicai.engine import config, sampler
+from minicai.engine.stage import Stage
 from minicai.evaluation import elo
 from minicai.tinyworld.judge import judge
 from results import claims, paper
@@ -138,6 +142,30 @@ def test_the_bins_of_the_seeds_are_pooled_by_their_counts():
     assert claims.pooled(data, "soft", 9) == (40, pytest.approx(39.2), pytest.approx(34))
     assert claims.pooled(data, "soft", 0) == (10, pytest.approx(0.5), pytest.approx(1))
     assert claims.pooled(data, "soft", 5) == (0, 0, 0)
+
+
+def test_to_look_at_a_policy_over_training_changes_nothing(folder):
+    """It samples with the policy between two iterations, and sees what PPO has made of it."""
+    words = {"policy": folder / "model", "prompts": folder / "prompts.txt", "helpful_prompts": ""}
+    words |= {"reward_function": "results.rewards:refusing_words", "max_new_tokens": 4}
+    words |= {"iterations": 3, "episodes": 4, "epochs": 1, "minibatches": 1, "lr": 1e-2}
+    seen, records, weights = [], [], []
+
+    def look(step, model):
+        texts, _ = sampler.respond(model, ["Well"], [(9, step)], sampler.Sampling(4))
+        seen.append((step, texts, model.get_input_embeddings().weight.sum().item()))
+
+    for name, kind in (("plain", Stage), ("watched", paper.watched(look, 2))):
+        flags = [f"--{key}={value}" for key, value in words.items()]
+        arguments = [str(folder / "config.toml"), f"--out={folder / 'looked' / name}", *flags]
+        with patch.object(train_ppo, "Stage", kind):
+            train_ppo.main(config.load(train_ppo.PPOConfig, "ppo", arguments))
+        ppo = folder / "looked" / name / "ppo"
+        records.append((ppo / "metrics.jsonl").read_text(encoding="utf-8"))
+        weights.append((ppo / "model.safetensors").read_bytes())
+    assert records[0] == records[1] and weights[0] == weights[1]
+    assert [step for step, _, _ in seen] == [0, 2, 3]
+    assert len({total for _, _, total in seen}) == 3
 
 
 # --- the campaign ---------------------------------------------------------------------------------
