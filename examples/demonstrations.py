@@ -35,13 +35,16 @@ def main(cfg: train_sl.SLConfig) -> dict:
     """Runs or resumes the stage. Returns its record, which is also in OUT/sl/stage.json."""
     if cfg.prompts or cfg.helpful_samples != 1:
         raise InputError('[sl]: examples/demonstrations.py needs prompts = "", helpful_samples = 1')
+    if cfg.overwrite:  # it would remove the answers as well
+        raise InputError(f"--overwrite: remove {cfg.out}/sl instead, or choose another --out")
     pairs = read_preferences(cfg.helpful_prompts, cfg.helpful_limit)
-    file, rows = Path(cfg.out) / "sl" / "helpful.jsonl", []
+    folder, rows = Path(cfg.out) / "sl", []
     for k, pair in enumerate(pairs):
         rows.append({"id": k, "prompt": pair["prompt"], "response": pair["first"], "ended": True})
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, "".join(json.dumps(row) + "\n" for row in rows))
+    if not (folder / "helpful.jsonl").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / "revisions.jsonl", "")  # none; eval reads it
+        write_atomic(folder / "helpful.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return train_sl.main(cfg)
 
 

@@ -343,6 +343,24 @@ def gathered(out: Path) -> dict:
     }
 
 
+def locked(out: Path, seeds: Sequence[int]) -> list:
+    """Locks OUT/seedN for each seed, as long as the files that it returns are open.
+
+    Raises InputError where another process measures one of them.
+    """
+    locks = []
+    for seed in seeds:
+        (out / f"seed{seed}").mkdir(parents=True, exist_ok=True)
+        locks.append(open(out / f"seed{seed}" / "lock", "w"))  # noqa: SIM115
+        try:
+            fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(
+                f"--seeds: seed {seed} of {out} is being measured by another process"
+            ) from error
+    return locks
+
+
 def main(arguments: list[str]) -> None:
     """Runs the measurements that are not finished. Raises InputError."""
     parser = argparse.ArgumentParser(prog="python results/variants.py")
@@ -354,17 +372,8 @@ def main(arguments: list[str]) -> None:
     chose = parser.parse_args(arguments)
     # An unreadable config ends the command here, before any variant records it as its own error.
     config.load(EvalConfig, "eval", [chose.config])
-    out, locks = chose.out.resolve(), []
-    for seed in chose.seeds:
-        (out / f"seed{seed}").mkdir(parents=True, exist_ok=True)
-        # The lock is held as long as the process lives.
-        locks.append(open(out / f"seed{seed}" / "lock", "w"))  # noqa: SIM115
-        try:
-            fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(
-                f"--seeds: seed {seed} of {out} is being measured by another process"
-            ) from error
+    out = chose.out.resolve()
+    _locks = locked(out, chose.seeds)
     todo = [(v, seed) for v in chosen(chose.only) for seed in chose.seeds]
     todo = [(v, seed) for v, seed in todo if finished(v, chose.config, out / f"seed{seed}") is None]
     minutes = [STAGES[v.stage][2] for v, _ in todo]
