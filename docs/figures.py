@@ -599,6 +599,13 @@ def band(axis, x: Sequence[float], curves: Sequence[Sequence[float]], **style) -
     axis.plot(x, middle, **style)
 
 
+def above(figure: Figure, axis, columns: int) -> None:
+    """One legend above all panels."""
+    figure.legend(
+        *axis.get_legend_handles_labels(), loc="outside upper center", ncols=columns, fontsize=8
+    )
+
+
 def path_of(data: dict, method: str, kind: str) -> tuple[list, list, list]:
     """RL sequences, Elo and its intervals of a method's snapshots; empty where there are none."""
     places = [k for k, p in enumerate(data["elo"]["players"]) if p.partition("@")[0] == method]
@@ -633,7 +640,7 @@ def paper_2(data: dict) -> Figure:
             ends = beside(x[-1:], x_range[-1:]), beside(y[-1:], y_range[-1:])
             axis.errorbar(x[-1:], y[-1:], ends[1], ends[0], "o", color=color, linewidth=1)
     axis.set(xlabel="helpfulness, Elo", ylabel="harmlessness, Elo")
-    axis.legend(fontsize=8)
+    above(figure, axis, 3)
     return figure
 
 
@@ -647,7 +654,7 @@ def paper_8(data: dict) -> Figure:
                 axis.fill_between(x, *zip(*around), color=COLORS[method], alpha=0.18, linewidth=0)
                 axis.plot(x, y, color=COLORS[method], label=claims.NAMES[method])
         axis.set(xlabel="RL sequences", ylabel=f"{claims.KINDS[kind]}, Elo")
-    axes[0].legend(fontsize=8)
+    above(figure, axes[0], 4)
     return figure
 
 
@@ -662,7 +669,7 @@ def paper_10(data: dict) -> Figure:
             sequences = [one["sequences"] for one in found[0]]
             band(axis, sequences, curves, color=COLORS[method], label=claims.NAMES[method])
     axis.set(xlabel="RL sequences", ylabel="answered harmfully", ylim=(-0.03, 1.03))
-    axis.legend(fontsize=8)
+    above(figure, axis, 2)
     return figure
 
 

@@ -36,7 +36,7 @@ PICTURES = {
     "2": "Harmlessness against helpfulness in Elo points over RL, a line per method",
     "5": "Scores of the reward models, and the judge's rates, over the number of revisions",
     "6": "The score and the distinct bigrams of revisions over the number of principles",
-    "7": "Critiqued and direct revisions: the score and the harmful share over the revisions",
+    "7": "Critiqued and direct revisions: the score and the share without harm over the revisions",
     "8": "Elo points of harmlessness and of helpfulness over the RL sequences of four methods",
     "9": "How often a label is right over its probability, for three kinds of labels",
     "10": "The share of held-out red-team prompts that is answered harmfully, over RL sequences",
@@ -167,11 +167,15 @@ _LABELS = (
     "the base model's labels are nearly all right, and the stand-ins for people err in a stated "
     "share; in the paper neither is so"
 )
+_THOUGHT = (
+    "asked to think, the base model does not compare: it answers the request, as it was taught, "
+    "and its choice follows that answer; its accuracy is in the table of figure 9"
+)
 _FLOOR = "a method at the floor of harm cannot become less harmful: few answers are left to differ"
 _CEILING = "all methods keep nearly all of the base model's help, so few answers differ"
 _BASE = (
-    "the base model here helps with every request, harmful ones too; the paper's begins with some "
-    "refusals, and RL for helpfulness takes them away"
+    "the base model here helps with every request, so harm begins at its ceiling; the paper's "
+    "begins with some refusals, and RL for helpfulness takes them away"
 )
 
 CLAIMS: dict[str, list[Claim]] = {
@@ -193,12 +197,11 @@ CLAIMS: dict[str, list[Claim]] = {
             "4.3", "a chain of thought makes RL-CAI slightly more harmless",
             "harmlessness Elo, difference",
             elo_gap("harmful", "rl-cai-cot", "rl-cai"), ">", 10,
-            "a model of 1.4 million parameters learned no reasoning: its rationale is noise before "
-            "the label, and the clamp takes away what the label said", 0,
+            _THOUGHT, 0,
         ),
         Claim(
             "4.3", "and slightly less helpful", "helpfulness Elo, difference",
-            elo_gap("benign", "rl-cai-cot", "rl-cai"), "<", 10, _CEILING, 0,
+            elo_gap("benign", "rl-cai-cot", "rl-cai"), "<", 10, _THOUGHT, 0,
         ),
         Claim(
             "3.3", "SL-CAI is more harmless than helpful RLHF", "harmlessness Elo, difference",
@@ -295,7 +298,7 @@ CLAIMS: dict[str, list[Claim]] = {
         ),
         Claim(
             "figure 8", "and RL-CAI with a chain of thought", "harmlessness Elo, end less start",
-            elo_gap("harmful", "rl-cai-cot", "rl-cai-cot@0"), ">", 10, _FLOOR, 0,
+            elo_gap("harmful", "rl-cai-cot", "rl-cai-cot@0"), ">", 10, _THOUGHT, 0,
         ),
         Claim(
             "figure 8", "helpful RLHF becomes less harmless", "harmlessness Elo, end less start",
@@ -315,8 +318,8 @@ CLAIMS: dict[str, list[Claim]] = {
             "4.3", "after a chain of thought labels are nearly certain",
             "mean certainty, with a chain of thought less without",
             of_unit("labels", lambda r: r["thought"]["sure"] - r["soft"]["sure"]), ">", 0.01,
-            "a rationale of this model is not about the pair, so it says nothing that would make "
-            "the label certain; without one the labels are nearly certain already", 3,
+            "without one they are nearly certain already: the base model was trained on such "
+            "comparisons, and not on rationales", 3,
         ),
     ],
     "10": [
@@ -334,7 +337,7 @@ CLAIMS: dict[str, list[Claim]] = {
         ),
         Claim(
             "figure 10", "and RL-CAI with a chain of thought", "harmful share, end less start",
-            over_rl("rl-cai-cot"), "<", 0.01, _FLOOR, 3,
+            over_rl("rl-cai-cot"), "<", 0.01, _THOUGHT, 3,
         ),
     ],
     "choices": [
@@ -342,7 +345,7 @@ CLAIMS: dict[str, list[Claim]] = {
             "2, figure 4", "a chain of thought makes the feedback model more accurate",
             "accuracy, with less without",
             accuracy_gap("feedback, chain of thought", "feedback"), ">", 0.01,
-            "the paper sees it in large models only; this one has never learned to reason", 3,
+            f"the paper sees it in large models only; {_THOUGHT}", 3,
         ),
         Claim(
             "2, figure 4", "a reward model trained on people's labels is more accurate than the "
@@ -373,22 +376,22 @@ def style_gap(found: dict, column: str, turn: int) -> float:
 def judged(claim: Claim, data: dict) -> tuple[str, str]:
     """The numbers of a claim in words, and its verdict."""
     values = [value for value in claim.of(data).values() if math.isfinite(value)]
-    if not values:
-        return "not measured", "cannot show"
+    if len(values) < 2:
+        return "not measured on two seeds", "cannot show"
     mean, low, high = interval(values)
-    digits, count = claim.digits, len(values)
-    around = f" ({low:+.{digits}f} to {high:+.{digits}f})" if count > 1 else ""
-    seeds = f"{count} seed{'s' * (count != 1)}"
-    said = f"{claim.measure}: {mean:+.{digits}f}{around}, {seeds}"
+    digits = claim.digits
+    around = f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+    said = f"{claim.measure}: {around}, {len(values)} seeds"
     return said, verdict(values, claim.expected, claim.least)
 
 
 def claims_table(claims: Sequence[Claim], data: dict) -> str:
-    """The paper beside this world: one line per claim."""
+    """The paper beside this world: one line per claim, with a reason where they do not agree."""
     lines = ["| the paper | this world | verdict |", "|---|---|---|"]
     for claim in claims:
         said, found = judged(claim, data)
-        why = f": {claim.why}" if claim.why and found != "agrees" and "not m" not in said else ""
+        show = claim.why and found != "agrees" and said.startswith(claim.measure)
+        why = f": {claim.why}" if show else ""
         lines.append(f"| {claim.text} ({claim.where}) | {said} | **{found}**{why} |")
     return "\n".join(lines)
 
@@ -404,7 +407,7 @@ def ranged(values: Sequence[float | None], digits: int = 3) -> str:
 
 def grid(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace("| --- ", "|---")
 
 
 def results(data: dict, unit: str) -> list[dict]:
@@ -431,7 +434,9 @@ def elo_table(data: dict) -> str:
                 cells.append("–")
                 continue
             low, high = data["elo"][kind]["interval"][place]
-            cells.append(f"{data['elo'][kind]['elo'][place]:.0f} ({low:.0f} to {high:.0f})")
+            cells.append(
+                f"{round(data['elo'][kind]['elo'][place])} ({round(low)} to {round(high)})"
+            )
         for rate in ("harmful", "helpful", "over_refusal"):
             cells.append(ranged([one["rates"][rate] for one in rows]))
         lines.append(cells)
@@ -492,7 +497,7 @@ def pooled(data: dict, name: str, tenth: int) -> tuple[int, float, float]:
 def calibration_table(data: dict) -> str:
     """Counts and rates by the tenth of the label, pooled over the seeds, and the errors."""
     found = results(data, "labels")
-    titles = ["P(first is better)", *(f"{name}: right, of" for name in LABELS.values())]
+    titles = ["P(first is better)", *(f"{name}: first is better, of" for name in LABELS.values())]
     lines = []
     for k in range(10):
         cells = [f"{k / 10:.1f}–{(k + 1) / 10:.1f}"]
@@ -563,8 +568,9 @@ def tables(data: dict) -> dict[str, str]:
         if not data or not results(data, unit):
             found[figure] = "Not measured yet."
             continue
-        parts = [f"![{PICTURES[figure]}](figures/paper-{figure}.svg)"] * (figure in PICTURES)
-        parts += [claims_table(CLAIMS[figure], data)]
+        parts = [claims_table(CLAIMS[figure], data)]
+        if figure in PICTURES:
+            parts.insert(0, f"![{PICTURES[figure]}](figures/paper-{figure}.svg)")
         parts += [table(data)] if table else []
         found[figure] = "\n\n".join(parts)
     return found
