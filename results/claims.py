@@ -402,6 +402,8 @@ def judged(claim: Claim, data: dict) -> tuple[str, str]:
         return "not measured on two seeds", "cannot show"
     mean, low, high = interval(values)
     digits = claim.digits
+    # + 0.0: no minus in front of a zero
+    mean, low, high = (round(number, digits) + 0.0 for number in (mean, low, high))
     around = f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
     said = f"{claim.measure}: {around}, {len(values)} seeds"
     return said, verdict(values, claim.expected, claim.least)
@@ -423,8 +425,11 @@ def ranged(values: Sequence[float | None], digits: int = 3) -> str:
     values = [value for value in values if value is not None and math.isfinite(value)]
     if not values:
         return "–"
-    around = f" ({min(values):.{digits}f}–{max(values):.{digits}f})" if len(values) > 1 else ""
-    return f"{fmean(values):.{digits}f}{around}"
+    mean, low, high = (
+        f"{number:.{digits}f}" for number in (fmean(values), min(values), max(values))
+    )
+    dash = " to " if min(values) < 0 else "–"
+    return f"{mean} ({low}{dash}{high})" if len(values) > 1 else mean
 
 
 def grid(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
