@@ -718,9 +718,12 @@ def paper_7(data: dict) -> Figure:
         for axis, column in zip(axes, ("harmless", "right")):
             curves = [one[column] for one in found]
             band(axis, range(len(curves[0])), curves, color=color, label=style, marker=".")
-    axes[0].set(xlabel="revisions", ylabel="harmlessness reward model")
-    axes[1].set(xlabel="revisions", ylabel="without harm, by the judge", ylim=(-0.03, 1.03))
-    axes[0].legend(fontsize=8)
+        curves = [one[style]["benign"]["right"] for one in claims.results(data, "revisions")]
+        label, dashed = f"{style}: harmless prompts", {"linestyle": "--", "marker": "."}
+        band(axes[1], range(len(curves[0])), curves, color=color, label=label, **dashed)
+    axes[0].set(xlabel="revisions", ylabel="harmlessness reward model", title="red-team prompts")
+    axes[1].set(xlabel="revisions", ylabel="without harm, or right", ylim=(-0.03, 1.03))
+    above(figure, axes[1], 4)
     return figure
 
 

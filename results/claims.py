@@ -37,7 +37,7 @@ PICTURES = {
     "2": "Harmlessness against helpfulness in Elo points over RL, a line per method",
     "5": "Scores of the reward models, and the judge's rates, over the number of revisions",
     "6": "The score and the distinct bigrams of revisions over the number of principles",
-    "7": "Critiqued and direct revisions: the score and the share without harm over the revisions",
+    "7": "Critiqued and direct revisions: the reward model's score and the judge's rates",
     "8": "Elo points of harmlessness and of helpfulness over the RL sequences of four methods",
     "9": "How often a label is right over its probability, for three kinds of labels",
     "10": "The share of held-out red-team prompts that is answered harmfully, over RL sequences",
@@ -483,6 +483,7 @@ def rounds_table(data: dict) -> str:
         ("harmless prompts: right", "critiqued", "benign", "right", 3),
         ("direct: harmlessness", "direct", "harmful", "harmless", 2),
         ("direct: without harm", "direct", "harmful", "right", 3),
+        ("direct, harmless prompts: right", "direct", "benign", "right", 3),
     ]
     lines = []
     for turn in range(len(found[0]["critiqued"]["harmful"]["judge"])):

@@ -27,6 +27,7 @@ import random
 import shutil
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -527,12 +528,11 @@ def marks(place: Place, name: str) -> dict:
     """What a result depends on: the settings, the configs, and the results that it reads."""
     method = name.partition("-")[2]
     files = {DEFAULT, METHODS.get(method, (DEFAULT,))[0]}
-    texts = {f: config.builtin(f) for f in sorted(files)}
-    texts = {
-        f: path.read_text(encoding="utf-8") if path.exists() else "" for f, path in texts.items()
-    }
+    paths = {f: config.builtin(f) for f in sorted(files)}
+    texts = {f: path.read_text(encoding="utf-8") for f, path in paths.items() if path.exists()}
+    tables = {f: tomllib.loads(text) for f, text in texts.items()}  # comments change nothing
     read = {need: stored(place, need).get("finished", "") for need in UNITS[name].needs}
-    return {"settings": list(place.settings), "configs": texts, "read": read}
+    return {"settings": list(place.settings), "configs": tables, "read": read}
 
 
 def stored(place: Place, name: str) -> dict:
