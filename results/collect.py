@@ -41,6 +41,8 @@ NAMES = {  # a method of methods.py: its name in the tables
     "best-of-n": "best of 16",
     "rlhf": "RLHF",
     "helpful-rlhf": "helpful RLHF",
+    "paper-sl-cai": "SL-CAI, principles and revisions as in the paper",
+    "paper-ppo": "RL-CAI from it",
 }
 METHODS = {  # the columns of their table
     "harmful": "harmful",

@@ -89,7 +89,12 @@ METHODS = {  # each after those that it copies from
     "best-of-n": _instead("examples/best_of_n.py", f"--candidates={BEST}"),
     "rlhf": Method(PEOPLE, config="tiny-rlhf.toml"),
     "helpful-rlhf": Method(PEOPLE, config="tiny-helpful-rlhf.toml"),
+    "paper-sl-cai": Method((("train_sl.py",),), config="tiny-paper.toml"),
+    "paper-ppo": Method(
+        (("train_rm.py",), ("train_ppo.py",)), (("paper-sl-cai", "sl"),), "tiny-paper.toml"
+    ),
 }
+BEFORE_RL = {"base", "sl-cai", "paper-sl-cai"}
 
 
 # --- one method -----------------------------------------------------------------------------------
@@ -198,8 +203,9 @@ def run(name: str, configs: Path, seed: int, home: Path) -> dict:
         if name == "best-of-n":
             found |= best(folder, cfg, words)
         else:
-            model = {"base": cfg.model, "sl-cai": f"{folder}/sl"}.get(name, f"{folder}/ppo")
-            start = "" if name in ("base", "sl-cai") else f"{folder}/sl"
+            stage = "sl" if name in BEFORE_RL else "ppo"
+            model = f"{folder}/{stage}" if method.commands else cfg.model
+            start = "" if name in BEFORE_RL else f"{folder}/sl"
             spawn = multiprocessing.get_context("spawn")  # this process stays small: see command
             with ProcessPoolExecutor(1, mp_context=spawn) as pool:
                 found |= pool.submit(judged, cfg, model, start).result()
