@@ -229,3 +229,24 @@ def test_the_page_has_the_tables_that_the_results_give():
     assert paper.filled(page, data) == page, "run python results/paper.py --tables"
     for name in claims.tables({}):
         assert page.count(f"<!-- results/paper-{name}: begin -->\n") == 1
+
+
+@pytest.mark.slow
+def test_all_figures_of_one_seed_on_the_shortest_stages(tmp_path, monkeypatch):
+    """The stages, the measurements and every table, from one command; nothing fails."""
+    monkeypatch.setattr(paper, "SIZES", (1,))
+    monkeypatch.setattr(paper, "RESAMPLES", 5)
+    words = {"sl.limit": 8, "sl.helpful_limit": 8, "sl.epochs": 1, "eval.limit": 2}
+    words |= {"rm.limit": 12, "rm.revision_pairs": 0, "rm.preferences_limit": 20, "rm.epochs": 1}
+    words |= {"ppo.iterations": 1, "ppo.episodes": 4}
+    path = tmp_path / "paper.json"
+    own = ["--seeds", "0", "--out", str(tmp_path), "--json", str(path)]
+    paper.main([*own, *(f"--{key}={value}" for key, value in words.items())])
+    data = json.loads(path.read_text())
+    assert data["failed"] == {} and data["seeds"]["0"].keys() == paper.UNITS.keys()
+    texts = claims.tables(data)
+    assert "Not measured yet." not in texts.values()
+    sets = [row["principles"] for row in data["seeds"]["0"]["principles"]["of"]]
+    assert [*map(len, sets)] == [1, 1, 1, 1, 1, 5]
+    steps = [one["step"] for one in data["seeds"]["0"]["ppo-rl-cai"]["snapshots"]]
+    assert steps == [0, 1]
