@@ -395,7 +395,7 @@ def notes(results: dict) -> str:
 def lesson_table(results: dict) -> str:
     """Harmlessness alone: two ways to leave out what speaks for answering, against the default."""
     names = {
-        "default": "the demo's recipe",
+        "default": "the run above",
         "no-human-pairs": "no comparisons for helpfulness",
         "word-reward": "a reward that counts words of refusals",
     }
