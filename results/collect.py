@@ -29,6 +29,7 @@ PAGES = {  # table: the page that has it, between two comments with the table's 
     "learning": "docs/learning.md",
     "methods": "docs/methods.md",
     "people": "docs/helpfulness.md",
+    "worth": "README.md",
 }
 NAMES = {  # a method of methods.py: its name in the tables
     "base": "base",
