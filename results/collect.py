@@ -29,6 +29,7 @@ PAGES = {  # table: the page that has it, between two comments with the table's 
     "learning": "docs/learning.md",
     "methods": "docs/methods.md",
     "people": "docs/helpfulness.md",
+    "worth": "README.md",
 }
 NAMES = {  # a method of methods.py: its name in the tables
     "base": "base",
@@ -395,7 +396,7 @@ def notes(results: dict) -> str:
 def lesson_table(results: dict) -> str:
     """Harmlessness alone: two ways to leave out what speaks for answering, against the default."""
     names = {
-        "default": "the demo's recipe",
+        "default": "the run above",
         "no-human-pairs": "no comparisons for helpfulness",
         "word-reward": "a reward that counts words of refusals",
     }

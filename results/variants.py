@@ -3,7 +3,7 @@
 
     python results/variants.py [--only NAME ...] [--seeds 0 1 2] [--out out/variants]
 
-Each variant is measured at the stage that it acts on, with the demo's config and every seed. The
+Each variant is measured at the stage that it acts on, with configs/tiny-paper.toml and every seed. The
 exact judge scores it: critiques and revisions by the harm that remains, labels by their agreement
 with the judge, reward models on the default's held-out pairs, policies by their answers. Earlier
 stages are the default's, run once per seed. Cheap measurements come first. All of them together
@@ -368,7 +368,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("out/variants"))
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "variants.json")
-    parser.add_argument("--config", default=str(config.builtin("tiny.toml")))
+    parser.add_argument("--config", default=str(config.builtin("tiny-paper.toml")))
     chose = parser.parse_args(arguments)
     # An unreadable config ends the command here, before any variant records it as its own error.
     config.load(EvalConfig, "eval", [chose.config])
