@@ -490,7 +490,7 @@ UNITS = {
     ),
     "labels": Unit(calibration, ("rm-rl-cai", "rm-rl-cai-cot"), 0.1),
     "revisions": Unit(revisions, ("rm-rl-cai", "rm-helpful-rlhf", "rm-harmless"), 1.5),
-    "principles": Unit(principles, ("rm-harmless",), 2.5),
+    "principles": Unit(principles, ("rm-harmless",), 3),
     "choices": Unit(choices, ("ppo-rl-cai", "rm-hh-rlhf"), 1),
 }
 POLICIES = ("sl", *(f"ppo-{method}" for method in METHODS))
