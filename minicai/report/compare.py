@@ -7,7 +7,7 @@ from minicai import InputError
 from minicai.constitution import REQUESTS
 from minicai.engine.card import written
 from minicai.engine.disk import write_atomic
-from minicai.report.figures import PPO, SL
+from minicai.report.figures import COLOURS
 from minicai.report.page import render
 from minicai.report.panels import curves, journals
 from minicai.report.summary import (
@@ -102,7 +102,7 @@ def page(a: Path, b: Path) -> str:
     """The text of compare.html. Raises InputError where no stage of a run has begun."""
     runs, drawn = {"A": a, "B": b}, {}
     summaries = {name: so_far(out) for name, out in runs.items()}
-    for colour, (name, out) in zip((PPO, SL), runs.items()):
+    for colour, (name, out) in zip((COLOURS["ppo"], COLOURS["sl"]), runs.items()):
         drawn[name] = colour, journals(out, at(summaries[name], "hacking"))
     rows, contents = differences(a, b)
     numbers = []

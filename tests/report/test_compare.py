@@ -63,7 +63,7 @@ def test_curves_of_two_runs_are_joined_by_their_steps(monkeypatch):
     none = {"rm": [], "ppo": []}
     [panel] = panels.curves({"A": ("blue", one | none), "B": (None, two | none)})
     assert panel.header == ["step", "A", "B"] and panel.rows == [(1, 3.0, None), (2, None, 1.0)]
-    assert drawn == [[("blue", [(1, 3.0)]), (figures.SL, [(2, 1.0)])]]
+    assert drawn == [[("blue", [(1, 3.0)]), (figures.COLOURS["sl"], [(2, 1.0)])]]
 
 
 def ruled(out, rules, read="x"):
