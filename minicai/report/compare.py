@@ -23,14 +23,6 @@ from minicai.report.summary import (
     so_far,
 )
 
-NUMBERS = {  # of the summary, beside the rates
-    "labels.accuracy_vs_judge": "AI labels that agree with the judge",
-    "rm.accuracy_vs_judge": "reward model on held-out pairs: agrees with the judge",
-    "rm.accuracy_vs_labels": "reward model on held-out pairs: agrees with their labels",
-    "ppo.kl": "KL from SL-CAI, nats per response",
-    "ppo.reward": "learned reward at the end",
-}
-
 
 def _stored(out: Path, stage: str) -> tuple[dict, dict]:
     """The settings of a stage, and the fingerprints of the code and the files that it read."""
@@ -92,13 +84,6 @@ def page(a: Path, b: Path) -> str:
     for colour, (name, out) in zip((COLOURS["ppo"], COLOURS["sl"]), runs.items()):
         drawn[name] = colour, journals(out, at(summaries[name], "hacking"))
     rows, contents = differences(a, b)
-    numbers = []
-    for path, title in NUMBERS.items():
-        part, key = path.split(".")
-        values = [summary.get(part, {}).get(key) for summary in summaries.values()]
-        numbers.append((title, *values))
-    minutes = [summary["seconds"]["total"] / 60 for summary in summaries.values()]
-    numbers.append(("minutes", *minutes))
     return render(
         "compare.html.j2",
         runs=runs,
@@ -107,7 +92,6 @@ def page(a: Path, b: Path) -> str:
         differences=rows,
         contents=contents,
         rules=reworded(a, b, summaries),
-        numbers=numbers,
         panels=[*curves(drawn)],
         names=STAGES | RECORDED,
         transcripts={},
