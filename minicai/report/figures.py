@@ -27,8 +27,8 @@ INK, PPO, GOOD = COLOURS["ink"], COLOURS["ppo"], COLOURS["good"]
 NAMES = {"p_a": "mean P(A)", "to_a": "(A) both times", "to_b": "(B) both times"}
 
 
-def _draw(title: str, size: tuple[float, float], paint: Callable, heights: Sequence = (1,)) -> str:
-    """The SVG of what paint(*axes) draws on axes of these relative heights, one below the other."""
+def _draw(title: str, size: tuple[float, float], paint: Callable) -> str:
+    """The SVG of what paint(axes) draws."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -37,8 +37,7 @@ def _draw(title: str, size: tuple[float, float], paint: Callable, heights: Seque
     file, style = io.StringIO(), Path(__file__).with_name("report.mplstyle")
     with matplotlib.rc_context({"svg.hashsalt": title}, style):
         figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)
-        paint(*axes.flat)
+        paint(figure.subplots())
         figure.savefig(file, format="svg", transparent=True)
     text = file.getvalue().partition("<svg ")[2]
     unwanted = r'<metadata>.*?</metadata>|<style.*?</style>|(?<=<g) id="[^"]*"'  # ids would repeat
@@ -95,20 +94,15 @@ def shares(title: str, rows: dict[str, dict], columns: dict[str, str], line: boo
 
 
 def calibration(title: str, parts: Sequence[dict], who: str) -> str:
-    """How often `who` prefers the first response, over the labels; below, the number of labels.
+    """How often `who` prefers the first response, over the labels: a measures.calibration_curve."""
 
-    `parts` is a measures.calibration_curve.
-    """
-
-    def paint(axes, counts) -> None:
+    def paint(axes) -> None:
         labels, (rates, errors) = [part["predicted"] for part in parts], _points(parts)
         axes.plot([0, 1], [0, 1], "--", color=COLOURS["muted"], linewidth=0.8)
         axes.errorbar(labels, rates, errors, fmt="o", color=PPO)
-        axes.set(ylim=(-0.04, 1.04), ylabel=f"{who} the first")
-        counts.bar(labels, [part["count"] for part in parts], 0.04, color=PPO, alpha=0.55)
-        counts.set(xlim=(-0.03, 1.03), ylabel="labels", xlabel="P(first is better) in the label")
+        axes.set(xlabel="P(first is better) in the label", ylabel=f"{who} the first")
 
-    return _draw(title, (4.4, 3.7), paint, heights=(3, 1))
+    return _draw(title, (4.4, 3.0), paint)
 
 
 def smoothed(values: Sequence[float], window: int) -> np.ndarray:

@@ -110,7 +110,7 @@ def _shares(spec: dict, rows: dict | list) -> Panel:
 
 def _calibration(title: str, parts: Sequence[dict], who: str) -> Panel:
     rows = [[f"{part['low']:.1f}–{part['high']:.1f}", part["predicted"], part] for part in parts]
-    reading = "Labels on the dashed line mean what they say. Below: how many there are."
+    reading = "Labels on the dashed line mean what they say."
     header = ["label", "mean label", f"{who} the first"]
     svg = figures.calibration(title, parts, who)
     return Panel("labels", title, "", svg, header, rows, reading, "ece")
