@@ -15,7 +15,7 @@
   data FILE [--model=MODEL]  what prompts or pairs a file holds: docs/data.md
   constitution ACTION        new, import, check, try, diff: write one, and see
                              what it does
-  chat MODEL                 talk to a model, or to two of them side by side
+  chat MODEL                 talk to a model, or to two of them
   doctor                     what this machine has: torch, GPU, memory, disk
 
 minicai COMMAND --help prints the settings of a command. --version prints the
@@ -26,7 +26,6 @@ resume it.
 import importlib
 import inspect
 import os
-import sys
 
 from minicai import InputError, __version__
 from minicai.engine import config, terminal
@@ -80,13 +79,9 @@ def main(arguments: list[str]) -> None:
         raise InputError(
             "minicai is one process; torchrun is for train_sl.py, train_rm.py and train_ppo.py"
         )
-    if not name:
-        raise InputError("expected a command; minicai --help lists them")
     if name not in COMMANDS:
         raise InputError(f"unknown command {name!r}{config.nearest(name, COMMANDS)}")
     place, function, *_ = COMMANDS[name]
-    if name == "chat" and sys.stderr.isatty():  # torch is imported next, which takes seconds
-        terminal.say("loading ...")
     config.call(name, getattr(importlib.import_module(f"minicai.{place}"), function), rest)
 
 

@@ -42,7 +42,7 @@ WALKTHROUGH = (DOCS / "walkthrough.md").read_text(encoding="utf-8")
 RESEARCH = (DOCS / "change-a-loss.md").read_text(encoding="utf-8")
 DIFFS = re.findall(r"^```diff\n(.*?)^```$", RESEARCH, re.M | re.S)
 EXPERIMENTS = re.split(r"^## ", RESEARCH, flags=re.M)[1 : len(DIFFS) + 1]
-SPELLED = {"one": 1, "two": 2}
+SPELLED = {"one": 1, "two": 2, "three": 3}
 NUMBERS = range(1, len(DIFFS) + 1)
 
 
