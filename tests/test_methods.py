@@ -48,7 +48,7 @@ def campaign(tmp_path):
             'model = "minicai:tinyworld/base"\nconstitution = "minicai:constitutions/tiny.toml"\n'
         )
         for section, settings in SHORT.items():
-            more = {} if name == "tiny.toml" else PEOPLE.get(section, {})
+            more = PEOPLE.get(section, {}) if "rlhf" in name else {}
             text += f"[{section}]\nmax_new_tokens = 56\n"
             text += "".join(f"{k} = {json.dumps(x)}\n" for k, x in (settings | more).items())
         (folder / name).write_text(text)
