@@ -255,8 +255,7 @@ def test_the_tables_by_hand():
     ]
     assert "over seeds 0, 1;" in lines[-1] and "abacus; today, commit c." in lines[-1]
     assert collect.worth_table(results).splitlines()[3] == (
-        "| **RL-CAI (PPO)** | 0.5 % (0.0–1.0) | 100.0 % (100.0–100.0) | 0.0 % (0.0–0.0) "
-        "| 50.0 % (50.0–50.0) | 0.75 (0.50–1.00) | 11 (10–11) | 600 (600–600) |"
+        "| RL-CAI (PPO) | 0.5 % | 100.0 % | 0.0 % | 50.0 % | 0.75 | 11 | 600 |"
     )
     assert collect.people_table(results).splitlines()[2:] == [
         "| RL-CAI (PPO) | 0.005 (0.000–0.010) | 1.000 (1.000–1.000) | 0.000 (0.000–0.000) "
