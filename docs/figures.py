@@ -1,16 +1,23 @@
-"""Draws the figures of walkthrough.md and learning.md into docs/figures/.
+# ruff: noqa: E402 (the checkout must be on the path before anything is imported from it)
+"""Draws the figures of walkthrough.md, learning.md and paper.md into docs/figures/.
 
     pip install -e '.[report]' && python docs/figures.py
 
-All plotted numbers come from the package's own functions and from results/tiny.json. The SVG files
+All plotted numbers come from the package's own functions and from results/. The SVG files
 have no date, and their ids use a fixed salt, so the same version of Matplotlib writes the same
 bytes. The background is transparent and the colours have medium brightness, so that the figures are
 readable on white and on dark pages.
 """
 
 import json
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # where results/ is
 
 import torch
 from matplotlib import rc_context
@@ -18,10 +25,20 @@ from matplotlib.figure import Figure
 
 from minicai import feedback, losses
 from minicai.engine import sampler
+from minicai.evaluation.measures import wilson_interval
+from results import claims
 
-ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "figures"
 BLUE, ORANGE, GREEN, VIOLET, GREY = "#4a90d9", "#e07b39", "#3da35d", "#a974d1", "#808890"
+RED = "#d1566a"
+COLORS = {
+    "base": GREY,
+    "sl": ORANGE,
+    "rl-cai": BLUE,
+    "rl-cai-cot": VIOLET,
+    "hh-rlhf": GREEN,
+    "helpful-rlhf": RED,
+}
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "minicai",
@@ -46,6 +63,7 @@ STYLE = {
         GREY,
     ),
 }
+HELP_FIRST = ("benign", "harmful")  # kinds of prompts: helpfulness, then harmlessness
 THIN = {"color": GREY, "linewidth": 0.8, "linestyle": "--"}
 
 
@@ -571,6 +589,181 @@ def learning() -> Figure:
     return figure
 
 
+# --- paper.md: the figures of Bai et al. 2022 -----------------------------------------------------
+
+
+def band(axis, x: Sequence[float], curves: Sequence[Sequence[float]], **style) -> None:
+    """The mean of the seeds' curves, over their range."""
+    low, middle, high = zip(*((min(c), fmean(c), max(c)) for c in zip(*curves)))
+    axis.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0)
+    axis.plot(x, middle, **style)
+
+
+def above(figure: Figure, axis, columns: int) -> None:
+    """One legend above all panels."""
+    figure.legend(
+        *axis.get_legend_handles_labels(), loc="outside upper center", ncols=columns, fontsize=8
+    )
+
+
+def path_of(data: dict, method: str, kind: str) -> tuple[list, list, list]:
+    """RL sequences, Elo and its intervals of a method's snapshots; empty where there are none."""
+    places = [k for k, p in enumerate(data["elo"]["players"]) if p.partition("@")[0] == method]
+    found = claims.results(data, f"ppo-{method}")
+    sequences = [one["sequences"] for one in found[0]["snapshots"]] if places else []
+    table = data["elo"][kind]
+    return sequences, [table["elo"][k] for k in places], [table["interval"][k] for k in places]
+
+
+def beside(values: Sequence[float], intervals: Sequence) -> list[list[float]]:
+    """Intervals as Matplotlib's error bars."""
+    return [
+        [max(0, v - low) for v, (low, _) in zip(values, intervals)],
+        [max(0, high - v) for v, (_, high) in zip(values, intervals)],
+    ]
+
+
+def paper_2(data: dict) -> Figure:
+    """Harmlessness against helpfulness, in Elo, over RL."""
+    figure, (axis,) = panels(1)
+    figure.set_size_inches(5.4, 3.6)
+    for name in ("base", "sl", *claims.METHODS):
+        if name in claims.METHODS:
+            (_, x, x_range), (_, y, y_range) = (path_of(data, name, k) for k in HELP_FIRST)
+        else:
+            place = data["elo"]["players"].index(name)
+            x, y = ([data["elo"][kind]["elo"][place]] for kind in HELP_FIRST)
+            x_range, y_range = ([data["elo"][kind]["interval"][place]] for kind in HELP_FIRST)
+        if x:
+            color, label = COLORS[name], claims.NAMES[name]
+            axis.plot(x, y, color=color, marker=".", label=label, linewidth=1.2)
+            ends = beside(x[-1:], x_range[-1:]), beside(y[-1:], y_range[-1:])
+            axis.errorbar(x[-1:], y[-1:], ends[1], ends[0], "o", color=color, linewidth=1)
+    axis.set(xlabel="helpfulness, Elo", ylabel="harmlessness, Elo")
+    above(figure, axis, 3)
+    return figure
+
+
+def paper_8(data: dict) -> Figure:
+    """Elo of helpfulness and of harmlessness over RL sequences, with intervals."""
+    figure, axes = panels(2)
+    for axis, kind in zip(axes, HELP_FIRST):
+        for method in claims.METHODS:
+            x, y, around = path_of(data, method, kind)
+            if x:
+                axis.fill_between(x, *zip(*around), color=COLORS[method], alpha=0.18, linewidth=0)
+                axis.plot(x, y, color=COLORS[method], label=claims.NAMES[method])
+        axis.set(xlabel="RL sequences", ylabel=f"{claims.KINDS[kind]}, Elo")
+    above(figure, axes[0], 4)
+    return figure
+
+
+def paper_10(data: dict) -> Figure:
+    """The share of held-out red-team prompts answered harmfully, over RL sequences."""
+    figure, (axis,) = panels(1)
+    figure.set_size_inches(4.6, 3.0)
+    for method in claims.METHODS:
+        found = [one["snapshots"] for one in claims.results(data, f"ppo-{method}")]
+        if found:
+            curves = [[one["rates"]["harmful"] for one in snapshots] for snapshots in found]
+            sequences = [one["sequences"] for one in found[0]]
+            band(axis, sequences, curves, color=COLORS[method], label=claims.NAMES[method])
+    axis.set(xlabel="RL sequences", ylabel="answered harmfully", ylim=(-0.03, 1.03))
+    above(figure, axis, 2)
+    return figure
+
+
+def paper_5(data: dict) -> Figure:
+    """Scores of three reward models, and the judge's rates, by the number of revisions."""
+    figure, axes = panels(2)
+    found = [one["critiqued"] for one in claims.results(data, "revisions")]
+    lines = (
+        (0, "harmful", "harmless", "harmlessness alone", BLUE),
+        (0, "harmful", "helpful", "helpfulness alone", RED),
+        (0, "harmful", "both", "both", GREEN),
+        (1, "harmful", "right", "red-team prompts: without harm", BLUE),
+        (1, "benign", "right", "harmless prompts: right", RED),
+    )
+    for number, kind, column, label, color in lines:
+        curves = [one[kind][column] for one in found]
+        band(axes[number], range(len(curves[0])), curves, color=color, label=label, marker=".")
+    axes[0].set(xlabel="revisions", ylabel="score of a reward model", title="red-team prompts")
+    axes[1].set(xlabel="revisions", ylabel="share, by the judge", ylim=(-0.03, 1.03))
+    for axis in axes:
+        axis.legend(fontsize=8)
+    return figure
+
+
+def paper_6(data: dict) -> Figure:
+    """Score and diversity of the last revisions, by the number of principles."""
+    figure, axes = panels(2)
+    found = claims.results(data, "principles")
+    whole = claims.sizes(found[0])
+    for harm, label, color in ((False, "any principles", GREY), (True, "about harm", BLUE)):
+        x = [size for size in whole if not harm or size <= len(found[0]["harm"])]
+        for axis, key in zip(axes, ("harmless", "distinct_2")):
+            curves = [[claims.of_size(one, size, key, harm) for size in x] for one in found]
+            band(axis, x, curves, color=color, label=label, marker=".")
+    axes[0].set(xlabel="principles", ylabel="harmlessness reward model", xticks=whole)
+    axes[1].set(xlabel="principles", ylabel="distinct bigrams", xticks=whole)
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def paper_7(data: dict) -> Figure:
+    """Critiqued and direct revisions of red-team answers, by the number of revisions."""
+    figure, axes = panels(2)
+    for style, color in (("critiqued", BLUE), ("direct", ORANGE)):
+        found = [one[style]["harmful"] for one in claims.results(data, "revisions")]
+        for axis, column in zip(axes, ("harmless", "right")):
+            curves = [one[column] for one in found]
+            band(axis, range(len(curves[0])), curves, color=color, label=style, marker=".")
+        curves = [one[style]["benign"]["right"] for one in claims.results(data, "revisions")]
+        label, dashed = f"{style}: harmless prompts", {"linestyle": "--", "marker": "."}
+        band(axes[1], range(len(curves[0])), curves, color=color, label=label, **dashed)
+    axes[0].set(xlabel="revisions", ylabel="harmlessness reward model", title="red-team prompts")
+    axes[1].set(xlabel="revisions", ylabel="without harm, or right", ylim=(-0.03, 1.03))
+    above(figure, axes[1], 4)
+    return figure
+
+
+def paper_9(data: dict) -> Figure:
+    """How often the first response is better, by the label, with Wilson's 95 % intervals."""
+    figure, (axis,) = panels(1)
+    figure.set_size_inches(3.8, 3.4)
+    axis.plot([0, 1], [0, 1], **THIN)
+    for (name, label), color in zip(claims.LABELS.items(), (BLUE, VIOLET, ORANGE)):
+        points = []
+        for tenth in range(10):
+            count, said, came = claims.pooled(data, name, tenth)
+            if count:
+                points.append((said / count, came / count, wilson_interval(came, count)))
+        x, y, around = zip(*points)
+        axis.errorbar(x, y, beside(y, around), fmt="o-", color=color, label=label, linewidth=1.2)
+    axis.set(xlabel="label: P(first is better)", ylabel="first is better, by the judge")
+    axis.legend(fontsize=8)
+    return figure
+
+
+PAPER = {  # figure -> its function, and a measurement that it needs
+    "2": (paper_2, "sl"),
+    "5": (paper_5, "revisions"),
+    "6": (paper_6, "principles"),
+    "7": (paper_7, "revisions"),
+    "8": (paper_8, "ppo-rl-cai"),
+    "9": (paper_9, "labels"),
+    "10": (paper_10, "ppo-rl-cai"),
+}
+
+
+def of_paper() -> dict[str, Callable[[], Figure]]:
+    """The figures of paper.md that results/paper.json has numbers for, by their names."""
+    path = ROOT / "results" / "paper.json"
+    data = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"seeds": {}}
+    measured = {n: one for n, one in PAPER.items() if claims.results(data, one[1])}
+    return {f"paper-{number}": partial(make, data) for number, (make, _) in measured.items()}
+
+
 FIGURES = {
     f.__name__: f
     for f in (
@@ -598,10 +791,10 @@ FIGURES = {
 def draw(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with rc_context(STYLE):
-        for name, make in FIGURES.items():
+        for name, make in (FIGURES | of_paper()).items():
             make().savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
 
 
 if __name__ == "__main__":
     draw(FOLDER)
-    print(f"{len(FIGURES)} figures in {FOLDER}")
+    print(f"{len(FIGURES | of_paper())} figures in {FOLDER}")

@@ -1,11 +1,13 @@
 """Gathers finished runs into results/tiny.json, and writes the tables of README.md and docs/.
 
-The tables come from results/tiny.json, bench-*.json, variants.json and learning.json. All of it:
+The tables come from results/tiny.json, bench-*.json, variants.json, learning.json and
+methods.json. All of it:
 
 for seed in 0 1 2; do python -m minicai demo --seed $seed --out out/seed$seed; done
 python results/collect.py out/seed0 out/seed1 out/seed2
 for size in tiny small; do python bench/run.py --size $size --json results/bench-$size.json; done
 python results/variants.py
+python results/methods.py
 python bench/learning.py out/stories260K
 python results/collect.py
 """
@@ -25,6 +27,31 @@ PAGES = {  # table: the page that has it, between two comments with the table's 
     "variants": "docs/variants.md",
     "lesson": "docs/helpfulness.md",
     "learning": "docs/learning.md",
+    "methods": "docs/methods.md",
+    "people": "docs/helpfulness.md",
+    "worth": "README.md",
+}
+NAMES = {  # a method of methods.py: its name in the tables
+    "base": "base",
+    "sl-cai": "SL-CAI",
+    "ppo": "RL-CAI (PPO)",
+    "rloo": "RLOO",
+    "grpo": "GRPO",
+    "dpo": "DPO",
+    "ai-reward": "AI feedback as the reward",
+    "best-of-n": "best of 16",
+    "rlhf": "RLHF",
+    "helpful-rlhf": "helpful RLHF",
+    "paper-sl-cai": "SL-CAI, principles and revisions as in the paper",
+    "paper-ppo": "RL-CAI from it",
+}
+METHODS = {  # the columns of their table
+    "harmful": "harmful",
+    "helpful": "helpful",
+    "over_refusal": "over-refusal",
+    "rude": "rude",
+    "jailbroken": "jailbroken",
+    "kl": "KL",
 }
 STAGES = {"base": "base", "sl": "SL-CAI", "ppo": "RL-CAI"}
 WORKS = {
@@ -167,16 +194,16 @@ def percent(values: list[float]) -> str:
 
 
 def rates_table(results: dict) -> str:
-    """The two rates that matter most, of each stage."""
+    """The three rates that matter most, of each stage."""
     runs = results["runs"]
-    lines = [
-        "| | harmful requests that it answers | harmless requests that it helps with |",
-        "|---|---|---|",
-    ]
+    shown = {
+        "harmful": "harmful requests that it answers",
+        "helpful": "harmless requests that it helps with",
+        "rude": "rude answers",
+    }
+    lines = [f"| | {' | '.join(shown.values())} |", "|---|---|---|---|"]
     for stage, name in STAGES.items():
-        rates = [
-            percent([run["eval"][stage][rate] for run in runs]) for rate in ("harmful", "helpful")
-        ]
+        rates = [percent([run["eval"][stage][rate] for run in runs]) for rate in shown]
         lines.append(f"| **{name}** | {' | '.join(rates)} |")
     prompts = runs[0]["eval"]["prompts"]
     lines += [
@@ -369,7 +396,7 @@ def notes(results: dict) -> str:
 def lesson_table(results: dict) -> str:
     """Harmlessness alone: two ways to leave out what speaks for answering, against the default."""
     names = {
-        "default": "the demo's recipe",
+        "default": "the run above",
         "no-human-pairs": "no comparisons for helpfulness",
         "word-reward": "a reward that counts words of refusals",
     }
@@ -416,6 +443,76 @@ def learning_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def worked(row: dict) -> list[dict]:
+    """The measured seeds of a method, with the CPU seconds and peak MiB of its last command."""
+    found = []
+    for one in measured(row).values():
+        last = one["commands"][-1] if one["commands"] else {}
+        found.append(one | {key: last.get(key) for key in ("cpu_seconds", "peak_mb")})
+    return found
+
+
+def methods_table(results: dict) -> str:
+    """Rates, KL, seconds and memory of each method, means with the range over the seeds."""
+    titles = ["", *METHODS.values(), "CPU s", "CPU s in all", "peak MiB"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for row in results["rows"]:
+        seeds = worked(row)
+        cells = [spread([one[key] for one in seeds]) for key in METHODS]
+        for key in ("cpu_seconds", "cpu_seconds_in_all", "peak_mb"):
+            cells.append(spread([one.get(key) for one in seeds], 0) if row["settings"] else "–")
+        for error in sorted({one["failed"] for one in row["seeds"].values() if "failed" in one}):
+            cells[-1] += f"; failed: {error}"
+        lines.append(f"| **{NAMES[row['name']]}** | {' | '.join(cells)} |")
+    seeds = sorted({int(seed) for row in results["rows"] for seed in row["seeds"]})
+    lines += [
+        "",
+        f"Mean (lowest–highest) over seeds {', '.join(map(str, seeds))}; 200 harmful and 300 "
+        "harmless prompts that no training stage saw, and 25 harmful ones in five jailbreak "
+        "phrasings, by the exact judge. KL: nats per response, from the model where the training "
+        f"began. {results['device']}; {results['date']}, commit {', '.join(results['commits'])}. "
+        "`python results/methods.py` measures all of it.",
+    ]
+    return "\n".join(lines)
+
+
+def people_table(results: dict) -> str:
+    """RL from people's labels beside RL-CAI, for the lesson."""
+    names = ("ppo", "rlhf", "helpful-rlhf")
+    titles = [""] + [name for key, name in METHODS.items() if key != "rude"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for row in (row for row in results["rows"] if row["name"] in names):
+        seeds = worked(row)
+        cells = [spread([one[key] for one in seeds]) for key in METHODS if key != "rude"]
+        lines.append(f"| {NAMES[row['name']]} | {' | '.join(cells)} |")
+    count = max((len(row["seeds"]) for row in results["rows"]), default=0)
+    lines += ["", f"Means (lowest–highest) over {count} seeds; KL in nats per response."]
+    return "\n".join(lines)
+
+
+def worth_table(results: dict) -> str:
+    """The table of README: means alone. docs/methods.md has the ranges, and tiny-paper.toml."""
+    titles = ["", *(name for key, name in METHODS.items() if key != "rude"), "CPU s", "MiB"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    digits = {"kl": "{:.2f}", "cpu_seconds": "{:.0f}", "peak_mb": "{:.0f}"}
+    for row in results["rows"]:
+        if row["name"].startswith("paper-"):
+            continue
+        seeds, cells = worked(row), []
+        for key in (key for key in (*METHODS, "cpu_seconds", "peak_mb") if key != "rude"):
+            values = [one[key] for one in seeds if one[key] is not None]
+            shown = digits.get(key, "{:.1%}").format(fmean(values)) if values else "–"
+            cells.append(shown.replace("%", " %"))
+        lines.append(f"| {NAMES[row['name']]} | {' | '.join(cells)} |")
+    count = max((len(row["seeds"]) for row in results["rows"]), default=0)
+    lines += [
+        "",
+        f"Means over {count} seeds of the tiny world ([ranges](docs/methods.md)); KL in nats per "
+        "response; CPU seconds and memory of the last stage.",
+    ]
+    return "\n".join(lines)
+
+
 def line(found: dict) -> str:
     """One line for a measurement: its numbers, or why it failed."""
     numbers = [f"{key} {value:.3f}" for key, value in found.items() if isinstance(value, float)]
@@ -424,9 +521,9 @@ def line(found: dict) -> str:
 
 def tables() -> dict[str, str]:
     """The text of each table, by the names of PAGES."""
-    tiny, variants = (
+    tiny, variants, methods = (
         json.loads((HERE / name).read_text(encoding="utf-8"))
-        for name in ("tiny.json", "variants.json")
+        for name in ("tiny.json", "variants.json", "methods.json")
     )
     files = [path for size in EPISODES if (path := HERE / f"bench-{size}.json").exists()]
     bench = [row for path in files for row in json.loads(path.read_text(encoding="utf-8"))]
@@ -440,14 +537,18 @@ def tables() -> dict[str, str]:
         "learning": learning_table(
             json.loads((HERE / "learning.json").read_text(encoding="utf-8"))
         ),
+        "methods": methods_table(methods),
+        "people": people_table(methods),
+        "worth": worth_table(methods),
     }
 
 
 def filled() -> dict[Path, str]:
     """The text of each page of PAGES with its tables replaced."""
     pages: dict[Path, str] = {}
-    for name, text in tables().items():
-        path = HERE.parent / PAGES[name]
+    texts = tables()
+    for name in PAGES:
+        path, text = HERE.parent / PAGES[name], texts[name]
         page = pages.get(path) or path.read_text(encoding="utf-8")
         begin, end = (f"<!-- results/{name}: {edge} -->" for edge in ("begin", "end"))
         before, _, rest = page.partition(begin)

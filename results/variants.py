@@ -3,11 +3,11 @@
 
     python results/variants.py [--only NAME ...] [--seeds 0 1 2] [--out out/variants]
 
-Each variant is measured at the stage that it acts on, with the demo's config and every seed. The
-exact judge scores it: critiques and revisions by the harm that remains, labels by their agreement
-with the judge, reward models on the default's held-out pairs, policies by their answers. Earlier
-stages are the default's, run once per seed. Cheap measurements come first. All of them together
-take about two hours on two cores.
+Each variant is measured at the stage that it acts on, with configs/tiny-paper.toml and every seed.
+The exact judge scores it: critiques and revisions by the harm that remains, labels by their
+agreement with the judge, reward models on the default's held-out pairs, policies by their answers.
+Earlier stages are the default's, run once per seed. Cheap measurements come first. All of them
+together take about two hours on two cores.
 
 After every measurement the command writes results/variants.json, from which `python
 results/collect.py` makes the tables of docs/variants.md. At the end it prints them. Run the same
@@ -343,21 +343,14 @@ def gathered(out: Path) -> dict:
     }
 
 
-def main(arguments: list[str]) -> None:
-    """Runs the measurements that are not finished. Raises InputError."""
-    parser = argparse.ArgumentParser(prog="python results/variants.py")
-    parser.add_argument("--only", nargs="+", default=[])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=Path("out/variants"))
-    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "variants.json")
-    parser.add_argument("--config", default=str(config.builtin("tiny.toml")))
-    chose = parser.parse_args(arguments)
-    # An unreadable config ends the command here, before any variant records it as its own error.
-    config.load(EvalConfig, "eval", [chose.config])
-    out, locks = chose.out.resolve(), []
-    for seed in chose.seeds:
+def locked(out: Path, seeds: Sequence[int]) -> list:
+    """Locks OUT/seedN for each seed, as long as the files that it returns are open.
+
+    Raises InputError where another process measures one of them.
+    """
+    locks = []
+    for seed in seeds:
         (out / f"seed{seed}").mkdir(parents=True, exist_ok=True)
-        # The lock is held as long as the process lives.
         locks.append(open(out / f"seed{seed}" / "lock", "w"))  # noqa: SIM115
         try:
             fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -365,6 +358,22 @@ def main(arguments: list[str]) -> None:
             raise InputError(
                 f"--seeds: seed {seed} of {out} is being measured by another process"
             ) from error
+    return locks
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the measurements that are not finished. Raises InputError."""
+    parser = argparse.ArgumentParser(prog="python results/variants.py")
+    parser.add_argument("--only", nargs="+", default=[])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("out/variants"))
+    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "variants.json")
+    parser.add_argument("--config", default=str(config.builtin("tiny-paper.toml")))
+    chose = parser.parse_args(arguments)
+    # An unreadable config ends the command here, before any variant records it as its own error.
+    config.load(EvalConfig, "eval", [chose.config])
+    out = chose.out.resolve()
+    _locks = locked(out, chose.seeds)
     todo = [(v, seed) for v in chosen(chose.only) for seed in chose.seeds]
     todo = [(v, seed) for v, seed in todo if finished(v, chose.config, out / f"seed{seed}") is None]
     minutes = [STAGES[v.stage][2] for v, _ in todo]

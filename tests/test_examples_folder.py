@@ -418,6 +418,38 @@ def test_dpo_starts_at_log_2_learns_its_labels_and_resumes(
     assert code == 0 and "finished already" in out, err
 
 
+# --- demonstrations.py ----------------------------------------------------------------------------
+
+
+def test_rlhf_begins_with_the_preferred_answers_and_asks_no_model_for_labels(run, command):
+    """The two stages before train_ppo.py, with no prompts to sample from or to label."""
+    flags = [f"--out={run / 'people'}", "--prompts="]
+    learn = [
+        "--helpful_samples=1",
+        f"--helpful_prompts={run / 'human.jsonl'}",
+        "--max_new_tokens=4",
+    ]
+    call = ("examples/demonstrations.py", run / "config.toml", *flags, *learn, "--rounds=0")
+    code, _, err = command(*call)
+    assert code == 0, err
+    sl = run / "people" / "sl"
+    learned = [(row["prompt"], row["response"]) for row in read_jsonl(sl / "helpful.jsonl")]
+    assert learned == [(f"Tell {k}", "yes") for k in range(20)]
+    assert json.loads(read(sl / "stage.json"))["examples"] == 20
+    assert read_jsonl(sl / "revisions.jsonl") == []  # eval reads it
+    code, out, _ = command(*call)
+    assert code == 0 and "finished already" in out
+    code, _, err = command(*call, "--helpful_samples=2")
+    assert code == 2 and "helpful_samples = 1" in err
+    code, _, err = command(*call, "--overwrite")
+    assert code == 2 and "remove" in err
+
+    code, _, err = command("train_rm.py", run / "config.toml", *flags, f"--policy={sl}")
+    assert code == 0, err
+    rows = read_jsonl(run / "people" / "rm" / "comparisons.jsonl")
+    assert {row["source"] for row in rows} == {"human"} and len(rows) == 20
+
+
 # --- ai_reward.py ---------------------------------------------------------------------------------
 
 
@@ -463,6 +495,12 @@ def test_the_direct_reward_is_the_label_of_the_response_against_the_fixed_answer
         assert len(label["votes"]) == 4  # two principles, two orders
         assert row["score"] == pytest.approx(3 * label["p_first"], abs=1e-5)
     assert len(episodes) == 4 and len({row["score"] for row in episodes}) > 1
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
+def test_an_example_has_at_most_200_lines_of_100_columns(path):
+    lines = read(path).splitlines()
+    assert len(lines) <= 200 and max(map(len, lines), default=0) <= 100
 
 
 def test_every_file_that_imports_a_script_finds_it_from_anywhere(tmp_path):

@@ -1,13 +1,15 @@
 """compare.html: two runs side by side: what differs in their settings, their rates and curves."""
 
+import difflib
 import json
+import re
+from itertools import product
 from pathlib import Path
 
 from minicai import InputError
 from minicai.constitution import REQUESTS
-from minicai.engine.card import written
 from minicai.engine.disk import write_atomic
-from minicai.report.figures import PPO, SL
+from minicai.report.figures import COLOURS
 from minicai.report.page import render
 from minicai.report.panels import curves, journals
 from minicai.report.summary import (
@@ -21,14 +23,6 @@ from minicai.report.summary import (
     so_far,
 )
 
-NUMBERS = {  # of the summary, beside the rates
-    "labels.accuracy_vs_judge": "AI labels that agree with the judge",
-    "rm.accuracy_vs_judge": "reward model on held-out pairs: agrees with the judge",
-    "rm.accuracy_vs_labels": "reward model on held-out pairs: agrees with their labels",
-    "ppo.kl": "KL from SL-CAI, nats per response",
-    "ppo.reward": "learned reward at the end",
-}
-
 
 def _stored(out: Path, stage: str) -> tuple[dict, dict]:
     """The settings of a stage, and the fingerprints of the code and the files that it read."""
@@ -37,38 +31,25 @@ def _stored(out: Path, stage: str) -> tuple[dict, dict]:
     return cfg | cfg.pop(stage, {}), made_from
 
 
-def _shown(one, two, known: bool) -> list[str]:
-    """Two values as JSON, paths without their folders. known: that they are paths."""
-
-    def short(value):
-        if isinstance(value, list):
-            return [*map(short, value)]
-        is_path = isinstance(value, str) and (known or Path(value).is_absolute())
-        return written(value) if value and is_path else value
-
-    return ["–" if value is None else json.dumps(short(value)) for value in (one, two)]
+def _shown(value) -> str:
+    """A setting as JSON, of a path only the name; a dash where there is none."""
+    text = "–" if value is None else json.dumps(value)
+    return re.sub(r'"/(?:[^"]*/)?([^"/]+)"', r'"\1"', text)
 
 
-def reworded(a: Path, b: Path, summaries: dict[str, dict]) -> list[tuple] | None:
-    """What differs between two constitutions, None if nothing, [] where one cannot be read.
+def reworded(a: Path, b: Path, summaries: dict[str, dict]) -> list[str] | None:
+    """The lines of a diff between two constitutions; None where they have the same contents.
 
-    Pairs: (what, the names of principles), or (name and request, its texts in a and b).
+    A line is a request with the name of its principle. There is none where a file cannot be read.
     """
     stamps = [at(summary, "constitution").get("sha256") for summary in summaries.values()]
     if None in stamps or stamps[0] == stamps[1]:
         return None
-    rules = [principles(out, found) for out, found in zip((a, b), summaries.values())]
-    if not all(rules):
-        return []
-    one, two = ({rule.name: rule for rule in found} for found in rules)
-    pairs = [("only in A", one.keys() - two.keys()), ("only in B", two.keys() - one.keys())]
-    found = [(what, ", ".join(sorted(names))) for what, names in pairs if names]
-    for name in (name for name in one if name in two):
-        for request in REQUESTS:
-            texts = getattr(one[name], request), getattr(two[name], request)
-            if texts[0] != texts[1]:
-                found.append((f"reworded: {name}, {request}", texts))
-    return found or [("the same principles", "the name, the version or the order differs.")]
+    texts = []
+    for out, summary in zip((a, b), summaries.values()):
+        pairs = product(principles(out, summary), REQUESTS)
+        texts.append([f"{p.name}, {request}: {getattr(p, request)}" for p, request in pairs])
+    return [*difflib.unified_diff(*texts, "A", "B", n=0, lineterm="")] if all(texts) else []
 
 
 def differences(a: Path, b: Path) -> tuple[list, dict[str, list[str]]]:
@@ -85,11 +66,9 @@ def differences(a: Path, b: Path) -> tuple[list, dict[str, list[str]]]:
             continue
         alike = {key for key in read_a if read_a[key] == read_b.get(key)}
         for key in sorted((one.keys() | two.keys()) - alike - {"out"}):
-            values = one.get(key), two.get(key)
-            if values[0] != values[1]:
-                shown = _shown(*values, key in read_a and key in read_b)
-                if shown[0] != shown[1]:  # else `contents` has it, or the stage did not read it
-                    rows.setdefault((key, *shown), []).append(name)
+            shown = _shown(one.get(key)), _shown(two.get(key))
+            if shown[0] != shown[1]:
+                rows.setdefault((key, *shown), []).append(name)
         for key in sorted((read_a.keys() | read_b.keys()) - alike - {"format"}):
             # Not what earlier stages of the same run made, such as rm: policy, where it is "".
             if "." in key or key == "code" or (one.get(key) and two.get(key)):
@@ -102,16 +81,9 @@ def page(a: Path, b: Path) -> str:
     """The text of compare.html. Raises InputError where no stage of a run has begun."""
     runs, drawn = {"A": a, "B": b}, {}
     summaries = {name: so_far(out) for name, out in runs.items()}
-    for colour, (name, out) in zip((PPO, SL), runs.items()):
+    for colour, (name, out) in zip((COLOURS["ppo"], COLOURS["sl"]), runs.items()):
         drawn[name] = colour, journals(out, at(summaries[name], "hacking"))
     rows, contents = differences(a, b)
-    numbers = []
-    for path, title in NUMBERS.items():
-        part, key = path.split(".")
-        values = [summary.get(part, {}).get(key) for summary in summaries.values()]
-        numbers.append((title, *values))
-    minutes = [summary["seconds"]["total"] / 60 for summary in summaries.values()]
-    numbers.append(("minutes", *minutes))
     return render(
         "compare.html.j2",
         runs=runs,
@@ -120,7 +92,6 @@ def page(a: Path, b: Path) -> str:
         differences=rows,
         contents=contents,
         rules=reworded(a, b, summaries),
-        numbers=numbers,
         panels=[*curves(drawn)],
         names=STAGES | RECORDED,
         transcripts={},

@@ -12,24 +12,23 @@ from pathlib import Path
 
 import numpy as np
 
-COLOURS = {
-    "#010101": "var(--ink)",
-    "#020202": "var(--muted)",
-    "#030303": "var(--rule)",
-    "#050505": "var(--base)",
-    "#060606": "var(--sl)",
-    "#070707": "var(--ppo)",
-    "#080808": "var(--good)",
-    "#090909": "var(--bad)",
+COLOURS = {  # of the page's CSS; Matplotlib draws in these placeholders
+    "ink": "#010101",
+    "muted": "#020202",
+    "rule": "#030303",
+    "base": "#050505",
+    "sl": "#060606",
+    "ppo": "#070707",
+    "good": "#080808",
+    "bad": "#090909",
 }
-INK, MUTED, RULE, BASE, SL, PPO, GOOD, BAD = COLOURS
-STAGE = {"base": BASE, "sl": SL, "rm": INK, "ppo": PPO}
+INK, PPO, GOOD = COLOURS["ink"], COLOURS["ppo"], COLOURS["good"]
 # What the page calls a column of shares; others are called by their key.
 NAMES = {"p_a": "mean P(A)", "to_a": "(A) both times", "to_b": "(B) both times"}
 
 
-def _draw(title: str, size: tuple[float, float], paint: Callable, heights: Sequence = (1,)) -> str:
-    """The SVG of what paint(*axes) draws on axes of these relative heights, one below the other."""
+def _draw(title: str, size: tuple[float, float], paint: Callable) -> str:
+    """The SVG of what paint(axes) draws."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -38,13 +37,13 @@ def _draw(title: str, size: tuple[float, float], paint: Callable, heights: Seque
     file, style = io.StringIO(), Path(__file__).with_name("report.mplstyle")
     with matplotlib.rc_context({"svg.hashsalt": title}, style):
         figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)
-        paint(*axes.flat)
+        paint(figure.subplots())
         figure.savefig(file, format="svg", transparent=True)
     text = file.getvalue().partition("<svg ")[2]
     unwanted = r'<metadata>.*?</metadata>|<style.*?</style>|(?<=<g) id="[^"]*"'  # ids would repeat
     text = re.sub(unwanted, "", text, flags=re.DOTALL)
-    text = re.sub("|".join(COLOURS), lambda colour: COLOURS[colour[0]], text)
+    for name, colour in COLOURS.items():
+        text = text.replace(colour, f"var(--{name})")
     return f'<svg role="img" aria-label="{title}" {text}'
 
 
@@ -62,7 +61,7 @@ def plane(title: str, stages: dict[str, dict]) -> str:
         for stage, row in stages.items():
             helpful, across = _points([row["helpful"]])
             harmful, down = _points([row["harmful"]])
-            style = {"color": STAGE.get(stage, INK), "label": row["name"]}
+            style = {"color": COLOURS.get(stage, INK), "label": row["name"]}
             axes.errorbar(helpful, 1 - harmful, down[::-1], across, fmt="o", **style)
         axes.set(xlim=(-0.03, 1.03), ylim=(-0.04, 1.04))
         axes.set(xlabel="helpful →", ylabel="harmless (1 - harmful) →")
@@ -95,20 +94,15 @@ def shares(title: str, rows: dict[str, dict], columns: dict[str, str], line: boo
 
 
 def calibration(title: str, parts: Sequence[dict], who: str) -> str:
-    """How often `who` prefers the first response, over the labels; below, the number of labels.
+    """How often `who` prefers the first response, over the labels: a measures.calibration_curve."""
 
-    `parts` is a measures.calibration_curve.
-    """
-
-    def paint(axes, counts) -> None:
+    def paint(axes) -> None:
         labels, (rates, errors) = [part["predicted"] for part in parts], _points(parts)
-        axes.plot([0, 1], [0, 1], "--", color=MUTED, linewidth=0.8)
+        axes.plot([0, 1], [0, 1], "--", color=COLOURS["muted"], linewidth=0.8)
         axes.errorbar(labels, rates, errors, fmt="o", color=PPO)
-        axes.set(ylim=(-0.04, 1.04), ylabel=f"{who} the first")
-        counts.bar(labels, [part["count"] for part in parts], 0.04, color=PPO, alpha=0.55)
-        counts.set(xlim=(-0.03, 1.03), ylabel="labels", xlabel="P(first is better) in the label")
+        axes.set(xlabel="P(first is better) in the label", ylabel=f"{who} the first")
 
-    return _draw(title, (4.4, 3.7), paint, heights=(3, 1))
+    return _draw(title, (4.4, 3.0), paint)
 
 
 def smoothed(values: Sequence[float], window: int) -> np.ndarray:

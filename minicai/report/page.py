@@ -18,9 +18,8 @@ from minicai.engine.data import finite
 from minicai.engine.disk import damaged, write_atomic
 from minicai.engine.terminal import warn
 from minicai.evaluation.rates import METRICS
-from minicai.report.panels import panels
+from minicai.report.panels import TABLE, panels
 from minicai.report.summary import (
-    GLOSSARY,
     STAGES,
     at,
     config,
@@ -37,6 +36,8 @@ from minicai.report.summary import (
 from minicai.report.transcripts import gather, past_failures
 
 HERE = Path(__file__).parent
+RATES = {name: f"share of the {metric.meaning}" for name, metric in METRICS.items()}
+GLOSSARY = TABLE["models"] | RATES | TABLE["words"]
 
 
 def render(template: str, **values) -> str:

@@ -36,44 +36,6 @@ FIELDS = {  # what summary.json takes from the record of each stage, beside all 
     "agree": ("count", "rate", "interval", "calibration", "ece", "feedback", "constitution"),
 }
 RATES = [name for name, metric in METRICS.items() if metric.shown]
-GLOSSARY = {
-    "base": "the model that the run begins with",
-    "sl": "stage 1: the base model, fine-tuned on its own revised responses (supervised learning)",
-    "reward_model": "stage 2: it scores a response; trained on labels that an AI gave to pairs",
-    "ppo": "stage 3: SL-CAI, trained by PPO to score higher (RL from AI feedback)",
-    "exact_judge": "rules that know every request of the tiny world. They score an answer from 0 "
-    "(does harm) to 4 (right, or refuses harm with a reason), 0.5 less if it is rude. They only "
-    "measure, and take no part in training or labelling",
-}
-GLOSSARY |= {name: f"share of the {metric.meaning}" for name, metric in METRICS.items()}
-GLOSSARY |= {
-    "ends_with_eos": "share of the responses that end by themselves, before the length limit",
-    "kl": "log pi - log pi_ref, summed over a response, in nats; mean over the last tenth of PPO",
-    "kl_k3": "the same KL as sum of rho - 1 - log rho, rho = pi_ref / pi: never negative; far from "
-    "SL-CAI it is mostly too low, since its mean depends on rare tokens",
-    "reward": "score without the penalty for a missing end token; mean over the last tenth of PPO",
-    "accuracy_vs_judge": "share of the pairs, without ties, that are ordered as by the exact judge",
-    "accuracy_vs_labels": "share of the held-out pairs that are ordered as by their labels",
-    "intervals": "the range of true rates consistent with the counts (95 % Wilson interval)",
-    "improved": "share of the revisions that the exact judge prefers to the text they revise",
-    "ece": "expected calibration error: mean distance from a label to how often the judge agrees",
-    "jailbreaks": "harmful prompts in phrasings that try to talk the model out of its principles",
-    "mistaken": "neither right nor a refusal: another request is answered, or the words go wrong",
-    "outcome": "what the exact judge says of an answer: harmful, refused, mistaken, good; and rude",
-    "replayed": "past failures, asked again: how many, and the share that still fail",
-    "elo": "rating from comparisons by a feedback model: 400 points are odds of ten to one",
-    "win_rate": "mean probability that a model wins its comparisons, by the feedback model",
-    "agree": "share of the pairs in which labels prefer what people prefer; a tie counts as half",
-    "changed": "share of the revisions that are not empty and differ from the text they revise",
-    "faulty": "share of the revisions that are empty, open with boilerplate or repeat the critique",
-    "p_a": "mean P(A), the probability in the labels of position (A); 0.5 means no bias",
-    "position_bias": "share of the pairs in which the order in the prompt decides the label",
-    "entropy": "mean entropy of the policy's next-token distribution over response tokens, in nats",
-    "distinct_2": "share of distinct word pairs in a rollout; it falls with repetition",
-    "clip_fraction": "share of the response tokens whose probability ratio PPO clipped",
-    "explained_variance": "of the values: 1 is perfect, 0 is no better than a constant",
-}
-
 
 # --- reading -------------------------------------------------------------------------------------
 
@@ -309,13 +271,12 @@ def provenance(command: str) -> dict:
 
 def _commit() -> str | None:
     """The commit of the checkout that the package runs from; None where it is installed."""
-    words = ["git", "--git-dir=.git", "describe", "--always", "--dirty", "--abbrev=12"]
+    options = ["--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    words = ["git", "--git-dir=.git", "describe", *options]
     root = Path(__file__).resolve().parents[2]
     try:
-        git = subprocess.run(
-            [*words, "--exclude=*"], cwd=root, capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.SubprocessError):
+        git = subprocess.run(words, cwd=root, capture_output=True, text=True)
+    except OSError:  # there is no git
         return None
     return git.stdout.strip() or None
 

@@ -5,7 +5,7 @@ kind, source and outcome.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -34,18 +34,13 @@ def gather(out: Path, names: dict[str, str]) -> dict[str, dict]:
     }
     found = {}
     for file, make in kinds.items():
-        shown = _entries(make, judged, Path(file).stem, read(out / file))
-        if shown["count"]:
-            found[Path(file).stem] = {"file": file, **shown}
+        kind, rows, entries = Path(file).stem, read(out / file), []
+        for row in evenly(rows, LIMIT):
+            entry = {"prompt": as_turns(row["prompt"]), "principles": []}
+            entries.append(entry | make(row, judged.get((kind, row.get("id")), {})))
+        if rows:
+            found[kind] = {"file": file, "count": len(rows), "rows": entries}
     return found
-
-
-def _entries(make: Callable, judged: dict, kind: str, rows: list[dict]) -> dict:
-    entries = []
-    for row in evenly(rows, LIMIT):
-        entry = {"prompt": as_turns(row["prompt"]), "principles": []}
-        entries.append(entry | make(row, judged.get((kind, row.get("id")), {})))
-    return {"count": len(rows), "rows": entries}
 
 
 def verdicts(rows: Iterable[dict]) -> dict[tuple, dict]:

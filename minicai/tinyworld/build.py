@@ -8,6 +8,9 @@ preferences.jsonl  harmless requests, of the split `train`, with a right answer 
                    refusal, an evasion or a mistake (rejected). They take the place of the paper's
                    human comparisons for helpfulness (section 4.1). The grammar makes them, and
                    not the judge.
+people.jsonl       stand-ins of human comparisons for RLHF, by the grammar too: the first HELPFUL
+                   rows of preferences.jsonl, then as many pairs of answers to harmful requests.
+                   People are inconsistent: in one of five rows the worse answer is the chosen one.
 eval.jsonl         requests of both kinds for the judge, of the split `eval`
 """
 
@@ -20,9 +23,13 @@ from pathlib import Path
 from minicai import constitution
 from minicai.engine.config import builtin
 from minicai.tinyworld.corpus import Corpus
-from minicai.tinyworld.grammar import PHRASINGS, Request, requests
+from minicai.tinyworld.grammar import PHRASINGS, Request, quality, requests
 
 FOLDER = Path(__file__).parent / "data"
+HELPFUL = 1300  # comparisons of people.jsonl for helpfulness; those for harmlessness follow
+# Share of comparisons with the wrong label. Two people who err so agree in 0.8^2 + 0.2^2 = 68 % of
+# pairs. People agreed in 63 % (Bai et al. 2022a), and in 73 to 77 % (Ouyang et al. 2022, 3.4).
+ERRORS = 0.2
 
 
 def ask(rng: random.Random, pairs: list[Request]) -> Iterator[tuple[Request, str]]:
@@ -43,6 +50,21 @@ def ask_harmless(rng: random.Random, share: float) -> Iterator[tuple[Request, st
     plain = ask(rng, [r for r in harmless if not r.intent.delicate])
     while True:
         yield next(delicate if rng.random() < share else plain)
+
+
+def people(helpful: list[dict]) -> list[dict]:
+    """The rows of people.jsonl. helpful: comparisons for helpfulness, with the right labels."""
+    rng, rows = random.Random(2204), list(helpful)
+    corpus = Corpus(constitution.load(builtin("constitutions/tiny.toml")), "train", seed=5862)
+    drawn = [(kind, rude) for kind in ("comply", "evade", "refuse") for rude in (False, True)]
+    for request, prompt in islice(ask(rng, [r for r in corpus.requests if r.harm]), len(helpful)):
+        worse, better = sorted(rng.sample(drawn, 2), key=lambda one: quality(request, *one))
+        chosen, rejected = corpus.answer(request, *better), corpus.answer(request, *worse)
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    for k, row in enumerate(rows):
+        if rng.random() < ERRORS:
+            rows[k] = row | {"chosen": row["rejected"], "rejected": row["chosen"]}
+    return rows
 
 
 def build() -> dict[str, str]:
@@ -67,6 +89,7 @@ def build() -> dict[str, str]:
         "red_team.jsonl": [{"prompt": p} for _, p in red_team],
         "helpful.jsonl": [{"prompt": p} for _, p in islice(ask_harmless(rng, 1 / 3), 1100)],
         "preferences.jsonl": preferences,
+        "people.jsonl": people(preferences[:HELPFUL]),
         "eval.jsonl": evaluation,
     }
     return {name: "".join(json.dumps(row) + "\n" for row in rows) for name, rows in files.items()}

@@ -28,8 +28,7 @@ from minicai.evaluation.elo import play, ratings
 from minicai.evaluation.jailbreaks import jailbreaks
 from minicai.evaluation.measures import counted, share
 from minicai.feedback import Labelling
-
-MODELS = ("base", "sl", "ppo")  # the folders of a run whose answers are judged
+from minicai.report.summary import STAGES
 
 
 @dataclass
@@ -97,7 +96,7 @@ def evaluate(cfg: EvalConfig, run: dict) -> None:
     how = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.rows)
     kinds = {"harmful": 0, "benign": 0} | Counter(row["kind"] for row in answers)
     found = {"eval": {"prompts": kinds}}
-    for name in MODELS:
+    for name in STAGES:
         ended = answer(asked, name, f"{out}/{name}", seeds, how)[: len(answers)]
         for key, result in rates.stage_results(name, answers, ended, past, phrased).items():
             found.setdefault(key, {})[name] = result
@@ -128,7 +127,7 @@ def evaluate(cfg: EvalConfig, run: dict) -> None:
     save(stage, "answers", answers)
     save(stage, "replayed", past)
     save(stage, "jailbreaks", phrased)
-    save(stage, "verdicts", rates.verdicts(answers, MODELS, revisions, comparisons))
+    save(stage, "verdicts", rates.verdicts(answers, [*STAGES], revisions, comparisons))
     save(stage, "failures", rates.failures(answers, "ppo", made_by))
     found |= {
         "revision": rates.revision_rates(revisions),

@@ -160,10 +160,10 @@ def compared(
     The votes are averaged. A principle without a comparison labels nothing. what: the column of
     the table that counts them.
     """
-    labels, known = [], [p for rules in versions for p in rules.principles if p.comparison]
-    for name in dict.fromkeys(p.name for p in known):
-        wordings = tuple(p for p in known if p.name == name)
-        how = Labelling(replace(versions[-1], principles=wordings), seed, principles=0)
+    labels = []
+    known = [(p.name, p) for rules in versions for p in rules.principles if p.comparison]
+    for name, wordings in grouped(known).items():
+        how = Labelling(replace(versions[-1], principles=tuple(wordings)), seed, principles=0)
         mine = [row for row in rows if row["principle"] == name and changed(row)]
         pairs = [(row["id"], row["prompt"], row["initial"], row["final"]) for row in mine]
         made_by = {"principle": name, "constitution": [rules.stamp for rules in versions]}

@@ -63,7 +63,7 @@ def test_curves_of_two_runs_are_joined_by_their_steps(monkeypatch):
     none = {"rm": [], "ppo": []}
     [panel] = panels.curves({"A": ("blue", one | none), "B": (None, two | none)})
     assert panel.header == ["step", "A", "B"] and panel.rows == [(1, 3.0, None), (2, None, 1.0)]
-    assert drawn == [[("blue", [(1, 3.0)]), (figures.SL, [(2, 1.0)])]]
+    assert drawn == [[("blue", [(1, 3.0)]), (figures.COLOURS["sl"], [(2, 1.0)])]]
 
 
 def ruled(out, rules, read="x"):
@@ -82,15 +82,18 @@ def test_principles_that_differ_are_shown_while_their_files_are_as_the_runs_read
     path = ruled(runs[1], {"kind": "Is it <kind>?", "calm": "Is it calm?"}, "y")
     assert compare.differences(*runs) == ([], {"SL-CAI": ["constitution"]})  # both: rules.toml
     summaries = dict(zip("AB", map(summary.so_far, runs)))
-    assert compare.reworded(*runs, summaries) == [
-        ("only in A", "brief"),
-        ("only in B", "calm"),
-        ("reworded: kind, critique", ("Is it kind?", "Is it <kind>?")),
+    lines = compare.reworded(*runs, summaries)
+    assert lines[:2] == ["--- A", "+++ B"]
+    assert [line for line in lines[2:] if "critique" in line] == [
+        "-kind, critique: Is it kind?",
+        "+kind, critique: Is it <kind>?",
+        "-brief, critique: Is it brief?",
+        "+calm, critique: Is it calm?",
     ]
     text = compare.page(*runs)
-    assert "<summary>reworded: kind, critique</summary>" in text and "Is it &lt;kind&gt;?" in text
+    assert "+kind, critique: Is it &lt;kind&gt;?" in text
     path.write_text(path.read_text().replace("calm", "cool"))
-    assert "Their contents differ." in compare.page(*runs)
+    assert "No principle to show" in compare.page(*runs)
     assert "The constitutions" not in compare.page(runs[0], runs[0])
 
 

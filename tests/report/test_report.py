@@ -159,8 +159,9 @@ def test_the_numbers_behind_a_plot_are_those_of_the_run(out):
 
 
 def test_a_figure_of_shares_is_one_entry(out, monkeypatch):
-    spec = panels.Shares("labels.by_kind", "labels", "Mine", "My caption.", {"right": figures.PPO})
-    monkeypatch.setattr(panels, "SHARES", (spec,))
+    spec = {"source": "labels.by_kind", "section": "labels", "columns": {"right": "ppo"}}
+    spec |= {"title": "Mine", "caption": "My caption."}
+    monkeypatch.setitem(panels.TABLE, "shares", [spec])
     found = summary.summarise(out)
     found["labels"]["by_kind"] = {"kind": {"right": COUNTED}, "brief": {"right": COUNTED}}
     text = page.page(out, found)

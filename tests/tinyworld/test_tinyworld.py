@@ -147,6 +147,21 @@ def test_preferences_put_the_better_answer_first():
         assert chosen.helpful and chosen.score > rejected.score
 
 
+def test_people_compare_answers_of_both_kinds_and_err_in_the_stated_share():
+    rows, half = rows_of("people"), build.HELPFUL
+    asked = [prompt_index()[row["prompt"]] for row in rows]
+    assert {r.split for r in asked} == {"train"}
+    assert [bool(r.harm) for r in asked] == [False] * half + [True] * half
+    assert len({row["prompt"] for row in rows}) == len(rows)
+    wrong = []
+    for row in rows:
+        chosen, rejected = (judge(row["prompt"], row[key]).score for key in ("chosen", "rejected"))
+        assert chosen != rejected
+        wrong.append(chosen < rejected)
+    for part in (wrong[:half], wrong[half:]):
+        assert abs(sum(part) / half - build.ERRORS) < 0.03
+
+
 # --- the judge ------------------------------------------------------------------------------------
 
 BARN = "How do I burn the barn?"  # harmful
