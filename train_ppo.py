@@ -20,7 +20,7 @@ from minicai import losses  # isort: skip (before torch: Ctrl-C)
 import torch
 
 from minicai.engine import parallel
-from minicai.engine.config import Run, function, path_setting, positive, setting, source_file
+from minicai.engine.config import Run, load_function, path_setting, positive, setting, source_file
 from minicai.engine.data import epoch_order, shuffled
 from minicai.engine.dialogue import decode, encode_prompt, show_first
 from minicai.engine.load import load_policy, load_roles, load_scorer, require_same_tokens
@@ -164,7 +164,7 @@ def main(cfg: PPOConfig) -> dict:
         if reward_model:
             scores = in_micro_batches(sequence_scores, reward_model, *parts)
         else:
-            scores = score_texts(function(cfg.reward_function), prompts, texts)
+            scores = score_texts(load_function(cfg.reward_function), prompts, texts)
         if iteration == 0:
             show_first("ppo", policy.tokenizer, list(zip(encoded, responses)))
             tolerance = 0.01 if parallel.precision() == "fp32" else 0.2
@@ -172,41 +172,41 @@ def main(cfg: PPOConfig) -> dict:
 
         # 3. The reward of each token: -beta KL, and at the last token also the score.
         kl = KL[cfg.kl_estimator](logprobs, ref_logprobs)
-        paid = scores - cfg.missing_eos_penalty * ~ended
-        rewards = losses.shaped_rewards(paid, kl, mask, kl_coef)
+        penalised = scores - cfg.missing_eos_penalty * ~ended
+        rewards = losses.shaped_rewards(penalised, kl, mask, kl_coef)
 
         # 4. Advantages by GAE, whitened over the rollout; returns for the value model.
         advantages, returns = losses.gae(rewards, values, mask, cfg.gamma, cfg.lam)
         advantages = losses.whiten(advantages, mask, losses.moments(advantages, mask))
-        before = (logprobs, ref_logprobs, values, advantages, returns)
-        rollout = Rollout(batch.ids, mask, batch.lengths, *before)
+        per_token = (logprobs, ref_logprobs, values, advantages, returns)
+        rollout = Rollout(batch.ids, mask, batch.lengths, *per_token)
 
         # 5. A few epochs of clipped updates: shuffle, micro-batches, the losses, backward, step.
         #    The sums are divided by the tokens of the whole minibatch, so micro-batches add up.
-        left = 1 - iteration / cfg.iterations if cfg.schedule == "linear" else 1.0
+        decay = 1 - iteration / cfg.iterations if cfg.schedule == "linear" else 1.0
         for group, lr in zip(optimizer.param_groups, (cfg.lr, cfg.value_lr)):
-            group["lr"] = lr * left
+            group["lr"] = lr * decay
         updates, nonfinite = [], 0
         for epoch in range(cfg.epochs):
-            earlier = len(updates)
+            epoch_start = len(updates)
             order = torch.tensor(epoch_order(cfg.episodes, STREAM, cfg.seed, 2, iteration, epoch))
             for rows in order.tensor_split(cfg.minibatches):
                 minibatch = rollout.select(rows)
                 tokens, sums = int(minibatch.mask.sum()), torch.zeros(4, dtype=torch.float64)
                 for part in micro_batches(minibatch, cfg.micro_tokens):
-                    old, inside = part.logprobs, part.mask
+                    old, chosen = part.logprobs, part.mask
                     new = response_logprobs(policy, part, cfg.temperature)
-                    pg = losses.policy_loss(new, old, part.advantages, inside, cfg.clip_range)
+                    pg = losses.policy_loss(new, old, part.advantages, chosen, cfg.clip_range)
                     parallel.backward(pg.sum() / tokens)
                     # Two backward calls: the losses share no activation, so the policy's are freed
                     # before the value model runs (924 MiB at the peak, not 1,087).
                     v, v_old = token_values(value_model, part), part.values
-                    vf = losses.value_loss(v, v_old, part.returns, inside, cfg.value_clip_range)
+                    vf = losses.value_loss(v, v_old, part.returns, chosen, cfg.value_clip_range)
                     parallel.backward(cfg.vf_coef * vf.sum() / tokens)
                     with torch.no_grad():
-                        moved = losses.approx_kl(new, old, inside)
-                        clipped = losses.clip_fraction(new, old, inside, cfg.clip_range)
-                    sums += torch.stack([x.detach().sum() for x in (pg, vf, moved, clipped)]).cpu()
+                        drift = losses.approx_kl(new, old, chosen)
+                        clipped = losses.clip_fraction(new, old, chosen, cfg.clip_range)
+                    sums += torch.stack([x.detach().sum() for x in (pg, vf, drift, clipped)]).cpu()
                 sums = parallel.total(sums).tolist()
                 norms = [parallel.clip_grad_norm(m, cfg.grad_clip) for m in (policy, value_model)]
                 if stage.finite(sums + norms, minibatch.texts()):
@@ -216,8 +216,8 @@ def main(cfg: PPOConfig) -> dict:
                 else:
                     nonfinite += 1
                 optimizer.zero_grad(set_to_none=True)
-            moved = sum(update["approx_kl"] for update in updates[earlier:])
-            if moved > cfg.target_kl * sum(update["tokens"] for update in updates[earlier:]):
+            epoch_kl = sum(update["approx_kl"] for update in updates[epoch_start:])
+            if epoch_kl > cfg.target_kl * sum(update["tokens"] for update in updates[epoch_start:]):
                 break  # the policy is too far from the one that sampled
 
         # 6. What to watch. A rising reward proves little by itself.
@@ -243,8 +243,8 @@ def main(cfg: PPOConfig) -> dict:
         sampled = zip(prompts, texts, scores.tolist(), ended.tolist())
         episodes.append([dict(zip(names, (iteration + 1, *episode))) for episode in sampled])
         if cfg.kl_target > 0 and math.isfinite(row["kl"]):
-            aim = (cfg.kl_target, cfg.kl_horizon, cfg.episodes)
-            stage.state["kl_coef"] = kl_coef = losses.adaptive_kl_coef(kl_coef, row["kl"], *aim)
+            target = (cfg.kl_target, cfg.kl_horizon, cfg.episodes)
+            stage.state["kl_coef"] = kl_coef = losses.adaptive_kl_coef(kl_coef, row["kl"], *target)
 
     return stage.finish(policy, {"episodes": len(episodes.rows)} | stage.means("kl", "reward"))
 

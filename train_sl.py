@@ -180,8 +180,8 @@ def main(cfg: SLConfig) -> dict:
 
         # Learning rate: linear warmup, then constant or linear to 0. Clip the gradient. Skip the
         # update if the loss or the gradient norm is not finite.
-        left = 1 - step / steps if cfg.schedule == "linear" else 1.0
-        optimizer.param_groups[0]["lr"] = cfg.lr * min((step + 1) / max(cfg.warmup, 1), left)
+        decay = 1 - step / steps if cfg.schedule == "linear" else 1.0
+        optimizer.param_groups[0]["lr"] = cfg.lr * min((step + 1) / max(cfg.warmup, 1), decay)
         grad_norm = parallel.clip_grad_norm(model, cfg.grad_clip)
         if stage.finite([loss, grad_norm], rows):
             optimizer.step()

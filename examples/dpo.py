@@ -140,8 +140,8 @@ def main(cfg: DPOConfig) -> dict:
             sums += torch.stack([x.detach().sum() for x in watched]).cpu()
         means = [x / len(batch) for x in parallel.total(sums).tolist()]
         norm = parallel.clip_grad_norm(policy, cfg.grad_clip)
-        left = 1 - step / steps if cfg.schedule == "linear" else 1.0
-        optimizer.param_groups[0]["lr"] = cfg.lr * left
+        decay = 1 - step / steps if cfg.schedule == "linear" else 1.0
+        optimizer.param_groups[0]["lr"] = cfg.lr * decay
         if stage.finite([*means, norm], [encoded[k] for k in batch]):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)

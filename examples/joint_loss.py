@@ -117,40 +117,40 @@ def main(cfg: JointConfig) -> dict:
 
         # 3. The reward of each token: the score at the last one, minus beta KL at every one.
         kl = KL[cfg.kl_estimator](logprobs, ref_logprobs)
-        paid = scores - cfg.missing_eos_penalty * ~ended
-        rewards = losses.shaped_rewards(paid, kl, mask, kl_coef)
+        penalised = scores - cfg.missing_eos_penalty * ~ended
+        rewards = losses.shaped_rewards(penalised, kl, mask, kl_coef)
 
         # 4. Advantages by GAE, whitened over the rollout; returns for the value model.
         advantages, returns = losses.gae(rewards, values, mask, cfg.gamma, cfg.lam)
         advantages = losses.whiten(advantages, mask, losses.moments(advantages, mask))
-        before = (logprobs, ref_logprobs, values, advantages, returns)
-        sampled = rollout.Rollout(batch.ids, mask, batch.lengths, *before)
+        per_token = (logprobs, ref_logprobs, values, advantages, returns)
+        sampled = rollout.Rollout(batch.ids, mask, batch.lengths, *per_token)
 
         # 5. A few epochs of updates by L_SL + alpha L_RL. Gradients add, so each term has its own
         #    backward call, and no graph of both is kept.
-        left = 1 - iteration / cfg.iterations if cfg.schedule == "linear" else 1.0
+        decay = 1 - iteration / cfg.iterations if cfg.schedule == "linear" else 1.0
         for group, lr in zip(optimizer.param_groups, (cfg.lr, cfg.value_lr)):
-            group["lr"] = lr * left
+            group["lr"] = lr * decay
         updates = []
         for epoch in range(cfg.epochs):
-            earlier = len(updates)
+            epoch_start = len(updates)
             order = torch.tensor(epoch_order(cfg.episodes, STREAM, cfg.seed, 2, iteration, epoch))
             for number, rows in enumerate(order.tensor_split(cfg.minibatches)):
                 minibatch = sampled.select(rows)
                 tokens, sums = int(minibatch.mask.sum()), torch.zeros(4, dtype=torch.float64)
                 for part in models.micro_batches(minibatch, cfg.micro_tokens):
-                    old, inside = part.logprobs, part.mask
+                    old, chosen = part.logprobs, part.mask
                     new = models.response_logprobs(policy, part, cfg.temperature)
-                    pg = losses.policy_loss(new, old, part.advantages, inside, cfg.clip_range)
+                    pg = losses.policy_loss(new, old, part.advantages, chosen, cfg.clip_range)
                     l_rl = pg.sum() / tokens
                     parallel.backward(losses.cai_loss(0.0, l_rl, cfg.alpha))
                     v, v_old = models.token_values(value_model, part), part.values
-                    vf = losses.value_loss(v, v_old, part.returns, inside, cfg.value_clip_range)
+                    vf = losses.value_loss(v, v_old, part.returns, chosen, cfg.value_clip_range)
                     parallel.backward(cfg.vf_coef * vf.sum() / tokens)
                     with torch.no_grad():
-                        moved = losses.approx_kl(new, old, inside)
-                        clipped = losses.clip_fraction(new, old, inside, cfg.clip_range)
-                    sums += torch.stack([x.detach().sum() for x in (pg, vf, moved, clipped)]).cpu()
+                        drift = losses.approx_kl(new, old, chosen)
+                        clipped = losses.clip_fraction(new, old, chosen, cfg.clip_range)
+                    sums += torch.stack([x.detach().sum() for x in (pg, vf, drift, clipped)]).cpu()
 
                 # Each update draws its own examples. L_SL is the mean over their tokens.
                 key = (STREAM, cfg.seed, 3, iteration, epoch, number)
@@ -169,8 +169,8 @@ def main(cfg: JointConfig) -> dict:
                     names = (*rollout.UPDATE, *rollout.NORMS, "tokens", "sl_loss")
                     updates.append(dict(zip(names, (*sums, *norms, tokens, sl_loss))))
                 optimizer.zero_grad(set_to_none=True)
-            moved = sum(update["approx_kl"] for update in updates[earlier:])
-            if moved > cfg.target_kl * sum(update["tokens"] for update in updates[earlier:]):
+            epoch_kl = sum(update["approx_kl"] for update in updates[epoch_start:])
+            if epoch_kl > cfg.target_kl * sum(update["tokens"] for update in updates[epoch_start:]):
                 break
 
         # 6. What to watch.
@@ -190,8 +190,8 @@ def main(cfg: JointConfig) -> dict:
         found = zip(prompts, texts, scores.tolist(), ended.tolist())
         episodes.append([dict(zip(names, (iteration + 1, *episode))) for episode in found])
         if cfg.kl_target > 0 and math.isfinite(row["kl"]):
-            aim = (cfg.kl_target, cfg.kl_horizon, cfg.episodes)
-            stage.state["kl_coef"] = kl_coef = losses.adaptive_kl_coef(kl_coef, row["kl"], *aim)
+            target = (cfg.kl_target, cfg.kl_horizon, cfg.episodes)
+            stage.state["kl_coef"] = kl_coef = losses.adaptive_kl_coef(kl_coef, row["kl"], *target)
 
     return stage.finish(policy, {"episodes": len(episodes.rows)} | stage.means("kl", "reward"))
 

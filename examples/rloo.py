@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from minicai.engine import models, parallel
-from minicai.engine.config import function, setting, source_file
+from minicai.engine.config import load_function, setting, source_file
 from minicai.engine.data import epoch_order, shuffled
 from minicai.engine.dialogue import decode, encode_prompt
 from minicai.engine.load import load_policy, load_scorer, require_same_tokens
@@ -81,7 +81,7 @@ def main(cfg: GroupConfig, score: Callable | None = None, more: Sequence[tuple] 
     """
     policy_path = cfg.policy or f"{cfg.out}/sl"
     source = cfg.reward_function and source_file(cfg.reward_function)
-    score = partial(models.score_texts, function(cfg.reward_function)) if source else score
+    score = partial(models.score_texts, load_function(cfg.reward_function)) if source else score
     reward_path = "" if score else cfg.reward or f"{cfg.out}/rm"
     reads = {"policy": policy_path, "reward": reward_path, "reward_function": source}
     stage = Stage(cfg, "ppo", reads | dict(more), code=__file__)
@@ -145,35 +145,35 @@ def main(cfg: GroupConfig, score: Callable | None = None, more: Sequence[tuple] 
         rollout = Sampled(batch.ids, mask, batch.lengths, logprobs, ref_logprobs, gains.flatten())
 
         # 5. A few epochs of clipped updates. The loss is a mean over responses.
-        left = 1 - iteration / cfg.iterations if cfg.schedule == "linear" else 1.0
-        optimizer.param_groups[0]["lr"] = cfg.lr * left
+        decay = 1 - iteration / cfg.iterations if cfg.schedule == "linear" else 1.0
+        optimizer.param_groups[0]["lr"] = cfg.lr * decay
         updates = []
         for epoch in range(cfg.epochs):
-            earlier = len(updates)
+            epoch_start = len(updates)
             order = torch.tensor(epoch_order(cfg.episodes, STREAM, cfg.seed, 2, iteration, epoch))
             for rows in order.tensor_split(cfg.minibatches):
                 minibatch, sums = rollout.select(rows), torch.zeros(2, dtype=torch.float64)
                 for part in models.micro_batches(minibatch, cfg.micro_tokens):
                     new = models.response_logprobs(policy, part, cfg.temperature)
-                    old, inside, lengths = part.logprobs, part.mask, part.mask.sum(-1, True)
-                    moved = losses.approx_kl(new.detach(), old, inside) / lengths
+                    old, chosen, lengths = part.logprobs, part.mask, part.mask.sum(-1, True)
+                    drift = losses.approx_kl(new.detach(), old, chosen) / lengths
                     k3 = cfg.kl_coef * losses.kl_k3(new, part.ref_logprobs)
                     if cfg.baseline == "rloo":
                         # One action per response: log pi(y | x) = sum_t log pi(y_t | x, y_<t)
                         new, old = new.sum(-1, keepdim=True), old.sum(-1, keepdim=True)
-                        inside, lengths, k3 = lengths > 0, 1, 0.0
+                        chosen, lengths, k3 = lengths > 0, 1, 0.0
                     # GRPO, equation 3: the mean over a response of -min(...) + beta k3.
-                    given = old, part.advantages[:, None], inside
+                    given = old, part.advantages[:, None], chosen
                     pg = (losses.policy_loss(new, *given, cfg.clip_range) + k3) / lengths
                     parallel.backward(pg.sum() / len(rows))
-                    sums += torch.stack([x.detach().sum() for x in (pg, moved)]).cpu()
+                    sums += torch.stack([x.detach().sum() for x in (pg, drift)]).cpu()
                 means = [x / len(rows) for x in parallel.total(sums).tolist()]
                 norm = parallel.clip_grad_norm(policy, cfg.grad_clip)
                 if stage.finite([*means, norm], minibatch.texts()):
                     optimizer.step()
                     updates.append([*means, norm])
                 optimizer.zero_grad(set_to_none=True)
-            if sum(moved for _, moved, *_ in updates[earlier:]) > cfg.target_kl * cfg.minibatches:
+            if sum(row[1] for row in updates[epoch_start:]) > cfg.target_kl * cfg.minibatches:
                 break  # the policy is too far from the one that sampled
 
         # 6. What to watch.

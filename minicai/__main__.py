@@ -15,7 +15,7 @@
   data FILE [--model=MODEL]  what prompts or pairs a file holds: docs/data.md
   constitution ACTION        new, import, check, try, diff: write one, and see
                              what it does
-  chat MODEL                 talk to a model, or to two of them
+  chat MODEL                 talk to a model, or to two of them side by side
   doctor                     what this machine has: torch, GPU, memory, disk
 
 minicai COMMAND --help prints the settings of a command. --version prints the

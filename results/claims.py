@@ -478,7 +478,7 @@ def rounds_table(data: dict) -> str:
     columns = [  # title, style, kind of prompts, column, digits
         ("reward model: harmlessness", "critiqued", "harmful", "harmless", 2),
         ("helpfulness", "critiqued", "harmful", "helpful", 2),
-        ("both", "critiqued", "harmful", "both", 2),
+        ("both goals", "critiqued", "harmful", "both", 2),
         ("judge: without harm", "critiqued", "harmful", "right", 3),
         ("harmless prompts: right", "critiqued", "benign", "right", 3),
         ("direct: harmlessness", "direct", "harmful", "harmless", 2),

@@ -490,31 +490,25 @@ def people_table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def per_cent(values: list[float | None]) -> str:
-    """The mean as a percentage, with the lowest and the highest value in brackets."""
-    values = [100 * value for value in values if value is not None]
-    if len(values) < 2:
-        return f"{values[0]:.1f} %" if values else "–"
-    return f"{fmean(values):.1f} % ({min(values):.1f}–{max(values):.1f})"
-
-
 def worth_table(results: dict) -> str:
-    """The table of README: what the method is worth beside what people use instead."""
-    titles = ["", *(name for key, name in METHODS.items() if key != "rude"), "CPU s", "peak MiB"]
+    """The table of README: means alone. docs/methods.md has the ranges, and tiny-paper.toml."""
+    titles = ["", *(name for key, name in METHODS.items() if key != "rude"), "CPU s", "MiB"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    digits = {"kl": "{:.2f}", "cpu_seconds": "{:.0f}", "peak_mb": "{:.0f}"}
     for row in results["rows"]:
-        seeds = worked(row)
-        rates = [key for key in METHODS if key not in ("rude", "kl")]
-        cells = [per_cent([one[key] for one in seeds]) for key in rates]
-        cells.append(spread([one["kl"] for one in seeds], 2))
-        cells += [spread([one[key] for one in seeds], 0) for key in ("cpu_seconds", "peak_mb")]
-        lines.append(f"| **{NAMES[row['name']]}** | {' | '.join(cells)} |")
+        if row["name"].startswith("paper-"):
+            continue
+        seeds, cells = worked(row), []
+        for key in (key for key in (*METHODS, "cpu_seconds", "peak_mb") if key != "rude"):
+            values = [one[key] for one in seeds if one[key] is not None]
+            shown = digits.get(key, "{:.1%}").format(fmean(values)) if values else "–"
+            cells.append(shown.replace("%", " %"))
+        lines.append(f"| {NAMES[row['name']]} | {' | '.join(cells)} |")
     count = max((len(row["seeds"]) for row in results["rows"]), default=0)
     lines += [
         "",
-        f"Means (lowest–highest) over {count} seeds of the tiny world, in one thread; KL in nats "
-        "per response, CPU seconds and memory of the last stage alone "
-        "([all stages, and how each was run](docs/methods.md)).",
+        f"Means over {count} seeds of the tiny world ([ranges](docs/methods.md)); KL in nats per "
+        "response; CPU seconds and memory of the last stage.",
     ]
     return "\n".join(lines)
 

@@ -73,6 +73,11 @@ class Method:
     config: str = "tiny.toml"
 
 
+# The settings with which the methods without a value model were tried (LOG.md, 2026-11-28). Those
+# of [ppo] in the default were found for PPO.
+TRIED = ("--iterations=30", "--minibatches=4", "--lr=5e-5", "--adam_eps=1e-5")
+
+
 def _instead(script: str, *flags: str) -> Method:
     """A script in place of train_ppo.py."""
     return Method(((script, *flags),), (("sl-cai", "sl"), ("ppo", "rm")))
@@ -82,10 +87,10 @@ METHODS = {  # each after those that it copies from
     "base": Method(()),
     "sl-cai": Method((("train_sl.py",),)),
     "ppo": Method((("train_rm.py",), ("train_ppo.py",)), (("sl-cai", "sl"),)),
-    "rloo": _instead("examples/rloo.py"),
-    "grpo": _instead("examples/rloo.py", "--baseline=grpo", "--kl_coef=0.3"),
-    "dpo": _instead("examples/dpo.py", "--beta=1"),
-    "ai-reward": Method((("examples/ai_reward.py",),), (("sl-cai", "sl"),)),
+    "rloo": _instead("examples/rloo.py", *TRIED, "--kl_coef=0.3"),
+    "grpo": _instead("examples/rloo.py", "--baseline=grpo", *TRIED, "--kl_coef=0.3"),
+    "dpo": _instead("examples/dpo.py", *TRIED[2:], "--beta=1"),
+    "ai-reward": Method((("examples/ai_reward.py", *TRIED, "--kl_coef=0.3"),), (("sl-cai", "sl"),)),
     "best-of-n": _instead("examples/best_of_n.py", f"--candidates={BEST}"),
     "rlhf": Method(PEOPLE, config="tiny-rlhf.toml"),
     "helpful-rlhf": Method(PEOPLE, config="tiny-helpful-rlhf.toml"),

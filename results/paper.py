@@ -21,7 +21,6 @@ import argparse
 import dataclasses
 import datetime
 import difflib
-import fcntl
 import json
 import random
 import shutil
@@ -63,7 +62,7 @@ from minicai.report import summary as report
 from minicai.rollout import distinct_ngrams
 from minicai.tinyworld.grammar import EVASIONS, HARMS, RUDE, comply, refuse, requests
 from minicai.tools.judging import EvalConfig
-from results import claims
+from results import claims, variants
 
 JSON, PAGE = ROOT / "results" / "paper.json", ROOT / "docs" / "paper.md"
 KINDS = {
@@ -479,19 +478,19 @@ class Unit(NamedTuple):
 
 
 UNITS = {
-    "sl": Unit(supervised, (), 2),
-    **{f"rm-{m}": Unit(partial(reward_model, method=m), ("sl",), 1.5) for m in METHODS},
-    **{f"ppo-{m}": Unit(partial(policy, method=m), (f"rm-{m}",), 2.2) for m in METHODS},
+    "sl": Unit(supervised, (), 1.5),
+    **{f"rm-{m}": Unit(partial(reward_model, method=m), ("sl",), 1.3) for m in METHODS},
+    **{f"ppo-{m}": Unit(partial(policy, method=m), (f"rm-{m}",), 1.7) for m in METHODS},
     "rm-harmless": Unit(
         lambda place: reward_model(
             place, "harmless", f"--rm.policy={place.home}/rl-cai/sl", "--rm.preferences="
         ),
         ("sl",),
-        1.5,
+        1.2,
     ),
     "labels": Unit(calibration, ("rm-rl-cai", "rm-rl-cai-cot"), 0.1),
     "revisions": Unit(revisions, ("rm-rl-cai", "rm-helpful-rlhf", "rm-harmless"), 1.5),
-    "principles": Unit(principles, ("rm-harmless",), 2),
+    "principles": Unit(principles, ("rm-harmless",), 3),
     "choices": Unit(choices, ("ppo-rl-cai", "rm-hh-rlhf"), 1),
 }
 POLICIES = ("sl", *(f"ppo-{method}" for method in METHODS))
@@ -636,20 +635,15 @@ def main(arguments: list[str]) -> None:
     if chose.tables:
         write_page(chose.json)
         return
-    names, locks, todo = chosen(chose.only), [], []
-    for seed in chose.seeds:
-        place = Place(chose.out.resolve() / f"seed{seed}", seed, tuple(settings))
-        place.home.mkdir(parents=True, exist_ok=True)
-        for section in KINDS:  # an unknown setting ends the command here
-            place.load(section)
-        # The lock is held as long as the process lives.
-        locks.append(open(place.home / "lock", "w"))  # noqa: SIM115
-        try:
-            fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(
-                f"--seeds: seed {seed} of {chose.out} is being measured by another process"
-            ) from error
+    out, names, todo = chose.out.resolve(), chosen(chose.only), []
+    places = [Place(out / f"seed{seed}", seed, tuple(settings)) for seed in chose.seeds]
+    for word in settings:
+        if not any(_concerns(word, section) for section in KINDS):
+            raise InputError(f"{word}: no such section; known: {', '.join(KINDS)}")
+    for section in KINDS:  # an unknown setting ends the command here
+        places[0].load(section)
+    _locks = variants.locked(out, chose.seeds)
+    for place in places:
         todo += unfinished(place, names)
     minutes = [UNITS[name].minutes for _, name in todo]
     print(f"{len(todo)} measurements; about {sum(minutes):.0f} minutes on one thread", flush=True)
@@ -659,7 +653,7 @@ def main(arguments: list[str]) -> None:
         found = run(place, name)
         said = f"failed: {found['failed']}" if "failed" in found else "done"
         print(f"    {said} in {found['seconds']:.0f} s", flush=True)
-    write_atomic(chose.json, json.dumps(gathered(chose.out.resolve()), indent=1) + "\n")
+    write_atomic(chose.json, json.dumps(gathered(out), indent=1) + "\n")
     print(f"wrote  {chose.json}")
     if chose.json == JSON:
         write_page(JSON)

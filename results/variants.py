@@ -3,11 +3,11 @@
 
     python results/variants.py [--only NAME ...] [--seeds 0 1 2] [--out out/variants]
 
-Each variant is measured at the stage that it acts on, with configs/tiny-paper.toml and every seed. The
-exact judge scores it: critiques and revisions by the harm that remains, labels by their agreement
-with the judge, reward models on the default's held-out pairs, policies by their answers. Earlier
-stages are the default's, run once per seed. Cheap measurements come first. All of them together
-take about two hours on two cores.
+Each variant is measured at the stage that it acts on, with configs/tiny-paper.toml and every seed.
+The exact judge scores it: critiques and revisions by the harm that remains, labels by their
+agreement with the judge, reward models on the default's held-out pairs, policies by their answers.
+Earlier stages are the default's, run once per seed. Cheap measurements come first. All of them
+together take about two hours on two cores.
 
 After every measurement the command writes results/variants.json, from which `python
 results/collect.py` makes the tables of docs/variants.md. At the end it prints them. Run the same

@@ -180,6 +180,15 @@ def test_a_figure_brings_what_it_needs_in_order_and_an_unknown_one_is_refused():
         paper.chosen(["choice"])
 
 
+def test_an_unknown_setting_ends_the_command(tmp_path):
+    own = ["--seeds", "0", "--out", str(tmp_path / "out")]
+    with pytest.raises(InputError, match="no such section; known: sl, rm"):
+        paper.main([*own, "--foo.lr=1"])
+    with pytest.raises(InputError, match="iteration"):
+        paper.main([*own, "--ppo.iteration=1"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_command_resumes_and_tries_again_what_failed(tmp_path, monkeypatch, capsys):
     """Of three units the second fails once. The third reads it, and so waits for it."""
     calls = Counter()

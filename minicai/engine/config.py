@@ -358,7 +358,7 @@ def _check(value, allowed: Mapping, name: str) -> None:
 # --- functions by name ----------------------------------------------------------------------------
 
 
-def function(name: str) -> Callable:
+def load_function(name: str) -> Callable:
     """The Python function "module:function". Raises InputError. The only import by name."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -378,12 +378,12 @@ def function(name: str) -> Callable:
 
 def source_file(name: str) -> str:
     """The file of the function "module:function", for its fingerprint. Raises InputError."""
-    return inspect.getsourcefile(function(name))
+    return inspect.getsourcefile(load_function(name))
 
 
 def mirror(log: str) -> Callable:
     """What shows metrics elsewhere, by its name in tools/mirrors.py."""
-    return function(f"minicai.tools.mirrors:{log}")
+    return load_function(f"minicai.tools.mirrors:{log}")
 
 
 # --- storing --------------------------------------------------------------------------------------

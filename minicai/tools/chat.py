@@ -10,18 +10,24 @@
   /help              print this text
   /quit              leave, as at the end of the input, or with Ctrl-C at the prompt
 
-At a terminal, a conversation continues from question to question, until the model's context is
-full. Each question is a conversation of its own if the context is below 1,024 tokens (the tiny
-world's model has never seen a second question), and if the input is a pipe: every line of a file is
-then answered by itself, as in
+At a terminal, a conversation continues from question to question. When the model's context is full,
+the oldest turns are dropped. Each question is a conversation of its own if the context is below
+1,024 tokens (the tiny world's model has never seen a second question), and if the input is a pipe:
+every line of a file is then answered by itself, as in
     echo "How do I sell the lily?" | minicai chat MODEL
---history=on or off decides otherwise. Commands apply to the last answer. With --against, each
-answer has the folder of its model in front.
+--history=on or off decides otherwise. Commands apply to the last answer. Tab completes them, and
+the names of principles. With --against, a terminal of 80 columns or more shows both answers side by
+side when they are done.
 """
 
+import io
+import shutil
 import sys
+import textwrap
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -32,13 +38,15 @@ from minicai.engine import config, dialogue, parallel
 from minicai.engine.dialogue import Asked, decode, encode_prompt
 from minicai.engine.load import load_policy, load_tokenizer
 from minicai.engine.sampler import Sampling, context_length, generate
-from minicai.engine.terminal import emphasis, plain
+from minicai.engine.terminal import colours, emphasis, plain
 from minicai.prompts import render_critique, render_revision
 from minicai.report import summary
 from minicai.tinyworld.grammar import prompt_index
 
+COMMANDS = ("/new", "/principle", "/why", "/help", "/quit")
 TINY = "minicai:tinyworld/base"
 EXAMPLES = ("How do I sell the lily?", "How do I burn the barn?")
+WIDE = 80  # columns for two answers side by side
 ROOMY = 1024  # tokens; a smaller context has no room for a conversation
 STREAM = 6  # keeps the random numbers apart from those of the stages
 
@@ -69,14 +77,22 @@ class Speaker:
     turns: list[dict] = field(default_factory=list)  # the last one is the model's
     why: list[str] = field(default_factory=list)  # the critiques that led to it
     said: int = 0  # texts so far; it decides their random numbers
+    page: io.StringIO | None = None  # takes what it says; None: it is printed while it is made
 
-    def ask(self, question: str, history: str) -> None:
-        """Asks a question; the answer joins the conversation, a new one where history is "off"."""
-        earlier = self.turns if history == "on" else []
-        turns = [*(earlier or self.system), {"role": "user", "content": question}]
-        answer = self.speak(turns)
-        if answer:
-            self.turns, self.why = [*turns, {"role": "assistant", "content": answer}], []
+    def latest(self, turns: list[dict], shown: Callable[[list[dict]], Asked], texts: int = 1):
+        """The latest turns that fit into the context, with new texts after what is shown of them.
+
+        The oldest question and its answer are dropped first. The system turn and the last one stay
+        in any case.
+        """
+        head = len(self.system)
+        room = context_length(self.model.config) - texts * self.how.max_new_tokens
+        while len(turns) > head + 2 and self.tokens(shown(turns)) > room:
+            turns = turns[:head] + turns[head + 2 :]
+        return turns
+
+    def tokens(self, asked: Asked) -> int:
+        return len(encode_prompt(self.model.tokenizer, asked))
 
     def speak(self, prompt: Asked, label: str = "") -> str:
         """Prints what the model says, word by word, and returns it. Ctrl-C stops it.
@@ -90,21 +106,22 @@ class Speaker:
             heard.append(token)
             text = decode(tokenizer, heard, ended=False)
             whole = max(text.rfind(" "), text.rfind("\n")) + 1  # the last word may be unfinished
-            print(plain(text[printed:whole]), end="", flush=True)
+            print(plain(text[printed:whole]), end="", file=self.page, flush=True)
             printed = max(printed, whole)
 
         self.said += 1
         ids, seeds = encode_prompt(tokenizer, prompt), (STREAM, self.said)
-        if self.label + label:
-            print(emphasis(self.label + label), end="", flush=True)
+        head = self.label + label
+        shown = plain(label) if self.page else emphasis(head) * bool(head)
+        print(shown, end="", file=self.page, flush=True)
         try:
             generate(self.model, [ids], [seeds], self.how, heard=hear)
         except KeyboardInterrupt:
             pass
         except InputError as error:
-            print(f"({error}; /new starts a new conversation)", end="")
+            print(f"({error})", end="", file=self.page)
         text = decode(tokenizer, heard, ended=False)
-        print(plain(text[printed:]), flush=True)
+        print(plain(text[printed:]), file=self.page, flush=True)
         return text
 
 
@@ -123,14 +140,14 @@ def main(flags: list[str], folder: str) -> None:
         speakers.append(Speaker(label, model, how, system))
     stored = summary.config(Path(folder).absolute().parent, "sl")
     rules = options.constitution or str(stored.get("constitution", "none"))
-    model, terminal, history = speakers[0].model, sys.stdin.isatty(), options.history
+    terminal = sys.stdin.isatty()
+    roomy = context_length(speakers[0].model.config) >= ROOMY
+    history = options.history
     if history == "auto":
-        history = "on" if terminal and context_length(model.config) >= ROOMY else "off"
-    # A model that has the words of the embedded base model has no others.
-    tiny = terminal and model.tokenizer.get_vocab() == load_tokenizer(TINY).get_vocab()
+        history = "on" if terminal and roomy else "off"
+    tiny = terminal and of_the_tiny_world(speakers[0].model)
     if terminal:
-        with suppress(ImportError):
-            import readline  # noqa: F401 (gives input() arrow keys and earlier lines)
+        completes(rules)
         stage = summary.STAGES.get(Path(folder).name, "a model") if stored else "a model"
         knows = f"constitution {rules}"
         if tiny:
@@ -139,15 +156,23 @@ def main(flags: list[str], folder: str) -> None:
     sys.stdin.reconfigure(errors="replace")  # a pipe may hold bytes that are not UTF-8
     try:
         while (line := read(terminal)) != "/quit":
-            if line.startswith("/"):
-                obey(line, speakers, rules)
-            elif line:
-                if tiny and line not in prompt_index():
-                    note(f"outside the tiny world, so expect noise; ask e.g. {EXAMPLES[0]}")
+            asks = line[:1] not in ("", "/")
+            if asks and tiny and line not in prompt_index():
+                note(f"outside the tiny world, so expect noise; ask e.g. {EXAMPLES[0]}", "90")
+            if asks and history == "off":
                 for speaker in speakers:
-                    speaker.ask(line, history)
+                    speaker.turns = []
+            converse(line, speakers, rules)
     except (EOFError, KeyboardInterrupt):
         print(end="\n" * terminal)  # the shell's prompt begins on a line of its own
+
+
+def of_the_tiny_world(model: PreTrainedModel) -> bool:
+    """Whether a model has the words of the embedded base model, and so no others."""
+    return model.tokenizer.get_vocab() == load_tokenizer(TINY).get_vocab()
+
+
+# --- a terminal -----------------------------------------------------------------------------------
 
 
 def read(terminal: bool) -> str:
@@ -158,7 +183,68 @@ def read(terminal: bool) -> str:
     return line.strip()
 
 
-# --- commands -------------------------------------------------------------------------------------
+def completes(constitution: str) -> None:
+    """Gives input() arrow keys, earlier lines, and Tab for commands and names of principles."""
+    with suppress(ImportError):
+        import readline
+
+        known = list(COMMANDS)
+        with suppress(InputError):
+            for principle in revising(constitution)[1]:
+                known += [f"/principle {principle}", f"/why {principle}"]
+
+        def matching(text: str, number: int) -> str | None:
+            return dict(enumerate(line for line in known if line.startswith(text))).get(number)
+
+        readline.set_completer_delims("")
+        readline.set_completer(matching)
+        libedit = "libedit" in (readline.__doc__ or "")
+        readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
+
+
+def beside(speakers: list[Speaker]) -> None:
+    """Prints what the speakers have on their pages, in columns as wide as the terminal."""
+    pages = [speaker.page.getvalue() for speaker in speakers if speaker.page]
+    if not any(pages):
+        return
+    width = (shutil.get_terminal_size().columns - 3) // len(pages)
+    columns = []
+    for speaker, page in zip(speakers, pages):
+        wrapped = [textwrap.fill(line, width) for line in page.splitlines()]
+        columns.append([speaker.label[:-2][-width:], *"\n".join(wrapped).splitlines()])
+    for number, row in enumerate(zip_longest(*columns, fillvalue="")):
+        line = "   ".join(cell.ljust(width) for cell in row).rstrip()
+        print(line if number else emphasis(line))
+
+
+# --- questions and commands -----------------------------------------------------------------------
+
+
+def converse(line: str, speakers: list[Speaker], rules: str) -> None:
+    """Obeys a /command, or asks all speakers. Two of them are shown in columns at a wide terminal.
+
+    rules: the file of a constitution.
+    """
+    wide = shutil.get_terminal_size().columns >= WIDE and sys.stdout.isatty()
+    for speaker in speakers:
+        speaker.page = io.StringIO() if wide and len(speakers) > 1 else None
+    if line.startswith("/"):
+        obey(line, speakers, rules)
+    elif line:
+        for speaker in speakers:
+            ask(speaker, line)
+    beside(speakers)
+
+
+def ask(speaker: Speaker, question: str) -> None:
+    """Asks a question; the answer joins the conversation. Says so where it does not fit in."""
+    asked = [*(speaker.turns or speaker.system), {"role": "user", "content": question}]
+    turns = speaker.latest(asked, list)
+    if len(turns) < len(asked):
+        note(f"the context is full: the first {len(asked) - len(turns)} turns are forgotten")
+    answer = speaker.speak(turns)
+    if answer:
+        speaker.turns, speaker.why = [*turns, {"role": "assistant", "content": answer}], []
 
 
 def obey(line: str, speakers: list[Speaker], constitution: str) -> None:
@@ -175,25 +261,31 @@ def obey(line: str, speakers: list[Speaker], constitution: str) -> None:
             note("\n".join(speaker.why) or "there is no revision yet")
     elif command in ("/principle", "/why"):
         try:
-            rules = load(config.locate(constitution, Path()))
+            rules, principles = revising(constitution)
         except InputError as error:
             return note(f"{error}; name one with --constitution=FILE")
-        principles = {p.name: p for p in rules.principles if p.critique and p.revision}
         if name not in principles:
             missing = f"no principle {name}; " if name else ""
-            return note(f"{missing}the principles of {rules.name}: {', '.join(principles)}")
+            return note(f"{missing}the principles of {rules}: {', '.join(principles)}")
         for speaker in speakers:
             criticise(speaker, principles[name], revises=command == "/principle")
     else:
         note(f"unknown command {command}; /help lists the commands")
 
 
+def revising(constitution: str) -> tuple[str, dict[str, Principle]]:
+    """The name of a file's constitution, and its principles that can revise. Raises InputError."""
+    rules = load(config.locate(constitution, Path()))
+    return rules.name, {p.name: p for p in rules.principles if p.critique and p.revision}
+
+
 def criticise(speaker: Speaker, principle: Principle, revises: bool) -> None:
     """Criticises the last answer. If it revises, the revision replaces it, unless it is empty."""
     if not speaker.turns:
         return note("there is no answer yet")
-    *turns, last = speaker.turns
+    *before, last = speaker.turns
     answer = last["content"]
+    turns = speaker.latest(before, lambda turns: render_revision(turns, answer, "", principle), 2)
     label = f"critique, {principle.name}: "
     critique = speaker.speak(render_critique(turns, answer, principle), label)
     if critique and revises:
@@ -204,6 +296,12 @@ def criticise(speaker: Speaker, principle: Principle, revises: bool) -> None:
             speaker.why.append(speaker.label + label + critique)
 
 
-def note(text: str) -> None:
-    """Prints to stderr what no model said: a pipe holds only the models' words."""
-    print(plain(text), file=sys.stderr, flush=True)
+def note(text: str, colour: str = "") -> None:
+    """Prints to stderr what no model said: a pipe holds only the models' words.
+
+    colour: the terminal's number of one.
+    """
+    shown = plain(text)
+    if colour and colours(sys.stderr):
+        shown = f"\033[{colour}m{shown}\033[0m"
+    print(shown, file=sys.stderr, flush=True)

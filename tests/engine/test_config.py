@@ -467,7 +467,7 @@ def test_a_secret_that_is_a_part_of_another_takes_nothing_from_it(monkeypatch):
     ],
 )
 def test_a_function_that_cannot_be_had_is_refused_with_the_reason(name, said):
-    assert said in refusal(config.function, name)
+    assert said in refusal(config.load_function, name)
 
 
 def test_a_function_is_found_beside_where_the_command_starts(tmp_path, monkeypatch):
@@ -476,7 +476,7 @@ def test_a_function_is_found_beside_where_the_command_starts(tmp_path, monkeypat
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [*sys.path])
-    assert config.function("my_reward_of_a_test:long")([], []) == 1
+    assert config.load_function("my_reward_of_a_test:long")([], []) == 1
     file = tmp_path / "my_reward_of_a_test.py"
     assert config.source_file("my_reward_of_a_test:long") == str(file)
 

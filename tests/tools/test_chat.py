@@ -22,10 +22,12 @@ TOKENIZER = byte_tokenizer()
 def talk(monkeypatch, capsys, folder):
     """talk(lines, flags) -> (stdout, stderr) of a chat with a model into which lines are piped."""
 
-    def run(*lines, flags=(), model=folder / "model", terminal=False):
+    def run(*lines, flags=(), model=folder / "model", columns=0):
+        """columns: of a terminal; 0 = a pipe."""
         piped = io.BytesIO("".join(f"{line}\n" for line in lines).encode())
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(piped, "utf-8"))
-        if terminal:
+        if columns:
+            monkeypatch.setenv("COLUMNS", str(columns))
             monkeypatch.setenv("TERM", "xterm")
             for stream in (sys.stdin, sys.stdout, sys.stderr):
                 monkeypatch.setattr(stream, "isatty", lambda: True)
@@ -96,24 +98,45 @@ def test_with_history_a_question_continues_the_conversation_and_new_forgets_it(s
     assert out == "I am fine.\nAs I said.\nHello.\n" and err == "a new conversation\n"
 
 
-def test_a_system_turn_opens_every_conversation(script, talk, rules):
+def test_a_full_context_forgets_the_oldest_turns_and_says_so(script, talk):
+    shown = script("a" * 200, "b" * 200, "c")
+    questions = "1" * 900, "2" * 600, "3" * 10  # a context of 2,048 bytes, 256 of them for answers
+    _, err = talk(*questions, flags=["--history=on"])
+    assert "the first 2 turns" in err and shown[1].startswith("\n\nHuman: 1")
+    assert "1" not in shown[2] and "2" * 600 in shown[2]
+
+
+def test_a_system_turn_opens_every_conversation_and_is_never_forgotten(script, talk, rules):
     kind = [{"role": "system", "content": "Be kind."}]
-    shown = script("a", "b", "c")
+    shown = script("a" * 200, "b" * 200, "c", "d")
     flags = ["--history=on", "--system=Be kind.", rules]
-    talk("1", "2", "/new", "Hi!", flags=flags)
-    assert shown[0] == render([*kind, *as_turns("1")])
-    assert shown[1].startswith("\n\nBe kind.\n\nHuman: 1")
-    assert shown[2] == render([*kind, *as_turns("Hi!")])
+    talk("1" * 900, "2" * 600, "3" * 10, "/new", "Hi!", flags=flags)
+    assert shown[0] == render([*kind, *as_turns("1" * 900)])
+    assert "1" not in shown[2] and shown[2].startswith("\n\nBe kind.\n\nHuman: 2")
+    assert shown[3] == render([*kind, *as_turns("Hi!")])
     shown = script("A.", "Unkind.", "B.")
     talk("Hi!", "/principle kind", flags=flags)
     assert shown[1] == render_critique([*kind, *as_turns("Hi!")], "A.", KIND)
 
 
-def test_what_is_longer_than_the_context_gets_the_reason_as_its_answer(talk):
-    lines = "Hi!", "1" * 3000, "/new", "Hi!"
-    first, said, again = talk(*lines, flags=["--max_new_tokens=4", "--history=on"]).out.splitlines()
-    assert said.startswith("(prompt 1 has 3") and "exceeds the model's context of 2048" in said
-    assert said.endswith("; /new starts a new conversation)") and first == again
+def test_a_question_longer_than_the_context_gets_the_reason_as_its_answer(talk):
+    out, _ = talk("1" * 3000, "Hi!", flags=["--max_new_tokens=4"])
+    assert out.startswith("(prompt 1 has 3") and out.count("\n") == 2
+    assert "exceeds the model's context of 2048" in out
+
+
+def test_the_latest_turns_begin_with_a_question_and_end_with_the_last(folder):
+    model = load_policy(str(folder / "model"))
+    roles = ["user", "assistant"] * 2 + ["user"]
+    turns = [{"role": role, "content": str(k)} for k, role in enumerate(roles)]
+
+    def kept(room):
+        speaker = chat.Speaker("", model, Sampling(2048 - room))
+        return speaker.latest(turns, lambda turns: "x" * 10 * len(turns))
+
+    assert kept(50) == turns
+    assert kept(49) == kept(30) == turns[2:]
+    assert kept(29) == kept(0) == turns[4:]
 
 
 # --- commands -------------------------------------------------------------------------------------
@@ -181,7 +204,7 @@ def test_the_constitution_is_that_of_the_run_and_chat_works_without_one(
 # --- two models -----------------------------------------------------------------------------------
 
 
-def test_two_models_answer_each_in_its_own_conversation(script, talk, folder):
+def test_two_models_answer_side_by_side_each_in_its_own_conversation(script, talk, folder):
     shown = script("I am.", "Me too.", "Yes.", "No.")
     out, _ = talk("Who?", "Sure?", flags=[f"--against={folder / 'other'}", "--history=on"])
     said = zip(["model", "other"] * 2, ["I am.", "Me too.", "Yes.", "No."])
@@ -216,7 +239,7 @@ def test_bytes_that_are_not_utf8_are_a_question_too(script, monkeypatch, capsys,
 
 def test_the_banner_says_what_the_model_knows_and_the_end_begins_a_line(script, talk, rules):
     script("Yes.")
-    out, _ = talk("There?", flags=[rules], terminal=True)
+    out, _ = talk("There?", flags=[rules], columns=80)
     assert f": a model, constitution {rules.partition('=')[2]}\nhistory on; /help lists" in out
     assert out.endswith("you: \n")
 
@@ -224,9 +247,10 @@ def test_the_banner_says_what_the_model_knows_and_the_end_begins_a_line(script, 
 def test_the_tiny_worlds_model_says_what_it_knows_and_what_it_does_not(script, talk):
     assert all(question in prompt_index() for question in chat.EXAMPLES)
     script("Yes.", "No.")
-    out, err = talk("Hello!", chat.EXAMPLES[0], "", "/why", model=chat.TINY, terminal=True)
+    out, err = talk("Hello!", chat.EXAMPLES[0], "", "/why", model=chat.TINY, columns=80)
     assert "knows only the tiny world" in out and all(line in out for line in chat.EXAMPLES)
     assert err.count("outside the tiny world") == 1
+    assert err.startswith("\x1b[90moutside") and err.partition("\n")[0].endswith("\x1b[0m")
     script("Yes.")
     assert talk("Hello!", model=chat.TINY) == ("Yes.\n", "")  # a pipe has the answers only
 
@@ -235,3 +259,28 @@ def test_a_backslash_continues_the_line(script, talk):
     shown = script("Fine.")
     talk("One,\\", "two,\\", "three?")
     assert shown == [render("One,\ntwo,\nthree?")]
+
+
+def test_tab_completes_commands_and_the_names_of_principles(talk, rules):
+    readline = pytest.importorskip("readline")
+    talk("/quit", flags=[rules], columns=80)
+    complete = readline.get_completer()
+    known = [complete("/prin", k) for k in range(4)]
+    assert known == ["/principle", "/principle kind", "/principle brief", None]
+    assert [complete("/why k", k) for k in range(2)] == ["/why kind", None]
+
+
+def test_two_answers_stand_in_columns_where_the_terminal_is_wide(script, talk, folder, rules):
+    texts = ["word " * 20, "Short.", "It is unkind.", "Gladly.", "Fine.", "No."]
+    flags = [f"--against={folder / 'other'}", rules, "--history=on"]
+    script(*texts)
+    out, _ = talk("Who?", "/principle kind", flags=flags, columns=100)
+    head, *lines = out.replace("you: ", "").splitlines()[2:]
+    assert head.startswith("\x1b[1m") and "workshop" in head
+    assert head.index("/model") < 48 < head.index("/other")
+    words = "word " * 8 + "word"
+    assert f"{words:<48}   Short." in lines and words in lines  # 9 words a line
+    assert f"{'critique, kind: It is unkind.':<48}   critique, kind: Fine." in lines
+    assert all(len(line) <= 100 for line in lines if "\x1b" not in line)
+    script(*texts)
+    assert "\x1b[1m" + f"{folder / 'other'}: " in talk("Who?", flags=flags, columns=79).out
