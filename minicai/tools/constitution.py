@@ -79,6 +79,8 @@ def write(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "x", encoding="utf-8") as written:
             written.write(text)
+    except FileExistsError as error:
+        raise InputError(f"{path}: is there already; choose another name") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
     print(f"wrote  {terminal.plain(str(path))}")

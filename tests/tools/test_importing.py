@@ -309,7 +309,7 @@ def test_what_cannot_be_read_is_one_sentence_for_import_and_check(
 def test_import_overwrites_nothing_and_names_the_file_that_it_needs(tmp_path, capsys):
     path = write(tmp_path, "lines.txt", LINES)
     command(capsys, "import", path)
-    assert "lines.toml: cannot be written: File exists" in command(capsys, "import", path)[1]
+    assert "lines.toml: is there already; choose another name" in command(capsys, "import", path)[1]
     printed, _ = command(capsys, "import", path, tmp_path / "mine.md")
     assert "mine.toml" in printed
     assert "--like: unknown key" in command(capsys, "import", path, "--like=x")[1]

@@ -331,7 +331,7 @@ def test_new_writes_a_constitution_that_check_passes_and_overwrites_none(tmp_pat
     assert f"wrote  {mine}" in run(capsys, "new", mine)
     checked = run(capsys, "check", mine)
     assert "mine 1.0, principles: 5\n  errors: 0, advice: 0" in checked
-    with pytest.raises(InputError, match="cannot be written: File exists"):
+    with pytest.raises(InputError, match="is there already; choose another name"):
         run(capsys, "new", mine, "--like=general")
     run(capsys, "new", tmp_path / "shop.toml", "--like", "customer_service")
     source = config.builtin("constitutions/customer_service.toml").read_text(encoding="utf-8")
