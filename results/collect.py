@@ -514,8 +514,8 @@ def worth_table(results: dict) -> str:
         lines.append(f"| {NAMES[row['name']]} | {' | '.join(cells)} |")
     lines += [
         "",
-        f"Means over {seed_counts(rows)} seeds of the tiny world ([ranges](docs/methods.md)); KL in "
-        "nats per response; CPU seconds and memory of the last stage.",
+        f"Means over {seed_counts(rows)} seeds of the tiny world ([ranges](docs/methods.md)); KL "
+        "in nats per response; CPU seconds and memory of the last stage.",
     ]
     return "\n".join(lines)
 
