@@ -44,10 +44,6 @@ EQUIVALENT = {  # (function, altered line) -> why no test can tell it from the o
         "slots = Slots(min(how.rows, len(prompts)), max(map(len, prompts), default=1) + longest)",
     ): "without prompts there is no slot",
     (
-        "sampler._Schedule._after_long_rows",
-        "if 0 < quarter <= free <= len(self.running):",
-    ): "a slot is new at the start only, when no row is longer than what a prompt brings",
-    (
         "dialogue.encode_options",
         "end = tuple(ids[-9:])",
     ): "some ends are looked at twice, with the same result",

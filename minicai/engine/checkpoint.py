@@ -40,10 +40,11 @@ from minicai.engine.disk import (
     write_atomic,
 )
 from minicai.engine.load import merged
-from minicai.engine.packing import TOLERANCE
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in one process it is meant to
 KEPT = 2  # checkpoints: the newest, and the one before it
+# Between numbers that should be equal, relative.
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
 SUMS = "sums.json"  # {name: sha256} of the files of a checkpoint
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # what checkpoints hold
 Models = dict[str, torch.nn.Module]

@@ -18,6 +18,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from minicai import InputError
+from minicai.engine.disk import sha256
 
 PACKAGE = Path(__file__).parents[1]
 MODEL = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
@@ -238,8 +239,7 @@ def _sha256(file: Path) -> str:
     with suppress(OSError, ValueError):
         if len(kept.read_text()) == 64:
             return kept.read_text()
-    with open(file, "rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest()
+    found = sha256(file)
     # Within one tick of a file system's clock a second change would show the same times.
     if facts.st_size >= LARGE and facts.st_mtime < time.time() - 2:
         with suppress(OSError):  # without a cache it takes longer

@@ -12,8 +12,7 @@ through the model once.
 Legend: B rows that are being decoded, T tokens, V vocabulary, D hidden size.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean
@@ -178,10 +177,9 @@ def check_requests(
         look = partial(_askable, model, requests, new_tokens)
         # By tokens: of two prompts the one with fewer characters may have more of them.
         sizes = [len(encode_prompt(model.tokenizer, render(prompt))) for prompt in prompts]
-        by_length = [prompts[k] for k in sorted(range(len(prompts)), key=sizes.__getitem__)]
-        skip.keep(what, [(source, prompt) for prompt in by_length[:1]], look)  # else none fits
         try:
-            list(map(look, by_length[-1:]))
+            if prompts:
+                look(prompts[sizes.index(max(sizes))])
         except TooLong:
             prompts = skip.keep(what, [(source, prompt) for prompt in prompts], look)
     return list(prompts)
@@ -229,8 +227,10 @@ def generate(
     uniforms = [iter(np.random.default_rng(s).random(limit)) for s, limit in zip(seeds, limits)]
     with parallel.autocast():  # once: entered for each token, it would cast the weights each time
         shared = _prefill_shared(model, prompts, slots)
-        schedule = _Schedule(slots, prompts, shared)
-        while running := schedule.refill():
+        rows = [_Row(k, prompt[shared:], shared) for k, prompt in enumerate(prompts)]
+        waiting = iter(sorted(rows, key=lambda row: -len(row.feed)))  # long prompts first
+        running = []  # the row in each slot
+        while running := _refill(slots, running, waiting):
             starts, feeds = [row.start for row in running], [row.feed for row in running]
             points = [next(uniforms[row.number]) for row in running]
             points_B = torch.tensor(points, dtype=torch.float64, device=model.device)
@@ -277,7 +277,7 @@ def _prefill_shared(model: PreTrainedModel, prompts: Sequence[Ids], slots: Slots
     if shared < SHARED:
         return 0
     last_hidden(model, slots, [0], [prompts[0][:shared]])
-    slots.copy(0, slice(1, None), 0, shared)
+    slots.copy(0, slice(1, None), shared)
     return shared
 
 
@@ -291,57 +291,31 @@ class _Row:
     done: bool = False
 
 
-class _Schedule:
-    """Which prompt decodes in which slot: the long prompts first.
+def _refill(slots: Slots, running: list[_Row], waiting: Iterator[_Row]) -> list[_Row]:
+    """The rows of the next step, without those that are done.
 
-    shared: tokens that every slot has already.
+    Waiting rows take the free slots. Where none waits, the last rows move into free slots.
     """
 
-    def __init__(self, slots: Slots, prompts: Sequence[Ids], shared: int):
-        self.slots, self.prompts, self.shared = slots, prompts, shared
-        self.waiting = deque(sorted(range(len(prompts)), key=lambda k: -len(prompts[k])))
-        self.running = []  # a _Row for each slot
+    def move(source: int, target: int) -> None:
+        running[target] = running[source]
+        slots.copy(source, target, running[source].start)
 
-    def refill(self) -> list[_Row]:
-        """The rows of the next step, without those that are done.
-
-        Waiting prompts take the free slots. Where no prompt waits, the last rows move into the
-        slots that are free.
-        """
-        running = self.running
-        free = [slot for slot, row in enumerate(running) if row.done]
-        free += range(len(running), self.slots.count)
-        for slot in free[: len(self.waiting)]:
-            k = self.waiting.popleft()
-            slot = self._after_long_rows(slot, len(self.prompts[k]))
-            running[slot : slot + 1] = [_Row(k, self.prompts[k][self.shared :], self.shared)]
-        for slot in [slot for slot, row in enumerate(running) if row.done]:
-            while running and running[-1].done:
-                running.pop()
-            if slot < len(running):
-                self._move(len(running) - 1, slot)
-                running.pop()
-        return running
-
-    def _after_long_rows(self, free: int, tokens: int) -> int:
-        """The slot for a prompt of so many tokens, given a free slot.
-
-        The long rows gather in the last quarter of the slots, which is then read apart
-        (attention.Slots: 0.23 ms instead of 0.38). So a free slot there goes to the longest of the
-        rows before it, and the prompt gets the slot of that row.
-        """
-        quarter = len(self.running) * 3 // 4
-        if 0 < quarter <= free < len(self.running):
-            longest = max(range(quarter), key=lambda slot: self.running[slot].start)
-            if self.running[longest].start > tokens:
-                self._move(longest, free)
-                return longest
-        return free
-
-    def _move(self, source: int, target: int) -> None:
-        """Moves a running row to the slot of a row that is done."""
-        row = self.running[target] = self.running[source]
-        self.slots.copy(source, target, self.shared, row.start)
+    free = [slot for slot, row in enumerate(running) if row.done]
+    free += range(len(running), slots.count)
+    quarter = len(running) * 3 // 4
+    for slot, row in zip(free, waiting):
+        if 0 < quarter <= slot < len(running):  # the long rows gather there: attention.Slots
+            longest = max(range(quarter), key=lambda k: running[k].start)
+            move(longest, slot)
+            slot = longest
+        running[slot : slot + 1] = [row]
+    count = sum(not row.done for row in running)
+    free = [slot for slot in range(count) if running[slot].done]
+    behind = [slot for slot in range(count, len(running)) if not running[slot].done]
+    for source, target in zip(behind, free):
+        move(source, target)
+    return running[:count]
 
 
 def respond(

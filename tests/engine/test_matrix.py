@@ -435,6 +435,7 @@ class SpannedForCausalLM(transformers.LlamaForCausalLM):
 def test_a_length_under_an_unknown_name_is_found_and_named(by):
     transformers.AutoConfig.register("spanned", SpannedConfig, exist_ok=True)
     transformers.AutoModel.register(SpannedConfig, Spanned, exist_ok=True)
+    transformers.AutoModelForCausalLM.register(SpannedConfig, SpannedForCausalLM, exist_ok=True)
     model = SpannedForCausalLM(SpannedConfig(vocab_size=64, span=300, by=by, **FEW)).eval()
     with torch.random.fork_rng():
         before = torch.get_rng_state()

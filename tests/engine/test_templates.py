@@ -546,7 +546,7 @@ def test_rows_that_do_not_fit_or_are_refused_are_left_out_where_skip_says_so():
     assert kept == [asked[k] for k in (0, 1, 3)] and skip.counts["a thing"] == {"long": 2}
     with pytest.raises(TooLong, match=r"a thing to MODEL.*; 2 of 5 rows cannot be used; skip_long"):
         check_requests([model], asked, longest, 100, "a thing")
-    with pytest.raises(TooLong, match=r"1 of 1 rows cannot be used$"):
+    with pytest.raises(TooLong, match=r"5 of 5 rows cannot be used$"):
         check_requests([model], asked, longest, 500, "a thing", skip)
 
 
