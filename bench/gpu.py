@@ -48,8 +48,9 @@ from unittest.mock import patch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-FORK = multiprocessing.get_context("fork")  # libraries are imported once; no GPU is in use then
 RESULT = "RESULT "  # begins a line of a part's output that is a JSON object
+# By "fork" libraries are imported once for all parts. `prepare` sees whether a GPU allows it.
+CONTEXT = multiprocessing.get_context("fork")
 MICRO_TOKENS = (16384, 8192, 4096, 2048, 1024)
 FEW = {"generate": 8, "labels": 4, "sl": 16, "rm": 8, "ppo": 8, "batch": 4}  # of --quick
 BEFORE = {"machine": 60, "tests": 120, "resume": 90, "demo": 90}  # limits in seconds
@@ -84,7 +85,7 @@ def machine(job: Job) -> Iterator[dict]:
         found |= {"memory_gib": total / 2**30, "free_gib": free / 2**30}
     names = ("torch", "transformers", "tokenizers", "safetensors", "triton")
     yield found | {"versions": {"python": platform.python_version()} | works.versions(*names)}
-    peak = works.peak_flops(job.device)
+    peak = works.peak_flops(job.device, 2 if job.quick else 40)
     (job.folder / "peak.json").write_text(json.dumps(peak))
     yield {"peak_tflops": peak / 1e12}
 
@@ -169,7 +170,7 @@ def resume(job: Job) -> Iterator[dict]:
     from safetensors.torch import load_file
 
     def start(folder: Path, killed: str = "") -> int:
-        process = FORK.Process(target=stages, args=(folder, job.device, killed))
+        process = CONTEXT.Process(target=stages, args=(folder, job.device, killed))
         process.start()
         process.join()
         if process.exitcode not in (0, -signal.SIGKILL):
@@ -206,6 +207,12 @@ def setup(job: Job) -> Iterator[dict]:
         works.setup(job.size, job.folder / job.size, job.device)
     work = load_work(job, "ppo")
     yield {"weights_of_layers": work.body, "weights_of_head": work.head}
+
+
+def of_peak(job: Job, flops: float) -> float | None:
+    """FLOP/s as a share of the machine's; None where the part `machine` has failed."""
+    file = job.folder / "peak.json"
+    return flops / json.loads(file.read_text()) if file.exists() else None
 
 
 def planned_gib(cfg, name: str, work) -> float:
@@ -308,10 +315,9 @@ def training(job: Job, name: str, load: str = "", **settings) -> dict:
     ends = facts.pop("ends")
     first = 1 if name == "ppo" else len(ends) // 2  # steps that are not measured
     took, share = ends[-1] - ends[first - 1], (len(ends) - first) / len(ends)
-    peak = json.loads((job.folder / "peak.json").read_text())
     return {
         "per_second": units * share / took,
-        "of_peak": flops * share / took / peak,
+        "of_peak": of_peak(job, flops * share / took),
         "step_seconds": took / (len(ends) - first),
         "until_first_step_seconds": ends[0] - facts.pop("began"),
         "steps": len(ends),
@@ -359,8 +365,7 @@ def generate(job: Job) -> Iterator[dict]:
 
     work = load_work(job, "generate")
     seconds, tokens, _, flops = ours.generate(work)
-    peak = json.loads((job.folder / "peak.json").read_text())
-    yield {"per_second": tokens / seconds, "of_peak": flops / seconds / peak, "rows": work.batch}
+    yield {"per_second": tokens / seconds, "of_peak": of_peak(job, flops / seconds)}
     yield {"peak_gib": works.peak_memory_mb(job.device) / 1024}
     yield decoding_steps(work)
 
@@ -420,7 +425,7 @@ def peers(job: Job) -> Iterator[dict]:
 
 
 def prepare() -> None:
-    """Imports what parts need, once for all of them. What fails here fails again in each part."""
+    """Imports what parts need. What fails here fails again in each part, and is said there."""
     sys.path[:0] = [str(HERE), str(ROOT)]
     with contextlib.suppress(Exception):
         import minicai  # isort: skip (before torch)
@@ -429,12 +434,19 @@ def prepare() -> None:
         import minicai.tools.plan  # noqa: F401
 
 
-def child(part: Callable, job: Job, out: int, err: int) -> None:
+def use_gpu() -> None:
+    import torch
+
+    torch.cuda.init()
+
+
+def child(part: Callable, job: Job, out: Path, err: Path) -> None:
     """A part, in a process of its own. Each of its findings is a line of `out`."""
     os.setsid()
-    os.dup2(out, 1)
-    os.dup2(err, 2)
+    for number, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     sys.stdout, sys.stderr = (open(number, "w", buffering=1) for number in (1, 2))  # noqa: SIM115
+    prepare()  # where it was not copied from a process that has done so
     for found in part(job):
         print("\n" + RESULT + json.dumps(found), flush=True)
 
@@ -442,25 +454,24 @@ def child(part: Callable, job: Job, out: int, err: int) -> None:
 def run_part(part: Callable, job: Job, limit: float) -> dict:
     """What a part has found in its own process, "seconds", and "error" where it failed."""
     began, error, found = time.monotonic(), "", {}
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = FORK.Process(target=child, args=(part, job, out.fileno(), err.fileno()))
-        process.start()
-        process.join(limit)
-        if process.exitcode is None:
-            error = f"time limit of {limit:.0f} s"
-        elif process.exitcode:
-            error = f"exit code {process.exitcode}"
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
-        process.join()
-        out.seek(0)
-        err.seek(0)
-        for line in out:
-            if line.startswith(RESULT):
-                found |= json.loads(line[len(RESULT) :])
-        said = err.read()[-6000:]
+    out, err = (job.folder / f"{part.__name__}{job.size}.{kind}" for kind in ("out", "err"))
+    process = CONTEXT.Process(target=child, args=(part, job, out, err))
+    process.start()
+    process.join(limit)
+    if process.exitcode is None:
+        error = f"time limit of {limit:.0f} s"
+    elif process.exitcode:
+        error = f"exit code {process.exitcode}"
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
+    process.kill()
+    process.join()
+    lines, said = ([*file.open()] if file.exists() else [] for file in (out, err))
+    for line in lines:
+        if line.startswith(RESULT):
+            found |= json.loads(line[len(RESULT) :])
     found["seconds"] = round(time.monotonic() - began, 1)
-    return found | {"error": f"{error}\n{said}"} if error else found
+    return found | {"error": f"{error}\n{''.join(said)[-6000:]}"} if error else found
 
 
 def short(value) -> str:
@@ -498,6 +509,12 @@ def main() -> None:
         rows = [row for row in rows if row[0] != "demo_long"]
     file = args.json or ROOT / ("out/gpu-cpu.json" if args.device == "cpu" else "results/gpu.json")
     prepare()
+    if args.device == "cuda":
+        probe = CONTEXT.Process(target=use_gpu)
+        probe.start()
+        probe.join()
+        if probe.exitcode:  # a library has used the GPU, which no copy of this process can then
+            globals()["CONTEXT"] = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="minicai-gpu-") as folder:
         parts = run_all(rows, args, file, Path(folder))
     failed = [name for name, found in parts.items() if "error" in found]

@@ -171,11 +171,11 @@ def versions(*names: str) -> dict[str, str]:
     return found
 
 
-def peak_flops(device: str) -> float:
-    """FLOP/s of the best of forty matrix products, since other work may disturb some of them."""
+def peak_flops(device: str, products: int = 40) -> float:
+    """FLOP/s of the best of many matrix products, since other work may disturb some of them."""
     size, kind = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
     a, times = torch.randn(size, size, dtype=kind, device=device), []
-    for _ in range(40):
+    for _ in range(products):
         began = clock()
         a @ a
         times.append(clock() - began)
