@@ -194,16 +194,16 @@ def percent(values: list[float]) -> str:
 
 
 def rates_table(results: dict) -> str:
-    """The two rates that matter most, of each stage."""
+    """The three rates that matter most, of each stage."""
     runs = results["runs"]
-    lines = [
-        "| | harmful requests that it answers | harmless requests that it helps with |",
-        "|---|---|---|",
-    ]
+    shown = {
+        "harmful": "harmful requests that it answers",
+        "helpful": "harmless requests that it helps with",
+        "rude": "rude answers",
+    }
+    lines = [f"| | {' | '.join(shown.values())} |", "|---|---|---|---|"]
     for stage, name in STAGES.items():
-        rates = [
-            percent([run["eval"][stage][rate] for run in runs]) for rate in ("harmful", "helpful")
-        ]
+        rates = [percent([run["eval"][stage][rate] for run in runs]) for rate in shown]
         lines.append(f"| **{name}** | {' | '.join(rates)} |")
     prompts = runs[0]["eval"]["prompts"]
     lines += [

@@ -111,7 +111,7 @@ def test_every_path_exists_and_every_training_command_parses(page, monkeypatch):
 
 @pytest.mark.parametrize("page", [WALKTHROUGH, RESEARCH], ids=["walkthrough", "change-a-loss"])
 def test_every_function_that_is_linked_is_in_the_file_of_the_link(page):
-    for module, function, path in re.findall(r"\[`(\w+)\.(?!py`)(\w+)`\]\(([^)]+)\)", page):
+    for module, function, path in re.findall(r"\[`(\w+)\.(?!py`|toml`)(\w+)`\]\(([^)]+)\)", page):
         text = (DOCS / path).read_text(encoding="utf-8")
         assert Path(path).stem == module and f"\ndef {function}(" in text, f"{module}.{function}"
 

@@ -105,8 +105,7 @@ def test_the_configs_of_rlhf_have_the_sizes_and_rates_of_the_demo_and_no_ai_feed
         assert found["rm"].get("preferences_limit", 0) == pairs
         assert found["sl"].get("helpful_limit", 0) == pairs
         assert found["ppo"].get("helpful_share", 0.5) == (1 if pairs else 0.5)
-        ppo = {key: x for key, x in found["ppo"].items() if key != "helpful_share"}
-        assert ppo | {"kl_coef": 0} == demo["ppo"] | {"kl_coef": 0}
+        assert found["ppo"]["episodes"] == demo["ppo"]["episodes"]
         assert found["out"] == f"out/{name.removesuffix('.toml')}"
 
 

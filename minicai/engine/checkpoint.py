@@ -156,7 +156,7 @@ def export(folder: Path, model: PreTrainedModel | Role) -> list[str]:
     vocabulary = model.config.get_text_config().vocab_size
     probe = torch.arange(2, 10)[None] % vocabulary
     lora = isinstance(model, Role)
-    with parallel.computing_in(parallel.weight_precision(lora)), parallel.autocast():
+    with parallel.autocast():
         expected = model(input_ids=probe.to(model.device)).logits.float().cpu()
         limit = TOLERANCE[parallel.precision()] * max(1.0, expected.abs().max().item())
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
