@@ -3,12 +3,14 @@
 For labels, one `generate` call per comparison whose text is parsed, as in tutorials.
 """
 
+import math
 import re
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    ContinuousBatchingConfig,
     GenerationConfig,
     StoppingCriteria,
 )
@@ -106,7 +108,11 @@ def labels(work: Work) -> Result:
 
 @torch.no_grad()
 def generate_batch(work: Work) -> Result:
-    """Continuous batching, `generate_batch` with a length for each request. No token ends one."""
+    """Continuous batching, `generate_batch` with a length for each request. No token ends one.
+
+    Its cache has room for as many rows as the other sides decode at once. By default it would take
+    most of the memory, and its attention reads the whole cache where no flash attention is there.
+    """
     tokenizer, model = load_policy(work)
     model = model.bfloat16() if work.device == "cuda" else model
     how = GenerationConfig(
@@ -118,8 +124,16 @@ def generate_batch(work: Work) -> Result:
         eos_token_id=-1,
         pad_token_id=tokenizer.pad_token_id,
     )
+    size, most = 32, 64 + LONGEST  # tokens of a block of the cache, and of a row
+    cache = ContinuousBatchingConfig(
+        block_size=size,
+        num_blocks=work.batch * math.ceil(most / size),
+        max_batch_tokens=max(512, work.batch),
+    )
     prompts = [(tokenizer(p)["input_ids"], n) for p, n in work.items]
-    with model.continuous_batching_context_manager(how, timeout=5) as manager:
+    with model.continuous_batching_context_manager(
+        how, timeout=5, continuous_batching_config=cache
+    ) as manager:
 
         def run(requests: list[tuple]) -> int:
             """Tokens that were made of these (prompt, length)."""

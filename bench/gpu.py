@@ -56,6 +56,7 @@ FEW = {"generate": 8, "labels": 4, "sl": 16, "rm": 8, "ppo": 8, "batch": 4}  # o
 BEFORE = {"machine": 60, "tests": 120, "resume": 90, "demo": 90}  # limits in seconds
 EACH_SIZE = {"setup": 90, "sl": 90, "rm": 90, "generate": 60, "peers": 90}
 EACH_SIZE |= {"ppo": 90, "adapters": 90}
+SLOWER = 8  # times these limits on a CPU
 AFTER = {"demo_long": 180}
 DEMO_QUICK = ("--sl.limit=4", "--sl.helpful_limit=4", "--rm.limit=8", "--rm.preferences_limit=8")
 DEMO_QUICK += ("--ppo.iterations=1", "--ppo.episodes=8")
@@ -154,10 +155,13 @@ def stages(folder: Path, device: str, killed: str) -> None:
     rng = random.Random(0)
     rows = [tuple(works.text(rng, 12, 0.4, 24) for _ in range(3)) for _ in range(32)]
     sl = works.sl_settings(folder / "sl", [(prompt, better) for prompt, better, _ in rows])
-    rm = works.rm_settings(folder / "rm", rows)
-    folders = {"policy": f"{sl['out']}/sl", "reward": f"{rm['out']}/rm"}
+    rm = works.rm_settings(folder / "rm", rows) | {"policy": f"{sl['out']}/sl"}
+    folders = {"policy": rm["policy"], "reward": f"{rm['out']}/rm"}
     ppo = folders | {"out": str(folder / "ppo"), "missing_eos_penalty": 0.0}
-    common = {"device": device, "save_every": 2, "max_new_tokens": 48}
+    ppo |= {"prompts": sl["helpful_prompts"], "helpful_prompts": ""}
+    common = {"model": str(ROOT / "minicai/tinyworld/base")}
+    common |= {"constitution": str(ROOT / "configs/constitutions/tiny.toml")}
+    common |= {"device": device, "save_every": 2, "max_new_tokens": 48}
     learning = common | {"batch_size": 8, "epochs": 1}
     rollouts = common | {"iterations": 5, "episodes": 8, "minibatches": 2, "epochs": 2}
     with patch.object(Stage, "log", logged):
@@ -322,8 +326,8 @@ def training(job: Job, name: str, load: str = "", **settings) -> dict:
         "until_first_step_seconds": ends[0] - facts.pop("began"),
         "steps": len(ends),
         "batch": work.batch,
-        "first_and_last_loss": [check[0], check[len(ends) - 1]],
         "peak_gib": works.peak_memory_mb(job.device) / 1024,  # on a CPU, of the whole process
+        **({} if name == "ppo" else {"losses": check[: len(ends)]}),
         **facts,
     }
 
@@ -533,6 +537,7 @@ def run_all(rows: list[tuple], args: argparse.Namespace, file: Path, folder: Pat
         "seconds": 0.0,
         "parts": parts,
     }
+    slower = SLOWER if args.device == "cpu" else 1
     for name, size, limit in rows:
         left = 60 * args.minutes - (time.monotonic() - began)
         job = Job(size, args.device, folder, args.quick)
@@ -541,7 +546,7 @@ def run_all(rows: list[tuple], args: argparse.Namespace, file: Path, folder: Pat
             parts[label] = {"error": f"not run: the {args.minutes:g} minutes are over"}
         else:
             print(f"{label} ...", file=sys.stderr, flush=True)
-            parts[label] = run_part(globals()[name], job, min(limit, left))
+            parts[label] = run_part(globals()[name], job, min(limit * slower, left))
         record["seconds"] = round(time.monotonic() - began, 1)
         if name == "machine":
             record |= {key: x for key, x in parts[label].items() if key in ("device", "versions")}

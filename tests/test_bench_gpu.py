@@ -44,6 +44,7 @@ def gpu(monkeypatch, tmp_path):
     limits = dict.fromkeys(("machine", "tests", "resume", "demo"), 20) | {"resume": 0.5}
     monkeypatch.setattr(module, "BEFORE", limits)
     monkeypatch.setattr(module, "EACH_SIZE", {"setup": 20})
+    monkeypatch.setattr(module, "SLOWER", 1)
     monkeypatch.setattr(module, "prepare", lambda: None)
 
     def run(*flags):
