@@ -26,6 +26,7 @@ resume it.
 import importlib
 import inspect
 import os
+import sys
 
 from minicai import InputError, __version__
 from minicai.engine import config, terminal
@@ -79,9 +80,13 @@ def main(arguments: list[str]) -> None:
         raise InputError(
             "minicai is one process; torchrun is for train_sl.py, train_rm.py and train_ppo.py"
         )
+    if not name:
+        raise InputError("expected a command; minicai --help lists them")
     if name not in COMMANDS:
         raise InputError(f"unknown command {name!r}{config.nearest(name, COMMANDS)}")
     place, function, *_ = COMMANDS[name]
+    if name == "chat" and sys.stderr.isatty():  # torch is imported next, which takes seconds
+        terminal.say("loading ...")
     config.call(name, getattr(importlib.import_module(f"minicai.{place}"), function), rest)
 
 

@@ -452,13 +452,19 @@ def worked(row: dict) -> list[dict]:
     return found
 
 
+def seed_counts(rows: list[dict]) -> str:
+    """How many seeds the rows have: "5", or "3 to 5"."""
+    counts = [len(measured(row)) for row in rows] or [0]
+    return " to ".join(map(str, sorted({min(counts), max(counts)})))
+
+
 def methods_table(results: dict) -> str:
     """Rates, KL, seconds and memory of each method, means with the range over the seeds."""
-    titles = ["", *METHODS.values(), "CPU s", "CPU s in all", "peak MiB"]
+    titles = ["", "seeds", *METHODS.values(), "CPU s", "CPU s in all", "peak MiB"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in results["rows"]:
         seeds = worked(row)
-        cells = [spread([one[key] for one in seeds]) for key in METHODS]
+        cells = [str(len(seeds)), *(spread([one[key] for one in seeds]) for key in METHODS)]
         for key in ("cpu_seconds", "cpu_seconds_in_all", "peak_mb"):
             cells.append(spread([one.get(key) for one in seeds], 0) if row["settings"] else "–")
         for error in sorted({one["failed"] for one in row["seeds"].values() if "failed" in one}):
@@ -481,12 +487,15 @@ def people_table(results: dict) -> str:
     names = ("ppo", "rlhf", "helpful-rlhf")
     titles = [""] + [name for key, name in METHODS.items() if key != "rude"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for row in (row for row in results["rows"] if row["name"] in names):
+    rows = [row for row in results["rows"] if row["name"] in names]
+    for row in rows:
         seeds = worked(row)
         cells = [spread([one[key] for one in seeds]) for key in METHODS if key != "rude"]
         lines.append(f"| {NAMES[row['name']]} | {' | '.join(cells)} |")
-    count = max((len(row["seeds"]) for row in results["rows"]), default=0)
-    lines += ["", f"Means (lowest–highest) over {count} seeds; KL in nats per response."]
+    lines += [
+        "",
+        f"Means (lowest–highest) over {seed_counts(rows)} seeds; KL in nats per response.",
+    ]
     return "\n".join(lines)
 
 
@@ -495,20 +504,18 @@ def worth_table(results: dict) -> str:
     titles = ["", *(name for key, name in METHODS.items() if key != "rude"), "CPU s", "MiB"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     digits = {"kl": "{:.2f}", "cpu_seconds": "{:.0f}", "peak_mb": "{:.0f}"}
-    for row in results["rows"]:
-        if row["name"].startswith("paper-"):
-            continue
+    rows = [row for row in results["rows"] if not row["name"].startswith("paper-")]
+    for row in rows:
         seeds, cells = worked(row), []
         for key in (key for key in (*METHODS, "cpu_seconds", "peak_mb") if key != "rude"):
             values = [one[key] for one in seeds if one[key] is not None]
             shown = digits.get(key, "{:.1%}").format(fmean(values)) if values else "–"
             cells.append(shown.replace("%", " %"))
         lines.append(f"| {NAMES[row['name']]} | {' | '.join(cells)} |")
-    count = max((len(row["seeds"]) for row in results["rows"]), default=0)
     lines += [
         "",
-        f"Means over {count} seeds of the tiny world ([ranges](docs/methods.md)); KL in nats per "
-        "response; CPU seconds and memory of the last stage.",
+        f"Means over {seed_counts(rows)} seeds of the tiny world ([ranges](docs/methods.md)); KL "
+        "in nats per response; CPU seconds and memory of the last stage.",
     ]
     return "\n".join(lines)
 

@@ -30,7 +30,6 @@ from transformers import (
 )
 
 from minicai import losses
-from minicai.engine import parallel
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -97,11 +96,6 @@ def byte_tokenizer(pad="<pad>"):
 def assert_close(actual, expected, tolerance=1e-5):
     actual, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (actual, expected))
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
-
-
-def computing_in(precision):
-    """Inside it, passes compute in another precision than the process's."""
-    return patch.dict(parallel._process, precision=precision)
 
 
 @contextmanager

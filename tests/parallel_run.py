@@ -23,7 +23,7 @@ from minicai.engine import checkpoint, hub, load, models, parallel, terminal
 from minicai.engine.sampler import Sampling, generate
 from minicai.engine.stage import Stage
 from minicai.rollout import collate
-from tests.conftest import ARCHITECTURES, CPU, EOS, computing_in
+from tests.conftest import ARCHITECTURES, CPU, EOS
 
 TEXTS = [
     "How?",
@@ -246,7 +246,7 @@ def half_precision(folder, results):
     whole = plain(folder / "llama")
     (losses.nll_loss(logprobs(whole), batch().mask).sum() / batch().mask.sum()).backward()
     mine = parallel.rank_slice(range(len(PROMPTS)))
-    with computing_in("bf16"):
+    with parallel.computing_in("bf16"):
         model = load.load_policy(str(folder / "llama"))
         with parallel.gathered(model):
             kinds = sorted({str(p.dtype) for p in model.parameters()})

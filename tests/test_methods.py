@@ -246,16 +246,17 @@ def test_the_tables_by_hand():
     }
     lines = collect.methods_table(results).splitlines()
     assert lines[2:5] == [
-        "| **base** | 1.000 | 1.000 | 0.000 | 0.250 | 0.500 | – | – | – | – |",
-        "| **RL-CAI (PPO)** | 0.005 (0.000–0.010) | 1.000 (1.000–1.000) | 0.000 (0.000–0.000) "
+        "| **base** | 1 | 1.000 | 1.000 | 0.000 | 0.250 | 0.500 | – | – | – | – |",
+        "| **RL-CAI (PPO)** | 2 | 0.005 (0.000–0.010) | 1.000 (1.000–1.000) | 0.000 (0.000–0.000) "
         "| 0.250 (0.250–0.250) | 0.500 (0.500–0.500) | 0.750 (0.500–1.000) | 11 (10–11) "
         "| 9 (9–9) | 600 (600–600) |",
-        "| **DPO** | – | – | – | – | – | – | – | – | –; failed: sorry |",
+        "| **DPO** | 0 | – | – | – | – | – | – | – | – | –; failed: sorry |",
     ]
     assert "over seeds 0, 1;" in lines[-1] and "abacus; today, commit c." in lines[-1]
     assert collect.worth_table(results).splitlines()[3] == (
         "| RL-CAI (PPO) | 0.5 % | 100.0 % | 0.0 % | 50.0 % | 0.75 | 11 | 600 |"
     )
+    assert collect.worth_table(results).splitlines()[-1].startswith("Means over 0 to 2 seeds")
     assert collect.people_table(results).splitlines()[2:] == [
         "| RL-CAI (PPO) | 0.005 (0.000–0.010) | 1.000 (1.000–1.000) | 0.000 (0.000–0.000) "
         "| 0.500 (0.500–0.500) | 0.750 (0.500–1.000) |",

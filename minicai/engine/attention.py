@@ -217,7 +217,7 @@ class Slots:
     A forward pass takes any number of tokens of each row: one where it decodes, many where its
     prompt comes in, in the same batch. Reading keys and values is what bounds decoding. So the last
     quarter of the rows, where the sampler keeps the long ones, is read apart, and each part only as
-    far as its longest row. Without it sampling takes 1.08 times as long (tiny model, 64 rows).
+    far as its longest row. On the tiny model this pays 0 to 8 % (64 rows; LOG.md).
     """
 
     def __init__(self, count: int, capacity: int):

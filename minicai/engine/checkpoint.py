@@ -40,11 +40,10 @@ from minicai.engine.disk import (
     write_atomic,
 )
 from minicai.engine.load import merged
+from minicai.engine.packing import TOLERANCE
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in one process it is meant to
 KEPT = 2  # checkpoints: the newest, and the one before it
-# Between numbers that should be equal, relative.
-TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
 SUMS = "sums.json"  # {name: sha256} of the files of a checkpoint
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # what checkpoints hold
 Models = dict[str, torch.nn.Module]
@@ -156,7 +155,7 @@ def export(folder: Path, model: PreTrainedModel | Role) -> list[str]:
     vocabulary = model.config.get_text_config().vocab_size
     probe = torch.arange(2, 10)[None] % vocabulary
     lora = isinstance(model, Role)
-    with parallel.autocast():
+    with parallel.computing_in(parallel.weight_precision(lora)), parallel.autocast():
         expected = model(input_ids=probe.to(model.device)).logits.float().cpu()
         limit = TOLERANCE[parallel.precision()] * max(1.0, expected.abs().max().item())
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -268,7 +268,8 @@ def _load(
         model = parallel.shard(prepare(empty), *whole)
     model.tokenizer, model.name_or_path = tokenizer, path
     views = {name: Role(model, name, how).draw(seed) for name, how in roles.items()}
-    return model.eval(), views
+    packing.check(model.eval(), path)
+    return model, views
 
 
 def require_same_tokens(policy: PreTrainedModel, reward_model: PreTrainedModel) -> None:

@@ -1,9 +1,11 @@
 """Whether a model computes each row by itself; asked once, when it is loaded.
 
-A tiny copy of it with random weights is asked. Rows in company, packed and decoded, are compared
-with each row by itself in the attention and with the masks of the model's own code. Some rows are
-longer than each length that the config names: sizes are small in the copy, and other whole numbers
-(windows, chunks, limits) are at most FEW.
+Rows in company, packed and decoded, are compared with each row by itself in the attention and with
+the masks of the model's own code, twice:
+
+    the model itself, on two short rows
+    a tiny copy with random weights, on rows longer than each length that the config names: sizes
+    are small in the copy, and other whole numbers (windows, chunks, limits) are at most FEW
 
 The copy is made on the CPU, in float32, from the config only. No random state changes.
 """
@@ -12,15 +14,17 @@ import json
 from functools import cache
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from minicai import InputError
+from minicai.engine import parallel
 from minicai.engine.attention import Packed, Slots, context_length, last_hidden, through
 from minicai.engine.models import apply_head
 
-TOLERANCE = 1e-3  # between numbers that should be equal, relative
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}  # between numbers that should be equal, relative
 FEW, MANY = 8, 64
 SHORT, LONG = (4, 7), (5, 19, 26)  # tokens of the rows
+NEIGHBOURS = "the numbers of a row change with the rows beside it"
 SIZES = {  # of the copy, by a part of the setting's name; the first that fits
     "token_id": 0,
     "heads": 4,
@@ -41,12 +45,22 @@ MIXING = {"linear_attention", "conv", "hybrid", "recurrent"}  # kinds of layers
 
 
 def check(model: PreTrainedModel, path: str) -> None:
-    """Raises InputError with the reason where our attention is wrong for this kind of model."""
-    config = model.config.get_text_config(decoder=True)
+    """Puts our attention into the model. Raises InputError with the reason if that is wrong.
+
+    A model without weights (on the "meta" device) is known by its tiny copy alone.
+    """
+    config, head = model.config.get_text_config(decoder=True), model.get_output_embeddings()
     try:
-        with torch.autocast("cpu", enabled=False):
-            _check_copy(json.dumps(config.to_dict()), model.can_generate())
+        with parallel.computing_in(parallel.weight_precision()), parallel.autocast():
+            if model.device.type != "meta" and not _equal(model, SHORT, head):
+                if head and _equal(model, SHORT):
+                    raise ValueError("it does more with its logits than apply its output layer")
+                raise ValueError(NEIGHBOURS)
+        with parallel.computing_in("fp32"), torch.autocast("cpu", enabled=False):
+            _check_copy(json.dumps(config.to_dict()))
     except Exception as error:  # a model's own code may raise anything
+        if isinstance(error, torch.OutOfMemoryError) or parallel.lost_peer(error):
+            raise
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         if not isinstance(error, ValueError):
             reason = f"its code fails on packed rows: {reason}"
@@ -58,23 +72,19 @@ def check(model: PreTrainedModel, path: str) -> None:
 
 
 @cache
-def _check_copy(config: str, generates: bool) -> None:
-    """Compares rows in the tiny copy. Raises ValueError with what differs."""
+def _check_copy(config: str) -> None:
+    """Compares rows in the tiny copy. Raises ValueError with the lengths that it shortened."""
     copy, lengths = _copy(config)
     if not _equal(copy, SHORT):  # no length of the config is shorter
-        raise ValueError("the numbers of a row change with the rows beside it")
+        raise ValueError(NEIGHBOURS)
     if not _equal(copy, LONG):
         guilty = [f"{name} ({tokens})" for name, tokens in lengths.items()]
         raise ValueError(f"its {' or '.join(guilty)} is not kept where rows are packed")
-    if generates:
-        copy, _ = _copy(config, AutoModelForCausalLM)
-        if not _equal(copy, SHORT, copy.get_output_embeddings()):
-            raise ValueError("it does more with its logits than apply its output layer")
 
 
 @torch.no_grad()
-def _copy(config: str, auto: type = AutoModel) -> tuple[PreTrainedModel, dict[str, int]]:
-    """The tiny copy, of a kind of Auto class, and {setting: tokens} of what became FEW in it."""
+def _copy(config: str) -> tuple[PreTrainedModel, dict[str, int]]:
+    """The tiny copy, and {setting: tokens} of what became FEW in it."""
     data, lengths = json.loads(config), {}
     context = context_length(AutoConfig.for_model(**data))
 
@@ -100,7 +110,7 @@ def _copy(config: str, auto: type = AutoModel) -> tuple[PreTrainedModel, dict[st
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(0)
         shape = AutoConfig.for_model(**small("", data))
-        copy = auto.from_config(shape, attn_implementation="eager", dtype=torch.float32)
+        copy = AutoModel.from_config(shape, attn_implementation="eager", dtype=torch.float32)
         for parameter in copy.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=0.25)
@@ -110,18 +120,27 @@ def _copy(config: str, auto: type = AutoModel) -> tuple[PreTrainedModel, dict[st
 @torch.no_grad()
 def _equal(model: PreTrainedModel, sizes: tuple[int, ...], head=None) -> bool:
     """Whether logits (without a head, hidden states) of rows are the same alone and in company."""
-    ids = torch.arange(sum(sizes))
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    ids = torch.arange(sum(sizes), device=model.device) % vocabulary
     rows = ids.split(sizes)
-    packed = through(model, ids, Packed(sizes, ids.device))
-    slots = Slots(len(rows), max(sizes))
-    last_hidden(model, slots, [0] * len(rows), [row[:-1].tolist() for row in rows])
-    before = [n - 1 for n in sizes]
-    decoded = last_hidden(model, slots, before, [row[-1:].tolist() for row in rows])
-    ours = torch.cat([packed, decoded])
-    if head:
-        ours = apply_head(head, ours)
-        theirs = [model(input_ids=row[None]).logits[0] for row in rows]
-    else:
-        theirs = [model.base_model(input_ids=row[None]).last_hidden_state[0] for row in rows]
+
+    @parallel.forward_pass
+    def alone(model, row):
+        if head:
+            return model(input_ids=row[None]).logits[0]
+        return model.base_model(input_ids=row[None]).last_hidden_state[0]
+
+    @parallel.forward_pass
+    def together(model):
+        packed = through(model, ids, Packed(sizes, model.device))
+        slots = Slots(len(rows), max(sizes))
+        last_hidden(model, slots, [0] * len(rows), [row[:-1].tolist() for row in rows])
+        before = [n - 1 for n in sizes]
+        decoded = last_hidden(model, slots, before, [row[-1:].tolist() for row in rows])
+        hidden = torch.cat([packed, decoded])
+        return apply_head(head, hidden) if head else hidden
+
+    theirs = [alone(model, row) for row in rows]
     theirs = torch.cat(theirs + [row[-1:] for row in theirs])
-    return (ours - theirs).abs().max() <= TOLERANCE * max(1.0, theirs.abs().max())
+    most = TOLERANCE[parallel.precision()] * max(1.0, theirs.abs().max().item())
+    return (together(model) - theirs).abs().max().item() <= most

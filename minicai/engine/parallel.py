@@ -95,6 +95,17 @@ def precision() -> str:
     return _process["precision"]
 
 
+@contextmanager
+def computing_in(precision: str) -> Iterator[None]:
+    """Inside it, passes compute in another precision than the process's."""
+    before = _process["precision"]
+    _process["precision"] = precision
+    try:
+        yield
+    finally:
+        _process["precision"] = before
+
+
 def autocast() -> torch.autocast:
     """Products in bfloat16 where the precision is bf16. Every forward pass enters it by itself."""
     return torch.autocast(device().type, dtype=torch.bfloat16, enabled=precision() == "bf16")
@@ -318,6 +329,15 @@ def shard(model: torch.nn.Module, whole: torch.nn.Module | None = None) -> torch
     model.under_hooks = lambda function, *arguments: function(*arguments)
     register_fsdp_forward_method(model, "under_hooks")
     return model
+
+
+def weight_precision(frozen: bool = False) -> str:
+    """The precision in which the layers' weights are used.
+
+    One process keeps float32 weights and autocast converts them; several exchange them as bfloat16.
+    Frozen weights below adapters are kept as bfloat16 (models.freeze).
+    """
+    return precision() if frozen or world() > 1 else "fp32"
 
 
 def forward_pass(function: Callable) -> Callable:

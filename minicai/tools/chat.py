@@ -25,7 +25,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -87,12 +87,10 @@ class Speaker:
         """
         head = len(self.system)
         room = context_length(self.model.config) - texts * self.how.max_new_tokens
-        while len(turns) > head + 2 and self.tokens(shown(turns)) > room:
+        tokenizer = self.model.tokenizer
+        while len(turns) > head + 2 and len(encode_prompt(tokenizer, shown(turns))) > room:
             turns = turns[:head] + turns[head + 2 :]
         return turns
-
-    def tokens(self, asked: Asked) -> int:
-        return len(encode_prompt(self.model.tokenizer, asked))
 
     def speak(self, prompt: Asked, label: str = "") -> str:
         """Prints what the model says, word by word, and returns it. Ctrl-C stops it.
@@ -106,22 +104,22 @@ class Speaker:
             heard.append(token)
             text = decode(tokenizer, heard, ended=False)
             whole = max(text.rfind(" "), text.rfind("\n")) + 1  # the last word may be unfinished
-            print(plain(text[printed:whole]), end="", file=self.page, flush=True)
+            print(plain(text[printed:whole]), end="", flush=True)
             printed = max(printed, whole)
 
         self.said += 1
         ids, seeds = encode_prompt(tokenizer, prompt), (STREAM, self.said)
-        head = self.label + label
-        shown = plain(label) if self.page else emphasis(head) * bool(head)
-        print(shown, end="", file=self.page, flush=True)
-        try:
-            generate(self.model, [ids], [seeds], self.how, heard=hear)
-        except KeyboardInterrupt:
-            pass
-        except InputError as error:
-            print(f"({error})", end="", file=self.page)
-        text = decode(tokenizer, heard, ended=False)
-        print(plain(text[printed:]), file=self.page, flush=True)
+        head = label if self.page else self.label + label
+        with redirect_stdout(self.page or sys.stdout):
+            print(emphasis(head) * bool(head), end="", flush=True)
+            try:
+                generate(self.model, [ids], [seeds], self.how, heard=hear)
+            except KeyboardInterrupt:
+                pass
+            except InputError as error:
+                print(f"({error})", end="")
+            text = decode(tokenizer, heard, ended=False)
+            print(plain(text[printed:]), flush=True)
         return text
 
 
@@ -140,12 +138,11 @@ def main(flags: list[str], folder: str) -> None:
         speakers.append(Speaker(label, model, how, system))
     stored = summary.config(Path(folder).absolute().parent, "sl")
     rules = options.constitution or str(stored.get("constitution", "none"))
-    terminal = sys.stdin.isatty()
-    roomy = context_length(speakers[0].model.config) >= ROOMY
-    history = options.history
+    model, terminal, history = speakers[0].model, sys.stdin.isatty(), options.history
     if history == "auto":
-        history = "on" if terminal and roomy else "off"
-    tiny = terminal and of_the_tiny_world(speakers[0].model)
+        history = "on" if terminal and context_length(model.config) >= ROOMY else "off"
+    # A model that has the words of the embedded base model has no others.
+    tiny = terminal and model.tokenizer.get_vocab() == load_tokenizer(TINY).get_vocab()
     if terminal:
         completes(rules)
         stage = summary.STAGES.get(Path(folder).name, "a model") if stored else "a model"
@@ -165,11 +162,6 @@ def main(flags: list[str], folder: str) -> None:
             converse(line, speakers, rules)
     except (EOFError, KeyboardInterrupt):
         print(end="\n" * terminal)  # the shell's prompt begins on a line of its own
-
-
-def of_the_tiny_world(model: PreTrainedModel) -> bool:
-    """Whether a model has the words of the embedded base model, and so no others."""
-    return model.tokenizer.get_vocab() == load_tokenizer(TINY).get_vocab()
 
 
 # --- a terminal -----------------------------------------------------------------------------------

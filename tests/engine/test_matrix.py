@@ -22,14 +22,14 @@ import train_ppo
 import train_rm
 import train_sl
 from minicai import InputError, constitution
-from minicai.engine import config, load, packing
+from minicai.engine import config, load, packing, parallel
 from minicai.engine.attention import context_length
 from minicai.engine.data import read_jsonl
 from minicai.engine.dialogue import encode
 from minicai.engine.models import response_logprobs, sequence_scores
 from minicai.engine.sampler import Sampling, generate
 from minicai.rollout import check_ratio, collate
-from tests.conftest import CPU, ROOT, SHORT_RULES, assert_close, byte_tokenizer, computing_in
+from tests.conftest import CPU, ROOT, SHORT_RULES, assert_close, byte_tokenizer
 from tests.engine.test_templates import chat_tokenizer
 
 SIZES = {
@@ -435,7 +435,6 @@ class SpannedForCausalLM(transformers.LlamaForCausalLM):
 def test_a_length_under_an_unknown_name_is_found_and_named(by):
     transformers.AutoConfig.register("spanned", SpannedConfig, exist_ok=True)
     transformers.AutoModel.register(SpannedConfig, Spanned, exist_ok=True)
-    transformers.AutoModelForCausalLM.register(SpannedConfig, SpannedForCausalLM, exist_ok=True)
     model = SpannedForCausalLM(SpannedConfig(vocab_size=64, span=300, by=by, **FEW)).eval()
     with torch.random.fork_rng():
         before = torch.get_rng_state()
@@ -453,7 +452,7 @@ def test_a_length_under_an_unknown_name_is_found_and_named(by):
 def test_the_copy_is_compared_in_every_precision(precision):
     good, _ = pair("Mistral", KINDS["Mistral"])
     wrong, _ = pair("Phimoe", FEW | EXPERTS | {"sliding_window": 30})
-    with computing_in(precision):
+    with parallel.computing_in(precision):
         packing.check(good, "here")
         with pytest.raises(InputError, match=r"its sliding_window \(30\) is not kept"):
             packing.check(wrong, "here")

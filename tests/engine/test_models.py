@@ -9,10 +9,10 @@ from torch import tensor
 from transformers import masking_utils
 
 from minicai import InputError, RunError, losses
-from minicai.engine import models
+from minicai.engine import models, parallel
 from minicai.engine.attention import Packed, Slots, attend, context_length, last_hidden
 from minicai.rollout import Batch, collate
-from tests.conftest import ARCHITECTURES, CPU, EOS, assert_close, computing_in, tiny_model
+from tests.conftest import ARCHITECTURES, CPU, EOS, assert_close, tiny_model
 
 PROMPTS = [[5, 9, 17], [33, 12, 8, 40, 51, 7, 22], [60], [11, 11, 30]]
 RESPONSES = [[20, 31, EOS], [EOS], [44, 2, 9, 13, 50, 6], [3, 3, 3, EOS]]
@@ -109,7 +109,7 @@ def test_padding_with_the_end_of_sequence_does_not_hide_the_end_of_a_response():
 @pytest.mark.parametrize("function", PASSES, ids=lambda function: function.__name__)
 def test_numbers_are_float32_whatever_the_model_computes_in(function):
     model = of(function, "llama")
-    with computing_in("bf16"):
+    with parallel.computing_in("bf16"):
         rounded = function(model, batch())
     exact = function(model, batch())
     assert function(of(function, "llama").bfloat16(), batch()).dtype == torch.float32
@@ -344,7 +344,7 @@ def test_scores_of_pairs_that_are_not_finite_are_one_sentence():
 def test_frozen_weights_in_bfloat16_change_no_bit(architecture):
     b, policy, scorer = batch(), tiny_model(architecture), tiny_model(architecture, scorer=True)
     whole, numbers = sum(p.nbytes for p in policy.parameters()), []
-    with computing_in("bf16"), torch.no_grad():
+    with parallel.computing_in("bf16"), torch.no_grad():
         for _ in range(2):  # first as loaded, then frozen
             found = [models.response_logprobs(policy, b), models.token_values(scorer, b)]
             numbers.append([*found, models.sequence_scores(scorer, b)])

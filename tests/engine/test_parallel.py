@@ -22,7 +22,7 @@ import train_sl
 from minicai import InputError, RunError
 from minicai.engine import checkpoint, load, parallel
 from tests import parallel_run
-from tests.conftest import ARCHITECTURES, byte_tokenizer, computing_in, tiny_model
+from tests.conftest import ARCHITECTURES, byte_tokenizer, tiny_model
 
 ROOT = Path(__file__).parents[2]
 STEPS = [(name, script) for script, names in parallel_run.STEPS.items() for name in names]
@@ -281,15 +281,15 @@ def test_in_one_process_all_of_it_is_the_identity():
     assert all(function(items) == items for function in same)
     assert list(parallel.turns(1, 8, 3)) == [(1, 4), (4, 7), (7, 8)]
     assert parallel.even_out([[1]]) == [[1]]
-    with parallel.gathered(model), computing_in("bf16"):
-        assert parallel.precision() == "bf16"
+    with parallel.gathered(model), parallel.computing_in("bf16"):
+        assert parallel.precision() == "bf16" and parallel.weight_precision() == "fp32"
     assert parallel.precision() == "fp32"
     assert parallel.forward_pass(lambda model, x: (model, x))(model, 3) == (model, 3)
 
 
 def test_a_forward_pass_computes_in_the_precision_of_the_process():
     inside = parallel.forward_pass(lambda model, x: (x @ x).dtype)
-    with computing_in("bf16"):
+    with parallel.computing_in("bf16"):
         assert inside(None, torch.ones(2, 2)) == torch.bfloat16
     assert inside(None, torch.ones(2, 2)) == torch.float32
 

@@ -16,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from minicai import InputError
 from minicai.engine import parallel, terminal
-from tests.conftest import computing_in, tiny_model
+from tests.conftest import tiny_model
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_a_rank_keeps_its_part_of_each_parameter_and_has_all_inside_gathered(
     second, precision, monkeypatch
 ):
     monkeypatch.setattr(parallel, "set_model_state_dict", lambda *_, **__: None)  # nobody sends it
-    with computing_in(precision):
+    with parallel.computing_in(precision):
         whole = dict(tiny_model().named_parameters())
         model = parallel.shard(tiny_model().to("meta"))
         assert sum(isinstance(module, FSDPModule) for module in model.modules()) == 3  # 2 layers
@@ -137,6 +137,7 @@ def test_a_rank_keeps_its_part_of_each_parameter_and_has_all_inside_gathered(
                 assert parameter.dtype == (torch.bfloat16 if layer else torch.float32)
         parameter = next(model.parameters())
         assert len(parameter.to_local()) == 32  # of 64: in parts again
+        assert parallel.weight_precision() == precision
         parameter.grad = torch.ones_like(parameter)
         assert type(parallel.clip_grad_norm(model, 1.0)) is float
 

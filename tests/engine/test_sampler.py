@@ -15,7 +15,7 @@ from minicai.engine import config, parallel, sampler, terminal
 from minicai.engine.models import response_logprobs
 from minicai.engine.sampler import Sampling, check_lengths, choice_logprobs, draw, generate
 from minicai.rollout import collate
-from tests.conftest import CPU, assert_close, byte_tokenizer, computing_in, tiny_model
+from tests.conftest import CPU, assert_close, byte_tokenizer, tiny_model
 
 PROMPTS = [[5, 9, 17], [33, 12, 8, 40, 51, 7, 22, 19, 3], [60], [11, 11, 30, 2, 4], [7, 8]]
 SEEDS = [(3, 0, k) for k in range(len(PROMPTS))]
@@ -81,7 +81,7 @@ def test_sampled_logprobs_equal_those_of_a_fresh_forward_pass_at_the_same_temper
 
 
 def test_sampling_and_scoring_agree_under_bfloat16(policy):
-    with computing_in("bf16"):
+    with parallel.computing_in("bf16"):
         completions = decode(policy, 1.0, NO_TOKEN, rows=2)
         batch = collate(PROMPTS, [c.ids for c in completions], CPU)
         logprobs = response_logprobs(policy, batch)

@@ -14,7 +14,7 @@ def test_it_prints_one_table_and_ends_with_0(command, tmp_path):
     assert (code, err) == (0, "")
     rows = {line[:22].strip(): line[22:] for line in out.splitlines()}
     assert rows["torch"].startswith(torch.__version__) and f"at {tmp_path}" in rows["free disk"]
-    assert {"GPU", "precision of a run", "threads", "memory"} <= rows.keys()
+    assert {"GPU", "bf16 in hardware", "threads", "free memory"} <= rows.keys()
     assert doctor.OPTIONAL.keys() <= rows.keys() and rows["tests"] == f"pytest {version('pytest')}"
     assert all(len(line) <= 80 for line in out.splitlines() if str(tmp_path) not in line)
 
@@ -44,7 +44,15 @@ def test_every_extra_of_the_package_is_in_the_table():
     assert not named
 
 
-def test_a_gpu_is_named_with_its_memory_and_precision(monkeypatch, capsys):
+def test_what_a_system_does_not_say_is_unknown(tmp_path):
+    file = tmp_path / "cpuinfo"
+    assert doctor.found(str(file), "bf16") == "unknown"
+    file.write_text("flags: avx512_bf16\nMemAvailable:   12 kB\n")
+    assert doctor.found(str(file), "bf16") == "yes" and doctor.found(str(file), "sve") == "no"
+    assert doctor.found(str(file), r"MemAvailable: +(\d+)") == "12"
+
+
+def test_a_gpu_is_named_with_its_memory_and_bf16(monkeypatch, capsys):
     monkeypatch.setattr(doctor.parallel, "setup", lambda: None)
     monkeypatch.setattr(doctor.parallel, "precision", lambda: "bf16")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -53,4 +61,4 @@ def test_a_gpu_is_named_with_its_memory_and_precision(monkeypatch, capsys):
     doctor.main([])
     out = capsys.readouterr().out
     assert "GPU                   A GPU, 3.0 GiB of 4.0 GiB free\n" in out
-    assert "precision of a run    bf16\n" in out
+    assert "bf16 in hardware      yes\n" in out
