@@ -101,7 +101,8 @@ def tests(job: Job) -> Iterator[dict]:
     with contextlib.redirect_stdout(io.StringIO()) as said:
         code = pytest.main(words)
     lines = said.getvalue().splitlines()
-    yield {"said": lines[-1], "failed": [x for x in lines if x.startswith(("FAILED", "ERROR"))]}
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    yield {"said": "".join(lines[-1:]), "failed": failed}
     if code:
         raise RuntimeError(said.getvalue()[-6000:])
 
