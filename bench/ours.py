@@ -82,7 +82,7 @@ def rm(work: Work) -> Result:
     return seconds, len(work.items), check, 6 * work.body * tokens
 
 
-def ppo(work: Work) -> Result:
+def ppo(work: Work, lora_rank: int = 0) -> Result:
     """Prompts in their order. Each response ends at the length given for it."""
     rollouts = iter(range(0, len(work.items), work.batch))
 
@@ -111,6 +111,7 @@ def ppo(work: Work) -> Result:
             missing_eos_penalty=0.0,
             target_kl=1e9,
             rows=work.batch,
+            lora_rank=lora_rank,
         )
         seconds, rows = run_stage(train_ppo, cfg, "ppo", sample=sample_to, shuffled=in_order)
     tokens, tokenizer = sum(n for _, n in work.items), load_tokenizer(work.policy)

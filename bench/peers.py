@@ -1,25 +1,21 @@
 """The other side of the benchmark: what a user would pick instead of minicai.
 
-TRL's trainers, with their own defaults where the work leaves a choice, and transformers.generate.
-For labels, one `generate` call per comparison whose text is parsed, as in tutorials.
+TRL's trainers, with their own defaults where the work leaves a choice, and those of decoding.py.
 """
 
-import re
 import tempfile
 import warnings
 
 import torch
 from datasets import Dataset
+from decoding import Result, generate, labels, load_policy
 from torch.utils.data import SequentialSampler
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     LogitsProcessor,
-    StoppingCriteria,
     TrainerCallback,
 )
-from transformers.utils import logging
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 from works import LONGEST, Work, clock
@@ -28,9 +24,8 @@ from minicai.engine.data import epoch_order
 from minicai.engine.dialogue import encode
 from minicai.prompts import render
 
-logging.set_verbosity_error()
 warnings.filterwarnings("ignore")
-Result = tuple[float, float, list[float], float]  # seconds, units of work, what to compare, 0
+__all__ = ["generate", "labels", "ppo", "rm", "sl"]
 # Sequences that SFTTrainer processes at once for a large model on a CPU. It keeps the logits of all
 # tokens, and those of a whole batch do not fit into 24 GiB.
 FEW = 16
@@ -55,95 +50,10 @@ def _common(work: Work) -> dict:
     return COMMON | {"use_cpu": work.device == "cpu", "bf16": work.device == "cuda"}
 
 
-def _policy(work: Work):
-    """The tokenizer and the policy, in float32.
-
-    TRL's trainers autocast it if they are told bf16. To generate on a GPU, the caller turns it into
-    bfloat16.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(work.policy)
-    return tokenizer, AutoModelForCausalLM.from_pretrained(
-        work.policy, dtype=torch.float32
-    ).eval().to(work.device)
-
-
 def _scorer(work: Work):
     return AutoModelForSequenceClassification.from_pretrained(
         work.scorer, dtype=torch.float32, num_labels=1
     ).to(work.device)
-
-
-class RowLimits(StoppingCriteria):
-    """Ends each row at its own length, as if its end token came there."""
-
-    def __init__(self, limits: list[int], prompt: int):
-        self.ends = torch.tensor(limits) + prompt
-
-    def __call__(self, ids, scores, **_):
-        return (self.ends <= ids.shape[1]).to(ids.device)
-
-
-@torch.no_grad()
-def generate(work: Work) -> Result:
-    tokenizer, model = _policy(work)
-    tokenizer.padding_side, model.generation_config.eos_token_id = "left", None
-    pad = tokenizer.pad_token_id
-    greedy = []
-    for prompt, _ in work.items[:4]:
-        ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=work.device)
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=8,
-            pad_token_id=pad,
-        )
-        greedy += out[0, ids.shape[1] :].tolist()
-    model = model.bfloat16() if work.device == "cuda" else model
-    began, tokens = clock(), 0
-    for start in range(0, len(work.items), work.batch):
-        part = work.items[start : start + work.batch]
-        inputs = tokenizer(
-            [p for p, _ in part], return_tensors="pt", padding=True, return_token_type_ids=False
-        ).to(work.device)
-        limits, width = [n for _, n in part], inputs["input_ids"].shape[1]
-        out = model.generate(
-            **inputs,
-            do_sample=True,
-            top_k=0,
-            top_p=1.0,
-            temperature=1.0,
-            max_new_tokens=max(limits),
-            pad_token_id=pad,
-            stopping_criteria=[RowLimits(limits, width)],
-        )
-        assert out.shape[1] == width + max(limits)
-        tokens += sum(limits)
-    return clock() - began, tokens, [tokens, *greedy], 0
-
-
-@torch.no_grad()
-def labels(work: Work) -> Result:
-    tokenizer, model = _policy(work)
-    check = []
-    for text in work.items[:8]:
-        head, tails = (
-            tokenizer(text)["input_ids"],
-            [tokenizer(choice)["input_ids"] for choice in (" (A", " (B")],
-        )
-        for tail in tails:
-            logp = model(torch.tensor([head + tail], device=work.device)).logits[0].log_softmax(-1)
-            check.append(sum(logp[len(head) - 1 + k, token].item() for k, token in enumerate(tail)))
-    model = model.bfloat16() if work.device == "cuda" else model
-    began, answers = clock(), []
-    for text in work.items:
-        inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(work.device)
-        out = model.generate(
-            **inputs, do_sample=False, max_new_tokens=4, pad_token_id=tokenizer.pad_token_id
-        )
-        found = re.search("[AB]", tokenizer.decode(out[0, inputs["input_ids"].shape[1] :]))
-        answers.append(found.group() if found else None)
-    return clock() - began, len(answers) / 2, check, 0
 
 
 class EndAt(LogitsProcessor):
@@ -196,7 +106,7 @@ def _train(trainer) -> Clock:
 
 
 def sl(work: Work) -> Result:
-    tokenizer, model = _policy(work)
+    tokenizer, model = load_policy(work)
     order = epoch_order(len(work.items), 1, 0, 0)  # the same order as in train_sl.py
     began = clock()
     rows = [encode(tokenizer, *work.items[k]) for k in order]
@@ -244,8 +154,8 @@ def rm(work: Work) -> Result:
 
 
 def ppo(work: Work) -> Result:
-    tokenizer, policy = _policy(work)
-    _, reference = _policy(work)
+    tokenizer, policy = load_policy(work)
+    _, reference = load_policy(work)
     tokenizer.padding_side = "left"
     data = Dataset.from_list(
         [{"input_ids": tokenizer(render(p))["input_ids"]} for p, _ in work.items]

@@ -11,7 +11,7 @@ import random
 import resource
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from unittest.mock import patch
@@ -87,14 +87,25 @@ COUNTS = {
         "ppo_batch": 64,
     },
     "0.5b": {
-        "generate": 512,
+        "generate": 1024,
         "labels": 256,
-        "sl": 512,
-        "rm": 256,
-        "ppo": 256,
-        "batch": 64,
+        "sl": 2048,
+        "rm": 1024,
+        "ppo": 768,
+        "batch": 128,
+        "generate_batch": 256,
+        "ppo_batch": 256,
     },  # for a GPU, as is the next
-    "1.5b": {"generate": 256, "labels": 128, "sl": 256, "rm": 128, "ppo": 128, "batch": 64},
+    "1.5b": {
+        "generate": 512,
+        "labels": 128,
+        "sl": 1024,
+        "rm": 512,
+        "ppo": 512,
+        "batch": 64,
+        "generate_batch": 256,
+        "ppo_batch": 256,
+    },
 }
 
 
@@ -133,7 +144,8 @@ def setup(size: str, folder: Path, device: str) -> dict:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    LlamaForCausalLM(config).save_pretrained(folder / "policy")
+    with torch.device(device):
+        LlamaForCausalLM(config).save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "policy")
     scorer = loading.load_scorer(str(folder / "policy"), seed=0)
     scorer.save_pretrained(folder / "scorer")
@@ -146,15 +158,24 @@ def setup(size: str, folder: Path, device: str) -> dict:
     return {
         "peak_flops": peak_flops(device),
         "device": here,
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
+        "versions": versions("torch", "transformers", "trl"),
     }
 
 
-def peak_flops(device: str) -> float:
-    """FLOP/s of the best of forty matrix products, since other work may disturb some of them."""
+def versions(*names: str) -> dict[str, str]:
+    """Of the packages that are installed."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def peak_flops(device: str, products: int = 40) -> float:
+    """FLOP/s of the best of many matrix products, since other work may disturb some of them."""
     size, kind = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
     a, times = torch.randn(size, size, dtype=kind, device=device), []
-    for _ in range(40):
+    for _ in range(products):
         began = clock()
         a @ a
         times.append(clock() - began)

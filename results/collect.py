@@ -65,8 +65,8 @@ EPISODES = {
     "tiny": 64,
     "small": 32,
     "135m": 64,
-    "0.5b": 64,
-    "1.5b": 64,
+    "0.5b": 256,
+    "1.5b": 256,
 }  # a PPO rollout of bench/works.py, by the size of the model
 RATES = ("harmful", "helpful", "over_refusal", "evasive", "rude")
 TABLE_OF = {"run": "ppo"}  # stages whose variants are in the table of another stage

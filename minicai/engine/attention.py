@@ -254,8 +254,10 @@ class Slots:
             if ends[part]:
                 self._parts.append((self.last[part, None], part, max(ends[part])))
         if long:
-            queries = torch.tensor(queries, device=device)
-            self._parts.append((queries, long, max(ends[row] for row in long)))
+            read = max(ends[row] for row in long)
+            # A list of slots would be copied to a GPU, which then waits, in every layer.
+            queries, slots = (torch.tensor(x, device=device) for x in (queries, long))
+            self._parts.append((queries, slots, read))
 
     def attend(self, qkv: list, scale: float | None, window: int | None) -> Tensor:
         """Writes keys and values into the slots, and reads each row up to the query's position.

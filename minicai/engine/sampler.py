@@ -236,9 +236,10 @@ def generate(
             points_B = torch.tensor(points, dtype=torch.float64, device=model.device)
             hidden_BD = last_hidden(model, slots, starts, feeds)
             logits_BV = apply_head(model.get_output_embeddings(), hidden_BD)
-            drawn = [x.tolist() for x in draw(logits_BV, points_B, how.temperature)]
+            drawn = draw(logits_BV, points_B, how.temperature)
+            drawn = torch.stack([x.double() for x in drawn]).tolist()  # one wait for a GPU, exact
             require_finite(sum(drawn[1]), model, "logits")
-            for row, token, logprob, entropy in zip(running, *drawn):
+            for row, token, logprob, entropy in zip(running, map(int, drawn[0]), *drawn[1:]):
                 found = completions[row.number]
                 found.ids.append(token)
                 found.logprobs.append(logprob)

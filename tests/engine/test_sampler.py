@@ -31,9 +31,8 @@ def naive(model, prompt, seed, temperature, eos_id, length=12):
     """(ids, log-probs, entropies): a whole pass per token; inverse CDF at the same uniforms."""
     uniforms, ids, logprobs, entropies = np.random.default_rng(seed).random(length), [], [], []
     while len(ids) < length and ids[-1:] != [eos_id]:
-        logits = model(input_ids=tensor([prompt + ids])).logits[0, -1].double().numpy() / (
-            temperature or 1
-        )
+        logits = model(input_ids=tensor([prompt + ids])).logits[0, -1]
+        logits = logits.double().cpu().numpy() / (temperature or 1)
         p = np.exp(logits - logits.max())
         p /= p.sum()
         token = (
