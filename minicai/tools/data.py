@@ -8,6 +8,7 @@ docs/data.md. Without --model lengths are in characters, and the row is in the p
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,6 +36,8 @@ class DataOptions:
 def main(flags: list[str], file: str) -> None:
     """Prints what is in the file. Raises InputError where a stage would refuse it."""
     options, told = config.options(DataOptions, flags), []
+    if Path(file).suffix == ".toml":
+        raise InputError(f"{file}: is TOML; minicai constitution check FILE reads one")
     skip = Skip(bad=True, long=True, tell=told.append)
     form, pairs = form_of(file)
     rows = (read_preferences if pairs else read_prompts)(file, skip=skip)

@@ -102,7 +102,7 @@ def test_what_it_cannot_read_is_one_sentence(tmp_path, name):
     (tmp_path / "rules.toml").write_text('name = "x"')
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "other.jsonl").write_text('{"story": "Once"}\n' * 3)
-    said = {"rules": "rules.toml: is no JSON", "none": "no such file", "empty": "holds no row"}
+    said = {"rules": "constitution check", "none": "no such file", "empty": "holds no row"}
     said = said.get(name.partition(".")[0], "it has story; 3 of 3 rows cannot be used")
     with pytest.raises(InputError, match=said):
         data.main([], str(tmp_path / name))
