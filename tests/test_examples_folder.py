@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -105,6 +106,12 @@ def run(tmp_path_factory) -> Path:
 
 def write(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_the_settings_that_moved_name_files_that_are_here():
+    sentences = " ".join(config.MOVED.values())
+    named = set(re.findall(r"\b(?:examples|docs)/\w[\w-]*\.\w+", sentences))
+    assert named and {name for name in named if not (ROOT / name).is_file()} == set()
 
 
 # --- joint_loss.py --------------------------------------------------------------------------------

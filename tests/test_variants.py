@@ -507,6 +507,20 @@ def test_settings_that_make_no_sense_are_refused_before_anything_is_written(
     assert not (folder / name).exists()
 
 
+@pytest.mark.parametrize("section", KINDS)
+def test_a_setting_that_is_no_more_says_what_to_do_instead(folder, section):
+    top = vars(config.Run())
+    for key, instead in config.MOVED.items():
+        (folder / "old.toml").write_text(f"model = 'model'\n[{section}]\n{key} = 1\n")
+        with pytest.raises(InputError) as caught:
+            config.load(KINDS[section][1], section, [str(folder / "old.toml")])
+        assert f"unknown key '{key}' in [{section}]" in str(caught.value)
+        assert str(caught.value).endswith(instead)
+        if key not in top:
+            with pytest.raises(InputError, match=f"--{key}: unknown key"):
+                run(section, folder, "refused", f"--{key}=1")
+
+
 def test_a_constitution_without_critiques_is_refused_unless_none_are_requested(folder):
     lines = [line for line in SHORT_RULES.splitlines() if not line.startswith("critique")]
     (folder / "bare.toml").write_text("\n".join(lines))

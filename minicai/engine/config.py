@@ -40,7 +40,32 @@ TYPES = {  # of settings, in words
     bool: "true or false",
     tuple[str, ...]: "a list of texts",
 }
-SYNONYMS = {"learning_rate": "lr"}  # names of settings elsewhere -> ours
+_top = "it is at the top level of the file now, shared by all stages"
+MOVED = {  # settings of earlier versions -> what to do instead
+    "plan": "minicai plan CONFIG prints what each stage takes of memory",
+    "rows": _top,
+    "micro_tokens": _top,
+    "gradient_checkpointing": _top,
+    "save_every": _top,
+    "clamp_low": "clamp = 0.4 sets both bounds, 0.4 and 0.6",
+    "clamp_high": "clamp = 0.4 sets both bounds, 0.4 and 0.6",
+    "thought_tokens": "max_new_tokens is the length limit of a rationale too",
+    "alpha": "run examples/joint_loss.py",
+    "sl_data": "run examples/joint_loss.py",
+    "sl_batch": "run examples/joint_loss.py",
+    "judge": "see examples/held_out_judge.py",
+    "value_warmup": "it is a change of three lines: see docs/change-a-loss.md",
+    "pairing": "see examples/best_and_worst.py",
+    "whiten_rewards": "it changed nothing measurable; losses.whiten_scale does it in one line",
+    "normalise": "it changed nothing measurable; scale kl_coef instead",
+    "preferences_share": "set preferences_limit to the number of pairs",
+    "preferences_weight": "set preferences_limit to the number of pairs",
+    "helpful_share": "set helpful_limit, or helpful_samples",
+    "weight_decay": "it was 0 everywhere; edit the optimizer's line in the script",
+    "max_nonfinite": "three updates in a row that are not finite stop a run",
+    "ratio_tolerance": "it follows the precision",
+    "learning_rate": "its name is lr",
+}
 
 # An access token as the common services write it, the password in an address, and names of
 # variables that hold a secret, not the place of one.
@@ -241,18 +266,16 @@ def call(name: str, command: Callable, arguments: list[str]) -> None:
 
 def _from_table(table: dict, section: str, kind: type, path: Path) -> dict:
     """{key: (value, where)} of the top level and of the stage's own section."""
-    own = sorted(kind.__dataclass_fields__.keys() - TOP)
-    top = sorted({*TOP, *SECTIONS, "made_from"})
+    own, top = kind.__dataclass_fields__.keys() - TOP, {*TOP, *SECTIONS, "made_from"}
     values = {}
     for key, value in table.items():
         if key not in top:
-            raise InputError(f"{path}: unknown key {key!r}{nearest(key, top)}")
+            raise InputError(f"{path}: unknown key {key!r}{_instead(key, top)}")
         if key in TOP:
             values[key] = (value, path)
     for key, value in table.get(section, {}).items():
         if key not in own:
-            hint = "; it belongs above all sections" if key in TOP else nearest(key, own)
-            raise InputError(f"{path}: unknown key {key!r} in [{section}]{hint}")
+            raise InputError(f"{path}: unknown key {key!r} in [{section}]{_instead(key, own)}")
         values[key] = (value, f"{path}: [{section}]")
     return values
 
@@ -264,10 +287,10 @@ def _from_flag(argument: str, section: str, kind: type) -> dict:
     if prefix in SECTIONS and prefix != section:
         return {}
     fields = kind.__dataclass_fields__
-    known = sorted(fields.keys() - TOP if prefix else fields)
+    known = fields.keys() - TOP if prefix else fields.keys()
     if prefix not in ("", section) or name not in known:
         dashes = f"--{prefix}." if prefix else "--"
-        raise InputError(f"--{key}: unknown key{nearest(name, known, dashes)}")
+        raise InputError(f"--{key}: unknown key{_instead(name, known, dashes)}")
     value = text if equals else True
     if equals and (fields[name].type is not str or text.startswith(('"', "'"))):  # --out=7: a text
         with suppress(tomllib.TOMLDecodeError):  # a bare word
@@ -275,9 +298,14 @@ def _from_flag(argument: str, section: str, kind: type) -> dict:
     return {name: (value, f"--{key}")}
 
 
+def _instead(word: str, known: Collection[str], dashes: str = "") -> str:
+    """What to write in an unknown key's place."""
+    return f": {MOVED[word]}" if word in MOVED else nearest(word, sorted(known), dashes)
+
+
 def nearest(word: str, known: Collection[str], dashes: str = "") -> str:
     """The end of an error about an unknown word: the most similar known one, or all of them."""
-    near = difflib.get_close_matches(SYNONYMS.get(word, word), known, 1, 0.4)
+    near = difflib.get_close_matches(word, known, 1, 0.4)
     if near:
         return f"; did you mean {dashes}{near[0]}?"
     return f"; known: {', '.join(known) or 'none'}"
@@ -363,13 +391,12 @@ def mirror(log: str) -> Callable:
 
 def dump(config, section: str, made_from: dict[str, str]) -> str:
     """The resolved config as TOML, which a stage stores and compares when it is run again."""
-    top, own = [], ["", f"[{section}]"]
-    for key, value in dataclasses.asdict(config).items():
-        if key not in ALONE:
-            lines = top if key in TOP else own
-            lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}")
-    sums = [f'"{key}" = "{value}"' for key, value in made_from.items()]
-    return redact("\n".join([*top, *own, "", "[made_from]", *sums])) + "\n"
+    values = dataclasses.asdict(config)
+    values = {k: json.dumps(v, ensure_ascii=False) for k, v in values.items() if k not in ALONE}
+    lines = [f"{k} = {v}" for k, v in values.items() if k in TOP]
+    lines += ["", f"[{section}]"] + [f"{k} = {v}" for k, v in values.items() if k not in TOP]
+    lines += ["", "[made_from]"] + [f'"{k}" = "{v}"' for k, v in made_from.items()]
+    return redact("\n".join(lines)) + "\n"
 
 
 def differences(old: dict, new: dict, kind: type, section: str = "") -> list[str]:

@@ -85,7 +85,7 @@ def assert_nothing_is_half_written(world):
         (["constitution", "new", "a.toml", "--like=genral"], "constitutions/general.toml?"),
         (["chat", "model", "--agianst=x"], "did you mean --against?"),
         (["elo", "no/such.toml", "one", "two"], "no/such.toml: no such file"),
-        (["demo", "--plan=8"], "--plan: unknown key"),
+        (["demo", "--plan=8"], "--plan: unknown key: minicai plan CONFIG"),
     ],
 )
 def test_a_wrong_command_is_refused(refused, monkeypatch, tmp_path, words, message):
