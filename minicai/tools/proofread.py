@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations, product
+from itertools import product
 from pathlib import Path
 
 from minicai.constitution import REQUESTS, Constitution, Principle
@@ -21,6 +21,7 @@ TABLE = read_toml(Path(__file__).with_suffix(".toml"))
 PATTERNS = TABLE["patterns"] | {"made": importing.MADE}
 PATTERNS |= {name: rf"\b({'|'.join(words)})\b" for name, words in TABLE["words"].items()}
 NEAR = 0.82  # share of common words; at most 0.80 in minicai's own constitutions
+NEIGHBOURS = 20  # requests that one is compared with
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,25 @@ def _matches(name: str, texts: dict[str, str]) -> Iterator[Finding]:
 
 
 def _alike(principles: tuple[Principle, ...]) -> Iterator[Finding]:
-    """Requests that count twice, since their words are the same, or nearly."""
+    """Requests that count twice, since their words are the same, or nearly.
+
+    Each is compared with up to NEIGHBOURS before it in alphabetical order: in a constitution as
+    long as the paper's, with all others. All pairs of 10,000 principles would take hours.
+    """
     for request in REQUESTS:
-        words = {p.name: frozenset(_bare(getattr(p, request)).split()) for p in principles}
-        for (one, first), (other, second) in combinations(words.items(), 2):
-            if first and len(first & second) >= NEAR * len(first | second):
-                message = f"the {request} has nearly the words of that of {one}: change one"
-                yield Finding("advice", other, message)
+        bare = [_bare(getattr(p, request)).split() for p in principles]
+        texts = sorted((words, number) for number, words in enumerate(bare) if words)
+        bags = [frozenset(words) for words, _ in texts]
+        for k, words in enumerate(bags):
+            for other in range(max(k - NEIGHBOURS, 0), k):
+                if len(words & bags[other]) >= NEAR * len(words | bags[other]):
+                    first, last = sorted((texts[k][1], texts[other][1]))
+                    message = (
+                        f"the {request} has the same words as that of {principles[first].name}, "
+                        f"or nearly: change one"
+                    )
+                    yield Finding("advice", principles[last].name, message)
+                    break
 
 
 def _bare(text: str) -> str:
