@@ -67,6 +67,7 @@ EPISODES = {
     "135m": 64,
     "0.5b": 256,
     "1.5b": 256,
+    "stories": 64,
 }  # a PPO rollout of bench/works.py, by the size of the model
 RATES = ("harmful", "helpful", "over_refusal", "evasive", "rude")
 TABLE_OF = {"run": "ppo"}  # stages whose variants are in the table of another stage
@@ -215,31 +216,36 @@ def rates_table(results: dict) -> str:
 
 
 def ratios(rows: list[dict]) -> str:
-    """The speed of three works on the tiny model, in a sentence."""
-    times = {row["work"]: f"{row['ratio']:.1f}" for row in rows if row["size"] == "tiny"}
+    """The speed of three works on the tiny model, against their strongest peers, in a sentence."""
+    times = {}
+    for row in rows:
+        if row["size"] == "tiny":
+            peer = row["peers"][0]
+            times[row["work"]] = f"{peer['ratio']:.1f} times as fast as with {peer['name']}"
     return (
-        f"Speed in float32 on a CPU, on the tiny model: rollouts are {times['generate']} times "
-        f"as fast as with\n`transformers.generate`, AI labels {times['labels']} times, and PPO is "
-        f"{times['ppo']} times as fast as TRL's\n"
+        "Speed in float32 on a CPU, on the tiny model, against the strongest peer: rollouts are\n"
+        f"{times['generate']}, AI labels\n{times['labels']}, and PPO is\n{times['ppo']} "
         "([`docs/speed.md`](docs/speed.md))."
     )
 
 
 def bench_table(rows: list[dict]) -> str:
-    """A table of the rows that bench/run.py --json wrote."""
+    """A table of the rows of bench/run.py --json. Each row's first peer is the strongest."""
     lines = [
-        "| work | model | minicai | peer | ratio, median (range) | peak MiB, minicai : peer "
-        "| of the machine's peak |",
-        "|---|---|---|---|---|---|---|",
+        "| work | model | minicai | strongest peer | ratio, median (range) "
+        "| peak MiB, minicai : peer | of the machine's peak | ratios to other peers |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
+        peer, *others = r["peers"]
         rollout = f" ({EPISODES[r['size']]} episodes per rollout)" if r["work"] == "ppo" else ""
-        around = f" ({r['ratio_min']:.2f}–{r['ratio_max']:.2f})" if r["pairs"] > 1 else ""
+        around = f" ({peer['ratio_min']:.2f}–{peer['ratio_max']:.2f})" if r["pairs"] > 1 else ""
+        weaker = "; ".join(f"{other['name']}: {other['ratio']:.2f}" for other in others)
         lines.append(
-            f"| {WORKS[r['work']]} | {r['size']} "
-            f"| {r['ours']:,.4g} {r['unit']} | {r['peer']:,.4g} | **{r['ratio']:.2f}**{around} "
-            f"| {r['peak_mb_ours']:,.0f} : {r['peak_mb_peer']:,.0f}{rollout} "
-            f"| {r['peak_fraction']:.2f} |"
+            f"| {WORKS[r['work']]} | {r['size']} | {r['ours']:,.4g} {r['unit']} "
+            f"| {peer['rate']:,.4g}, by {peer['name']} | **{peer['ratio']:.2f}**{around} "
+            f"| {r['peak_mb_ours']:,.0f} : {peer['peak_mb']:,.0f}{rollout} "
+            f"| {r['peak_fraction']:.2f} | {weaker or '–'} |"
         )
     runs: dict[str, list[str]] = {}  # where and when -> what was measured there
     for r in rows:
