@@ -140,13 +140,15 @@ def worker(function: str, work: str, size: str, folder: str, device: str) -> Non
     module, _, name = function.partition(".")
     run = getattr(importlib.import_module(module), name)
     before = works.peak_memory_mb(device)
-    seconds, units, check, flops = run(works.load(work, size, Path(folder), device))
+    given = works.load(work, size, Path(folder), device)
+    seconds, units, check, flops = run(given)
     print(
         json.dumps(
             {
                 "rate": units / seconds,
                 "seconds": seconds,
                 "check": check,
+                "batch": given.batch,
                 "flops": flops / seconds if flops else None,
                 "peak_mb": works.peak_memory_mb(device) - before,
             }
@@ -204,6 +206,7 @@ def compare(work: str, args: argparse.Namespace, folder: str, versions: dict[str
         "work": work,
         "size": args.size,
         "unit": UNITS[work],
+        "batch": runs[0]["ours"]["batch"],
         "ours": ours["rate"],
         "peak_mb_ours": ours["peak_mb"],
         "peers": sorted(peers, key=lambda peer: peer["ratio"]),
@@ -252,7 +255,7 @@ def parse() -> argparse.Namespace:
         action="store_true",
         help="count CPU seconds of all threads, for a machine that does other work as well",
     )
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="rows of other works remain in the file")
     args = parser.parse_args()
     known = ["ppo"] if args.size == "stories" else list(UNITS)
     args.only = args.only.split(",") if args.only else known
@@ -303,7 +306,10 @@ def main() -> None:
             row | {"pairs": args.pairs, "where": where, "date": datetime.date.today().isoformat()}
             for row in rows
         ]
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        old = json.loads(args.json.read_text()) if args.json.exists() else []
+        both = {row["work"]: row for row in (*old, *rows)}
+        kept = [both[work] for work in UNITS if work in both]
+        args.json.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":
