@@ -9,8 +9,10 @@ import sys
 import pytest
 import torch
 
+from examples import convert_llama2c
 from results import collect
 from tests.conftest import ROOT
+from tests.test_your_model import FILES, real
 
 KEYS = ["work", "size", "unit", "batch", "ours", "peak_mb_ours", "peers", "peak_fraction"]
 # Of the three pairs. Ratios to the first peer are 2, 3, 4.5, and to the second 4, 2, 2.
@@ -232,6 +234,19 @@ def test_trl_computes_the_same(small, work, tmp_path):
         getattr(importlib.import_module(side), work)(given) for side in ("ours", "peers")
     )
     assert mine[1] == theirs[1] and mine[2] == pytest.approx(theirs[2], rel=2e-3, abs=2e-3)
+
+
+@pytest.mark.slow
+@real
+def test_both_sides_make_as_many_tokens_and_updates_of_stories(small, monkeypatch, tmp_path):
+    """Two rollouts of four responses, of 24 tokens each, and 16 updates after each rollout."""
+    pytest.importorskip("trl")
+    monkeypatch.setitem(small.COUNTS, "stories", {"ppo": 8, "batch": 4})
+    convert_llama2c.main([*map(str, FILES), str(tmp_path / "model")])
+    small.setup("stories", tmp_path / "stories", "cpu", str(tmp_path / "model"))
+    given = small.load("ppo", "stories", tmp_path / "stories", "cpu")
+    for side in ("ours", "peers"):
+        assert importlib.import_module(side).ppo(given)[1:3] == (8, [96, 16, 96, 16])
 
 
 # --- learning.py ----------------------------------------------------------------------------------
