@@ -405,7 +405,7 @@ def read_preferences(path: str | Path, limit: int = 0, skip: Skip = STRICT) -> l
     Where two dialogues part before their last turns, what they have in common is the prompt, and
     the first responses that differ are compared. Raises InputError that names the row.
     """
-    rows, label = [], {"p_first": 1.0, "votes": [], "source": "human", "clamped": False}
-    for number, pair in _read(path, limit, skip, _compared):
-        rows.append({"id": f"{Path(path).name}:{number}"} | pair | label)
-    return rows
+    name = Path(path).name
+    label = {"p_first": 1.0, "votes": [], "source": "human", "clamped": False}
+    found = _read(path, limit, skip, _compared)
+    return [{"id": f"{name}:{number}"} | pair | label for number, pair in found]
