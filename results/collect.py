@@ -270,7 +270,7 @@ def verdict(default: list[dict], found: list[dict], measures: dict[str, tuple[st
                 said["hurt" if better > 0 else "helped"].append(name)
     return (
         ", ".join(f"**{word}** ({', '.join(names)})" for word, names in said.items() if names)
-        or "nothing"
+        or "not separable"
     )
 
 
@@ -350,7 +350,7 @@ def notes(results: dict) -> str:
     lines = [
         f"Mean (lowest–highest) over seeds {', '.join(seeds)}. **helped**, **hurt**: "
         "the seeds' ranges with and without the variant do not overlap, "
-        f"and their means are at least {LEAST} apart. "
+        f"and their means are at least {LEAST} apart; not separable: neither. "
         f"CPU s: of the stage alone, in all threads. {results['device']}; "
         f"{results['date']}, commit {', '.join(commits)}. "
         "`python results/variants.py` measures all of it. "

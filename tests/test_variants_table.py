@@ -228,15 +228,15 @@ def rows(harmful, helpful=(0.9, 0.9), kl=(0.1, 0.2)):
     [
         (rows((0.1, 0.19)), "**helped** (harmful)"),
         (rows((0.31, 0.5)), "**hurt** (harmful)"),
-        (rows((0.3, 0.4)), "nothing"),  # both ranges contain 0.3
-        (rows((0.1, 0.2)), "nothing"),
-        (rows((0.2, 0.3), (0.909, 0.909)), "nothing"),
+        (rows((0.3, 0.4)), "not separable"),  # both ranges contain 0.3
+        (rows((0.1, 0.2)), "not separable"),
+        (rows((0.2, 0.3), (0.909, 0.909)), "not separable"),
         (rows((0.2, 0.3), (0.911, 0.911)), "**helped** (helpful)"),
         (rows((0.1, 0.1), (0.5, 0.8)), "**helped** (harmful), **hurt** (helpful)"),
-        (rows((0.2, 0.3), kl=(5, 6)), "nothing"),
+        (rows((0.2, 0.3), kl=(5, 6)), "not separable"),
         (rows((0.1,)), "too few seeds"),
         (rows((None, 0.1)), "**helped** (harmful)"),
-        (rows((None, None)), "nothing"),
+        (rows((None, None)), "not separable"),
     ],
 )
 def test_helped_and_hurt_by_hand(found, word):
