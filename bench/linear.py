@@ -1,20 +1,25 @@
 """Does cost grow linearly? Each kind of work once, and four times as much of it, in turns.
 
     python bench/linear.py [--only data,labels,sl,rm,ppo] [--pairs 3] [--scale 1]
+    python bench/linear.py --only sl-start,rm-start,ppo-start
 
 data: respond, criticise and revise (train_sl.py); labels: AI labels (train_rm.py); sl, rm, ppo:
-training. The tiny world's base model and the demo's settings, each run in a process of its own.
-Prints units of work per CPU second (of all threads: other work on the machine does not count) and
-per second of the clock, peak memory beyond imports and models, and the ratios of the larger run to
-the smaller: the median over the pairs, with the range.
+training; sl-start, rm-start, ppo-start: what a script does with its files before it samples the
+first token (rm: as many preference pairs as prompts). The tiny world's base model and the demo's
+settings, each run in a process of its own. Prints units of work per CPU second (of all threads:
+other work on the machine does not count) and per second of the clock, the seconds, peak memory
+beyond imports and models, and the ratios of the larger run to the smaller: the median over the
+pairs, with the range.
 """
 
 import argparse
 import json
+import operator
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
@@ -24,8 +29,15 @@ COUNTS = {
     "sl": ("samples", 512),
     "rm": ("pairs", 256),
     "ppo": ("episodes", 128),
+    "sl-start": ("prompts", 50_000),
+    "rm-start": ("prompts", 50_000),
+    "ppo-start": ("prompts", 50_000),
 }
 ROWS = 16  # slots: a turn of the data phase is 64 prompts, so that the smaller run has two of them
+
+
+class Begun(Exception):
+    """The script has begun to sample."""
 
 
 def prepared(work: str, count: int, folder: str):
@@ -38,10 +50,11 @@ def prepared(work: str, count: int, folder: str):
     import train_ppo
     import train_rm
     import train_sl
-    from minicai.engine import config, load, parallel
+    from minicai.engine import config, load, parallel, sampler
     from minicai.engine.data import epoch_order
     from minicai.engine.rows import read_preferences, read_prompts
 
+    work, _, start = work.partition("-")
     scripts = {"data": train_sl, "sl": train_sl, "labels": train_rm, "rm": train_rm}
     script, out = scripts.get(work, train_ppo), Path(folder)
     name = script.__name__.removeprefix("train_")
@@ -53,8 +66,18 @@ def prepared(work: str, count: int, folder: str):
     order = epoch_order(len(known), 0)  # shuffled, so that few are of the same lengths as many
     items = [known[order[k % len(known)]] for k in range(count)]
     prompts = items if work in ("data", "ppo") else [row["prompt"] for row in items]
-    path = write(out / "asked.jsonl", [{"prompt": prompt} for prompt in prompts])
-    if work == "data":
+    path, rows = out / "asked.jsonl", ({"prompt": prompt} for prompt in prompts)
+    if start:  # another prompt in each row, of about 90 characters; no row is kept in memory
+        rows = ({"prompt": f"{prompts[k - 1]} {prompts[k]} {k}"} for k in range(count))
+    if start and work == "rm":
+        answers = ({"chosen": row["first"], "rejected": row["second"]} for row in items)
+        rows = map(operator.or_, rows, answers)
+    path = write(path, rows)
+    if start:
+        changes = {"prompts": path, "limit": 0, "helpful_prompts": ""}
+        changes |= {"preferences": path, "preferences_limit": 0}
+        changes = {key: changes[key] for key in changes.keys() & vars(cfg).keys()}
+    elif work == "data":
         changes = {"prompts": path, "helpful_prompts": "", "rounds": 2, "epochs": 0}
     elif work == "labels":
         asked = ("prompt", "first", "second")
@@ -78,11 +101,21 @@ def prepared(work: str, count: int, folder: str):
         policies.append(load.load_policy(cfg.model))
         scorers.append(load.load_scorer(cfg.model, seed=seed))
     loads = {
-        "load_policy": lambda path, scorer="": policies.pop() if name == "ppo" else policies[0]
+        "load_policy": lambda *_, **how: policies.pop() if name == "ppo" else policies[0],
+        "load_scorer": lambda *_, **how: scorers.pop(),
     }
-    if name != "sl":
-        loads["load_scorer"] = lambda path, seed=None: scorers.pop()
-    return lambda: run_stage(script, replace(cfg, **changes), name, **loads)
+    loads = {function: loads[function] for function in loads.keys() & vars(script).keys()}
+
+    def run() -> None:
+        with suppress(Begun):
+            run_stage(script, replace(cfg, **changes), name, **loads)
+
+    def begun(*_, **how) -> None:
+        raise Begun
+
+    if start:
+        sampler.generate = begun
+    return run
 
 
 def worker(work: str, count: int) -> None:
@@ -139,9 +172,10 @@ def main() -> None:
         for key, what in (("cpu", f"{unit}/CPU s"), ("clock", f"{unit}/s"), ("peak_mb", "MiB")):
             ratios = [four[key] / one[key] for one, four in runs]
             small, large = (median(run[k][key] for run in runs) for k in range(2))
+            took = "" if key == "peak_mb" else f" ({4 * count / large:.3g} s)"
             print(
-                f"{work}: {small:.4g} {what} with {count} {unit}, {large:.4g} with {4 * count}: "
-                f"ratio {median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})",
+                f"{work}: {small:.4g} {what} with {count} {unit}, {large:.4g} with {4 * count}"
+                f"{took}: ratio {median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})",
                 flush=True,
             )
 

@@ -11,6 +11,7 @@ import random
 import resource
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -250,10 +251,11 @@ def peak_memory_mb(device: str) -> float:
 # --- how it runs a stage --------------------------------------------------------------------------
 
 
-def write(path: Path, rows: list[dict]) -> str:
+def write(path: Path, rows: Iterable[dict]) -> str:
     """Writes a JSONL file, and returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with path.open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
     return str(path)
 
 

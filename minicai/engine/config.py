@@ -130,6 +130,7 @@ class Run:
     # of passes; auto: bf16 where the hardware has it
     precision: str = setting("auto", choices=("auto", "fp32", "bf16"))
     device: str = setting("auto", choices=("auto", "cpu", "cuda"))  # auto: cuda if there is one
+    threads: int = setting(0, free=True)  # of the CPU, per process; 0 = as many as torch takes
     rows: int = setting(256, at_least=1, free=True)  # sequences decoded side by side: memory
     micro_tokens: int = setting(4096, at_least=1, free=True)  # tokens per forward pass: memory
     gradient_checkpointing: bool = False  # less memory, a third more arithmetic in training

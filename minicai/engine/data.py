@@ -12,7 +12,7 @@ import random
 import tomllib
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +108,7 @@ def _chain(lines: list[bytes], sha: str = "") -> str:
 # --- orders and batches ---------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=1)  # all that is drawn in an epoch takes the same order
 def epoch_order(count: int, *seed: int) -> list[int]:
     """A shuffle of range(count). Only the seed decides, so a resumed run sees the same batches."""
     tag = 1 << 20  # keeps shuffles apart from the random numbers of samples

@@ -44,6 +44,7 @@ _raw = set()  # absolute paths of models that this process reads in the raw form
 RAW = "{% for turn in messages %}{{ turn['content'] }}{% endfor %}"
 # A character of Unicode's private use area: no template writes it.
 MARK = "\U000f0000"
+ENDS = 16  # tokens: more than begin and end a text, or change where two texts are joined
 
 
 def choose_form(form: str, *models: str) -> None:
@@ -150,10 +151,14 @@ def _require_system(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, asked: Asked, answer: str | None = None
-) -> list[int]:
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Asked,
+    answer: str | None = None,
+    tokenize: bool = True,
+) -> list[int] | str:
     """Token ids of what a model is given, up to where its own words begin; or of an answer, too.
 
+    With tokenize=False it is the text of which they are made.
     With a chat template a text becomes one turn of the user, since a chat model can be asked in no
     other way. So it does not take the conversation in the text for its own. Without a template the
     token that begins all texts is there, where there is one, and the one that ends them is not.
@@ -163,16 +168,30 @@ def encode_prompt(
         turns = as_turns(asked)
         if turns[0]["role"] == "system":
             _require_system(tokenizer, template)
-        if answer is None:
-            return _templated(tokenizer, template, turns, add_generation_prompt=True)
-        turns.append({"role": "assistant", "content": answer})
-        return _templated(tokenizer, template, turns, continue_final_message=True)
+        how = {"tokenize": tokenize, "add_generation_prompt": answer is None}
+        if answer is not None:
+            turns.append({"role": "assistant", "content": answer})
+            how["continue_final_message"] = True
+        return _templated(tokenizer, template, turns, **how)
     text = asked
     if not isinstance(asked, str):
         raw = template_of(tokenizer) == RAW
         text = "".join(turn["content"] for turn in asked) if raw else render(asked)
-    ids = tokenizer(text + (answer or ""), split_special_tokens=True)["input_ids"]
+    text += answer or ""
+    if not tokenize:
+        return text
+    ids = tokenizer(text, split_special_tokens=True)["input_ids"]
     return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
+
+
+def most_tokens(text: str) -> int:
+    """A number of tokens that no tokenizer makes more of than that, found by the text's length.
+
+    A token is at least a byte of the text, in the form that the tokenizer gives it first. That is
+    no longer than the text where it is ASCII, and by NFKC at most 11 times its bytes (Unicode
+    Standard Annex 15).
+    """
+    return (len(text) if text.isascii() else 11 * len(text.encode())) + ENDS
 
 
 def encode_answer(

@@ -48,11 +48,14 @@ Numbers = float | list[float] | Tensor
 _process = {"device": torch.device("cpu"), "precision": "fp32"}
 
 
-def setup(device: str = "auto", precision: str = "auto", timeout: int = 1800) -> None:
+def setup(
+    device: str = "auto", precision: str = "auto", timeout: int = 1800, threads: int = 0
+) -> None:
     """Fixes device and precision for the whole process. Under torchrun it joins the group, once.
 
     device: "cpu", "cuda" or "auto". precision: "fp32", "bf16" or "auto": bf16 on a GPU that has it.
     timeout: seconds that a rank may keep the others waiting before all of them stop.
+    threads: of the CPU; 0 = as many as torch takes, which is one per core.
     Raises InputError where the device is not available.
     """
     available = torch.cuda.is_available()
@@ -63,6 +66,8 @@ def setup(device: str = "auto", precision: str = "auto", timeout: int = 1800) ->
     if precision == "auto":
         fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if fast else "fp32"
+    if threads:
+        torch.set_num_threads(threads)
     if device == "cpu":
         _keep_freed_memory()
     several = launched("WORLD_SIZE", "1") > 1

@@ -42,6 +42,8 @@ BINARY = {
 JSON = re.compile(r'\s*\[?\s*\{\s*"')  # begins JSON, whatever the name of its file
 MORE = "more cells than the header"
 TABLES = (".csv", ".tsv")
+READ = {"parse_constant": lambda name: None}
+DECODER = json.JSONDecoder(**READ)  # json.loads would make one for each row
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -68,9 +70,10 @@ def read_object(text: str | bytes, hook: Callable | None = None) -> dict:
     hook(object) makes something of each object in it.
     """
     try:
-        row = json.loads(text, parse_constant=lambda name: None, object_hook=hook)
+        row = json.loads(text, object_hook=hook, **READ) if hook else DECODER.decode(text)
         # Refuses half a surrogate pair: as JSON spells it, or a byte that is not UTF-8.
-        json.dumps(row, ensure_ascii=False).encode()
+        spelled = hook or "\\u" in text
+        (json.dumps(row, ensure_ascii=False) if spelled else text).encode()
     except InputError:  # of the hook
         raise
     except (ValueError, RecursionError) as error:
@@ -94,20 +97,22 @@ def read_items(path: str | Path) -> Iterator[tuple[str, tuple[int, str]]]:
     text = read_bytes(path).decode("utf-8-sig", "surrogateescape")  # see read_object
     suffix = Path(str(path).lower().removesuffix(".gz")).suffix
     plain = suffix in (".txt", *TABLES) and not JSON.match(text)
-    kind, items = "line", [line.strip() for line in text.split("\n")]
+    kind, items = "line", text.split("\n")
     try:
         if plain and suffix in TABLES:
             kind, items = "row", _table(text.lstrip(" \r\n"))
         elif not plain and text.lstrip().startswith("["):
             kind, items = "item", json.loads(text)
-        elif not plain and "\n" in text.strip():
+        elif not plain and sum(map(bool, map(str.strip, items))) > 1:
             with suppress(ValueError, RecursionError):  # JSON lines are no single JSON text
                 kind, items = "item", [json.loads(text)]
     except (csv.Error, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a valid JSON list or table: {error}") from error
+    del text  # it may be large
     if kind == "line" and not plain:
         _require_json_lines(path, items)
     for number, item in enumerate(items, 1):
+        item = item.strip() if kind == "line" else item
         if item == "":
             continue
         if plain or kind == "item":
@@ -117,7 +122,7 @@ def read_items(path: str | Path) -> Iterator[tuple[str, tuple[int, str]]]:
 
 def _require_json_lines(path: str | Path, lines: Iterable[str]) -> None:
     """Raises InputError where no line looks like JSON, or the first one is a part of an object."""
-    lines = [line for line in lines if line]
+    lines = list(filter(None, map(str.strip, lines)))
     if lines and not any(line.startswith(("{", "[", '"')) for line in lines):
         raise InputError(
             f"{path}: is no JSON; a file of one prompt per line needs the suffix .txt, a table "
@@ -168,15 +173,16 @@ class Skip:
         Raises the first complaint, with the number of such rows, unless they are to be left out and
         others remain.
         """
-        kept, wrong, rows = [], {}, list(rows)
+        kept, wrong, count = [], {}, 0
         for name, row in rows:
+            count += 1
             try:
                 kept.append(look(row))
             except InputError as error:
                 kind = "long" if isinstance(error, TooLong) else "bad"
                 wrong.setdefault(kind, []).append(type(error)(f"{name}: {error}"))
         for kind, errors in wrong.items():
-            said = f"{errors[0]}; {len(errors)} of {len(rows)} rows cannot be used"
+            said = f"{errors[0]}; {len(errors)} of {count} rows cannot be used"
             if not kept or not getattr(self, kind):
                 hint = f"; skip_{kind} = true leaves them out" if kept else ""
                 raise type(errors[0])(said + hint)
@@ -310,7 +316,7 @@ def _dialogues(row: dict, forms: dict = FORMS) -> tuple[str, list[Turns]]:
     if MORE in row:
         raise InputError(f"has {MORE}; put a text with a separator into quotes")
     for keys, (name, read) in forms.items():
-        if all(row.get(key) is not None for key in keys):
+        if None not in map(row.get, keys):
             found = read(row, keys[0])
             if first := row.get("system") or row.get("system_prompt"):
                 system = _turns([{"role": "system", "content": first}], "system")
@@ -399,7 +405,7 @@ def read_preferences(path: str | Path, limit: int = 0, skip: Skip = STRICT) -> l
     Where two dialogues part before their last turns, what they have in common is the prompt, and
     the first responses that differ are compared. Raises InputError that names the row.
     """
-    rows, label = [], {"p_first": 1.0, "votes": [], "source": "human", "clamped": False}
-    for number, pair in _read(path, limit, skip, _compared):
-        rows.append({"id": f"{Path(path).name}:{number}"} | pair | label)
-    return rows
+    name = Path(path).name
+    label = {"p_first": 1.0, "votes": [], "source": "human", "clamped": False}
+    found = _read(path, limit, skip, _compared)
+    return [{"id": f"{name}:{number}"} | pair | label for number, pair in found]

@@ -14,7 +14,6 @@ Legend: B rows that are being decoded, T tokens, V vocabulary, D hidden size.
 
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
-from functools import partial
 from statistics import fmean
 
 import numpy as np
@@ -27,12 +26,14 @@ from minicai.critique import Generate
 from minicai.engine import parallel
 from minicai.engine.attention import Slots, context_length, last_hidden
 from minicai.engine.dialogue import (
+    ENDS,
     Asked,
     decode,
     encode_options,
     encode_pair,
     encode_prompt,
     end_ids,
+    most_tokens,
 )
 from minicai.engine.models import apply_head, require_finite, shared_hidden_states
 from minicai.engine.rows import STRICT, Skip, TooLong
@@ -119,12 +120,15 @@ def check_prompts(
     Raises InputError where there are others, unless `skip` leaves them out.
     """
 
+    most = context_length(model.config) - new_tokens
+
     def look(prompt: Prompt) -> Prompt:
-        ids = encode_prompt(model.tokenizer, as_turns(prompt))
-        check_lengths(model.config, [ids], new_tokens, "it")
+        turns = as_turns(prompt)
+        if most_tokens(encode_prompt(model.tokenizer, turns, tokenize=False)) > most:
+            check_lengths(model.config, [encode_prompt(model.tokenizer, turns)], new_tokens, "it")
         return prompt
 
-    named = [(f"{source}: prompt {number}", x) for number, x in enumerate(prompts, 1)]
+    named = ((f"{source}: prompt {number}", x) for number, x in enumerate(prompts, 1))
     return skip.keep(source, named, look)
 
 
@@ -135,13 +139,18 @@ def usable_pairs(model: PreTrainedModel, rows: Sequence[dict], skip: Skip = STRI
     InputError where the model cannot read one, unless `skip` leaves it out.
     """
 
+    most = context_length(model.config)
+
     def look(row: dict) -> dict:
-        prompt, *responses = encode_pair(model.tokenizer, row)
-        texts = [prompt + response for response in responses]
-        check_lengths(model.config, texts, 0, "with its response it")
+        asked = encode_prompt(model.tokenizer, as_turns(row["prompt"]), tokenize=False)
+        answers = max(map(most_tokens, (row["first"], row["second"])))
+        if most_tokens(asked) + answers > most:
+            prompt, *responses = encode_pair(model.tokenizer, row)
+            texts = [prompt + response for response in responses]
+            check_lengths(model.config, texts, 0, "with its response it")
         return row
 
-    rows = skip.keep("given pairs", [(f"pair {row['id']}", row) for row in rows], look)
+    rows = skip.keep("given pairs", ((f"pair {row['id']}", row) for row in rows), look)
     if unknown := sum("cut" not in row and row["source"] != "human" for row in rows):
         warn(
             f"{unknown} pairs do not say whether the length limit cut off a response, as in files "
@@ -173,28 +182,34 @@ def check_requests(
         if model.name_or_path in names:
             raise InputError(f"{what}: a model is named twice: {model.name_or_path}")
         names.append(model.name_or_path)
-        source = f"{what} to {names[-1]}, with its examples and principles"
-        look = partial(_askable, model, requests, new_tokens)
-        # By tokens: of two prompts the one with fewer characters may have more of them.
-        sizes = [len(encode_prompt(model.tokenizer, render(prompt))) for prompt in prompts]
-        try:
-            if prompts:
-                look(prompts[sizes.index(max(sizes))])
-        except TooLong:
-            prompts = skip.keep(what, [(source, prompt) for prompt in prompts], look)
+        prompts = _check_requests(model, prompts, requests, new_tokens, what, skip)
     return list(prompts)
 
 
-def _askable(
+def _check_requests(
     model: PreTrainedModel,
+    prompts: Sequence[Prompt],
     requests: Callable[[Sequence[Prompt]], Sequence[str]],
     new_tokens: int,
-    prompt: Prompt,
-) -> Prompt:
-    """The prompt. Raises TooLong where a request about it is."""
-    texts = [encode_prompt(model.tokenizer, text) for text in requests([prompt])]
-    check_lengths(model.config, texts, new_tokens, "one about a prompt")
-    return prompt
+    what: str,
+    skip: Skip,
+) -> Sequence[Prompt]:
+    source = f"{what} to {model.name_or_path}, with its examples and principles"
+
+    def encoded(prompt: Prompt) -> list[list[int]]:
+        return [encode_prompt(model.tokenizer, text) for text in requests([prompt])]
+
+    def look(prompt: Prompt) -> Prompt:
+        # What surely fits is not encoded: first by its length, then by its tokens alone.
+        text = render(prompt)
+        if most_tokens(text) > most and len(encode_prompt(model.tokenizer, text)) + ENDS > most:
+            check_lengths(model.config, encoded(prompt), new_tokens, "one about a prompt")
+        return prompt
+
+    if not prompts:
+        return prompts
+    most = context_length(model.config) - new_tokens - max(map(len, encoded("")), default=0)
+    return skip.keep(what, ((source, prompt) for prompt in prompts), look)
 
 
 # --- sampling -------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ class Stage:
     """
 
     def __init__(self, cfg, name: str, reads: dict, code: str = ""):
-        parallel.setup(cfg.device, cfg.precision, cfg.timeout)
+        parallel.setup(cfg.device, cfg.precision, cfg.timeout, cfg.threads)
         dialogue.choose_form(cfg.form, cfg.model, getattr(cfg, "policy", ""))
         self.cfg, self.name, self.folder = cfg, name, Path(cfg.out) / name
         self.step, self.state, self.skipped = 0, {}, 0

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -560,6 +561,17 @@ def test_all_bad_rows_are_counted_at_once_and_skip_leaves_them_out(tmp_path):
     with pytest.raises(InputError, match=r"^one: long; 1 of 2 rows"):
         errors = [("one", TooLong("long")), ("two", InputError("bad"))]
         Skip(True, True, tell=told.append).keep("x", errors, fail)
+
+
+def test_many_rows_take_little_more_memory_than_their_texts(tmp_path):
+    rows = "".join(json.dumps({"prompt": f"{'Why? ' * 40}{k}"}) + "\n" for k in range(2000))
+    path = write(tmp_path / "p.jsonl", rows)
+    tracemalloc.start()
+    try:
+        assert len(read_prompts(path)) == 2000
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(rows)
+    finally:
+        tracemalloc.stop()
 
 
 def fail(error: Exception):

@@ -323,8 +323,13 @@ def test_what_decides_memory_and_time_only_may_change(place):
     interrupted(place)
     shown = []
     free = {"rows": 7, "micro_tokens": 9, "save_every": 5, "log": "wandb", "timeout": 3}
-    with patch.object(config, "mirror", lambda log: lambda folder: shown.extend):
-        record = run(place, **free)
+    threads = torch.get_num_threads()
+    try:
+        with patch.object(config, "mirror", lambda log: lambda folder: shown.extend):
+            record = run(place, threads=threads + 1, **free)
+    finally:
+        torch.set_num_threads(threads)
+    assert f"{threads + 1} threads" in record["device"]
     assert record["weight"] and [row["step"] for row in shown] == [5, 6]
 
 

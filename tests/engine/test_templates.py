@@ -18,7 +18,7 @@ from transformers.utils import chat_template_utils
 
 import train_ppo
 from minicai import InputError
-from minicai.engine import dialogue, terminal
+from minicai.engine import dialogue, sampler, terminal
 from minicai.engine.dialogue import (
     decode,
     encode,
@@ -27,6 +27,7 @@ from minicai.engine.dialogue import (
     end_ids,
     end_of_turn,
     give_pad,
+    most_tokens,
     show_first,
 )
 from minicai.engine.load import load_policy, load_tokenizer, require_same_tokens
@@ -548,6 +549,87 @@ def test_rows_that_do_not_fit_or_are_refused_are_left_out_where_skip_says_so():
         check_requests([model], asked, longest, 100, "a thing")
     with pytest.raises(TooLong, match=r"5 of 5 rows cannot be used$"):
         check_requests([model], asked, longest, 500, "a thing", skip)
+
+
+WIDE = [
+    "",
+    "Why so?",
+    "\x00\t'|\\ \n\n",
+    "é ä",
+    "\ufdfa" * 9,
+    "\u1fa9" * 9,
+    "가각",
+    "👩‍👩‍👧🏽",
+    "ﬃ½㌖",
+]
+
+
+@pytest.mark.parametrize("form", [None, normalizers.NFKC(), normalizers.NFKD()])
+def test_no_tokenizer_makes_more_tokens_of_a_text_than_its_length_allows(form):
+    made = [byte_tokenizer(), piece_tokenizer(), *map(chat_tokenizer, TOKENS)]
+    if form:
+        made = made[:1]
+        made[0].backend_tokenizer.normalizer = form
+    for tokenizer in made:
+        for text in WIDE:
+            read = encode_prompt(tokenizer, as_turns(text), tokenize=False)
+            assert len(encode_prompt(tokenizer, as_turns(text))) <= most_tokens(read)
+            if tokenizer in made[:2]:
+                assert len(encode_prompt(tokenizer, text)) <= most_tokens(text)
+    assert most_tokens("\ufdfa" * 9) >= 9 * 33  # NFKC makes 18 letters of it
+
+
+@pytest.mark.parametrize("name", ["plain", "pieces", "chatml", "gemma"])
+@pytest.mark.parametrize("context", [90, 140, 200, 280, 400, 2000])
+def test_what_fits_by_its_length_is_what_fits_by_its_tokens(name, context, monkeypatch):
+    made = {"plain": byte_tokenizer, "pieces": piece_tokenizer}
+    tokenizer = made[name]() if name in made else chat_tokenizer(name)
+    config = tiny_model().config
+    config.max_position_embeddings = context
+    model = SimpleNamespace(config=config, tokenizer=tokenizer, name_or_path="MODEL")
+    asked = ["Why?", "x" * 60, "ä" * 50, SYSTEM, ASKED, "x" * 300, "\ufdfa" * 8, "y" * 150]
+    pairs = [
+        {"id": k, "prompt": prompt, "first": "a" * 3 * k, "second": "é", "source": "human"}
+        for k, prompt in enumerate(asked)
+    ]
+
+    def looked(strict):
+        told = []
+        skip = Skip(not strict, not strict, tell=told.append)
+        checks = [
+            lambda: check_prompts(model, asked, 20, "p.jsonl", skip),
+            lambda: usable_pairs(model, pairs, skip),
+            lambda: check_requests(
+                [model], asked, lambda x: [f"Read: {render(*x)}"], 9, "it", skip
+            ),
+        ]
+        for check in checks:
+            try:
+                told.append(check())
+            except InputError as error:
+                told.append((type(error), str(error)))
+        return told, skip.counts
+
+    found = [looked(strict) for strict in (True, False)]
+    for module in (sampler, dialogue):
+        monkeypatch.setattr(module, "ENDS", 10**6)  # nothing fits by its length
+    assert [looked(strict) for strict in (True, False)] == found
+
+
+def test_many_short_prompts_are_checked_without_tokens(monkeypatch):
+    model = SimpleNamespace(config=tiny_model().config, tokenizer=byte_tokenizer(), name_or_path="")
+    encoded, encode = [], sampler.encode_prompt
+
+    def counted(tokenizer, asked, tokenize=True):
+        encoded.append(tokenize)
+        return encode(tokenizer, asked, tokenize=tokenize)
+
+    monkeypatch.setattr(sampler, "encode_prompt", counted)
+    monkeypatch.setattr(sampler, "context_length", lambda config: 200)
+    asked = [f"Why {k}?" for k in range(99)]
+    assert check_prompts(model, asked, 20, "p.jsonl") == asked and not any(encoded)
+    assert check_requests([model], asked, lambda x: [render(*x)], 20, "it") == asked
+    assert sum(encoded) == 1  # the request about no prompt
 
 
 # --- the raw form ---------------------------------------------------------------------------------
