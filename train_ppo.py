@@ -21,6 +21,7 @@ import torch
 
 from minicai.engine import parallel
 from minicai.engine.config import Run, load_function, path_setting, positive, setting, source_file
+from minicai.engine.context import check_prompts
 from minicai.engine.data import epoch_order, shuffled
 from minicai.engine.dialogue import decode, encode_prompt, show_first
 from minicai.engine.load import load_policy, load_roles, load_scorer, require_same_tokens
@@ -35,7 +36,7 @@ from minicai.engine.models import (
     token_values,
 )
 from minicai.engine.rows import read_prompts
-from minicai.engine.sampler import Sampling, check_prompts, sample
+from minicai.engine.sampler import Sampling, sample
 from minicai.engine.stage import Stage, script
 from minicai.engine.terminal import warn
 from minicai.prompts import as_turns

@@ -22,7 +22,7 @@ from minicai import constitution, feedback  # isort: skip (before torch: Ctrl-C)
 import torch
 
 from minicai.critique import revision_pairs
-from minicai.engine import models, parallel, sampler
+from minicai.engine import context, models, parallel, sampler
 from minicai.engine.config import Run, path_setting, positive, setting
 from minicai.engine.data import batch_of_step, read_jsonl, split
 from minicai.engine.dialogue import encode_pair, show_first
@@ -106,10 +106,10 @@ def main(cfg: RMConfig) -> dict:
     requests = partial(feedback.longest_comparisons, how=how, thinking=thinking)
     limit, skip, what = cfg.max_new_tokens, stage.skip, "[rm] feedback and jury: a comparison"
     answers, asked = (3 if thinking else 2) * limit + 4, map(load_policy, judges)
-    prompts = sampler.check_requests(asked, prompts, requests, answers, what, skip)
+    prompts = context.check_requests(asked, prompts, requests, answers, what, skip)
     policy = models.freeze(load_policy(policy_path, scorer="require"))
-    prompts = sampler.check_prompts(policy, prompts, limit, cfg.prompts, skip)
-    labelled = sampler.usable_pairs(policy, given, skip)
+    prompts = context.check_prompts(policy, prompts, limit, cfg.prompts, skip)
+    labelled = context.usable_pairs(policy, given, skip)
     given = len(given) - sum(skip.counts.get("given pairs", {}).values())
 
     # 1. Sample `candidates` responses to each prompt, and pair them: pairs.jsonl.

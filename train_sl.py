@@ -21,19 +21,13 @@ import torch
 
 from minicai.engine import parallel
 from minicai.engine.config import Run, path_setting, positive, setting
+from minicai.engine.context import check_prompts, check_requests
 from minicai.engine.data import batch_of_step
 from minicai.engine.dialogue import encode_learned, show_first
 from minicai.engine.load import load_policy
 from minicai.engine.models import checkpoint_layers, micro_batches, response_logprobs
 from minicai.engine.rows import read_prompts
-from minicai.engine.sampler import (
-    Sampling,
-    check_prompts,
-    check_requests,
-    respond,
-    responder,
-    turn_size,
-)
+from minicai.engine.sampler import Sampling, respond, responder, turn_size
 from minicai.engine.stage import Stage, script
 from minicai.examples import load_examples
 from minicai.losses import nll_loss

@@ -35,11 +35,12 @@ import torch
 
 from minicai.engine import models, parallel
 from minicai.engine.config import Run, path_setting, positive
+from minicai.engine.context import check_prompts
 from minicai.engine.data import token_batches
 from minicai.engine.dialogue import decode, encode_prompt
 from minicai.engine.load import load_policy, load_scorer, require_same_tokens
 from minicai.engine.rows import read_prompts
-from minicai.engine.sampler import Sampling, check_prompts, generate, turn_size
+from minicai.engine.sampler import Sampling, generate, turn_size
 from minicai.engine.stage import Stage, script
 from minicai.engine.terminal import hushed, table
 from minicai.prompts import as_turns

@@ -40,6 +40,7 @@ from torch import Tensor
 
 from minicai.engine import parallel
 from minicai.engine.config import positive, setting
+from minicai.engine.context import check_prompts, usable_pairs
 from minicai.engine.data import batch_of_step, read_jsonl, shuffled, split
 from minicai.engine.dialogue import Pair, decode, encode_pair, encode_prompt
 from minicai.engine.load import load_policy
@@ -52,7 +53,7 @@ from minicai.engine.models import (
     response_logprobs,
 )
 from minicai.engine.rows import read_prompts
-from minicai.engine.sampler import Sampling, check_prompts, sample, usable_pairs
+from minicai.engine.sampler import Sampling, sample
 from minicai.engine.stage import Stage, script
 from minicai.prompts import as_turns
 from minicai.rollout import Batch, collate, spread, watch

@@ -27,8 +27,8 @@ from transformers import (
 
 from minicai import InputError
 from minicai.engine import hub, parallel
+from minicai.engine.context import check_lengths
 from minicai.engine.dialogue import encode
-from minicai.engine.sampler import check_lengths
 from minicai.prompts import split_transcript
 
 

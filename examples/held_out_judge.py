@@ -22,10 +22,10 @@ from statistics import fmean
 
 from minicai import InputError
 from minicai.engine import parallel
+from minicai.engine.context import check_lengths
 from minicai.engine.dialogue import encode
 from minicai.engine.load import load_scorer
 from minicai.engine.models import in_micro_batches, sequence_scores
-from minicai.engine.sampler import check_lengths
 from minicai.engine.terminal import run, table, warn
 from minicai.evaluation.measures import hacked
 from minicai.rollout import collate

@@ -31,11 +31,12 @@ import torch
 from minicai.critique import training_pairs
 from minicai.engine import models, parallel
 from minicai.engine.config import path_setting, positive
+from minicai.engine.context import check_prompts
 from minicai.engine.data import epoch_order, read_jsonl, shuffled
 from minicai.engine.dialogue import decode, encode_learned, encode_prompt
 from minicai.engine.load import load_policy, load_scorer, require_same_tokens
 from minicai.engine.rows import read_prompts
-from minicai.engine.sampler import Sampling, check_prompts, sample
+from minicai.engine.sampler import Sampling, sample
 from minicai.engine.stage import Stage, script
 from minicai.prompts import as_turns
 

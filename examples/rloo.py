@@ -33,11 +33,12 @@ from torch import Tensor
 
 from minicai.engine import models, parallel
 from minicai.engine.config import load_function, setting, source_file
+from minicai.engine.context import check_prompts
 from minicai.engine.data import epoch_order, shuffled
 from minicai.engine.dialogue import decode, encode_prompt
 from minicai.engine.load import load_policy, load_scorer, require_same_tokens
 from minicai.engine.rows import read_prompts
-from minicai.engine.sampler import Sampling, check_prompts, sample
+from minicai.engine.sampler import Sampling, sample
 from minicai.engine.stage import Stage, script
 from minicai.prompts import as_turns
 from minicai.rollout import Batch, check_ratio, collate, distinct_ngrams, spread, watch

@@ -44,7 +44,6 @@ _raw = set()  # absolute paths of models that this process reads in the raw form
 RAW = "{% for turn in messages %}{{ turn['content'] }}{% endfor %}"
 # A character of Unicode's private use area: no template writes it.
 MARK = "\U000f0000"
-ENDS = 16  # tokens: more than begin and end a text, or change where two texts are joined
 
 
 def choose_form(form: str, *models: str) -> None:
@@ -182,16 +181,6 @@ def encode_prompt(
         return text
     ids = tokenizer(text, split_special_tokens=True)["input_ids"]
     return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
-
-
-def most_tokens(text: str) -> int:
-    """A number of tokens that no tokenizer makes more of than that, found by the text's length.
-
-    A token is at least a byte of the text, in the form that the tokenizer gives it first. That is
-    no longer than the text where it is ASCII, and by NFKC at most 11 times its bytes (Unicode
-    Standard Annex 15).
-    """
-    return (len(text) if text.isascii() else 11 * len(text.encode())) + ENDS
 
 
 def encode_answer(

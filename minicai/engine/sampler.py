@@ -12,34 +12,30 @@ through the model once.
 Legend: B rows that are being decoded, T tokens, V vocabulary, D hidden size.
 """
 
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from statistics import fmean
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from minicai import InputError
 from minicai.critique import Generate
 from minicai.engine import parallel
-from minicai.engine.attention import Slots, context_length, last_hidden
+from minicai.engine.attention import Slots, last_hidden
+from minicai.engine.context import check_lengths
 from minicai.engine.dialogue import (
-    ENDS,
     Asked,
     decode,
     encode_options,
-    encode_pair,
     encode_prompt,
     end_ids,
-    most_tokens,
 )
 from minicai.engine.models import apply_head, require_finite, shared_hidden_states
-from minicai.engine.rows import STRICT, Skip, TooLong
-from minicai.engine.terminal import Progress, warn
+from minicai.engine.terminal import Progress
 from minicai.feedback import Choose
-from minicai.prompts import CHOICES, Prompt, as_turns, render
+from minicai.prompts import CHOICES
 
 SHARED = 16  # tokens; a shorter common beginning is not worth a forward pass of its own
 
@@ -83,133 +79,6 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor, temperature: float) -> tuple[Ten
         tokens_B = tokens_B.clamp(max=cdf_BV.shape[-1] - 1)  # NaN is nowhere: see generate
     entropies_B = -(p_BV * logp_BV.clamp(min=-100)).sum(-1)  # where p is 0, 0 log 0 = 0
     return tokens_B, logp_BV.gather(-1, tokens_B[:, None]).squeeze(-1), entropies_B
-
-
-# --- does it fit the model's context? -------------------------------------------------------------
-
-
-def check_lengths(
-    config: PretrainedConfig, prompts: Sequence[Ids], new_tokens: int, name: str = "prompt {}"
-) -> None:
-    """Raises TooLong where a prompt (token ids) with its new tokens exceeds the context.
-
-    new_tokens: the most that may follow, the end of sequence included. name: what the message calls
-    a prompt, given its number.
-    """
-    context = context_length(config)
-    advice = "shorten the prompt or lower max_new_tokens" if new_tokens else "shorten it"
-    for number, size in enumerate(map(len, prompts), 1):
-        if not size:
-            raise InputError(f"{name.format(number)} has no tokens")
-        if size + new_tokens > context:
-            raise TooLong(
-                f"{name.format(number)} has {size} tokens, which with {new_tokens} new ones "
-                f"exceeds the model's context of {context}; {advice}"
-            )
-
-
-def check_prompts(
-    model: PreTrainedModel,
-    prompts: Sequence[Prompt],
-    new_tokens: int,
-    source: str,
-    skip: Skip = STRICT,
-) -> list[Prompt]:
-    """The prompts that the model can read and answer, before any work is done.
-
-    Raises InputError where there are others, unless `skip` leaves them out.
-    """
-
-    most = context_length(model.config) - new_tokens
-
-    def look(prompt: Prompt) -> Prompt:
-        turns = as_turns(prompt)
-        if most_tokens(encode_prompt(model.tokenizer, turns, tokenize=False)) > most:
-            check_lengths(model.config, [encode_prompt(model.tokenizer, turns)], new_tokens, "it")
-        return prompt
-
-    named = ((f"{source}: prompt {number}", x) for number, x in enumerate(prompts, 1))
-    return skip.keep(source, named, look)
-
-
-def usable_pairs(model: PreTrainedModel, rows: Sequence[dict], skip: Skip = STRICT) -> list[dict]:
-    """Given preference pairs, rows of comparisons.jsonl, but for those of two equal responses.
-
-    Warns of these, and of rows that do not say which responses the length limit cut off. Raises
-    InputError where the model cannot read one, unless `skip` leaves it out.
-    """
-
-    most = context_length(model.config)
-
-    def look(row: dict) -> dict:
-        asked = encode_prompt(model.tokenizer, as_turns(row["prompt"]), tokenize=False)
-        answers = max(map(most_tokens, (row["first"], row["second"])))
-        if most_tokens(asked) + answers > most:
-            prompt, *responses = encode_pair(model.tokenizer, row)
-            texts = [prompt + response for response in responses]
-            check_lengths(model.config, texts, 0, "with its response it")
-        return row
-
-    rows = skip.keep("given pairs", ((f"pair {row['id']}", row) for row in rows), look)
-    if unknown := sum("cut" not in row and row["source"] != "human" for row in rows):
-        warn(
-            f"{unknown} pairs do not say whether the length limit cut off a response, as in files "
-            f"of earlier versions: read as if it had cut off none"
-        )
-    different = [row for row in rows if row["first"] != row["second"]]
-    if len(different) < len(rows):
-        warn(f"{len(rows) - len(different)} pairs of two equal responses are left out")
-    return different
-
-
-def check_requests(
-    models: Iterable[PreTrainedModel],
-    prompts: Sequence[Prompt],
-    requests: Callable[[Sequence[Prompt]], Sequence[str]],
-    new_tokens: int,
-    what: str,
-    skip: Skip = STRICT,
-) -> list[Prompt]:
-    """The prompts about which all requests fit into the context of each model.
-
-    requests(prompts): those about the longest prompt, with empty answers in them. new_tokens: of
-    the answers in a request and of the one that follows it. what: the setting and what is
-    requested. A model may be named only once. Raises InputError where a request is too long, unless
-    `skip` leaves out its prompt.
-    """
-    names = []
-    for model in models:
-        if model.name_or_path in names:
-            raise InputError(f"{what}: a model is named twice: {model.name_or_path}")
-        names.append(model.name_or_path)
-        prompts = _check_requests(model, prompts, requests, new_tokens, what, skip)
-    return list(prompts)
-
-
-def _check_requests(
-    model: PreTrainedModel,
-    prompts: Sequence[Prompt],
-    requests: Callable[[Sequence[Prompt]], Sequence[str]],
-    new_tokens: int,
-    what: str,
-    skip: Skip,
-) -> Sequence[Prompt]:
-    source = f"{what} to {model.name_or_path}, with its examples and principles"
-
-    def encoded(prompt: Prompt) -> list[list[int]]:
-        return [encode_prompt(model.tokenizer, text) for text in requests([prompt])]
-
-    def look(prompt: Prompt) -> Prompt:
-        # What surely fits is not encoded: first by its length, then by its tokens alone.
-        text = render(prompt)
-        if most_tokens(text) > most and len(encode_prompt(model.tokenizer, text)) + ENDS > most:
-            check_lengths(model.config, encoded(prompt), new_tokens, "one about a prompt")
-        return prompt
-
-    if not prompts:
-        return prompts
-    most = context_length(model.config) - new_tokens - max(map(len, encoded("")), default=0)
-    return skip.keep(what, ((source, prompt) for prompt in prompts), look)
 
 
 # --- sampling -------------------------------------------------------------------------------------

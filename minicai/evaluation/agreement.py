@@ -7,11 +7,12 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from minicai.constitution import Constitution
+from minicai.engine.context import check_lengths
 from minicai.engine.dialogue import encode_pair, encode_prompt
 from minicai.engine.load import load_policy, load_scorer
 from minicai.engine.models import scored_pairs
 from minicai.engine.rows import Skip
-from minicai.engine.sampler import Sampling, check_lengths, respond
+from minicai.engine.sampler import Sampling, respond
 from minicai.engine.terminal import Progress
 from minicai.evaluation.measures import agreement
 from minicai.feedback import Choose, Labelling, label_pairs

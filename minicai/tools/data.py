@@ -82,13 +82,13 @@ def as_text(row: Prompt | dict) -> list[str]:
 
 def as_ids(options: DataOptions, file: str, rows: list, skip: Skip) -> tuple:
     """The rows that the model can read, what gives the token ids of one, and what decodes them."""
-    from minicai.engine import dialogue, load, sampler  # torch, which takes seconds to import
+    from minicai.engine import context, dialogue, load  # torch, which takes seconds to import
 
     dialogue.choose_form(options.form, options.model)
     tokenizer = load.load_tokenizer(options.model)
     model = SimpleNamespace(tokenizer=tokenizer, config=load.load_config(options.model))
     if isinstance(rows[0], dict):
-        rows = sampler.usable_pairs(model, rows, skip)
+        rows = context.usable_pairs(model, rows, skip)
         return rows, partial(dialogue.encode_pair, tokenizer), tokenizer.decode
-    rows = sampler.check_prompts(model, rows, options.max_new_tokens, file, skip)
+    rows = context.check_prompts(model, rows, options.max_new_tokens, file, skip)
     return rows, lambda row: [dialogue.encode_prompt(tokenizer, as_turns(row))], tokenizer.decode

@@ -12,8 +12,9 @@ import train_rm
 import train_sl
 from minicai import InputError, RunError, critique
 from minicai.engine import config, parallel, sampler, terminal
+from minicai.engine.context import check_lengths
 from minicai.engine.models import response_logprobs
-from minicai.engine.sampler import Sampling, check_lengths, choice_logprobs, draw, generate
+from minicai.engine.sampler import Sampling, choice_logprobs, draw, generate
 from minicai.rollout import collate
 from tests.conftest import CPU, assert_close, byte_tokenizer, tiny_model
 

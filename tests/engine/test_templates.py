@@ -18,7 +18,8 @@ from transformers.utils import chat_template_utils
 
 import train_ppo
 from minicai import InputError
-from minicai.engine import dialogue, sampler, terminal
+from minicai.engine import context, dialogue, terminal
+from minicai.engine.context import check_prompts, check_requests, most_tokens, usable_pairs
 from minicai.engine.dialogue import (
     decode,
     encode,
@@ -27,19 +28,11 @@ from minicai.engine.dialogue import (
     end_ids,
     end_of_turn,
     give_pad,
-    most_tokens,
     show_first,
 )
 from minicai.engine.load import load_policy, load_tokenizer, require_same_tokens
 from minicai.engine.rows import Skip, TooLong
-from minicai.engine.sampler import (
-    Sampling,
-    check_prompts,
-    check_requests,
-    choice_logprobs,
-    respond,
-    usable_pairs,
-)
+from minicai.engine.sampler import Sampling, choice_logprobs, respond
 from minicai.prompts import as_turns, render
 from minicai.rollout import collate
 from tests.conftest import CPU, assert_close, byte_tokenizer, tiny_model
@@ -580,12 +573,12 @@ def test_no_tokenizer_makes_more_tokens_of_a_text_than_its_length_allows(form):
 
 
 @pytest.mark.parametrize("name", ["plain", "pieces", "chatml", "gemma"])
-@pytest.mark.parametrize("context", [90, 140, 200, 280, 400, 2000])
-def test_what_fits_by_its_length_is_what_fits_by_its_tokens(name, context, monkeypatch):
+@pytest.mark.parametrize("limit", [90, 140, 200, 280, 400, 2000])
+def test_what_fits_by_its_length_is_what_fits_by_its_tokens(name, limit, monkeypatch):
     made = {"plain": byte_tokenizer, "pieces": piece_tokenizer}
     tokenizer = made[name]() if name in made else chat_tokenizer(name)
     config = tiny_model().config
-    config.max_position_embeddings = context
+    config.max_position_embeddings = limit
     model = SimpleNamespace(config=config, tokenizer=tokenizer, name_or_path="MODEL")
     asked = ["Why?", "x" * 60, "ä" * 50, SYSTEM, ASKED, "x" * 300, "\ufdfa" * 8, "y" * 150]
     pairs = [
@@ -611,21 +604,20 @@ def test_what_fits_by_its_length_is_what_fits_by_its_tokens(name, context, monke
         return told, skip.counts
 
     found = [looked(strict) for strict in (True, False)]
-    for module in (sampler, dialogue):
-        monkeypatch.setattr(module, "ENDS", 10**6)  # nothing fits by its length
+    monkeypatch.setattr(context, "ENDS", 10**6)  # nothing fits by its length
     assert [looked(strict) for strict in (True, False)] == found
 
 
 def test_many_short_prompts_are_checked_without_tokens(monkeypatch):
     model = SimpleNamespace(config=tiny_model().config, tokenizer=byte_tokenizer(), name_or_path="")
-    encoded, encode = [], sampler.encode_prompt
+    encoded, encode = [], context.encode_prompt
 
     def counted(tokenizer, asked, tokenize=True):
         encoded.append(tokenize)
         return encode(tokenizer, asked, tokenize=tokenize)
 
-    monkeypatch.setattr(sampler, "encode_prompt", counted)
-    monkeypatch.setattr(sampler, "context_length", lambda config: 200)
+    monkeypatch.setattr(context, "encode_prompt", counted)
+    monkeypatch.setattr(context, "context_length", lambda config: 200)
     asked = [f"Why {k}?" for k in range(99)]
     assert check_prompts(model, asked, 20, "p.jsonl") == asked and not any(encoded)
     assert check_requests([model], asked, lambda x: [render(*x)], 20, "it") == asked
