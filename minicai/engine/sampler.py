@@ -14,6 +14,7 @@ Legend: B rows that are being decoded, T tokens, V vocabulary, D hidden size.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import fmean
 
 import numpy as np
@@ -177,39 +178,29 @@ def check_requests(
     requested. A model may be named only once. Raises InputError where a request is too long, unless
     `skip` leaves out its prompt.
     """
+
+    def encoded(model: PreTrainedModel, prompt: Prompt) -> list[list[int]]:
+        return [encode_prompt(model.tokenizer, text) for text in requests([prompt])]
+
+    def look(model: PreTrainedModel, most: float, prompt: Prompt) -> Prompt:
+        # What surely fits is not encoded: by its length, or by its own tokens.
+        text = render(prompt)
+        if most_tokens(text) > most and len(encode_prompt(model.tokenizer, text)) + ENDS > most:
+            check_lengths(model.config, encoded(model, prompt), new_tokens, "one about a prompt")
+        return prompt
+
     names = []
     for model in models:
         if model.name_or_path in names:
             raise InputError(f"{what}: a model is named twice: {model.name_or_path}")
         names.append(model.name_or_path)
-        prompts = _check_requests(model, prompts, requests, new_tokens, what, skip)
+        if prompts:
+            most = context_length(model.config) - new_tokens
+            most -= max(map(len, encoded(model, "")), default=0)
+            source = f"{what} to {names[-1]}, with its examples and principles"
+            named = ((source, prompt) for prompt in prompts)
+            prompts = skip.keep(what, named, partial(look, model, most))
     return list(prompts)
-
-
-def _check_requests(
-    model: PreTrainedModel,
-    prompts: Sequence[Prompt],
-    requests: Callable[[Sequence[Prompt]], Sequence[str]],
-    new_tokens: int,
-    what: str,
-    skip: Skip,
-) -> Sequence[Prompt]:
-    source = f"{what} to {model.name_or_path}, with its examples and principles"
-
-    def encoded(prompt: Prompt) -> list[list[int]]:
-        return [encode_prompt(model.tokenizer, text) for text in requests([prompt])]
-
-    def look(prompt: Prompt) -> Prompt:
-        # What surely fits is not encoded: first by its length, then by its tokens alone.
-        text = render(prompt)
-        if most_tokens(text) > most and len(encode_prompt(model.tokenizer, text)) + ENDS > most:
-            check_lengths(model.config, encoded(prompt), new_tokens, "one about a prompt")
-        return prompt
-
-    if not prompts:
-        return prompts
-    most = context_length(model.config) - new_tokens - max(map(len, encoded("")), default=0)
-    return skip.keep(what, ((source, prompt) for prompt in prompts), look)
 
 
 # --- sampling -------------------------------------------------------------------------------------
