@@ -1,7 +1,4 @@
-"""What of the benchmark's other side needs no TRL: transformers' own decoding.
-
-For labels, one `generate` call per comparison whose text is parsed, as in tutorials.
-"""
+"""What of the benchmark's other side needs no TRL: sampling and labels by transformers."""
 
 import math
 import re
@@ -16,6 +13,8 @@ from transformers import (
 )
 from transformers.utils import logging
 from works import LONGEST, Work, clock
+
+from minicai.prompts import CHOICES
 
 logging.set_verbosity_error()
 Result = tuple[float, float, list[float], float]  # seconds, units of work, what to compare, 0
@@ -83,17 +82,26 @@ def generate(work: Work) -> Result:
 
 
 @torch.no_grad()
+def read_options(model, tokenizer, texts: list[str]) -> list[list[float]]:
+    """The log-probs of both options after each text, by one padded pass over all of them.
+
+    The options differ in their last token. What they share is read with the text.
+    """
+    (*shared, first), (*same, second) = (tokenizer(option)["input_ids"] for option in CHOICES)
+    assert shared == same
+    rows = [ids + shared for ids in tokenizer(texts)["input_ids"]]
+    inputs = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
+    places = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    inputs = inputs.to(model.device)
+    logits = model(**inputs, position_ids=places.to(model.device), logits_to_keep=1).logits[:, -1]
+    return logits.float().log_softmax(-1)[:, [first, second]].tolist()
+
+
+@torch.no_grad()
 def labels(work: Work) -> Result:
+    """As in tutorials: one `generate` call for each order of a comparison, its text parsed."""
     tokenizer, model = load_policy(work)
-    check = []
-    for text in work.items[:8]:
-        head, tails = (
-            tokenizer(text)["input_ids"],
-            [tokenizer(choice)["input_ids"] for choice in (" (A", " (B")],
-        )
-        for tail in tails:
-            logp = model(torch.tensor([head + tail], device=work.device)).logits[0].log_softmax(-1)
-            check.append(sum(logp[len(head) - 1 + k, token].item() for k, token in enumerate(tail)))
+    check = [a - b for text in work.items[:8] for a, b in read_options(model, tokenizer, [text])]
     model = model.bfloat16() if work.device == "cuda" else model
     began, answers = clock(), []
     for text in work.items:
@@ -107,6 +115,21 @@ def labels(work: Work) -> Result:
 
 
 @torch.no_grad()
+def labels_padded(work: Work) -> Result:
+    """As a careful user would: padded batches of similar length, logits at the last token only."""
+    tokenizer, model = load_policy(work)
+    model = model.bfloat16() if work.device == "cuda" else model
+    read_options(model, tokenizer, work.items[:4])
+    began, found = clock(), {}
+    order = sorted(range(len(work.items)), key=lambda k: len(work.items[k]))
+    for start in range(0, len(order), work.batch):
+        part = order[start : start + work.batch]
+        found |= zip(part, read_options(model, tokenizer, [work.items[k] for k in part]))
+    seconds = clock() - began
+    return seconds, len(order) / 2, [a - b for a, b in (found[k] for k in range(8))], 0
+
+
+@torch.no_grad()
 def generate_batch(work: Work) -> Result:
     """Continuous batching, `generate_batch` with a length for each request. No token ends one.
 
@@ -114,23 +137,21 @@ def generate_batch(work: Work) -> Result:
     most of the memory, and its attention reads the whole cache where no flash attention is there.
     """
     tokenizer, model = load_policy(work)
-    model = model.bfloat16() if work.device == "cuda" else model
-    how = GenerationConfig(
-        do_sample=True,
-        top_k=0,
-        top_p=1.0,
-        temperature=1.0,
-        max_new_tokens=LONGEST,
-        eos_token_id=-1,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    ends = {"eos_token_id": -1, "pad_token_id": tokenizer.pad_token_id}
+    sampled = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
+    how = GenerationConfig(max_new_tokens=LONGEST, **sampled, **ends)
     size, most = 32, 64 + LONGEST  # tokens of a block of the cache, and of a row
-    cache = ContinuousBatchingConfig(
-        block_size=size,
-        num_blocks=work.batch * math.ceil(most / size),
-        max_batch_tokens=max(512, work.batch),
-    )
+    room = {"block_size": size, "num_blocks": work.batch * math.ceil(most / size)}
+    room["max_batch_tokens"] = max(512, work.batch)
     prompts = [(tokenizer(p)["input_ids"], n) for p, n in work.items]
+    found = model.generate_batch(
+        [ids for ids, _ in prompts[:4]],
+        GenerationConfig(max_new_tokens=8, do_sample=False, **ends),
+        ContinuousBatchingConfig(**room, auto_switch_to_flash=False),  # which has no float32
+    )
+    greedy = [token for one in found.values() for token in one.generated_tokens]
+    model = model.bfloat16() if work.device == "cuda" else model
+    cache = ContinuousBatchingConfig(**room)
     with model.continuous_batching_context_manager(
         how, timeout=5, continuous_batching_config=cache
     ) as manager:
@@ -153,4 +174,4 @@ def generate_batch(work: Work) -> Result:
         run(prompts[:2])  # what is made once
         began = clock()
         tokens = run(prompts)
-        return clock() - began, tokens, [tokens], 0
+        return clock() - began, tokens, [tokens, *greedy], 0

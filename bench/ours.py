@@ -4,7 +4,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from works import LONGEST, Work, clock, rm_settings, run_stage, sl_settings, write
+from works import Work, clock, rm_settings, run_stage, sl_settings, write
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the scripts are
 import train_ppo
@@ -12,11 +12,11 @@ import train_rm
 import train_sl
 from minicai.engine import parallel
 from minicai.engine.config import builtin
-from minicai.engine.dialogue import encode, encode_pair
+from minicai.engine.dialogue import encode, encode_pair, encode_prompt
 from minicai.engine.load import load_policy, load_tokenizer
 from minicai.engine.sampler import Sampling, choice_logprobs
 from minicai.engine.sampler import generate as sample
-from minicai.prompts import CHOICES, render
+from minicai.prompts import CHOICES, as_turns
 
 Result = tuple[float, float, list[float], float]  # seconds, units of work, what to compare, FLOPs
 
@@ -54,7 +54,7 @@ def labels(work: Work) -> Result:
     logprobs = choice_logprobs(model, work.items, CHOICES)
     seconds = clock() - began
     flops = 2 * (work.body * sum(tokens) + work.head * 2 * len(work.items))
-    return seconds, len(work.items) / 2, [x for pair in logprobs[:8] for x in pair], flops
+    return seconds, len(work.items) / 2, [a - b for a, b in logprobs[:8]], flops
 
 
 def sl(work: Work) -> Result:
@@ -105,7 +105,7 @@ def ppo(work: Work, lora_rank: int = 0) -> Result:
             helpful_prompts="",
             iterations=len(work.items) // work.batch,
             episodes=work.batch,
-            max_new_tokens=LONGEST,
+            max_new_tokens=work.longest,
             lr=1e-5,
             value_lr=1e-5,
             missing_eos_penalty=0.0,
@@ -115,7 +115,7 @@ def ppo(work: Work, lora_rank: int = 0) -> Result:
         )
         seconds, rows = run_stage(train_ppo, cfg, "ppo", sample=sample_to, shuffled=in_order)
     tokens, tokenizer = sum(n for _, n in work.items), load_tokenizer(work.policy)
-    whole = tokens + sum(len(tokenizer(render(p))["input_ids"]) for p, _ in work.items)
+    whole = tokens + sum(len(encode_prompt(tokenizer, as_turns(p))) for p, _ in work.items)
     # Sampling, the four models over the rollout, the updates of two models.
     passes = 2 * (1 + 4) + 6 * 2 * cfg.epochs
     flops = passes * work.body * whole + (2 * 3 + 6 * cfg.epochs) * work.head * tokens

@@ -1,6 +1,6 @@
-"""The other side of the benchmark: what a user would pick instead of minicai.
+"""TRL's trainers, with their own defaults where the work leaves a choice.
 
-TRL's trainers, with their own defaults where the work leaves a choice, and those of decoding.py.
+SL and the reward model run with any TRL from 1.12 on. PPO needs 1.12, the last that has it.
 """
 
 import tempfile
@@ -8,7 +8,7 @@ import warnings
 
 import torch
 from datasets import Dataset
-from decoding import Result, generate, labels, load_policy
+from decoding import Result, load_policy
 from torch.utils.data import SequentialSampler
 from transformers import (
     AutoModelForSequenceClassification,
@@ -17,15 +17,13 @@ from transformers import (
     TrainerCallback,
 )
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
-from trl.experimental.ppo import PPOConfig, PPOTrainer
-from works import LONGEST, Work, clock
+from works import Work, clock
 
 from minicai.engine.data import epoch_order
-from minicai.engine.dialogue import encode
-from minicai.prompts import render
+from minicai.engine.dialogue import encode, encode_prompt
+from minicai.prompts import as_turns
 
 warnings.filterwarnings("ignore")
-__all__ = ["generate", "labels", "ppo", "rm", "sl"]
 # Sequences that SFTTrainer processes at once for a large model on a CPU. It keeps the logits of all
 # tokens, and those of a whole batch do not fit into 24 GiB.
 FEW = 16
@@ -154,25 +152,27 @@ def rm(work: Work) -> Result:
 
 
 def ppo(work: Work) -> Result:
+    """Where all responses are of one length, TRL samples so many tokens, and nothing ends them."""
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
     tokenizer, policy = load_policy(work)
     _, reference = load_policy(work)
     tokenizer.padding_side = "left"
     data = Dataset.from_list(
-        [{"input_ids": tokenizer(render(p))["input_ids"]} for p, _ in work.items]
+        [{"input_ids": encode_prompt(tokenizer, as_turns(p))} for p, _ in work.items]
     )
     limits = torch.tensor([n for _, n in work.items]).split(work.batch)
+    equal = all(n == work.longest for _, n in work.items)
     sample, rollouts = policy.generate, iter(limits)
     counted = []
 
     def generate_to(**inputs):
-        prompt = inputs["input_ids"].shape[1]
-        out = sample(
-            **inputs,
-            logits_processor=[
-                EndAt(next(rollouts), prompt, tokenizer.eos_token_id, tokenizer.pad_token_id)
-            ],
-        )
-        counted.append(int((out.sequences[:, prompt:] != tokenizer.pad_token_id).sum()))
+        prompt, limit = inputs["input_ids"].shape[1], next(rollouts)
+        end = EndAt(limit, prompt, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        out = sample(**inputs, logits_processor=[] if equal else [end])
+        drawn = out.sequences[:, prompt:]
+        padding = 0 if equal else int((drawn == tokenizer.pad_token_id).sum())
+        counted.append(drawn.numel() - padding)
         return out
 
     policy.generate = generate_to
@@ -184,8 +184,8 @@ def ppo(work: Work) -> Result:
             num_mini_batches=4,
             num_ppo_epochs=4,
             total_episodes=len(work.items),
-            response_length=LONGEST,
-            stop_token="eos",
+            response_length=work.longest,
+            stop_token=None if equal else "eos",
             local_rollout_forward_batch_size=work.batch,
             temperature=1.0,
             num_sample_generations=0,

@@ -1,25 +1,39 @@
 """Compares minicai with what a user would pick instead, on equal models, data, seeds and settings.
 
     pip install -e '.[bench]'
+    pip install --target trl16/site-packages --no-deps trl==1.16.0    # another TRL, for --trl
     python bench/run.py [--only generate,labels,sl,rm,ppo] [--size tiny|small|135m|0.5b|1.5b]
-                        [--pairs 3] [--cpu-time] [--device cpu|cuda] [--json FILE]
+                        [--trl FOLDER] [--pairs 3] [--cpu-time] [--device cpu|cuda] [--json FILE]
+    OMP_NUM_THREADS=1 python bench/run.py --size stories --model out/stories260K
 
-Each run is a fresh process, and the two sides take turns. SL and the reward model start from texts,
-and both sides' times include the encoding. The table is printed only if both sides computed the
+Each work has one or more peers, and each ratio is stated against the strongest: the table names it.
+
+    generate    transformers' `generate`; its continuous batching, `generate_batch`
+    labels      one `generate` call per order, its text parsed; a padded batched pass over all
+                orders, with logits at the last token only
+    sl, rm      the installed TRL, and those of --trl, each in processes of its own; a folder's name
+                must be site-packages, else `datasets` takes what is in it for the user's own code
+    ppo         the installed TRL: 1.12 is the last that has PPO
+
+Each run is a fresh process, and the sides take turns. SL and the reward model start from texts,
+and the times of all sides include the encoding. The table is printed only if all sides computed the
 same. Compared are: in training, the loss and the gradient norm of every step; for labels, the
-log-probs of the options; in sampling, greedy tokens and the number of sampled tokens; in PPO, the
-numbers of tokens and updates, because the samples differ. For a label, the peer makes one
-`generate` call per order and parses its text. For SL with the 135m model, the peer splits its batch
-into four parts. Only our side tunes the memory allocator (minicai/engine/parallel.py), as it does
-for every user.
+difference of the log-probs of the options; in sampling, greedy tokens and the number of sampled
+tokens; in PPO, the numbers of tokens and updates, because the samples differ. For SL with the 135m
+model, TRL splits its batch into four parts. Only our side tunes the memory allocator
+(minicai/engine/parallel.py), as it does for every user.
 
-A ratio is the median over the pairs, with the range. Peak memory is measured from after the
-imports. The fraction of the machine's peak compares two rates of arithmetic. The first is the
-model's own: 2 FLOPs per weight and token in the forward pass, 6 with the backward pass, without
-attention scores. The second is that of a float32 matrix product of 2048 x 2048 on the same threads,
-measured before and after the runs; the faster of the two counts.
+The size "stories" is PPO without padding to save: stories260K, made by
+examples/convert_llama2c.py, continues the 60 beginnings of learning.py, and every response has 24
+tokens. 12 iterations of 64 episodes, with four models of that size.
 
-With --device cuda both sides run on a GPU in bfloat16 (ours by "auto", TRL's trainers by bf16).
+A ratio is the median over the pairs, with the range. A pair is one run of each side. Peak memory is
+measured from after the imports. The fraction of the machine's peak compares two rates of
+arithmetic. The first is the model's own: 2 FLOPs per weight and token in the forward pass, 6 with
+the backward pass, without attention scores. The second is that of a float32 matrix product of
+2048 x 2048 on the same threads, measured before and after the runs; the faster of the two counts.
+
+With --device cuda all sides run on a GPU in bfloat16 (ours by "auto", TRL's trainers by bf16).
 Memory is then what tensors take on the GPU, and the peak is that of a bfloat16 product of
 8192 x 8192. The sizes 0.5b and 1.5b, the shapes of Qwen2.5, are for GPUs. None was available, so
 this has never been run.
@@ -27,17 +41,19 @@ this has never been run.
 With --cpu-time, seconds are CPU seconds of all threads instead of wall-clock time. Use it on a
 machine that does other work as well.
 
-The data are in works.py, the two sides in ours.py and peers.py.
+The data are in works.py, our side in ours.py, the peers in decoding.py and peers.py.
 """
 
 import argparse
 import datetime
+import importlib
 import json
 import math
 import os
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import distributions
 from pathlib import Path
 from statistics import median
 
@@ -50,51 +66,89 @@ UNITS = {
     "rm": "pairs/s",
     "ppo": "episodes/s",
 }
+DECODING = {  # the peers of a work that need no TRL, and the function of each
+    "generate": {
+        "transformers' `generate`": "decoding.generate",
+        "transformers' `generate_batch`": "decoding.generate_batch",
+    },
+    "labels": {
+        "`generate` and parsing": "decoding.labels",
+        "padded passes": "decoding.labels_padded",
+    },
+}
+Side = tuple[str, str]  # "module.function", and the folder that its process imports TRL from
 
 
-def measure(side: str, work: str, size: str, folder: str, device: str) -> dict:
+def trl_versions(folders: list[str]) -> dict[str, str]:
+    """{version: its folder} of TRL: the installed one, whose folder is "", and those in folders."""
+    found = {}
+    for folder, path in {"": sys.path, **{folder: [folder] for folder in folders}}.items():
+        one = next(iter(distributions(name="trl", path=path)), None)
+        if folder and not one:
+            raise SystemExit(f"--trl: {folder} has no TRL (pip install --target {folder} trl)")
+        if one:
+            found.setdefault(one.version, folder)
+    return found
+
+
+def sides(work: str, versions: dict[str, str]) -> dict[str, Side]:
+    """The sides of a work by their names. Ours, "ours", is the first. versions: of TRL."""
+    if work in DECODING:
+        peers = {name: (function, "") for name, function in DECODING[work].items()}
+    else:
+        peers = {
+            f"TRL {version}": (f"peers.{work}", folder)
+            for version, folder in versions.items()
+            if work != "ppo" or not folder
+        }
+    if not peers:
+        raise SystemExit(f"{work} needs TRL 1.12 as its peer (pip install -e '.[bench]')")
+    return {"ours": (f"ours.{work}", ""), **peers}
+
+
+def measure(side: Side, work: str, size: str, folder: str, device: str) -> dict:
     """One run of one side, in its own process."""
+    function, trl = side
     settings = {
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TRL_EXPERIMENTAL_SILENCE": "1",
         "HF_DATASETS_CACHE": f"{folder}/cache",
+        "PYTHONPATH": os.pathsep.join(filter(None, [trl, os.environ.get("PYTHONPATH")])),
     }
     done = subprocess.run(
-        [sys.executable, __file__, "--worker", side, work, size, folder, device],
+        [sys.executable, __file__, "--worker", function, work, size, folder, device],
         capture_output=True,
         text=True,
         env=os.environ | settings,
     )
     if done.returncode:
-        raise SystemExit(f"{side} {work} {size} failed:\n{done.stderr[-4000:]}")
+        raise SystemExit(f"{function} {trl} {size} failed:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def worker(side: str, work: str, size: str, folder: str, device: str) -> None:
-    import ours
+def worker(function: str, work: str, size: str, folder: str, device: str) -> None:
+    """work: for "setup", the folder of a given policy or ""."""
     import works
 
-    if side == "setup":
-        print(json.dumps(works.setup(size, Path(folder), device)))
+    if function == "setup":
+        print(json.dumps(works.setup(size, Path(folder), device, work)))
         return
-    if side == "machine":
+    if function == "machine":
         print(json.dumps({"peak_flops": works.peak_flops(device)}))
         return
-    if side == "ours":
-        module = ours
-    else:
-        import peers as module
+    module, _, name = function.partition(".")
+    run = getattr(importlib.import_module(module), name)
     before = works.peak_memory_mb(device)
-    seconds, units, check, flops = getattr(module, work)(
-        works.load(work, size, Path(folder), device)
-    )
+    given = works.load(work, size, Path(folder), device)
+    seconds, units, check, flops = run(given)
     print(
         json.dumps(
             {
                 "rate": units / seconds,
                 "seconds": seconds,
                 "check": check,
+                "batch": given.batch,
                 "flops": flops / seconds if flops else None,
                 "peak_mb": works.peak_memory_mb(device) - before,
             }
@@ -102,52 +156,98 @@ def worker(side: str, work: str, size: str, folder: str, device: str) -> None:
     )
 
 
-def compare(work: str, size: str, folder: str, device: str, pairs: int) -> dict:
-    """Runs both sides in turns, and exits if they computed different things.
+def run_pair(work: str, size: str, folder: str, device: str, turns: dict[str, Side]) -> dict:
+    """Runs each side once, in this order. Returns {side: its run}.
 
-    Returns the row of the table, with our side's FLOPs per second as "flops".
+    Raises SystemExit if they computed different things.
     """
-    runs, close = [], 2e-3 if device == "cpu" else 5e-2
-    for k in range(pairs):
-        order = ("ours", "peer") if k % 2 == 0 else ("peer", "ours")
-        results = {side: measure(side, work, size, folder, device) for side in order}
-        mine, theirs = results["ours"]["check"], results["peer"]["check"]
+    close = 2e-3 if device == "cpu" else 5e-2
+    runs = {name: measure(side, work, size, folder, device) for name, side in turns.items()}
+    mine = runs["ours"]["check"]
+    for name, run in runs.items():
+        theirs = run["check"]
         if len(mine) != len(theirs) or not all(
             math.isclose(a, b, rel_tol=close, abs_tol=close) for a, b in zip(mine, theirs)
         ):
-            raise SystemExit(f"{work} {size}: the two sides disagree\nours {mine}\npeer {theirs}")
-        runs.append((results["ours"], results["peer"]))
-        print(
-            f"{work} {size}: pair {k + 1} of {pairs}: "
-            f"{runs[-1][0]['rate']:.4g} against {runs[-1][1]['rate']:.4g} {UNITS[work]}",
-            file=sys.stderr,
-        )
-    ratios = [a["rate"] / b["rate"] for a, b in runs]
-    middle = {
-        side: {key: median(run[k][key] for run in runs) for key in ("rate", "peak_mb")}
-        for k, side in enumerate(("ours", "peer"))
-    }
+            raise SystemExit(f"{work} {size}: the sides disagree\nours {mine}\n{name} {theirs}")
+    return runs
+
+
+def middle(runs: list[dict], name: str) -> dict:
+    """A side's median rate and memory, and its ratios: how many times as fast ours is."""
+    ratios = [run["ours"]["rate"] / run[name]["rate"] for run in runs]
     return {
-        "work": work,
-        "size": size,
-        "unit": UNITS[work],
-        "ours": middle["ours"]["rate"],
-        "peer": middle["peer"]["rate"],
+        "name": name,
+        "rate": median(run[name]["rate"] for run in runs),
         "ratio": median(ratios),
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
-        "peak_mb_ours": middle["ours"]["peak_mb"],
-        "peak_mb_peer": middle["peer"]["peak_mb"],
-        "flops": median(a["flops"] for a, _ in runs),
+        "peak_mb": median(run[name]["peak_mb"] for run in runs),
     }
 
 
-def main() -> None:
+def compare(work: str, args: argparse.Namespace, folder: str, versions: dict[str, str]) -> dict:
+    """Runs the sides in turns. Returns the row of the table, the strongest peer first.
+
+    Its "flops" are our side's FLOPs per second.
+    """
+    runs, turns = [], sides(work, versions)
+    for k in range(args.pairs):
+        turns = dict(reversed(turns.items())) if k else turns
+        runs.append(run_pair(work, args.size, folder, args.device, turns))
+        rates = ", ".join(f"{name} {run['rate']:.4g}" for name, run in runs[k].items())
+        print(
+            f"{work} {args.size}: pair {k + 1} of {args.pairs}: {rates} {UNITS[work]}",
+            file=sys.stderr,
+        )
+    ours = middle(runs, "ours")
+    peers = [middle(runs, name) for name in turns if name != "ours"]
+    return {
+        "work": work,
+        "size": args.size,
+        "unit": UNITS[work],
+        "batch": runs[0]["ours"]["batch"],
+        "ours": ours["rate"],
+        "peak_mb_ours": ours["peak_mb"],
+        "peers": sorted(peers, key=lambda peer: peer["ratio"]),
+        "flops": median(run["ours"]["flops"] for run in runs),
+    }
+
+
+def cells(row: dict) -> list[str]:
+    """A row of the printed table, for HEAD."""
+    first, *others = row["peers"]
+    return [
+        row["work"],
+        row["size"],
+        row["unit"],
+        f"{row['ours']:.4g}",
+        f"{first['rate']:.4g}",
+        f"{first['ratio']:.2f} ({first['ratio_min']:.2f}-{first['ratio_max']:.2f})",
+        first["name"],
+        f"{row['peak_mb_ours']:.0f}",
+        f"{first['peak_mb']:.0f}",
+        f"{row['peak_fraction']:.2f}",
+        ", ".join(f"{peer['name']} {peer['ratio']:.2f}" for peer in others),
+    ]
+
+
+HEAD = ["work", "size", "unit", "ours", "peer", "ratio (range)", "strongest peer", "MiB ours"]
+HEAD += ["MiB peer", "of peak", "ratios to others"]
+
+
+def parse() -> argparse.Namespace:
+    """The arguments, checked."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default=",".join(UNITS), help="some of " + ",".join(UNITS))
-    parser.add_argument("--size", choices=("tiny", "small", "135m", "0.5b", "1.5b"), default="tiny")
+    sizes = ("tiny", "small", "135m", "0.5b", "1.5b", "stories")
+    parser.add_argument("--only", help=f"some of {','.join(UNITS)}; all if not given")
+    parser.add_argument("--size", choices=sizes, default="tiny")
+    parser.add_argument("--model", default="", help="folder of stories260K, for --size stories")
+    parser.add_argument(
+        "--trl", action="append", default=[], help="folder with another version of TRL"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument(
@@ -155,28 +255,41 @@ def main() -> None:
         action="store_true",
         help="count CPU seconds of all threads, for a machine that does other work as well",
     )
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, help="rows of other works remain in the file")
     args = parser.parse_args()
-    if args.worker:
-        return worker(*args.worker)
-    works = args.only.split(",")
-    if wrong := [work for work in works if work not in UNITS]:
-        parser.error(f"--only: there is no {wrong[0]!r}, only {', '.join(UNITS)}")
+    known = ["ppo"] if args.size == "stories" else list(UNITS)
+    args.only = args.only.split(",") if args.only else known
+    if wrong := [work for work in args.only if work not in known]:
+        parser.error(f"--only: there is no {wrong[0]!r}, only {', '.join(known)}")
+    if (args.size == "stories") != bool(args.model):
+        parser.error(
+            "--size stories needs --model, the folder of stories260K "
+            "(examples/convert_llama2c.py makes it); other sizes have no --model"
+        )
+    if args.model and not Path(args.model, "config.json").exists():
+        parser.error(f"--model: {args.model} is no model's folder: it has no config.json")
     if args.device == "cuda":
         import torch
 
         if not torch.cuda.is_available():
             parser.error("--device cuda: no CUDA device is available here")
+    return args
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--worker"]:
+        return worker(*sys.argv[2:])
+    args = parse()
     if args.cpu_time:
         os.environ["MINICAI_BENCH_CPU_TIME"] = "1"
+    versions = trl_versions(args.trl)
+    for work in args.only:
+        sides(work, versions)  # says what is missing before anything runs
     with tempfile.TemporaryDirectory() as folder:
-        machine = measure("setup", "", args.size, folder, args.device)
-        rows = [compare(work, args.size, folder, args.device, args.pairs) for work in works]
-        peak = max(
-            machine["peak_flops"],
-            measure("machine", "", args.size, folder, args.device)["peak_flops"],
-        )
+        machine = measure(("setup", ""), args.model, args.size, folder, args.device)
+        rows = [compare(work, args, folder, versions) for work in args.only]
+        after = measure(("machine", ""), "", args.size, folder, args.device)
+    peak = max(machine["peak_flops"], after["peak_flops"])
     rows = [row | {"peak_fraction": row.pop("flops") / peak} for row in rows]
     where = (
         f"{machine['device']}, matrix products at {peak / 1e9:.0f} GFLOP/s; "
@@ -184,40 +297,19 @@ def main() -> None:
         + "; per CPU second" * args.cpu_time
     )
     print(where)
-    head = [
-        "work",
-        "size",
-        "unit",
-        "ours",
-        "peer",
-        "ratio (range)",
-        "MiB ours",
-        "MiB peer",
-        "of peak",
-    ]
-    body = [
-        [
-            r["work"],
-            r["size"],
-            r["unit"],
-            f"{r['ours']:.4g}",
-            f"{r['peer']:.4g}",
-            f"{r['ratio']:.2f} ({r['ratio_min']:.2f}-{r['ratio_max']:.2f})",
-            f"{r['peak_mb_ours']:.0f}",
-            f"{r['peak_mb_peer']:.0f}",
-            f"{r['peak_fraction']:.2f}",
-        ]
-        for r in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(head, *body)]
-    for line in (head, *body):
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)))
+    body = [cells(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(HEAD, *body)]
+    for line in (HEAD, *body):
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
     if args.json:
         rows = [
             row | {"pairs": args.pairs, "where": where, "date": datetime.date.today().isoformat()}
             for row in rows
         ]
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        old = json.loads(args.json.read_text()) if args.json.exists() else []
+        both = {row["work"]: row for row in (*old, *rows)}
+        kept = [both[work] for work in UNITS if work in both]
+        args.json.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import os
 import platform
 import random
 import resource
+import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ from types import ModuleType
 from unittest.mock import patch
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from learning import PROMPTS, TOKENS
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from minicai import constitution
 from minicai.engine import load as loading
 from minicai.engine.config import builtin
 from minicai.engine.data import read_jsonl
+from minicai.engine.dialogue import RAW
 from minicai.engine.hub import PACKAGE
 from minicai.engine.stage import Stage
 from minicai.tinyworld.corpus import Corpus
@@ -72,21 +75,13 @@ SHAPES = {
 LONGEST = 200  # tokens of a response
 # Seconds of all threads on the processor, or of the clock.
 seconds = time.process_time if os.environ.get("MINICAI_BENCH_CPU_TIME") else time.perf_counter
-# How many of what: a run takes the slower side about a minute, or one PPO rollout of 64 episodes of
-# the large model some minutes.
+# How many of what: a run takes our side 3 seconds or more, and the slower side a minute, or one PPO
+# rollout of the large model some minutes.
 COUNTS = {
-    "tiny": {"generate": 512, "labels": 256, "sl": 1024, "rm": 512, "ppo": 256, "batch": 64},
-    "small": {"generate": 128, "labels": 64, "sl": 192, "rm": 96, "ppo": 32, "batch": 32},
-    "135m": {
-        "generate": 32,
-        "labels": 16,
-        "sl": 128,
-        "rm": 24,
-        "ppo": 64,
-        "batch": 16,
-        "sl_batch": 64,
-        "ppo_batch": 64,
-    },
+    "tiny": {"generate": 256, "labels": 384, "sl": 512, "rm": 192, "ppo": 128, "batch": 64},
+    "small": {"generate": 64, "labels": 80, "sl": 96, "rm": 64, "ppo": 32, "batch": 32},
+    "135m": {"generate": 16, "labels": 8, "sl": 32, "rm": 16, "ppo": 32, "batch": 16}
+    | {"sl_batch": 32, "ppo_batch": 32},
     "0.5b": {
         "generate": 1024,
         "labels": 256,
@@ -107,6 +102,7 @@ COUNTS = {
         "generate_batch": 256,
         "ppo_batch": 256,
     },
+    "stories": {"ppo": 768, "batch": 64},  # no shape: the weights are given
 }
 
 
@@ -121,6 +117,7 @@ class Work:
     body: int  # weights that every token meets: all but embeddings and head
     head: int  # weights of the head
     device: str  # "cpu" or "cuda"
+    longest: int  # tokens of a response, at most
 
 
 def clock() -> float:
@@ -130,12 +127,8 @@ def clock() -> float:
     return seconds()
 
 
-def setup(size: str, folder: Path, device: str) -> dict:
-    """Writes a policy and a scorer with random weights, and measures the machine.
-
-    "tiny" has the shape of the tiny world's base model.
-    """
-    torch.manual_seed(0)
+def write_policy(size: str, folder: Path, device: str) -> None:
+    """Writes a policy with random weights. "tiny" has the shape of the tiny world's base model."""
     tokenizer = loading.load_tokenizer(str(PACKAGE / "tinyworld/base"))
     config = LlamaConfig(
         **SHAPES[size],
@@ -146,11 +139,27 @@ def setup(size: str, folder: Path, device: str) -> dict:
         pad_token_id=tokenizer.pad_token_id,
     )
     with torch.device(device):
-        LlamaForCausalLM(config).save_pretrained(folder / "policy")
-    tokenizer.save_pretrained(folder / "policy")
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def setup(size: str, folder: Path, device: str, model: str = "") -> dict:
+    """Writes a policy and a scorer, and measures the machine.
+
+    model: the folder of the policy of "stories". All other weights are random.
+    """
+    torch.manual_seed(0)
+    if model:
+        shutil.copytree(model, folder / "policy")
+        # <unk> is a token that no text has. TRL's mask hides pads, and the end token begins texts.
+        tokenizer = AutoTokenizer.from_pretrained(model, pad_token="<unk>")
+        tokenizer.chat_template = RAW
+        tokenizer.save_pretrained(folder / "policy")
+    else:
+        write_policy(size, folder / "policy", device)
     scorer = loading.load_scorer(str(folder / "policy"), seed=0)
     scorer.save_pretrained(folder / "scorer")
-    tokenizer.save_pretrained(folder / "scorer")
+    AutoTokenizer.from_pretrained(folder / "policy").save_pretrained(folder / "scorer")
     here = (
         f"{platform.processor() or platform.machine()}, float32, {torch.get_num_threads()} threads"
     )
@@ -159,7 +168,7 @@ def setup(size: str, folder: Path, device: str) -> dict:
     return {
         "peak_flops": peak_flops(device),
         "device": here,
-        "versions": versions("torch", "transformers", "trl"),
+        "versions": versions("torch", "transformers"),
     }
 
 
@@ -210,22 +219,25 @@ def load(work: str, size: str, folder: Path, device: str) -> Work:
             for pair in (corpus.pair() for _ in range(count))
             for order in (pair.render(), pair.render(swapped=True))
         ]
+    elif size == "stories":
+        items = [(PROMPTS[k % len(PROMPTS)], TOKENS) for k in range(count)]
     elif work == "ppo":
         items = [(p, length(rng)) for p in prompts]
     else:
         items = [(p, *(a if work == "rm" else a[:1])) for p, a in zip(prompts, answers)]
-    s = SHAPES[size]
-    kv = s.get("num_key_value_heads", s["num_attention_heads"]) / s["num_attention_heads"]
-    layer = s["hidden_size"] ** 2 * (2 + 2 * kv) + 3 * s["hidden_size"] * s["intermediate_size"]
+    shape = AutoConfig.from_pretrained(folder / "policy")
+    width, kv = shape.hidden_size, shape.num_key_value_heads / shape.num_attention_heads
+    layer = width**2 * (2 + 2 * kv) + 3 * width * shape.intermediate_size
     batch = COUNTS[size].get(f"{work}_batch", COUNTS[size]["batch"])
     return Work(
         str(folder / "policy"),
         str(folder / "scorer"),
         batch,
         items,
-        int(s["num_hidden_layers"] * layer),
-        s["hidden_size"] * s["vocab_size"],
+        int(shape.num_hidden_layers * layer),
+        width * shape.vocab_size,
         device,
+        TOKENS if size == "stories" else LONGEST,
     )
 
 

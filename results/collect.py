@@ -5,7 +5,11 @@ methods.json. All of it:
 
 for seed in 0 1 2; do python -m minicai demo --seed $seed --out out/seed$seed; done
 python results/collect.py out/seed0 out/seed1 out/seed2
-for size in tiny small; do python bench/run.py --size $size --json results/bench-$size.json; done
+for size in tiny small; do
+    python bench/run.py --size $size --trl trl16/site-packages --json results/bench-$size.json
+done
+OMP_NUM_THREADS=1 python bench/run.py --size stories --model out/stories260K \\
+    --json results/bench-stories.json
 python results/variants.py
 python results/methods.py
 python bench/learning.py out/stories260K
@@ -15,6 +19,7 @@ python results/collect.py
 import datetime
 import json
 import sys
+import textwrap
 from pathlib import Path
 from statistics import fmean, median
 
@@ -61,13 +66,7 @@ WORKS = {
     "rm": "reward model",
     "ppo": "PPO",
 }
-EPISODES = {
-    "tiny": 64,
-    "small": 32,
-    "135m": 64,
-    "0.5b": 256,
-    "1.5b": 256,
-}  # a PPO rollout of bench/works.py, by the size of the model
+SIZES = ("tiny", "small", "135m", "0.5b", "1.5b", "stories")  # of bench/run.py
 RATES = ("harmful", "helpful", "over_refusal", "evasive", "rude")
 TABLE_OF = {"run": "ppo"}  # stages whose variants are in the table of another stage
 # Per stage: the title of its variants' table, and measure -> (column name, the better direction).
@@ -215,31 +214,37 @@ def rates_table(results: dict) -> str:
 
 
 def ratios(rows: list[dict]) -> str:
-    """The speed of three works on the tiny model, in a sentence."""
-    times = {row["work"]: f"{row['ratio']:.1f}" for row in rows if row["size"] == "tiny"}
-    return (
-        f"Speed in float32 on a CPU, on the tiny model: rollouts are {times['generate']} times "
-        f"as fast as with\n`transformers.generate`, AI labels {times['labels']} times, and PPO is "
-        f"{times['ppo']} times as fast as TRL's\n"
+    """The speed of three works on the tiny model, against their strongest peers, in a sentence."""
+    times = {}
+    for row in rows:
+        if row["size"] == "tiny":
+            peer = row["peers"][0]
+            times[row["work"]] = f"{peer['ratio']:.1f} times as fast as with {peer['name']}"
+    text = (
+        "Speed in float32 on a CPU, on the tiny model, against the strongest peer: rollouts are "
+        f"{times['generate']}, AI labels {times['labels']}, and PPO is {times['ppo']} "
         "([`docs/speed.md`](docs/speed.md))."
     )
+    return textwrap.fill(text, 100)
 
 
 def bench_table(rows: list[dict]) -> str:
-    """A table of the rows that bench/run.py --json wrote."""
+    """A table of the rows of bench/run.py --json. Each row's first peer is the strongest."""
     lines = [
-        "| work | model | minicai | peer | ratio, median (range) | peak MiB, minicai : peer "
-        "| of the machine's peak |",
-        "|---|---|---|---|---|---|---|",
+        "| work | model | minicai | strongest peer | ratio, median (range) "
+        "| peak MiB, minicai : peer | of the machine's peak | ratios to other peers |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
-        rollout = f" ({EPISODES[r['size']]} episodes per rollout)" if r["work"] == "ppo" else ""
-        around = f" ({r['ratio_min']:.2f}–{r['ratio_max']:.2f})" if r["pairs"] > 1 else ""
+        peer, *others = r["peers"]
+        rollout = f" ({r['batch']} episodes per rollout)" if r["work"] == "ppo" else ""
+        around = f" ({peer['ratio_min']:.2f}–{peer['ratio_max']:.2f})" if r["pairs"] > 1 else ""
+        weaker = "; ".join(f"{other['name']}: {other['ratio']:.2f}" for other in others)
         lines.append(
-            f"| {WORKS[r['work']]} | {r['size']} "
-            f"| {r['ours']:,.4g} {r['unit']} | {r['peer']:,.4g} | **{r['ratio']:.2f}**{around} "
-            f"| {r['peak_mb_ours']:,.0f} : {r['peak_mb_peer']:,.0f}{rollout} "
-            f"| {r['peak_fraction']:.2f} |"
+            f"| {WORKS[r['work']]} | {r['size']} | {r['ours']:,.4g} {r['unit']} "
+            f"| {peer['rate']:,.4g}, by {peer['name']} | **{peer['ratio']:.2f}**{around} "
+            f"| {r['peak_mb_ours']:,.0f} : {peer['peak_mb']:,.0f}{rollout} "
+            f"| {r['peak_fraction']:.2f} | {weaker or '–'} |"
         )
     runs: dict[str, list[str]] = {}  # where and when -> what was measured there
     for r in rows:
@@ -532,7 +537,7 @@ def tables() -> dict[str, str]:
         json.loads((HERE / name).read_text(encoding="utf-8"))
         for name in ("tiny.json", "variants.json", "methods.json")
     )
-    files = [path for size in EPISODES if (path := HERE / f"bench-{size}.json").exists()]
+    files = [path for size in SIZES if (path := HERE / f"bench-{size}.json").exists()]
     bench = [row for path in files for row in json.loads(path.read_text(encoding="utf-8"))]
     return {
         "rates": rates_table(tiny),

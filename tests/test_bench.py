@@ -9,23 +9,14 @@ import sys
 import pytest
 import torch
 
+from examples import convert_llama2c
 from results import collect
 from tests.conftest import ROOT
+from tests.test_your_model import FILES, real
 
-KEYS = [
-    "work",
-    "size",
-    "unit",
-    "ours",
-    "peer",
-    "ratio",
-    "ratio_min",
-    "ratio_max",
-    "peak_mb_ours",
-    "peak_mb_peer",
-    "peak_fraction",
-]
-RATES = {"ours": [8.0, 12.0, 9.0], "peer": [4.0, 4.0, 2.0]}  # ratios 2, 3, 4.5
+KEYS = ["work", "size", "unit", "batch", "ours", "peak_mb_ours", "peers", "peak_fraction"]
+# Of the three pairs. Ratios to the first peer are 2, 3, 4.5, and to the second 4, 2, 2.
+RATES = {"ours": [8.0, 12.0, 9.0], "TRL 1.12": [4.0, 4.0, 2.0], "TRL 1.16": [2.0, 6.0, 4.5]}
 
 
 def file(path):
@@ -40,21 +31,27 @@ def bench(monkeypatch):
     """bench/run.py with invented runs, and the list of the runs that it asked for."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     bench, asked = file(ROOT / "bench" / "run.py"), []
+    monkeypatch.setattr(bench, "trl_versions", lambda folders: {"1.12": "", "1.16": "newer"})
 
     def measure(side, work, size, folder, device):
-        number = sum(one[:2] == (side, work) for one in asked)
-        asked.append((side, work, size, device))
-        if side in ("setup", "machine"):
+        function, trl = side
+        name = {"ours": "ours", "newer": "TRL 1.16"}.get(trl or function[:4], "TRL 1.12")
+        number = sum(one[:2] == (name, work) for one in asked)
+        if function in ("setup", "machine"):
+            asked.append((function, work, size, device))
             return {
-                "peak_flops": {"setup": 172e9, "machine": 334e9}[side],
+                "peak_flops": {"setup": 172e9, "machine": 334e9}[function],
                 "device": "x86_64, float32, 2 threads",
                 "versions": {"torch": "2.13"},
             }
+        asked.append((name, work, size, device))
+        assert function == f"{'ours' if name == 'ours' else 'peers'}.{work}"
         return {
-            "rate": RATES[side][number],
+            "rate": RATES[name][number],
             "check": [1.0, 64],
-            "peak_mb": {"ours": 100.0, "peer": 300.0}[side] + number,
-            "flops": 167e9 if side == "ours" else None,
+            "batch": 32,
+            "peak_mb": {"ours": 100.0}.get(name, 300.0) + number,
+            "flops": 167e9 if name == "ours" else None,
         }
 
     monkeypatch.setattr(bench, "measure", measure)
@@ -64,57 +61,50 @@ def bench(monkeypatch):
 def test_the_table_is_of_the_runs_in_turns_and_of_the_machine_at_its_fastest(
     bench, monkeypatch, tmp_path, capsys
 ):
+    """Ratios are stated against the strongest peer, which the table names. PPO has one peer."""
     bench, asked = bench
     monkeypatch.setattr(
         sys, "argv", ["run.py", "--only=sl,ppo", "--size=small", f"--json={tmp_path / 'b.json'}"]
     )
+    other = {"work": "generate"}  # measured before: it remains
+    (tmp_path / "b.json").write_text(json.dumps([{"work": "sl"}, other]))
     bench.main()
-    turns = ["ours", "peer", "peer", "ours", "ours", "peer"]
+    there, back = ["ours", "TRL 1.12", "TRL 1.16"], ["TRL 1.16", "TRL 1.12", "ours"]
+    turns = {"sl": there + back + there}
+    turns["ppo"] = [name for name in turns["sl"] if name != "TRL 1.16"]
     assert asked == [
         (side, work, "small", "cpu")
         for side, work in [
             ("setup", ""),
-            *((side, work) for work in ("sl", "ppo") for side in turns),
+            *((side, work) for work in ("sl", "ppo") for side in turns[work]),
             ("machine", ""),
         ]
     ]
-    sl, ppo = json.loads((tmp_path / "b.json").read_text())
+    before, sl, ppo = json.loads((tmp_path / "b.json").read_text())
+    assert before == other
     assert list(sl) == list(ppo) == [*KEYS, "pairs", "where", "date"]
-    assert (sl["work"], sl["size"], sl["unit"], ppo["unit"]) == (
-        "sl",
-        "small",
-        "target tokens/s",
-        "episodes/s",
-    )
-    assert [sl[key] for key in KEYS[3:]] == pytest.approx(
-        [9.0, 4.0, 3.0, 2.0, 4.5, 101.0, 301.0, 0.5]
-    )
-    assert sl["pairs"] == 3 and len(sl["date"]) == 10
-    assert sl["where"].startswith(
-        "x86_64, float32, 2 threads, matrix products at 334 GFLOP/s; torch 2.13"
-    )
-    table = capsys.readouterr().out.splitlines()
-    assert len(table) == 4 and table[2].split() == [
-        "sl",
-        "small",
-        "target",
-        "tokens/s",
-        "9",
-        "4",
-        "3.00",
-        "(2.00-4.50)",
-        "101",
-        "301",
-        "0.50",
+    assert [sl[key] for key in KEYS[:6]] == ["sl", "small", "target tokens/s", 32, 9.0, 101.0]
+    assert ppo["unit"] == "episodes/s" and sl["peak_fraction"] == pytest.approx(0.5)
+    assert [(peer["name"], peer["rate"]) for peer in sl["peers"]] == [
+        ("TRL 1.16", 4.5),
+        ("TRL 1.12", 4.0),
     ]
+    names = ("ratio", "ratio_min", "ratio_max", "peak_mb")
+    assert [[peer[key] for key in names] for peer in sl["peers"]] == [
+        [2.0, 2.0, 4.0, 301.0],
+        [3.0, 2.0, 4.5, 301.0],
+    ]
+    assert [peer["name"] for peer in ppo["peers"]] == ["TRL 1.12"]
+    assert sl["pairs"] == 3 and len(sl["date"]) == 10
+    assert sl["where"] == "x86_64, float32, 2 threads, matrix products at 334 GFLOP/s; torch 2.13"
+    table = capsys.readouterr().out.splitlines()
+    row = "sl small target tokens/s 9 4.5 2.00 (2.00-4.00) TRL 1.16 101 301 0.50 TRL 1.12 3.00"
+    assert len(table) == 4 and table[2].split() == row.split()
     page = file(ROOT / "results" / "collect.py").bench_table([sl, ppo | {"pairs": 1}])
-    assert "101 : 301 (32 episodes per rollout) | 0.50 |" in page and "- SL small: x86" in page
-    assert (
-        "; 1 pair, " in page
-        and "; 3 pairs, " in page
-        and page.count("**3.00** (2.00–4.50) |") == 1
-        and "** | 101" in page  # a single pair has no range
-    )
+    assert "101 : 301 (32 episodes per rollout) | 0.50 | – |" in page and "- SL small: x86" in page
+    assert "| 4.5, by TRL 1.16 | **2.00** (2.00–4.00) | 101 : 301 | 0.50 | TRL 1.12: 3.00 |" in page
+    assert "; 1 pair, " in page and "; 3 pairs, " in page
+    assert "by TRL 1.12 | **3.00** |" in page  # a single pair has no range
 
 
 @pytest.mark.parametrize("theirs", [[1.01, 64], [1.0], [math.nan, 64]])
@@ -124,14 +114,60 @@ def test_sides_that_disagree_get_no_table(bench, theirs, monkeypatch, tmp_path, 
     monkeypatch.setattr(
         bench,
         "measure",
-        lambda side, *others: (
-            measure(side, *others) | ({"check": theirs} if side == "peer" else {})
-        ),
+        lambda side, *others: measure(side, *others) | ({"check": theirs} if side[1] else {}),
     )
     monkeypatch.setattr(sys, "argv", ["run.py", "--only=sl", f"--json={tmp_path / 'b.json'}"])
-    with pytest.raises(SystemExit, match="sl tiny: the two sides disagree"):
+    with pytest.raises(SystemExit, match=r"sl tiny: the sides disagree\nours .*\nTRL 1.16 "):
         bench.main()
     assert not (tmp_path / "b.json").exists() and capsys.readouterr().out == ""
+
+
+def test_every_work_has_the_peers_that_a_user_has(monkeypatch, tmp_path):
+    """Those of rollouts and labels need no TRL. Each version of TRL has a folder; PPO takes one."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    bench, found = file(ROOT / "bench" / "run.py"), {}
+    for version in ("1.12.0", "1.16.0"):
+        found[version] = tmp_path / version
+        (found[version] / f"trl-{version}.dist-info").mkdir(parents=True)
+        metadata = found[version] / f"trl-{version}.dist-info" / "METADATA"
+        metadata.write_text(f"Metadata-Version: 2.1\nName: trl\nVersion: {version}\n")
+    monkeypatch.setattr(sys, "path", [str(found["1.12.0"])])
+    newer = str(found["1.16.0"])
+    versions = bench.trl_versions([newer])
+    assert versions == {"1.12.0": "", "1.16.0": newer}
+    assert bench.sides("rm", versions) == {
+        "ours": ("ours.rm", ""),
+        "TRL 1.12.0": ("peers.rm", ""),
+        "TRL 1.16.0": ("peers.rm", newer),
+    }
+    assert [*bench.sides("ppo", versions)] == ["ours", "TRL 1.12.0"]
+    assert [*bench.sides("generate", {})] == [
+        "ours",
+        "transformers' `generate`",
+        "transformers' `generate_batch`",
+    ]
+    assert [*bench.sides("labels", {})] == ["ours", "`generate` and parsing", "padded passes"]
+    with pytest.raises(SystemExit, match=r"ppo needs TRL 1\.12"):
+        bench.sides("ppo", {"1.16.0": newer})
+    with pytest.raises(SystemExit, match="has no TRL"):
+        bench.trl_versions([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--size=stories", "--size stories needs --model, the folder of stories260K"),
+        ("--size=stories --model=nowhere", "nowhere is no model's folder"),
+        ("--size=stories --model=nowhere --only=sl", "there is no 'sl', only ppo"),
+        ("--size=tiny --model=nowhere", "other sizes have no --model"),
+    ],
+)
+def test_stories_need_their_model(bench, flags, said, monkeypatch, capsys):
+    bench, asked = bench
+    monkeypatch.setattr(sys, "argv", ["run.py", *flags.split()])
+    with pytest.raises(SystemExit) as end:
+        bench.main()
+    assert end.value.code == 2 and said in capsys.readouterr().err and not asked
 
 
 def test_a_gpu_that_is_not_there_is_said_at_once(bench, monkeypatch, capsys):
@@ -157,10 +193,7 @@ def small(monkeypatch, tmp_path):
     works = importlib.import_module("works")
     monkeypatch.setattr(works, "version", lambda name: "1")
     monkeypatch.setattr(works, "peak_flops", lambda device: 1e9)
-    rollouts = {
-        size: counts.get("ppo_batch", counts["batch"]) for size, counts in works.COUNTS.items()
-    }
-    assert rollouts == file(ROOT / "results" / "collect.py").EPISODES
+    assert {*works.COUNTS} == {*collect.SIZES}
     monkeypatch.setitem(
         works.COUNTS, "tiny", {"generate": 8, "labels": 4, "sl": 8, "rm": 8, "ppo": 4, "batch": 4}
     )
@@ -183,14 +216,37 @@ def test_our_side_does_all_kinds_of_work(small, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("work", ["generate", "labels", "sl", "rm", "ppo"])
-def test_both_sides_compute_the_same(small, work, tmp_path):
+@pytest.mark.parametrize("function", ["generate", "generate_batch", "labels", "labels_padded"])
+def test_transformers_computes_the_same(small, function, tmp_path):
+    work = function.partition("_")[0]
+    given = small.load(work, "tiny", tmp_path, "cpu")
+    mine = getattr(importlib.import_module("ours"), work)(given)
+    theirs = getattr(importlib.import_module("decoding"), function)(given)
+    assert mine[1] == theirs[1] and mine[2] == pytest.approx(theirs[2], rel=2e-3, abs=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("work", ["sl", "rm", "ppo"])
+def test_trl_computes_the_same(small, work, tmp_path):
     pytest.importorskip("trl")
     given = small.load(work, "tiny", tmp_path, "cpu")
     mine, theirs = (
         getattr(importlib.import_module(side), work)(given) for side in ("ours", "peers")
     )
     assert mine[1] == theirs[1] and mine[2] == pytest.approx(theirs[2], rel=2e-3, abs=2e-3)
+
+
+@pytest.mark.slow
+@real
+def test_both_sides_make_as_many_tokens_and_updates_of_stories(small, monkeypatch, tmp_path):
+    """Two rollouts of four responses, of 24 tokens each, and 16 updates after each rollout."""
+    pytest.importorskip("trl")
+    monkeypatch.setitem(small.COUNTS, "stories", {"ppo": 8, "batch": 4})
+    convert_llama2c.main([*map(str, FILES), str(tmp_path / "model")])
+    small.setup("stories", tmp_path / "stories", "cpu", str(tmp_path / "model"))
+    given = small.load("ppo", "stories", tmp_path / "stories", "cpu")
+    for side in ("ours", "peers"):
+        assert importlib.import_module(side).ppo(given)[1:3] == (8, [96, 16, 96, 16])
 
 
 # --- learning.py ----------------------------------------------------------------------------------

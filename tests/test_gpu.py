@@ -10,6 +10,7 @@ the device here; minicai's own code is not touched, so it has to put its tensors
 import os
 import sys
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ from tests.engine.test_models import (  # noqa: F401
 )
 from tests.engine.test_sampler import (  # noqa: F401
     test_cached_batched_decoding_equals_naive_decoding_token_by_token,
-    test_long_rows_that_are_read_apart_decode_as_they_would_alone,
+    test_rows_of_all_lengths_side_by_side_decode_as_they_would_alone,
     test_sampled_logprobs_equal_those_of_a_fresh_forward_pass_at_the_same_temperature,
     test_sampling_and_scoring_agree_under_bfloat16,
     test_the_same_seeds_give_the_same_tokens_whatever_else_is_in_the_batch,
@@ -197,6 +198,21 @@ def learn(model, optimizer, batch):
     (-models.response_logprobs(model, batch).sum()).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="a CPU does not wait")
+def test_a_decoding_step_waits_for_the_device_once(recwarn):
+    model = tiny_model().to(DEVICE)
+    steps = []
+    model.base_model.register_forward_pre_hook(lambda *_: steps.append(len(recwarn)))
+    prompts = [[5, 6, 7, 8], [9], [10, 11], [12]]
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        generate(model, prompts, [(0, k) for k in range(4)], Sampling([4, 2, 3, 5], rows=2), set())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [later - before for before, later in pairwise(steps)]
+    assert len(waits) > 5 and max(waits) == 1
 
 
 def test_a_checkpoint_resumes_to_the_same_weights_on_the_device(tmp_path):

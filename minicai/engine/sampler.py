@@ -12,7 +12,7 @@ through the model once.
 Legend: B rows that are being decoded, T tokens, V vocabulary, D hidden size.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean
@@ -230,25 +230,26 @@ def generate(
     check_lengths(model.config, prompts, longest)
     completions = [Completion() for _ in prompts]
     slots = Slots(min(how.rows, len(prompts)), max(map(len, prompts), default=0) + longest)
-    uniforms = [iter(np.random.default_rng(s).random(limit)) for s, limit in zip(seeds, limits)]
+    randoms = [np.random.default_rng(seed) for seed in seeds]
     with parallel.autocast():  # once: entered for each token, it would cast the weights each time
         shared = _prefill_shared(model, prompts, slots)
-        rows = [_Row(k, prompt[shared:], shared) for k, prompt in enumerate(prompts)]
-        waiting = iter(sorted(rows, key=lambda row: -len(row.feed)))  # long prompts first
-        running = []  # the row in each slot
-        while running := _refill(slots, running, waiting):
+        waiting = [_Row(k, prompt[shared:], shared) for k, prompt in enumerate(prompts)]
+        waiting.sort(key=lambda row: len(row.feed))  # long prompts first, from the end
+        running = [waiting.pop() for _ in range(slots.count)]  # the row in each slot
+        while running:
+            points = [randoms[row.number].random() for row in running]
+            points_B = torch.tensor(points, dtype=torch.float64).to(model.device, non_blocking=True)
             starts, feeds = [row.start for row in running], [row.feed for row in running]
-            points = [next(uniforms[row.number]) for row in running]
-            points_B = torch.tensor(points, dtype=torch.float64, device=model.device)
             hidden_BD = last_hidden(model, slots, starts, feeds)
             logits_BV = apply_head(model.get_output_embeddings(), hidden_BD)
             drawn = draw(logits_BV, points_B, how.temperature)
-            drawn = torch.stack([x.double() for x in drawn]).tolist()  # one wait for a GPU, exact
-            require_finite(sum(drawn[1]), model, "logits")
-            for row, token, logprob, entropy in zip(running, map(int, drawn[0]), *drawn[1:]):
+            # The only wait for a GPU in a step. As float64, token ids are exact.
+            tokens, logps, entropies = torch.stack([x.double() for x in drawn]).tolist()
+            require_finite(sum(logps), model, "logits")
+            for row, token, logp, entropy in zip(running, map(int, tokens), logps, entropies):
                 found = completions[row.number]
                 found.ids.append(token)
-                found.logprobs.append(logprob)
+                found.logprobs.append(logp)
                 found.entropies.append(entropy)
                 found.ended = token in ends
                 row.start, row.feed = row.start + len(row.feed), (token,)
@@ -256,6 +257,7 @@ def generate(
                 heard(row.number, token)
             if progress:
                 progress.update(sum(row.done for row in running))
+            _refill(slots, running, waiting)
     return completions
 
 
@@ -298,31 +300,15 @@ class _Row:
     done: bool = False
 
 
-def _refill(slots: Slots, running: list[_Row], waiting: Iterator[_Row]) -> list[_Row]:
-    """The rows of the next step, without those that are done.
-
-    Waiting rows take the free slots. Where none waits, the last rows move into free slots.
-    """
-
-    def move(source: int, target: int) -> None:
-        running[target] = running[source]
-        slots.copy(source, target, running[source].start)
-
-    free = [slot for slot, row in enumerate(running) if row.done]
-    free += range(len(running), slots.count)
-    quarter = len(running) * 3 // 4
-    for slot, row in zip(free, waiting):
-        if 0 < quarter <= slot < len(running):  # the long rows gather there: attention.Slots
-            longest = max(range(quarter), key=lambda k: running[k].start)
-            move(longest, slot)
-            slot = longest
-        running[slot : slot + 1] = [row]
-    count = sum(not row.done for row in running)
-    free = [slot for slot in range(count) if running[slot].done]
-    behind = [slot for slot in range(count, len(running)) if not running[slot].done]
-    for source, target in zip(behind, free):
-        move(source, target)
-    return running[:count]
+def _refill(slots: Slots, running: list[_Row], waiting: list[_Row]) -> None:
+    """Waiting rows take the slots of rows that are done, or else the last row moves there."""
+    for slot in reversed(range(len(running))):
+        if running[slot].done and waiting:
+            running[slot] = waiting.pop()
+        elif running[slot].done:
+            running[slot] = running[-1]
+            slots.copy(len(running) - 1, slot, running[slot].start)
+            running.pop()
 
 
 def respond(
