@@ -1,7 +1,7 @@
 """Compares minicai with what a user would pick instead, on equal models, data, seeds and settings.
 
     pip install -e '.[bench]'
-    pip install --target trl16/site-packages --no-deps trl==1.16.0    # another TRL, for --trl
+    pip install --target out/trl16/site-packages --no-deps trl==1.16.0    # another TRL, for --trl
     python bench/run.py [--only generate,labels,sl,rm,ppo] [--size tiny|small|135m|0.5b|1.5b]
                         [--trl FOLDER] [--pairs 3] [--cpu-time] [--device cpu|cuda] [--json FILE]
     OMP_NUM_THREADS=1 python bench/run.py --size stories --model out/stories260K
