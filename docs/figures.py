@@ -728,7 +728,10 @@ def paper_7(data: dict) -> Figure:
 
 
 def paper_9(data: dict) -> Figure:
-    """How often the first response is better, by the label, with Wilson's 95 % intervals."""
+    """How often the first response is better, by the label, with Wilson's 95 % intervals.
+
+    Tenths of fewer than ten labels are left out: their intervals span the figure.
+    """
     figure, (axis,) = panels(1)
     figure.set_size_inches(3.8, 3.4)
     axis.plot([0, 1], [0, 1], **THIN)
@@ -736,12 +739,12 @@ def paper_9(data: dict) -> Figure:
         points = []
         for tenth in range(10):
             count, said, came = claims.pooled(data, name, tenth)
-            if count:
+            if count >= 10:
                 points.append((said / count, came / count, wilson_interval(came, count)))
         x, y, around = zip(*points)
         axis.errorbar(x, y, beside(y, around), fmt="o-", color=color, label=label, linewidth=1.2)
     axis.set(xlabel="label: P(first is better)", ylabel="first is better, by the judge")
-    axis.legend(fontsize=8)
+    above(figure, axis, 2)
     return figure
 
 
