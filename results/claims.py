@@ -234,8 +234,8 @@ CLAIMS: dict[str, list[Claim]] = {
         Claim(
             "3.3", "SL-CAI is less harmless than HH RLHF", "harmlessness Elo, difference",
             elo_gap("harmful", "sl", "hh-rlhf"), "<", 10,
-            "SL-CAI is near the floor of harm here, and HH RLHF learns from labels of which a stated "
-            "share is wrong", 0,
+            "SL-CAI is near the floor of harm here, and HH RLHF learns from labels of which a "
+            "stated share is wrong", 0,
         ),
         Claim(
             "3.3", "SL-CAI is less helpful than helpful RLHF", "helpfulness Elo, difference",
@@ -314,8 +314,8 @@ CLAIMS: dict[str, list[Claim]] = {
             "3.5, figure 7", "small models revise better after a critique: first round",
             "harmlessness reward model, critiqued less direct",
             revised(lambda r: style_gap(r, "harmless", 1)), ">", 0.05,
-            "two of five principles are not about harm, and a critique by one of them names none; a "
-            "direct revision hardly depends on the principle",
+            "two of five principles are not about harm, and a critique by one of them names none; "
+            "a direct revision hardly depends on the principle",
         ),
         Claim(
             "3.5, figure 7", "last round", "harmlessness reward model, critiqued less direct",
