@@ -1,7 +1,7 @@
 """Gathers finished runs into results/tiny.json, and writes the tables of README.md and docs/.
 
-The tables come from results/tiny.json, bench-*.json, variants.json, learning.json and
-methods.json. All of it:
+The tables come from results/tiny.json, bench-*.json, profile.json, variants.json, learning.json
+and methods.json. All of it:
 
 for seed in 0 1 2; do python -m minicai demo --seed $seed --out out/seed$seed; done
 python results/collect.py out/seed0 out/seed1 out/seed2
@@ -10,6 +10,9 @@ for size in tiny small; do
 done
 OMP_NUM_THREADS=1 python bench/run.py --size stories --model out/stories260K \\
     --json results/bench-stories.json
+for work in sl rm labels ppo; do
+    python bench/profile_step.py --size tiny --work $work --json results/profile.json
+done
 python results/variants.py
 python results/methods.py
 python bench/learning.py out/stories260K
@@ -29,6 +32,7 @@ PAGES = {  # table: the page that has it, between two comments with the table's 
     "ratios": "README.md",
     "tiny": "docs/evaluation.md",
     "bench": "docs/speed.md",
+    "profile": "docs/speed.md",
     "variants": "docs/variants.md",
     "lesson": "docs/helpfulness.md",
     "learning": "docs/learning.md",
@@ -66,6 +70,7 @@ WORKS = {
     "rm": "reward model",
     "ppo": "PPO",
 }
+STEPS = WORKS | {"ppo": "PPO, policy", "value": "PPO, values"}  # of bench/profile_step.py
 SIZES = ("tiny", "small", "135m", "0.5b", "1.5b", "stories")  # of bench/run.py
 RATES = ("harmful", "helpful", "over_refusal", "evasive", "rude")
 TABLE_OF = {"run": "ppo"}  # stages whose variants are in the table of another stage
@@ -250,6 +255,33 @@ def bench_table(rows: list[dict]) -> str:
     for r in rows:
         place = f"{r['where']}; {r['pairs']} pair{'s' * (r['pairs'] != 1)}, {r['date']}"
         runs.setdefault(place, []).append(f"{WORKS[r['work']]} {r['size']}")
+    return "\n".join(
+        [*lines, "", *(f"- {', '.join(measured)}: {place}." for place, measured in runs.items())]
+    )
+
+
+def profile_table(rows: list[dict]) -> str:
+    """A column for each row of bench/profile_step.py --json."""
+    if not rows:
+        return (
+            "Not measured yet. This measures a column: "
+            "`python bench/profile_step.py --size tiny --work sl --json results/profile.json`"
+        )
+    titles = [f"{STEPS[row['work']]} {row['size']}" for row in rows]
+    lines = [f"| % of the CPU time | {' | '.join(titles)} |", "|---" * (len(rows) + 1) + "|"]
+    for part in rows[0]["parts"]:
+        shares = [f"{100 * row['parts'][part]:.1f}" for row in rows]
+        lines.append(f"| {part} | {' | '.join(shares)} |")
+    for name, key, digits in (
+        ("CPU seconds of a step", "seconds", 3),
+        ("rows of a step", "rows", 0),
+        ("**of the machine's peak**", "share", 2),
+    ):
+        cells = [f"{row[key]:.{digits}f}" for row in rows]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    runs: dict[str, list[str]] = {}  # where and when -> what was measured there
+    for title, row in zip(titles, rows):
+        runs.setdefault(f"{row['where']}; {row['date']}", []).append(title)
     return "\n".join(
         [*lines, "", *(f"- {', '.join(measured)}: {place}." for place, measured in runs.items())]
     )
@@ -539,11 +571,14 @@ def tables() -> dict[str, str]:
     )
     files = [path for size in SIZES if (path := HERE / f"bench-{size}.json").exists()]
     bench = [row for path in files for row in json.loads(path.read_text(encoding="utf-8"))]
+    profile = HERE / "profile.json"
+    steps = json.loads(profile.read_text(encoding="utf-8")) if profile.exists() else []
     return {
         "rates": rates_table(tiny),
         "ratios": ratios(bench),
         "tiny": table(tiny),
         "bench": bench_table(bench),
+        "profile": profile_table(steps),
         "variants": f"{variants_tables(variants)}\n\n{notes(variants)}",
         "lesson": lesson_table(variants),
         "learning": learning_table(

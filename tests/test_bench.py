@@ -5,6 +5,8 @@ import importlib.util
 import json
 import math
 import sys
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -247,6 +249,96 @@ def test_both_sides_make_as_many_tokens_and_updates_of_stories(small, monkeypatc
     given = small.load("ppo", "stories", tmp_path / "stories", "cpu")
     for side in ("ours", "peers"):
         assert importlib.import_module(side).ppo(given)[1:3] == (8, [96, 16, 96, 16])
+
+
+# --- profile_step.py ------------------------------------------------------------------------------
+
+ACTIVATION, HEADS, INNER = (1, 9, 16), (1, 2, 9, 8), (1, 9, 48)  # 9 tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "expected"),
+    [
+        ("mm", [(9, 16), (16, 48), (9, 48)], "matrix products of the layers"),
+        ("mm", [(64, 9), (9, 16), (64, 16)], "matrix products of the head"),
+        ("_scaled_dot_product_flash_attention_for_cpu", [HEADS] * 3, "attention"),
+        ("sum", [(1, 2, 2, 9, 8)], "attention"),
+        ("_log_softmax_backward_data", [(9, 64)], "loss over the vocabulary"),
+        ("mul", [(9, 64), (9, 64)], "loss over the vocabulary"),
+        ("add", [ACTIVATION, ACTIVATION], "norms and residuals"),
+        ("rsqrt", [(1, 9, 1)], "norms and residuals"),
+        ("mul", [INNER, INNER], "MLP activation"),
+        ("silu", [INNER], "MLP activation"),
+        ("cat", [HEADS], "rotary"),
+        ("mul", [HEADS, (1, 1, 9, 8)], "rotary"),
+        ("cat", [(9, 2, 8)], "packing"),
+        ("index_select", [(9, 2, 8), (12,)], "packing"),
+        ("nonzero", [(12,)], "packing"),
+        ("_fused_adamw_", [], "AdamW"),
+        ("_foreach_mul_", [()], "gradients: clipping, sums"),
+        ("add_", [(48, 16), (48, 16)], "gradients: clipping, sums"),
+        ("new_zeros", [(9, 2, 8)], "copies, zeros, embedding"),
+        ("embedding_dense_backward", [ACTIVATION, (1, 9)], "copies, zeros, embedding"),
+        ("where", [(4, 7), (4, 7)], "other operations"),
+        ("view", [ACTIVATION], "calls and Python"),
+    ],
+)
+def test_an_operation_belongs_to_one_part_of_a_step(name, shapes, expected, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    profile = importlib.import_module("profile_step")
+    config = SimpleNamespace(vocab_size=64, hidden_size=16, intermediate_size=48)
+    assert profile.part(name, shapes, config) == expected and expected in profile.PARTS
+
+
+OTHERS = [pytest.param(work, marks=pytest.mark.slow) for work in ("rm", "ppo", "value", "labels")]
+
+
+@pytest.mark.parametrize("work", ["sl", *OTHERS])
+def test_the_parts_of_a_step_add_up_to_its_time(small, work, monkeypatch, tmp_path):
+    """A step on two texts. Its FLOPs by hand where no text begins like another."""
+    profile = importlib.import_module("profile_step")
+    monkeypatch.setattr(profile, "ROUNDS", 1)
+    given = small.load("ppo" if work == "value" else work, "tiny", tmp_path, "cpu")
+    seconds, parts, flops = profile.measure(work, given, 2)
+    assert parts.total() >= seconds * 0.999 and {*parts} <= {*profile.PARTS}
+    assert parts["attention"] > 0 and parts["matrix products of the layers"] > 0
+    trained = work != "labels"
+    assert (parts["AdamW"] > 0) == (parts["gradients: clipping, sums"] > 0) == trained
+    with_head = work in ("sl", "ppo", "labels")
+    assert (parts["matrix products of the head"] > 0) == with_head
+    assert (parts["loss over the vocabulary"] > 0) == with_head
+    if work in ("rm", "labels"):
+        assert flops > 0
+        return
+    tokenizer = profile.load_policy(given.policy).tokenizer
+    items = given.items[:2]
+    if work == "sl":
+        texts = [profile.dialogue.encode(tokenizer, *item) for item in items]
+    else:
+        texts = [(tokenizer(prompt)["input_ids"], range(count)) for prompt, count in items]
+    prompts, targets = (sum(map(len, ids)) for ids in zip(*texts))
+    assert flops == 6 * (given.body * (prompts + targets) + with_head * given.head * targets)
+
+
+def test_the_table_of_steps_has_a_column_for_each_row(small, monkeypatch, tmp_path, capsys):
+    profile = importlib.import_module("profile_step")
+    monkeypatch.setattr(small, "seconds", small.seconds)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    parts = Counter({"attention": 1.0, "calls and Python": 3.0})
+    monkeypatch.setattr(profile, "measure", lambda work, given, rows: (2.0, parts.copy(), 1e9))
+    path = tmp_path / "profile.json"
+    for arguments in ("--work=sl", "--work=value --rows=99", "--work=sl --rows=2"):
+        monkeypatch.setattr(sys, "argv", ["x", *arguments.split(), f"--json={path}"])
+        profile.main()
+    assert "attention                      25.0%" in capsys.readouterr().out
+    sl, value = rows = json.loads(path.read_text())
+    assert sl["work"] == "sl" and [sl["rows"], value["rows"]] == [2, 4]
+    assert sl["share"] == pytest.approx(0.5) and [*sl["parts"]] == [*profile.PARTS]
+    table = collect.profile_table(rows).splitlines()
+    assert table[0] == "| % of the CPU time | SL tiny | PPO, values tiny |"
+    assert "| attention | 25.0 | 25.0 |" in table and "| rows of a step | 2 | 4 |" in table
+    assert table[-1].startswith("- SL tiny, PPO, values tiny: ")
+    assert collect.profile_table([]).startswith("Not measured yet.")
 
 
 # --- learning.py ----------------------------------------------------------------------------------
