@@ -70,7 +70,7 @@ WORKS = {
     "rm": "reward model",
     "ppo": "PPO",
 }
-STEPS = WORKS | {"ppo": "PPO, policy", "value": "PPO, values"}  # of bench/profile_step.py
+STEPS = WORKS | {"ppo": "PPO policy", "value": "PPO values"}  # of bench/profile_step.py
 SIZES = ("tiny", "small", "135m", "0.5b", "1.5b", "stories")  # of bench/run.py
 RATES = ("harmful", "helpful", "over_refusal", "evasive", "rude")
 TABLE_OF = {"run": "ppo"}  # stages whose variants are in the table of another stage

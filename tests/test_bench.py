@@ -335,9 +335,9 @@ def test_the_table_of_steps_has_a_column_for_each_row(small, monkeypatch, tmp_pa
     assert sl["work"] == "sl" and [sl["rows"], value["rows"]] == [2, 4]
     assert sl["share"] == pytest.approx(0.5) and [*sl["parts"]] == [*profile.PARTS]
     table = collect.profile_table(rows).splitlines()
-    assert table[0] == "| % of the CPU time | SL tiny | PPO, values tiny |"
+    assert table[0] == "| % of the CPU time | SL tiny | PPO values tiny |"
     assert "| attention | 25.0 | 25.0 |" in table and "| rows of a step | 2 | 4 |" in table
-    assert table[-1].startswith("- SL tiny, PPO, values tiny: ")
+    assert table[-1].startswith("- SL tiny, PPO values tiny: ")
     assert collect.profile_table([]).startswith("Not measured yet.")
 
 
