@@ -1,7 +1,7 @@
 """Do prompts, pairs and requests fit the context of a model? Asked before any work is done.
 
-A text is turned into tokens only where its length leaves it open: 200,000 prompts are read and checked
-in three CPU seconds (bench/linear.py).
+A text is turned into tokens only where its length leaves it open: 200,000 prompts are read and
+checked in three CPU seconds (bench/linear.py).
 """
 
 from collections.abc import Callable, Iterable, Sequence
