@@ -35,9 +35,10 @@ from transformers import PreTrainedModel
 from minicai import InputError
 from minicai.constitution import Principle, load
 from minicai.engine import config, dialogue, parallel
+from minicai.engine.attention import context_length
 from minicai.engine.dialogue import Asked, decode, encode_prompt
 from minicai.engine.load import load_policy, load_tokenizer
-from minicai.engine.sampler import Sampling, context_length, generate
+from minicai.engine.sampler import Sampling, generate
 from minicai.engine.terminal import colours, emphasis, plain
 from minicai.prompts import render_critique, render_revision
 from minicai.report import summary
