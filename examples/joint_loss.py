@@ -29,9 +29,8 @@ from minicai import InputError, losses, rollout  # isort: skip (before torch: ho
 import torch
 
 from minicai.critique import training_pairs
-from minicai.engine import models, parallel
+from minicai.engine import context, models, parallel
 from minicai.engine.config import path_setting, positive
-from minicai.engine.context import check_prompts
 from minicai.engine.data import epoch_order, read_jsonl, shuffled
 from minicai.engine.dialogue import decode, encode_learned, encode_prompt
 from minicai.engine.load import load_policy, load_scorer, require_same_tokens
@@ -78,7 +77,7 @@ def main(cfg: JointConfig) -> dict:
     limit, pools = cfg.max_new_tokens, []  # harmful prompts, harmless prompts
     for file in (cfg.prompts, cfg.helpful_prompts):
         found = read_prompts(file, skip=stage.skip)
-        pools.append(check_prompts(policy, found, limit, file, stage.skip))
+        pools.append(context.check_prompts(policy, found, limit, file, stage.skip))
     n_harmless = round(cfg.episodes * cfg.helpful_share) if pools[1] else 0
     sampling = Sampling(limit, cfg.temperature, cfg.rows)
 

@@ -31,9 +31,8 @@ from minicai import InputError, losses  # isort: skip (before torch: how its thr
 import torch
 from torch import Tensor
 
-from minicai.engine import models, parallel
+from minicai.engine import context, models, parallel
 from minicai.engine.config import load_function, setting, source_file
-from minicai.engine.context import check_prompts
 from minicai.engine.data import epoch_order, shuffled
 from minicai.engine.dialogue import decode, encode_prompt
 from minicai.engine.load import load_policy, load_scorer, require_same_tokens
@@ -102,7 +101,7 @@ def main(cfg: GroupConfig, score: Callable | None = None, more: Sequence[tuple] 
     limit, pools = cfg.max_new_tokens, []  # harmful prompts, harmless prompts
     for file in (cfg.prompts, cfg.helpful_prompts):
         found = read_prompts(file, skip=stage.skip)
-        pools.append(check_prompts(policy, found, limit, file, stage.skip))
+        pools.append(context.check_prompts(policy, found, limit, file, stage.skip))
     n_prompts = cfg.episodes // cfg.group
     n_harmless = round(n_prompts * cfg.helpful_share) if pools[1] else 0
     sampling = Sampling(limit, cfg.temperature, cfg.rows)
