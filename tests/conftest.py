@@ -14,6 +14,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: see pytest_cmdline_main
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import minicai  # noqa: F401  # isort: skip (before torch: how its threads wait)
 import pytest
@@ -30,12 +32,25 @@ from transformers import (
 )
 
 from minicai import losses
+from minicai.engine import parallel
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 PAD, EOS = 0, 1
 # gpt2 has learned positions, so that padding on the left can shift them.
 ARCHITECTURES = ("llama", "gpt2", "qwen2", "neox")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """The whole suite runs in several processes, a file in one of them; `pytest -n 0` in one.
+
+    A single file would start later so, and a test with -m slow may measure time.
+    """
+    option, whole = config.option, config.args_source.name == "TESTPATHS"
+    whole = whole and "not slow" in option.markexpr and "PYTEST_XDIST_WORKER" not in os.environ
+    if whole and not option.usepdb and getattr(option, "numprocesses", 0) is None:
+        option.numprocesses, option.dist = min(os.cpu_count(), 4), "loadfile"  # 1 GB each
 
 
 def tiny_model(architecture="llama", seed=0, vocab=64, scorer=False):
@@ -110,6 +125,12 @@ def broken(name, *calls):
 
     with patch.object(losses, name, wrong):
         yield
+
+
+@pytest.fixture(autouse=True)
+def fresh_process():
+    """Device and precision, which a stage fixes for the process, are not those of the last test."""
+    parallel._process.update(device=CPU, precision="fp32")
 
 
 @pytest.fixture(scope="session", params=ARCHITECTURES)

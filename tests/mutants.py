@@ -21,14 +21,13 @@ EQUIVALENT = {  # (function, altered line) -> why no test can tell it from the o
         "rollout.Batch.texts",
         "return [row[:n] for row, n in zip(self.ids.tolist(), self.lengths)]",
     ): "a tensor of one whole number is an index too",
-    ("attention.Shared.__init__", "number = -2"): "any that is no token's number",
     (
         "train_rm.main",
         "part_loss = part_loss + cfg.centering * centering_loss(r_second, r_first)",
     ): "(a + b)^2 is (b + a)^2",
     (
         "models.response_logprobs",
-        "again = torch.is_grad_enabled() and len(targets_N) >= CHUNK",
+        "again = torch.is_grad_enabled() and len(targets_C) >= CHUNK",
     ): "a single chunk: computed again or not, the same numbers",
     (
         "models.sequence_scores",

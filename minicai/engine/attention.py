@@ -4,8 +4,7 @@ Embeddings, projections, norms and MLPs work token by token. So a batch is [1, N
 of all rows, one row after the other. Only attention has to know where a row begins and ends. Each
 layer of a `prepared` model calls `attend` with the `rows` that its forward pass was given:
 
-    Packed    whole rows, as in training
-    Shared    whole rows; what several of them begin with is computed once
+    Packed    whole rows, as in training; what several of them begin with is computed once
     Slots     rows that grow, as in decoding; it keeps their keys and values
 
 Legend: N tokens of all rows, B rows, T tokens of the longest, U keys, H heads (fewer for keys and
@@ -15,6 +14,7 @@ values where queries share them), D head size, S slots, C capacity of a slot in 
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,7 +36,7 @@ KNOWN = {"scaling", "sliding_window", "dropout", "position_ids", "use_cache"}  #
 def attend(module, query, key, value, attention_mask, rows=None, **settings):
     """Attention of one layer, as transformers calls it. Without `rows` it is ordinary attention.
 
-    query, key, value [1, H, N, D]; rows: Packed, Shared or Slots -> ([1, N, H, D], None).
+    query, key, value [1, H, N, D]; rows: Packed or Slots -> ([1, N, H, D], None).
     Raises ValueError where the layer asks for what is not done here.
     """
     if rows is None:
@@ -95,13 +95,55 @@ def _mask(positions: Tensor, width: int, window: int | None, dtype: torch.dtype)
 # --- whole rows -----------------------------------------------------------------------------------
 
 
-class _Padded:
-    """Whole rows, whose attention runs on padded batches of rows of about the same length.
+class Packed:
+    """Whole rows without padding. What several of them begin with is there once: a prefix tree.
 
-    shapes: [(B, T)] of the padded batches, which have P places in all, one batch after the other.
-    source: [P] number of the token at each place; in padding, of any token, since no token of the
-    row sees it. kept: [N] the place of each token.
+        texts       a b c d      ids        a b c d e f g      N tokens of the tree
+                    f g          positions  0 1 2 3 2 0 1      in their rows
+                    a b e        number     0 1 2 3            of each token of each row
+                                            5 6 * *            * padding: the row's last number
+                                            0 1 4 *
+    Attention:      f g          source     5 6 | 0 1 4 * | 0 1 2 3
+    e.g. batches    a b e *      shapes     (1, 2), (2, 4)
+    of 1 and 2      a b c d      kept       2 3 8 9 4 0 1      the first place of each number
+
+    A token's keys and values depend only on what comes before it, so they are the same in all rows
+    that begin with it. This is exact, gradients included. Attention reads whole rows, in padded
+    batches of rows of about the same length.
+
+    texts: token ids of each row, at least one. A process may have no rows.
     """
+
+    def __init__(self, texts: Sequence[Sequence[int]], device: torch.device):
+        ids, positions, numbers = [], [], [[]] * len(texts)
+        before, path = (), []  # the text before, and the numbers of its tokens
+        for row in sorted(range(len(texts)), key=texts.__getitem__):  # neighbours begin alike
+            text, pairs = texts[row], enumerate(zip(before, texts[row]))
+            shared = next((t for t, (a, b) in pairs if a != b), min(len(before), len(text)))
+            path = [*path[:shared], *range(len(ids), len(ids) + len(text) - shared)]
+            numbers[row], before = path, text
+            ids += text[shared:]
+            positions += range(shared, len(text))
+
+        # Made on the host and copied without waiting for a GPU.
+        lengths = torch.tensor(list(map(len, texts)), dtype=torch.long)
+        self.longest = max(map(len, texts), default=0)
+        padded = [row + row[-1:] * (self.longest - len(row)) for row in numbers]
+        number = torch.tensor(padded, dtype=torch.long).view(len(texts), self.longest)
+        order = lengths.argsort(stable=True)
+        self.shapes = _about_one_length(lengths[order].tolist())
+        batches = number[order].split([B for B, _ in self.shapes])
+        source = [part[:, :T].flatten() for part, (_, T) in zip(batches, self.shapes)]
+        source = torch.cat([number.new_zeros(0), *source])
+        kept = torch.from_numpy(np.unique(source.numpy(), return_index=True)[1])
+        made = *map(torch.tensor, (ids, positions)), lengths, number, source, kept
+        made = [x.long().to(device, non_blocking=True) for x in made]
+        self.ids, self.positions, self.lengths, self.number, self.source, self.kept = made
+
+    def tails(self, count: int) -> Tensor:
+        """[B, count]: the numbers of each row's last `count` tokens."""
+        back = torch.arange(-count, 0, device=self.number.device)
+        return self.number.gather(1, self.lengths[:, None] + back)
 
     def attend(self, qkv: list, scale: float | None, window: int | None) -> Tensor:
         """Causal attention of each row: queries, keys, values [N, H, D] -> [N, H, D]."""
@@ -117,48 +159,6 @@ class _Padded:
         return torch.cat(found).index_select(0, self.kept)
 
 
-class Packed(_Padded):
-    """Whole rows, each attending to itself, the shorter rows first. Padded ids [B, T] become [N]:
-
-        ids [3, 4]      a b c d      order      2, 1, 0 (by length)
-                        e f . .      tokens     g | e f | a b c d       N = 7
-                        g . . .      places     8 | 4 5 | 0 1 2 3       in ids.flatten()
-                                     positions  0 | 0 1 | 0 1 2 3       in the row
-                                     last       6, 2, 0                 of rows 0, 1, 2
-    Attention:          g *          kept       0 | 2 3 | 4 5 6 7       in the padded batches
-    e.g. batches of     e f          source     0 0 1 2 3 4 5 6         * is padding
-    2 and 1 rows        a b c d      shapes     (2, 2), (1, 4)
-
-    lengths: tokens of each row, in the order of the padded batch.
-    """
-
-    def __init__(self, lengths: Tensor | Sequence[int], device: torch.device):
-        lengths = torch.as_tensor(lengths, dtype=torch.long, device=device)
-        order = lengths.argsort(stable=True)
-        sizes = lengths[order]
-        self.shapes = _about_one_length(sizes.tolist()) or [(0, 1)]  # a process may have no rows
-        self.longest = max(T for _, T in self.shapes)  # of the padded ids
-        column = torch.arange(self.longest, device=device)
-        self.places = (order[:, None] * self.longest + column)[column < sizes[:, None]]
-        self.positions = self.places % self.longest
-        self.last = (sizes.cumsum(0) - 1)[order.argsort()]
-
-        parts = sizes.split([B for B, _ in self.shapes])
-        real = [column[:T] < part[:, None] for part, (_, T) in zip(parts, self.shapes)]
-        real = torch.cat([tokens.flatten() for tokens in real])
-        self.kept = real.nonzero()[:, 0]
-        self.source = real.cumsum(0) - 1  # padding repeats the token before it
-
-    def pick(self, padded: Tensor) -> Tensor:
-        """[B, T or more] -> [N], without the padding."""
-        return padded[:, : self.longest].flatten()[self.places]
-
-    def put(self, values: Tensor, chosen: Tensor, shape: tuple[int, int]) -> Tensor:
-        """Values of `chosen` tokens (numbers below N) -> `shape` [B, T or more], zero elsewhere."""
-        index = self.places[chosen] // self.longest, self.positions[chosen]
-        return values.new_zeros(shape).index_put(index, values)
-
-
 def _about_one_length(sizes: list[int]) -> list[tuple[int, int]]:
     """Ascending lengths of rows -> shapes (B, T) of the padded batches in which attention runs.
 
@@ -172,40 +172,6 @@ def _about_one_length(sizes: list[int]) -> list[tuple[int, int]]:
             shapes.append((row - first, sizes[row - 1]))
             first = row
     return shapes
-
-
-class Shared(_Padded):
-    """Whole rows again, as the N tokens of a prefix tree: common beginnings are there once.
-
-    ids: [N]. A token's keys and values depend only on what comes before it, so they are the same
-    for all rows that begin with it. AI labels are made 1.44 times as fast as with one beginning
-    shared by neighbouring rows (tiny model, one thread; small model: 1.21).
-    """
-
-    def __init__(self, texts: Sequence[Sequence[int]], device: torch.device):
-        whole = Packed([len(text) for text in texts], device)
-        # (number of the token before, token) -> number, in the order of appearance
-        tree = {}
-        numbers, new = [], []  # of each token of all rows; whether it appears for the first time
-        for text in sorted(texts, key=len):
-            number = -1
-            for token in text:
-                known = len(tree)
-                number = tree.setdefault((number, token), known)
-                numbers.append(number)
-                new.append(number == known)
-        number = torch.tensor(numbers, dtype=torch.long, device=device)
-        first = torch.tensor(new, dtype=torch.bool, device=device)
-        self.ids = torch.tensor([token for _, token in tree], dtype=torch.long, device=device)
-        self.positions, self.last = whole.positions[first], number[whole.last]
-        self.longest = whole.longest
-        self.shapes, self.source, self.kept = whole.shapes, number[whole.source], whole.kept[first]
-        self._number, self._ends = number, whole.last
-
-    def tails(self, count: int) -> Tensor:
-        """[B, count]: the numbers of each row's last `count` tokens, below N."""
-        back = torch.arange(1 - count, 1, device=self._ends.device)
-        return self._number[self._ends[:, None] + back]
 
 
 # --- rows that grow -------------------------------------------------------------------------------
@@ -301,7 +267,7 @@ def context_length(config: PretrainedConfig) -> float:
     return min([getattr(text, "max_position_embeddings", None) or math.inf, *limits])
 
 
-def through(model: PreTrainedModel, ids: Tensor, rows: Packed | Shared | Slots) -> Tensor:
+def through(model: PreTrainedModel, ids: Tensor, rows: Packed | Slots) -> Tensor:
     """Last hidden states [N, hidden size] of token ids [N], whose places `rows` knows.
 
     Where there is no token (parallel.even_out), one goes through the layers and is dropped, since
@@ -311,7 +277,7 @@ def through(model: PreTrainedModel, ids: Tensor, rows: Packed | Shared | Slots) 
     if rows.longest > context:
         raise InputError(f"a row has {rows.longest} tokens; the model's context is {context}")
     if not len(ids):
-        return through(model, ids.new_zeros(1), Packed([1], ids.device))[:0]
+        return through(model, ids.new_zeros(1), Packed([[0]], ids.device))[:0]
     # With a mask of four dimensions, which `attend` does not read, transformers makes none. It
     # would look for the beginnings of rows in the positions, and wait for a GPU in every pass.
     found = prepared(model).base_model(

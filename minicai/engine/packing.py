@@ -132,7 +132,8 @@ def _equal(model: PreTrainedModel, sizes: tuple[int, ...], head=None) -> bool:
 
     @parallel.forward_pass
     def together(model):
-        packed = through(model, ids, Packed(sizes, model.device))
+        places = Packed([row.tolist() for row in rows], model.device)  # no row begins like another
+        packed = through(model, places.ids, places)
         slots = Slots(len(rows), max(sizes))
         last_hidden(model, slots, [0] * len(rows), [row[:-1].tolist() for row in rows])
         before = [n - 1 for n in sizes]

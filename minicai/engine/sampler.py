@@ -32,7 +32,7 @@ from minicai.engine.dialogue import (
     encode_prompt,
     end_ids,
 )
-from minicai.engine.models import apply_head, require_finite, shared_hidden_states
+from minicai.engine.models import apply_head, hidden_states, require_finite
 from minicai.engine.terminal import Progress
 from minicai.feedback import Choose
 from minicai.prompts import CHOICES
@@ -276,8 +276,8 @@ def _option_logprobs(
         texts = [[*prompt, *head] for prompt in prompts]
         order = sorted(range(len(texts)), key=texts.__getitem__)  # neighbours begin alike
         for batch in torch.tensor(order).split(rows):
-            hidden, tree = shared_hidden_states(model, [texts[k] for k in batch])
-            logits_BTV = apply_head(output, hidden[tree.tails(len(head) + 1)])
+            hidden, packed = hidden_states(model, [texts[k] for k in batch])
+            logits_BTV = apply_head(output, hidden[packed.tails(len(head) + 1)])
             logp_BTV = logits_BTV.log_softmax(-1)
             for column, option in enumerate(options):
                 if option[:-1] == head:

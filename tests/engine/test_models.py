@@ -176,6 +176,28 @@ def test_pairs_have_the_scores_and_gradients_of_each_text_by_itself(architecture
     assert max(x.abs().max() for x in results[0][1:]) > 0.1
 
 
+@pytest.mark.parametrize("function", PASSES, ids=lambda function: function.__name__)
+def test_what_rows_begin_with_goes_through_once_and_changes_nothing(function, forward_calls):
+    """Two rows are equal, and one is the beginning of another."""
+    prompts, responses = [[5, 9], [5, 9, 17], [44], [5, 9]], [[17, 3], [3, 4, EOS], [6], [17, 3]]
+    texts = [p + r for p, r in zip(prompts, responses)]
+    results = []
+    for alone in (True, False):
+        model = of(function, "llama")
+        shapes = forward_calls(model)
+        for rows in ([0], [1], [2], [3]) if alone else ([0, 1, 2, 3],):
+            part = collate([prompts[k] for k in rows], [responses[k] for k in rows], CPU)
+            found = function(model, part)
+            results += found.flatten() if found.ndim == 1 else found[part.mask]
+            (found.square().sum()).backward()
+        results += [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    beginnings = {tuple(text[:k]) for text in texts for k in range(1, len(text) + 1)}
+    assert shapes == [(1, len(beginnings))]
+    single, shared = results[: len(results) // 2], results[len(results) // 2 :]
+    for one, other in zip(single, shared, strict=True):
+        assert_close(other.detach(), one.detach(), 1e-5 * max(1.0, one.abs().max().item()))
+
+
 def test_no_pairs_have_no_scores_and_a_gradient_of_zero(scorer):
     first, second = models.pair_scores(scorer, [])
     assert first.shape == second.shape == (0,)
@@ -192,7 +214,7 @@ def test_no_pass_looks_in_the_positions_for_where_rows_begin(architecture, monke
     ids, positions = tensor([[5, 6]]), tensor([[0, 1]])
     model(input_ids=ids, position_ids=positions, use_cache=False)  # transformers by itself
     own = len(looked)
-    models.hidden_states(model, tensor([[5, 6, 7], [8, 9, 0]]), tensor([3, 2]))
+    models.hidden_states(model, [[5, 6, 7], [8, 9]])
     last_hidden(model, Slots(2, 4), [0, 0], [[5, 6], [7]])
     assert own and len(looked) == own
 
@@ -375,7 +397,7 @@ def test_gradient_checkpointing_changes_no_gradient(architecture):
 
 
 def test_attention_refuses_what_it_does_not_do_and_only_that():
-    rows, heads = Packed([3, 2], CPU), [torch.randn(1, 2, 5, 4) for _ in range(3)]
+    rows, heads = Packed([[5, 6, 7], [8, 9]], CPU), [torch.randn(1, 2, 5, 4) for _ in range(3)]
     expected, _ = attend(None, *heads, None, rows)
     for unused in (None, False):
         assert torch.equal(attend(None, *heads, None, rows, softcap=unused)[0], expected)
