@@ -43,9 +43,9 @@ ARCHITECTURES = ("llama", "gpt2", "qwen2", "neox")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """The whole suite runs in several processes, a file in one of them; `pytest -n 0` in one.
+    """The whole suite runs in several processes, each file in one of them; `pytest -n 0` in one.
 
-    A single file would start later so, and a test with -m slow may measure time.
+    Single files do not, since they would start later; nor does -m slow, which may measure time.
     """
     option, whole = config.option, config.args_source.name == "TESTPATHS"
     whole = whole and "not slow" in option.markexpr and "PYTEST_XDIST_WORKER" not in os.environ

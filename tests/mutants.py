@@ -29,10 +29,6 @@ EQUIVALENT = {  # (function, altered line) -> why no test can tell it from the o
         "models.response_logprobs",
         "again = torch.is_grad_enabled() and len(targets_C) >= CHUNK",
     ): "a single chunk: computed again or not, the same numbers",
-    (
-        "models.sequence_scores",
-        "return apply_head(model.score, hidden_ND[rows.last]).sum(1)",
-    ): "the scores are [B, 1]",
     ("sampler.draw", "cdf_BV = p_BV.double().cumsum(1)"): "it has two dimensions",
     (
         "elo.bradley_terry",

@@ -1,18 +1,20 @@
 """Attention over rows of different lengths, without padding between them.
 
-Embeddings, projections, norms and MLPs work token by token. So a batch is [1, N] here: the N tokens
-of all rows, one row after the other. Only attention has to know where a row begins and ends. Each
-layer of a `prepared` model calls `attend` with the `rows` that its forward pass was given:
+Embeddings, projections, norms and MLPs work token by token. So a batch is [1, N] here,
+row after row. Only attention has to know where a row begins and ends. Each layer of a `prepared`
+model calls `attend` with the `rows` that its forward pass was given:
 
     Packed    whole rows, as in training; what several of them begin with is computed once
     Slots     rows that grow, as in decoding; it keeps their keys and values
 
-Legend: N tokens of all rows, B rows, T tokens of the longest, U keys, H heads (fewer for keys and
-values where queries share them), D head size, S slots, C capacity of a slot in tokens.
+Legend: N tokens that go through the layers, B rows, T tokens of the longest, U keys, H heads (fewer
+for keys and values where queries share them), D head size, S slots, C capacity of a slot in tokens.
 """
 
 import math
 from collections.abc import Sequence
+from itertools import takewhile
+from operator import eq
 
 import numpy as np
 import torch
@@ -107,19 +109,19 @@ class Packed:
     e.g. batches    a b e *      shapes     (1, 2), (2, 4)
     of 1 and 2      a b c d      kept       2 3 8 9 4 0 1      the first place of each number
 
-    A token's keys and values depend only on what comes before it, so they are the same in all rows
-    that begin with it. This is exact, gradients included. Attention reads whole rows, in padded
-    batches of rows of about the same length.
+    A token's keys and values depend only on it and on what comes before it, so they are the same in
+    all rows that begin so. This is exact, gradients included. Attention reads whole rows, in padded
+    batches of rows of about the same length: `shapes`.
 
-    texts: token ids of each row, at least one. A process may have no rows.
+    texts: at least one token id of each row. A process may have no rows (parallel.even_out).
     """
 
     def __init__(self, texts: Sequence[Sequence[int]], device: torch.device):
         ids, positions, numbers = [], [], [[]] * len(texts)
         before, path = (), []  # the text before, and the numbers of its tokens
         for row in sorted(range(len(texts)), key=texts.__getitem__):  # neighbours begin alike
-            text, pairs = texts[row], enumerate(zip(before, texts[row]))
-            shared = next((t for t, (a, b) in pairs if a != b), min(len(before), len(text)))
+            text = texts[row]
+            shared = sum(takewhile(bool, map(eq, before, text)))  # tokens
             path = [*path[:shared], *range(len(ids), len(ids) + len(text) - shared)]
             numbers[row], before = path, text
             ids += text[shared:]

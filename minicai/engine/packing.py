@@ -132,7 +132,8 @@ def _equal(model: PreTrainedModel, sizes: tuple[int, ...], head=None) -> bool:
 
     @parallel.forward_pass
     def together(model):
-        places = Packed([row.tolist() for row in rows], model.device)  # no row begins like another
+        # In the order of ids: the rows are in alphabetical order, and none begins like another.
+        places = Packed([row.tolist() for row in rows], model.device)
         packed = through(model, places.ids, places)
         slots = Slots(len(rows), max(sizes))
         last_hidden(model, slots, [0] * len(rows), [row[:-1].tolist() for row in rows])
