@@ -1,8 +1,8 @@
 """Attention over rows of different lengths, without padding between them.
 
-Embeddings, projections, norms and MLPs work token by token. So a batch is [1, N] here,
-row after row. Only attention has to know where a row begins and ends. Each layer of a `prepared`
-model calls `attend` with the `rows` that its forward pass was given:
+Embeddings, projections, norms and MLPs work token by token. So a batch is [1, N] here, row after
+row. Only attention has to know where a row begins and ends. Each layer of a `prepared` model calls
+`attend` with the `rows` that its forward pass was given:
 
     Packed    whole rows, as in training; what several of them begin with is computed once
     Slots     rows that grow, as in decoding; it keeps their keys and values
@@ -111,7 +111,7 @@ class Packed:
 
     A token's keys and values depend only on it and on what comes before it, so they are the same in
     all rows that begin so. This is exact, gradients included. Attention reads whole rows, in padded
-    batches of rows of about the same length: `shapes`.
+    batches of rows of about the same length. Their places are numbered one batch after the other.
 
     texts: at least one token id of each row. A process may have no rows (parallel.even_out).
     """
